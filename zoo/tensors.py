@@ -1,0 +1,106 @@
+"""What one tensor of a checkpoint is: its role, what its axes count, and the matrices that are fused in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# What an axis counts. `heads` is heads x head_dim flattened, head by head; `kv_heads` likewise.
+AXES = ("residual", "heads", "kv_heads", "head_dim", "ffn", "vocab", "position", "experts", "other")
+
+ROLES = (
+    "embed", "head", "attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down",
+    "norm", "conv", "lora.a", "lora.b", "other",
+)  # fmt: skip
+
+# Which normalisation a tensor of role `norm` belongs to. `attn` and `mlp` stand before the readers of that block
+# (or before both in a parallel block), `attn.out` and `mlp.out` after its writer (Gemma 2/3, OLMo 2), `q` and `k`
+# act on projected queries and keys, `final` stands before the head, `embed` after the embedding.
+NORM_SITES = ("attn", "mlp", "attn.out", "mlp.out", "q", "k", "final", "embed")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One logical matrix (or bias, or gain) of a tensor on disk, in torch's orientation [out, in]."""
+
+    role: str  # one of ROLES
+    axes: tuple[str, ...]  # of AXES, one per logical axis: ("heads", "residual") for a query projection
+    shape: tuple[int, ...]  # logical shape, same length as axes
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor on disk. `parts` has more than one entry where the architecture fuses matrices (GPT-2's c_attn,
+    NeoX's query_key_value, Phi-3's qkv_proj and gate_up_proj); `split` and `join` go between the two views."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+    layer: int | None = None  # None for tensors outside the blocks
+    kind: str = "weight"  # weight | bias
+    site: str | None = None  # of NORM_SITES, for norms only
+    expert: int | None = None
+    transposed: bool = False  # on disk as [in, out] (GPT-2's Conv1D)
+    interleave: int = 0  # > 0: fused head by head: rows are [interleave heads, parts, head_dim] (NeoX)
+
+    @property
+    def role(self) -> str:
+        """The role of the whole tensor: `attn.q`, or `attn.qkv` / `mlp.gate_up` for a fused one."""
+        if len(self.parts) == 1:
+            return self.parts[0].role
+        family, first = self.parts[0].role.split(".")
+        rest = [p.role.split(".")[1] for p in self.parts[1:]]
+        return f"{family}.{first}{''.join(rest)}" if family == "attn" else f"{family}.{'_'.join([first, *rest])}"
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+def split(spec: TensorSpec, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor as on disk -> {role: logical matrix [out, in]} (views where possible)."""
+    logical = tensor.mT if spec.transposed and tensor.ndim == 2 else tensor
+    if len(spec.parts) == 1:
+        return {spec.parts[0].role: logical}
+    if spec.interleave:
+        blocks = logical.unflatten(0, (spec.interleave, len(spec.parts), -1))
+        return {p.role: blocks[:, i].flatten(0, 1) for i, p in enumerate(spec.parts)}
+    rows = logical.split([p.shape[0] for p in spec.parts], dim=0)
+    return {p.role: r for p, r in zip(spec.parts, rows, strict=True)}
+
+
+def join(spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of `split`: logical matrices -> one contiguous tensor as on disk (dtype of the parts)."""
+    ordered = [parts[p.role] for p in spec.parts]
+    if len(ordered) == 1:
+        logical = ordered[0]
+    elif spec.interleave:
+        blocks = [m.unflatten(0, (spec.interleave, -1)) for m in ordered]
+        logical = torch.stack(blocks, dim=1).flatten(0, 2)
+    else:
+        logical = torch.cat(ordered, dim=0)
+    return (logical.mT if spec.transposed and logical.ndim == 2 else logical).contiguous()
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What an architecture is, in numbers: the conditioning of the diffusion and the check of what fits what."""
+
+    architecture: str  # the config's model_type
+    layers: int
+    width: int  # size of the residual stream
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool = False  # head and embedding are one tensor
+    norm: str = "rms"  # rms | layer
+    rope_theta: float | None = 10000.0  # None: no rotary embedding
+    positions: int = 0  # learned positions, 0 for none
+    experts: int = 0  # experts per layer, 0 for dense
+    extra: Mapping[str, object] = field(default_factory=dict)  # what a method may need besides (activation, …)
