@@ -1,0 +1,54 @@
+"""The table of methods: one explicit dict from name to class, imported when asked for."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import UserError, unknown
+from zoo.sampler import Sampler
+
+METHODS: dict[str, tuple[str, str]] = {
+    "default": ("baselines.default", "Default"),
+    "normal": ("baselines.parametric", "Normal"),
+    "weight-selection": ("baselines.weight_selection", "WeightSelection"),
+    "row-column": ("baselines.row_column", "RowColumn"),
+    "autoencoder": ("autoencoder.sampler", "AutoencoderSampler"),
+    "diffusion": ("diffusion.sampler", "DiffusionSampler"),
+}
+
+
+def get(name: str) -> type[Sampler]:
+    """The sampler class called `name`. Raises UserError with the nearest name if there is none."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    module, attribute = METHODS[name]
+    return getattr(import_module(module), attribute)
+
+
+def describe() -> list[dict[str, Any]]:
+    """The list that `headstart methods --json` prints: {name, family, summary, reference, needs, options} each."""
+    rows = []
+    for name in METHODS:
+        method = get(name)
+        rows.append(
+            {
+                "name": method.name,
+                "family": method.family,
+                "summary": method.summary,
+                "reference": method.reference,
+                "needs": list(method.needs),
+                "options": method.option_table(),
+            }
+        )
+    return rows
+
+
+def load(folder: Path) -> Sampler:
+    """A fitted sampler that `Sampler.save` wrote."""
+    path = Path(folder) / "sampler.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no sampler.json: save a fitted sampler there first")
+    return get(json.loads(path.read_text())["method"]).load(Path(folder))
