@@ -1,0 +1,40 @@
+"""Fixtures that any test may use: the real checkpoints, and tiny ones made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real checkpoints, corpora and evaluation sets beside the repository."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("the real checkpoints are not here: ../shared/data is missing")
+    return SHARED
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., Path]:
+    """make(folder, seed=0, **overrides of the config) -> folder with a real Llama saved by `save_pretrained`."""
+
+    def make(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        options: dict[str, Any] = {
+            "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+        }  # fmt: skip
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**options | overrides))
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return folder
+
+    return make
