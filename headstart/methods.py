@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo.errors import UserError, unknown
-from zoo.sampler import Sampler
+
+if TYPE_CHECKING:
+    from zoo.sampler import Sampler
 
 METHODS: dict[str, tuple[str, str]] = {
     "default": ("baselines.default", "Default"),
@@ -50,5 +52,5 @@ def load(folder: Path) -> Sampler:
     """A fitted sampler that `Sampler.save` wrote."""
     path = Path(folder) / "sampler.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no sampler.json: save a fitted sampler there first")
+        raise UserError(f"{folder}: has no sampler.json; give a folder that a fitted sampler was saved to")
     return get(json.loads(path.read_text())["method"]).load(Path(folder))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from zoo.errors import UserError
 
 if TYPE_CHECKING:
     from zoo.blueprint import Blueprint
@@ -47,6 +52,41 @@ class Sampler(ABC):
     @property
     def donors(self) -> tuple[str, ...]:
         return ()
+
+    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+        """Names of the donors whose weights fit or sample would read; reads no weight itself. For `--plan`."""
+        return tuple(d.name for d in zoo.donors) if zoo is not None and "donors" in self.needs else ()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `fit` learned: JSON values and tensors. `restore` takes it back."""
+        return {}, {}
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Makes a fresh instance what the one was that `state` was taken from."""
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the fitted sampler: sampler.json {method, options, state}, and state.safetensors if it has tensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values, tensors = self.state()
+        if tensors:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "state.safetensors")
+        content = {"method": self.name, "options": self.options(), "state": values}
+        (folder / "sampler.json").write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """A fitted sampler of this class that `save` wrote. UserError: another method, or no sampler there."""
+        path = Path(folder) / "sampler.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: has no sampler.json; give a folder that a fitted sampler was saved to")
+        content = json.loads(path.read_text())
+        if content["method"] != cls.name:
+            raise UserError(f"{path}: holds a sampler of method {content['method']!r}, not {cls.name!r}")
+        sampler = cls(**content["options"])
+        stored = path.with_name("state.safetensors")
+        sampler.restore(content["state"], load_file(stored) if stored.exists() else {})
+        return sampler
 
     @classmethod
     def option_table(cls) -> list[dict[str, Any]]:

@@ -1,0 +1,88 @@
+"""The model card of a generated checkpoint: what it is, what made it, and what it is not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.blueprint import Blueprint
+    from zoo.sampler import Sampler
+
+
+def text(record: dict[str, Any], method: type[Sampler], blueprint: Blueprint) -> str:
+    """README.md from what headstart.json holds (`record`), the sampler's class and the target's blueprint."""
+    sections = [_front_matter(record), _body(record, method, blueprint), _donors(record), _caveats(record)]
+    return "\n".join(section for section in sections if section)
+
+
+def _front_matter(record: dict[str, Any]) -> str:
+    lines = ["---", "library_name: transformers", "tags:", "- headstart", "- initialization"]
+    licenses = sorted({d["license"] or "unknown" for d in record["donors"]})
+    if len(licenses) == 1:
+        lines.insert(1, f"license: {_license_id(licenses[0])}")
+    elif licenses:
+        lines[1:1] = ["license: other", f"license_name: {' and '.join(licenses)}"]
+    bases = [d["name"] for d in record["donors"] if "/" in d["name"]]
+    if bases:
+        lines += ["base_model:", *[f"- {name}" for name in bases]]
+    return "\n".join([*lines, "---", ""])
+
+
+def _license_id(name: str) -> str:
+    """A licence as the hub writes it; what is no single word (or not known) is `other`."""
+    return name.lower() if name != "unknown" and " " not in name else "other"
+
+
+def _body(record: dict[str, Any], method: type[Sampler], blueprint: Blueprint) -> str:
+    meta = blueprint.metadata
+    shape = ""
+    if meta is not None:
+        shape = (
+            f" A {meta.architecture} of {meta.layers} layers, width {meta.width}, {meta.heads} query and"
+            f" {meta.kv_heads} key-value heads of {meta.head_dim}, FFN {meta.ffn}, vocabulary {meta.vocab}:"
+        )
+    options = "\n".join(f"| {key} | {value} |" for key, value in record["options"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    counts = record["tensors"]
+    return f"""# Initial weights by {record["method"]}
+
+These are weights to start training from, **not a trained model**.{shape} {record["parameters"]:,} parameters.
+
+```
+{record["command"]}
+```
+
+- Method: `{record["method"]}`, {method.summary} ({_link(method.reference)}).
+- Seed {record["seed"]}. Tensors: {counts["sampled"]} from the method, {counts["defaulted"]} by the architecture's default initialisation.
+- Made with {versions}.
+{f"{chr(10)}| option | value |{chr(10)}|---|---|{chr(10)}{options}{chr(10)}" if options else ""}"""
+
+
+def _link(reference: str) -> str:
+    if reference[:4].isdigit():
+        return f"[arXiv:{reference}](https://arxiv.org/abs/{reference})"
+    return f"[{reference}](https://github.com/{reference})" if reference.count("/") == 1 else reference
+
+
+def _donors(record: dict[str, Any]) -> str:
+    if not record["donors"]:
+        return ""
+    rows = "\n".join(
+        f"| {d['name']} | {d['revision'] or '-'} | {d['license'] or 'unknown'} | `{d['sha256'][:16]}` |"
+        for d in record["donors"]
+    )
+    return f"""## Donors
+
+| donor | revision | licence | sha256 |
+|---|---|---|---|
+{rows}
+"""
+
+
+def _caveats(record: dict[str, Any]) -> str:
+    lines = ["- Train it before you use it, and compare it with the default initialisation at a tuned learning rate."]
+    if record["donors"]:
+        lines.append("- The weights derive from the donors above; their licences and the data they learned from apply.")
+    if any(not d["license"] for d in record["donors"]):
+        lines.append("- The licence of at least one donor is not known.")
+    return "\n".join(["## Before you use it", "", *lines, ""])

@@ -1,0 +1,265 @@
+"""`headstart generate`: a config and a method in, a folder that `AutoModelForCausalLM.from_pretrained` loads out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from headstart import card, methods
+from zoo.blueprint import Blueprint
+from zoo.errors import UserError, unknown
+from zoo.writer import new_folder, write_checkpoint
+
+if TYPE_CHECKING:
+    from zoo.sampler import Sampler
+    from zoo.store import Donor, Zoo
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PACKAGES = ("headstart", "torch", "transformers", "diffusers", "safetensors")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def generate(
+    target: str | Path | dict[str, Any],
+    method: str,
+    out: str | Path,
+    zoo: str | Path | None = None,
+    donor: str | None = None,
+    model: str | None = None,
+    settings: Sequence[str] = (),
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    plan: bool = False,
+    quiet: bool = False,
+    command: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> Path | dict[str, Any]:
+    """Fills the blueprint of `target` by `method` and writes the checkpoint folder `out`; returns its path.
+
+    target     a config.json, a folder that holds one, a hub id, or a parsed config
+    zoo        a zoo's folder; without one, `donor` is a checkpoint folder or a hub id
+    donor      the name of a donor (for methods that take one)
+    model      a trained pipeline or autoencoder, for methods that need one
+    settings   KEY=VALUE, the method's options
+    dtype      of the written tensors; else what the target's config says, else float32
+    plan       returns what would be read, downloaded and written (tensors, bytes), and does nothing
+    tokenizer  a folder or tokenizer.json to copy; else the target folder's, else the donors'
+
+    The tensors go to disk one at a time. Under several processes (`accelerate launch`) the first one does all of it
+    and the others return at once, so the output is that of one process. Raises UserError before any work is done
+    where the method lacks something or does not fit, and leaves nothing behind when it fails later.
+    """
+    out = Path(out)
+    cls = methods.get(method)
+    blueprint = Blueprint.from_config(target)
+    given = {"donor": donor, "model": model}
+    words = {"zoo": zoo, **given, "seed": seed, "dtype": dtype, "tokenizer": tokenizer}
+    sampler = configure(cls, settings, **given, device=device)
+    saved_as = _dtype(dtype, blueprint)
+    source = _source(zoo, donor, plan)
+    _check_needs(sampler, source, given)
+    vocabulary_from = _tokenizer_folder(tokenizer, target)
+    if vocabulary_from is not None and "tokenizer" in _fields(cls):
+        sampler = dataclasses.replace(sampler, tokenizer=str(vocabulary_from))
+    if plan:
+        return _plan(sampler, source, blueprint, out, saved_as)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return out
+    with new_folder(out) as folder:
+        sampler.fit(source, blueprint)
+        donors = [source.donor(name) for name in sampler.donors] if source is not None else []
+        counts = {"sampled": 0, "defaulted": 0}
+        write_checkpoint(folder, blueprint, complete(sampler, blueprint, seed, counts), dtype=saved_as)
+        vocabulary_from = vocabulary_from or _donor_tokenizer(donors)
+        if vocabulary_from is not None:
+            _copy_tokenizer(vocabulary_from, folder)
+        record = {
+            "method": method,
+            "options": sampler.options(),
+            "seed": seed,
+            "command": command or _command(target, method, out, settings, words),
+            "versions": versions(),
+            "donors": [
+                {"name": d.name, "revision": d.revision, "sha256": d.sha256, "license": d.license} for d in donors
+            ],
+            "tensors": counts,
+            "parameters": blueprint.parameters,
+        }
+        (folder / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "README.md").write_text(card.text(record, cls, blueprint))
+    return out
+
+
+def complete(
+    sampler: Sampler, blueprint: Blueprint, seed: int, counts: dict[str, int] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the blueprint, one at a time: what the fitted sampler yields, then the architecture's default
+    initialisation for what it leaves out. `counts` is told how many are `sampled` and `defaulted`."""
+    from baselines.default import Default
+
+    counts = {} if counts is None else counts
+    left = dict.fromkeys(blueprint.names)
+    for name, tensor in sampler.sample(blueprint, seed):
+        left.pop(name, None)
+        yield name, tensor
+    counts["sampled"], counts["defaulted"] = len(blueprint.names) - len(left), len(left)
+    if left:
+        log.info("%d of %d tensors keep the default initialisation: %s", len(left), len(blueprint.names), _some(left))
+    yield from Default().fill(blueprint, left, seed)
+
+
+def configure(cls: type[Sampler], settings: Sequence[str] = (), **given: Any) -> Sampler:
+    """An instance of a sampler from KEY=VALUE settings and from `given`, of which only the fields that the class
+    has, and that are not None, are used. Raises UserError for an unknown key or a value of the wrong type."""
+    fields = _fields(cls)
+    options = {key: value for key, value in given.items() if key in fields and value is not None}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write it as KEY=VALUE")
+        if key not in fields:
+            raise unknown(f"option of {cls.name}", key, fields)
+        options[key] = _parse(cls.name, key, value, str(fields[key].type))
+    return cls(**options)
+
+
+def _fields(cls: type[Sampler]) -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(cls) if f.init}
+
+
+def _parse(method: str, key: str, value: str, kind: str) -> Any:
+    """A value of the annotated type `kind`: bool, int, float or str, or one of them `| None`."""
+    if "None" in kind and value.lower() in ("none", ""):
+        return None
+    kind = kind.replace("| None", "").strip()
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    try:
+        if kind == "bool":
+            return words[value.lower()]
+        return {"int": int, "float": float}.get(kind, str)(value)
+    except (KeyError, ValueError):
+        raise UserError(f"--set {key}={value}: {method} wants a {kind} there") from None
+
+
+def versions() -> dict[str, str]:
+    """The versions that the output depends on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+            continue
+    return found
+
+
+def _dtype(asked: str | None, blueprint: Blueprint) -> torch.dtype:
+    config = blueprint.config or {}
+    name = asked or config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = str(name).removeprefix("torch.")
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return DTYPES[name]
+
+
+def _source(zoo: str | Path | None, donor: str | None, plan: bool) -> Zoo | None:
+    from zoo.store import Zoo
+
+    if zoo is not None:
+        return Zoo.open(zoo)
+    return None if donor is None else Zoo.single(donor)
+
+
+def _check_needs(sampler: Sampler, source: Zoo | None, given: dict[str, str | None]) -> None:
+    for need in sampler.needs:
+        if need in ("donor", "donors") and (source is None or not source.donors):
+            raise UserError(f"{sampler.name} needs {need.removesuffix('s')}s: give --zoo DIR, or --donor FOLDER")
+        if need == "model" and not getattr(sampler, "model", None):
+            raise UserError(f"{sampler.name} needs a trained model: give --model DIR (headstart train makes one)")
+    for key, value in given.items():
+        if value is not None and key not in _fields(type(sampler)):
+            raise UserError(f"{sampler.name} takes no --{key}: leave it out")
+
+
+def _tokenizer_folder(tokenizer: str | Path | None, target: str | Path | dict[str, Any]) -> Path | None:
+    """The folder of the tokenizer that is given, or that lies beside the target's config."""
+    if tokenizer is not None:
+        path = Path(tokenizer)
+        folder = path.parent if path.is_file() else path
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"{tokenizer}: no tokenizer.json there; save one with save_pretrained")
+        return folder
+    if isinstance(target, dict):
+        return None
+    path = Path(target)
+    folder = path if path.is_dir() else path.parent
+    return folder if path.exists() and (folder / "tokenizer.json").is_file() else None
+
+
+def _donor_tokenizer(donors: Sequence[Donor]) -> Path | None:
+    """The folder of the donors' tokenizer if they agree on one."""
+    found = [(d.folder, d.vocabulary()) for d in donors]
+    folders = [folder for folder, vocabulary in found if vocabulary is not None]
+    if not folders:
+        return None
+    if any(vocabulary != found[0][1] for _, vocabulary in found):
+        log.info("no tokenizer is copied: the donors have several; give --tokenizer")
+        return None
+    return folders[0]
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _plan(sampler: Sampler, source: Zoo | None, blueprint: Blueprint, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+    donors = [source.donor(name) for name in sampler.reads(source, blueprint)] if source is not None else []
+    read = [
+        {"name": d.name, "tensors": len(d.names), "bytes": sum(e.nbytes for e in d.entries.values())} for d in donors
+    ]
+    return {
+        "method": sampler.name,
+        "options": sampler.options(),
+        "read": {"donors": read, "tensors": sum(r["tensors"] for r in read), "bytes": sum(r["bytes"] for r in read)},
+        "download": {"tensors": 0, "bytes": 0},
+        "write": {
+            "folder": str(out),
+            "tensors": len(blueprint.names),
+            "bytes": blueprint.parameters * dtype.itemsize,
+            "parameters": blueprint.parameters,
+        },
+    }
+
+
+def _command(
+    target: str | Path | dict[str, Any], method: str, out: Path, settings: Sequence[str], given: dict[str, Any]
+) -> str:
+    """The command line that does what this call does."""
+    where = "config.json" if isinstance(target, dict) else str(target)
+    words = ["headstart", "generate", "--target", where, "--method", method, "--out", str(out)]
+    words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    words += [word for setting in settings for word in ("--set", setting)]
+    return shlex.join(words)
+
+
+def _some(names: dict[str, None], most: int = 3) -> str:
+    first = list(names)[:most]
+    return ", ".join(first) + (", …" if len(names) > most else "")
