@@ -1,4 +1,4 @@
-"""The architecture's own initialisation, one block at a time: the honest default, and the filler of every other method."""
+"""The architecture's own initialisation, one block at a time: the honest default, and the filler of every method."""
 
 from __future__ import annotations
 

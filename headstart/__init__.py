@@ -8,7 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {"Blueprint": ("zoo.blueprint", "Blueprint"), "samplers": ("headstart.samplers", None)}
-__all__ = ["Blueprint", "__version__", "samplers"]  # noqa: F822
+__all__ = ["Blueprint", "__version__", "samplers"]
 
 
 def __getattr__(name: str) -> Any:

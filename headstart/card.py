@@ -41,7 +41,8 @@ def _body(record: dict[str, Any], method: type[Sampler], blueprint: Blueprint) -
             f" A {meta.architecture} of {meta.layers} layers, width {meta.width}, {meta.heads} query and"
             f" {meta.kv_heads} key-value heads of {meta.head_dim}, FFN {meta.ffn}, vocabulary {meta.vocab}:"
         )
-    options = "\n".join(f"| {key} | {value} |" for key, value in record["options"].items())
+    rows = [f"| {key} | {value} |" for key, value in record["options"].items()]
+    options = "\n".join(["", "| option | value |", "|---|---|", *rows, ""]) if rows else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     counts = record["tensors"]
     return f"""# Initial weights by {record["method"]}
@@ -53,9 +54,9 @@ These are weights to start training from, **not a trained model**.{shape} {recor
 ```
 
 - Method: `{record["method"]}`, {method.summary} ({_link(method.reference)}).
-- Seed {record["seed"]}. Tensors: {counts["sampled"]} from the method, {counts["defaulted"]} by the architecture's default initialisation.
+- Seed {record["seed"]}. Tensors: {counts["sampled"]} from the method, {counts["defaulted"]} by the default initialisation.
 - Made with {versions}.
-{f"{chr(10)}| option | value |{chr(10)}|---|---|{chr(10)}{options}{chr(10)}" if options else ""}"""
+{options}"""
 
 
 def _link(reference: str) -> str:

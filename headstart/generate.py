@@ -73,7 +73,7 @@ def generate(
     words = {"zoo": zoo, **given, "seed": seed, "dtype": dtype, "tokenizer": tokenizer}
     sampler = configure(cls, settings, **given, device=device)
     saved_as = _dtype(dtype, blueprint)
-    source = _source(zoo, donor, plan)
+    source = _source(zoo, donor)
     _check_needs(sampler, source, given)
     vocabulary_from = _tokenizer_folder(tokenizer, target)
     if vocabulary_from is not None and "tokenizer" in _fields(cls):
@@ -178,12 +178,13 @@ def _dtype(asked: str | None, blueprint: Blueprint) -> torch.dtype:
     return DTYPES[name]
 
 
-def _source(zoo: str | Path | None, donor: str | None, plan: bool) -> Zoo | None:
+def _source(zoo: str | Path | None, donor: str | None) -> Zoo | None:
+    """The zoo, or a zoo of one where `donor` is a folder or a hub id and no zoo is given."""
+    if zoo is None and donor is None:
+        return None
     from zoo.store import Zoo
 
-    if zoo is not None:
-        return Zoo.open(zoo)
-    return None if donor is None else Zoo.single(donor)
+    return Zoo.open(zoo) if zoo is not None else Zoo.single(donor)
 
 
 def _check_needs(sampler: Sampler, source: Zoo | None, given: dict[str, str | None]) -> None:
