@@ -25,7 +25,7 @@ SIDE_FILES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """`entries` are the tensors on disk, by name, in the order of their files and offsets; no weight is read yet."""
 

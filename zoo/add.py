@@ -1,0 +1,256 @@
+"""Donors into the zoo: resolve, measure, copy, rename, and only then the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from zoo.checkpoint import Checkpoint, check_against_blueprint
+from zoo.errors import UserError
+from zoo.manifest import MANIFEST, ROWS, measure, merge, rows, write_rows
+from zoo.sources import Source, count_tensors, fetch, resolve
+from zoo.store import RECORD, content_hash, file_hash, read_record
+from zoo.writer import writing
+
+CHUNK = 1 << 22
+LOCK = ".lock"  # held while names are given and the manifest is written
+Stamps = dict[str, dict[str, Any]]  # file name -> {size, sha256}
+
+
+def add(
+    sources: list[str],
+    zoo: str | Path,
+    revision: str | None = None,
+    plan: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Puts checkpoints into the zoo at `zoo`, which is made if need be.
+
+    sources: folders and hub ids `org/name[@revision]`; revision: for the hub ids without one. shard (i, n): only
+    sources[i::n], for n processes side by side. plan: only say what would be done.
+
+    Returns for each source {source, name, revision, license, state, tensors, read, download, write}; the last three
+    in bytes, `state` is new or present for a plan, added or present otherwise. revision is the commit of a hub
+    source and `sha256:<content hash>` of a folder (None in the plan of one that has not been read).
+
+    All sources are resolved before the first is copied. A donor appears in models/ by a rename, complete; an
+    interrupted add leaves a hidden folder there, which the next one goes on with. Adding again changes nothing, and
+    restores files that were lost. UserError: anything wrong with a source, NaN or infinity, no room.
+    """
+    zoo = Path(zoo)
+    index, count = shard
+    if not 0 <= index < count:
+        raise UserError(f"--shard {index}/{count}: the first number counts from 0 to {count - 1}")
+    if zoo.exists() and not zoo.is_dir():
+        raise UserError(f"{zoo}: is a file; give a folder for the zoo")
+    resolved = [resolve(s, revision) for s in sources[index::count]]
+    for source in resolved:
+        if source.folder is not None:
+            check_against_blueprint(Checkpoint.open(source.folder))
+    if plan:
+        return [_plan(zoo, source) for source in resolved]
+    models = zoo / "models"
+    with writing(zoo):
+        models.mkdir(parents=True, exist_ok=True)
+    try:
+        return [_add(models, source, quiet) for source in resolved]
+    finally:
+        merge_manifest(zoo)
+
+
+def merge_manifest(zoo: Path) -> None:
+    """manifest.parquet from the donors that are complete. Processes that add side by side take turns here."""
+    with writing(zoo), _lock(zoo / "models" / LOCK):
+        parts = [p for p in (zoo / "models").glob(f"[!.]*/{ROWS}") if (p.parent / RECORD).exists()]
+        merge(parts, zoo / MANIFEST)
+
+
+def _plan(zoo: Path, source: Source) -> dict[str, Any]:
+    """Without reading weights: a folder is taken for present where a donor of one of its names has the same files of
+    the same sizes."""
+    name, record = None, None
+    for candidate in source.names:
+        home = zoo / "models" / candidate
+        if not home.exists():
+            name = name or candidate
+            continue
+        there = read_record(home)
+        sizes = {file: stamp["size"] for file, stamp in there["files"].items()}
+        if (
+            there["revision"] == source.commit
+            if source.commit
+            else sizes == {n: f.size for n, f in source.files.items()}
+        ):
+            name, record = candidate, there
+            break
+    missing = list(source.files) if record is None else _lost(zoo / "models" / str(name), record)
+    idle = record is not None and not missing and source.commit is not None
+    return {
+        "source": source.given,
+        "name": name,
+        "revision": record["revision"] if record else source.commit,
+        "license": record["license"] if record else source.license,
+        "state": "present" if record else "new",
+        "tensors": count_tensors(source),
+        "read": 0 if idle else source.size,
+        "download": 0 if idle else source.download,
+        "write": sum(source.files[f].size for f in missing),
+    }
+
+
+def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    home = _home(models, source, source.commit)
+    if home is not None and not _lost(home, read_record(home)):
+        return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
+
+    download = source.download
+    checkpoint, stamps = _fetched(source, quiet)
+    extra = check_against_blueprint(checkpoint)
+    if extra and not quiet:
+        print(f"{source.names[0]}: {len(extra)} tensors that its config does not know ({extra[0]}, …)", file=sys.stderr)
+    sha256 = content_hash(stamps)
+    revision = source.commit or f"sha256:{sha256}"
+    staging = models / f".{source.names[0]}-{sha256[:16]}"
+    lock = staging.with_name(f"{staging.name}.lock")
+    with writing(models), _lock(lock):  # of two processes with the same source, one waits and finds it present
+        home = _home(models, source, revision)
+        if home is not None:
+            _restore(home, checkpoint, read_record(home))
+            return _summary(source, home, "present", download)
+        _room(models, source.size)
+        measures = {}
+        total = source.size + sum(e.nbytes for e in checkpoint.entries.values())
+        with tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=quiet) as bar:
+            for entry in checkpoint.entries.values():
+                measures[entry.name] = measure(checkpoint, entry)
+                bar.update(entry.nbytes)
+            _stage(staging, checkpoint, stamps, bar.update)
+        with _lock(models / LOCK):
+            name = next((n for n in source.names if not (models / n).exists()), None)
+            if name is None:
+                raise UserError(f"{source.given}: all its names are taken in {models}; rename the folder")
+            write_rows(staging / ROWS, rows(checkpoint, name, revision, source.license, measures))
+            record = {"source": source.given, "revision": revision, "license": source.license}
+            _json(staging / RECORD, {**record, "sha256": sha256, "files": stamps})
+            home = staging.rename(models / name)
+    return _summary(source, home, "added", download)
+
+
+def _home(models: Path, source: Source, revision: str | None) -> Path | None:
+    """Where the source at this revision lies in the zoo already."""
+    for name in source.names if revision else ():
+        if (models / name).exists() and read_record(models / name)["revision"] == revision:
+            return models / name
+    return None
+
+
+def _lost(home: Path, record: dict[str, Any]) -> list[str]:
+    """The donor's files that are gone or cut; their bytes are the business of `verify`."""
+
+    def whole(file: str, size: int) -> bool:
+        return (home / file).is_file() and (home / file).stat().st_size == size
+
+    return [file for file, stamp in record["files"].items() if not whole(file, stamp["size"])]
+
+
+def _fetched(source: Source, quiet: bool) -> tuple[Checkpoint, Stamps]:
+    """The source's files on this machine, and their hashes; what the hub says of them is checked, and a file that
+    came otherwise is fetched once more."""
+    for again in (False, True):
+        folder = fetch(source, quiet, force=again)
+        stamps: Stamps = {
+            f: {"size": (folder / f).stat().st_size, "sha256": file_hash(folder / f)} for f in source.files
+        }
+        found = {f: said.problem(folder / f, str(stamps[f]["sha256"])) for f, said in source.files.items()}
+        problems = [f"{f} {problem}" for f, problem in found.items() if problem]
+        if not problems:
+            checkpoint = Checkpoint.open(folder)
+            return checkpoint, {f: stamps[f] for f in checkpoint.files}
+        if source.folder is not None:
+            break
+    raise UserError(f"{source.given}: {problems[0]}; it changes while it is read or arrives damaged, try again later")
+
+
+def _stage(staging: Path, checkpoint: Checkpoint, stamps: Stamps, tick: Callable[[int], object]) -> None:
+    """Copies the files; those that an interrupted add has left whole are kept. Any error but an interruption removes
+    the folder."""
+    staging.mkdir(exist_ok=True)
+    try:
+        for file, stamp in stamps.items():
+            _copy(checkpoint.folder / file, staging / file, stamp, tick)
+    except Exception:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _copy(source: Path, target: Path, stamp: dict[str, Any], tick: Callable[[int], object] = lambda n: None) -> None:
+    if target.exists() and target.stat().st_size == stamp["size"] and file_hash(target) == stamp["sha256"]:
+        tick(stamp["size"])
+        return
+    partial = target.with_name(f".{target.name}.part")
+    digest = hashlib.sha256()
+    try:
+        with source.open("rb") as f, partial.open("wb") as out:
+            while raw := f.read(CHUNK):
+                digest.update(raw)
+                out.write(raw)
+                tick(len(raw))
+        if digest.hexdigest() != stamp["sha256"]:
+            raise UserError(f"{source}: changed while it was read; add it again when it is at rest")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _restore(home: Path, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
+    """Puts back what the donor has lost since it was added."""
+    for file in _lost(home, record):
+        _copy(checkpoint.folder / file, home / file, record["files"][file])
+    if not (home / ROWS).exists():
+        measures = {e.name: measure(checkpoint, e) for e in checkpoint.entries.values()}
+        write_rows(home / ROWS, rows(checkpoint, home.name, record["revision"], record["license"], measures))
+
+
+def _room(models: Path, need: int) -> None:
+    free = shutil.disk_usage(models).free
+    if free < need:
+        raise UserError(f"{models}: {need} bytes are needed and {free} are free; make room or choose another place")
+
+
+def _summary(source: Source, home: Path, state: str, download: int) -> dict[str, Any]:
+    record = read_record(home)
+    weights = sum(1 for _ in Checkpoint.open(home).entries)
+    return {
+        "source": source.given,
+        "name": home.name,
+        "revision": record["revision"],
+        "license": record["license"],
+        "state": state,
+        "tensors": weights,
+        "read": source.size,
+        "download": download,
+        "write": source.size if state == "added" else 0,
+    }
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    from huggingface_hub.utils import WeakFileLock
+
+    with WeakFileLock(path):
+        yield
+    if path.name != LOCK:  # who waited for it looks again at what is there, so nobody needs the file
+        path.unlink(missing_ok=True)
+
+
+def _json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,354 @@
+"""Where a donor comes from: a folder, or a repository of the hub at a commit."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zoo.checkpoint import SIDE_FILES, Checkpoint
+from zoo.errors import UserError
+from zoo.safe import INDEX, PICKLES, read_index, refuse_pickle
+from zoo.writer import writing
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+T = TypeVar("T")
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try, where the server names none
+LONGEST_WAIT = 300.0
+
+
+@dataclass(frozen=True)
+class File:
+    """What a source says of one of its files before it is read; the hub knows a hash: sha256 of an LFS file, git's
+    blob hash of a small one."""
+
+    size: int
+    sha256: str | None = None
+    blob: str | None = None
+
+    def problem(self, path: Path, sha256: str) -> str | None:
+        """Why `path`, whose hash is `sha256`, is not this file, or None."""
+        size = path.stat().st_size
+        if size != self.size:
+            return f"has {size} bytes instead of {self.size}"
+        if self.sha256 is not None and sha256 != self.sha256:
+            return f"has sha256 {sha256} instead of {self.sha256}"
+        if self.sha256 is None and self.blob is not None:
+            data = path.read_bytes()
+            if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != self.blob:
+                return f"is not git blob {self.blob}"
+        return None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved source; nothing of it is in the zoo yet."""
+
+    given: str  # what to give to `zoo add` to get the same again
+    names: tuple[str, ...]  # what the donor may be called, the first that is free
+    license: str
+    files: dict[str, File]
+    folder: Path | None = None  # of a folder
+    repo: str | None = None  # of a hub repository, with its commit
+    commit: str | None = None
+    cached: frozenset[str] = frozenset()  # files that need no download
+
+    @property
+    def size(self) -> int:
+        return sum(f.size for f in self.files.values())
+
+    @property
+    def download(self) -> int:
+        return 0 if self.repo is None else sum(f.size for n, f in self.files.items() if n not in self.cached)
+
+
+def resolve(source: str, revision: str | None = None) -> Source:
+    """A folder, or a hub id `org/name[@revision]` with its revision resolved to a commit. Reads headers and metadata
+    only. UserError for what is neither, or cannot be used."""
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{source}: is a folder, which has no revision {revision!r}; leave --revision out")
+        return _folder(path)
+    if path.exists():
+        refuse_pickle(path)
+        raise UserError(f"{source}: is a file; give the folder that holds it")
+    if not HUB_ID.fullmatch(source):
+        raise UserError(f"{source}: no such folder, and no hub id of the form org/name or org/name@revision")
+    repo, _, at = source.partition("@")
+    if at and revision is not None and at != revision:
+        raise UserError(f"{source}: names a revision, and --revision another ({revision}); give one of them")
+    return _hub(repo, at or revision)
+
+
+def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
+    """The folder with the source's files: its own, or the snapshot in the hub's cache, downloaded as far as it is not
+    there (`force`: even then)."""
+    if source.folder is not None:
+        return source.folder
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    repo, commit = source.repo, source.commit
+    assert repo is not None
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})
+
+    with writing(Path(constants.HF_HUB_CACHE)):
+        folder = _patiently(
+            lambda: snapshot_download(
+                repo,
+                revision=commit,
+                allow_patterns=[glob.escape(name) for name in source.files],
+                force_download=force,
+                tqdm_class=Silent if quiet else None,
+            ),
+            f"{repo}@{commit}",
+        )
+    return Path(folder)
+
+
+def count_tensors(source: Source) -> int:
+    """How many tensors a source holds, from headers and index alone (of a hub file, its first bytes)."""
+    if source.folder is not None:
+        return len(Checkpoint.open(source.folder).entries)
+    from huggingface_hub import HfApi, hf_hub_download
+
+    what = f"{source.repo}@{source.commit}"
+    repo, commit = source.repo, source.commit
+    assert repo is not None
+    if INDEX in source.files:
+        return len(read_index(Path(_patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what))))
+    weights = next(n for n in source.files if n.endswith(".safetensors"))
+    header = _patiently(lambda: HfApi().parse_safetensors_file_metadata(repo, weights, revision=commit), what)
+    return len(header.tensors)
+
+
+def _folder(path: Path) -> Source:
+    checkpoint = Checkpoint.open(path)
+    parts = [safe_name(p) for p in path.resolve().parts[1:]]
+    names = tuple("--".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    files = {name: File((path / name).stat().st_size) for name in checkpoint.files}
+    return Source(str(path.resolve()), names, folder_license(path), files, folder=path)
+
+
+def safe_name(name: str) -> str:
+    """A donor's name out of a folder's name or hub id: letters, digits and ._-@, not hidden."""
+    return re.sub(r"[^\w.@-]+", "-", name.replace("/", "--"), flags=re.ASCII).lstrip(".-") or "donor"
+
+
+def folder_license(folder: Path) -> str:
+    """`license:` of README.md's front matter, else `see LICENSE` where there is such a file, else `unknown`."""
+    from huggingface_hub import metadata_load
+
+    readme = folder / "README.md"
+    if readme.is_file() and readme.stat().st_size < 10_000_000:
+        try:
+            found = (metadata_load(readme) or {}).get("license")
+        except Exception:  # front matter that is no YAML: people write anything there, and it only says the licence
+            found = None
+        if found:
+            return _license(found)
+    files = sorted(p.name for p in folder.iterdir() if p.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")))
+    return f"see {files[0]}" if files else "unknown"
+
+
+def _license(value: object) -> str:
+    return " or ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _hub(repo: str, revision: str | None) -> Source:
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    what = repo if revision is None else f"{repo}@{revision}"
+    if constants.HF_HUB_OFFLINE:
+        return _cached(repo, revision or "main", what)
+    info: ModelInfo = _patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
+    assert info.sha is not None
+    sizes = {s.rfilename: _file(s) for s in info.siblings or ()}
+    names = _wanted(repo, info.sha, sizes, what)
+    found = {name: try_to_load_from_cache(repo, name, revision=info.sha) for name in names}
+    tagged = next((t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")), None)
+    card = info.card_data.get("license") if info.card_data is not None else None
+    return Source(
+        f"{repo}@{info.sha}",
+        _hub_names(repo, info.sha),
+        _license(card or tagged or "unknown"),
+        {name: sizes[name] for name in names},
+        repo=repo,
+        commit=info.sha,
+        cached=frozenset(name for name, path in found.items() if isinstance(path, str)),
+    )
+
+
+def _hub_names(repo: str, commit: str) -> tuple[str, ...]:
+    return safe_name(repo), f"{safe_name(repo)}@{commit[:8]}", f"{safe_name(repo)}@{commit}"
+
+
+def _file(sibling: RepoSibling) -> File:
+    return File(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
+
+
+def _wanted(repo: str, commit: str, sizes: dict[str, File], what: str) -> list[str]:
+    """The files of a repository that make its checkpoint: safetensors and JSON at the top, nothing else."""
+    from huggingface_hub import hf_hub_download
+
+    if "config.json" not in sizes:
+        raise UserError(f"{what}: has no config.json; give a model repository in Hugging Face layout")
+    side = [n for n in SIDE_FILES if n in sizes and n != "facts.json"]
+    if "tokenizer.json" not in sizes and "tokenizer.model" in sizes:
+        side.append("tokenizer.model")
+    if "model.safetensors" in sizes:
+        return [*side, "model.safetensors"]
+    if INDEX in sizes:
+        index = _patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what)
+        shards = sorted(set(read_index(Path(index)).values()))
+        lost = [s for s in shards if s not in sizes]
+        if lost:
+            raise UserError(f"{what}: its index names {lost[0]!r}, which is not there; give another revision")
+        return [*side, INDEX, *shards]
+    weights = [n for n in sizes if n.endswith(".safetensors") and "/" not in n]
+    if len(weights) == 1:
+        return [*side, *weights]
+    pickles = sorted(n for n in sizes if n.endswith(PICKLES))
+    if not weights and pickles:
+        raise UserError(
+            f"{what}: has only pickles ({pickles[0]}), which can run code when loaded; convert it to safetensors"
+        )
+    raise UserError(f"{what}: has {len(weights)} safetensors files and no {INDEX}; give another repository")
+
+
+def _cached(repo: str, revision: str, what: str) -> Source:
+    """The source as the hub's cache has it, for runs without network."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(
+        _patiently(
+            lambda: snapshot_download(
+                repo, revision=revision, allow_patterns=["config.json", INDEX], local_files_only=True
+            ),
+            what,
+        )
+    )
+    try:
+        found = _folder(folder)
+    except UserError as error:
+        raise UserError(f"{what}: offline, and the local cache holds only a part of it ({error})") from error
+    commit = folder.name
+    return Source(
+        f"{repo}@{commit}",
+        _hub_names(repo, commit),
+        found.license,
+        found.files,
+        repo=repo,
+        commit=commit,
+        cached=frozenset(found.files),
+    )
+
+
+def _patiently(call: Callable[[], T], what: str) -> T:
+    """Calls the hub; what passes by itself (too many requests, server errors, lost connections, short bodies) is tried
+    again after the server's Retry-After or a growing wait, what the user can mend becomes a UserError.
+
+    huggingface_hub retries by itself inside a download, and resumes a body that broke off, but neither its model_info
+    nor the server errors at the start of a file.
+    """
+    waits = iter(WAITS)
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            wait = next(waits, None) if _transient(error) else None
+            if wait is None:
+                raise _mendable(error, what) or error from error
+            time.sleep(min(_retry_after(error, wait), LONGEST_WAIT))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it: the hub's client wraps the reason in an error about its cache."""
+    while error is not None:
+        yield error
+        error = error.__cause__  # type: ignore[assignment]
+
+
+def _status(error: BaseException) -> int | None:
+    responses = (getattr(e, "response", None) for e in _chain(error))
+    return next((r.status_code for r in responses if r is not None), None)
+
+
+def _transient(error: BaseException) -> bool:
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    if any(isinstance(e, OfflineModeIsEnabled) for e in _chain(error)):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status in TRANSIENT
+    return any(isinstance(e, HTTPError) or "Consistency check failed" in str(e) for e in _chain(error))
+
+
+def _retry_after(error: BaseException, otherwise: float) -> float:
+    for e in _chain(error):
+        value = getattr(getattr(e, "response", None), "headers", {}).get("Retry-After", "")
+        if value.isdigit():
+            return float(value)
+    return otherwise
+
+
+def _mendable(error: BaseException, what: str) -> UserError | None:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    chain = list(_chain(error))
+    status = _status(error)
+    hub = constants.ENDPOINT
+
+    def has(kind: type | tuple[type, ...]) -> bool:
+        return any(isinstance(e, kind) for e in chain)
+
+    if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in chain):
+        return None  # `writing` has the words for it
+    if constants.HF_HUB_OFFLINE and has((OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        return UserError(f"{what}: is not in the local cache, and HF_HUB_OFFLINE is set; unset it, or fetch it online")
+    if has(GatedRepoError) or status == 403:
+        return UserError(f"{what}: access is restricted; ask for it on {hub} and log in with `hf auth login`")
+    if has(RevisionNotFoundError):
+        return UserError(f"{what}: the repository has no such revision; look at its branches and tags on {hub}")
+    if has(RepositoryNotFoundError) or status in (401, 404):
+        return UserError(f"{what}: no such model on {hub}, or a private one; check the id, or `hf auth login`")
+    if has(HFValidationError):
+        return UserError(f"{what}: is not a hub id; give org/name or org/name@revision")
+    if status is not None:
+        return UserError(f"{what}: {hub} answered {status} again and again; try again later")
+    if has(HTTPError):
+        return UserError(
+            f"{what}: cannot reach {hub} ({type(chain[-1]).__name__}); check the network, or set HF_HUB_OFFLINE=1 "
+            "to use the local cache"
+        )
+    if any("Consistency check failed" in str(e) for e in chain):
+        return UserError(f"{what}: a download broke off again and again; try again later")
+    if has((LocalEntryNotFoundError, EntryNotFoundError)):
+        return UserError(f"{what}: cannot be fetched and is not in the local cache; check the network and try again")
+    return None

@@ -1,0 +1,194 @@
+"""The zoo: a folder of donors and the manifest that describes their tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from zoo.checkpoint import Checkpoint
+from zoo.errors import UserError, unknown
+from zoo.manifest import MANIFEST, ROWS, read_rows
+from zoo.safe import read_json
+
+# Written last into a donor's folder: {source, revision, license, sha256, files: {name: {size, sha256}}}.
+RECORD = "donor.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Donor(Checkpoint):
+    """A checkpoint of a zoo."""
+
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        record = read_record(Path(folder))
+        base = Checkpoint.open(folder)
+        return cls(base.folder, base.config, base.entries, base.files, record)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def revision(self) -> str:
+        return self.record["revision"]
+
+    @property
+    def license(self) -> str:
+        return self.record["license"]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its files: their names and hashes, sorted."""
+        return self.record["sha256"]
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """The donors of the manifest. A folder under models/ that the manifest does not list is none of them."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """UserError where there is no zoo."""
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise UserError(f"{path}: is no zoo (no {MANIFEST}); fill one with `headstart zoo add` or `zoo train`")
+        return cls(path)
+
+    @cached_property
+    def manifest(self) -> pa.Table:
+        """One row per tensor: the columns of zoo.manifest.SCHEMA."""
+        return read_rows(self.path / MANIFEST)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(set(self.manifest["model"].to_pylist())))
+
+    @cached_property
+    def donors(self) -> tuple[Donor, ...]:
+        """All donors, sorted by name."""
+        return tuple(Donor.open(self.path / "models" / name) for name in self.names)
+
+    def donor(self, name: str) -> Donor:
+        if name not in self.names:
+            raise unknown(f"donor in {self.path}", name, self.names)
+        return next(d for d in self.donors if d.name == name)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """`headstart zoo list --json`: [{name, revision, license, architecture, parameters, tensors, roles}]."""
+        by_model: dict[str, list[dict[str, Any]]] = {name: [] for name in self.names}
+        for row in self.manifest.select(["model", "revision", "license", "role"]).to_pylist():
+            by_model[row["model"]].append(row)
+        return [
+            {
+                "name": d.name,
+                "revision": by_model[d.name][0]["revision"],
+                "license": by_model[d.name][0]["license"],
+                "architecture": d.config.get("model_type", "unknown"),
+                "parameters": d.parameters,
+                "tensors": len(by_model[d.name]),
+                "roles": dict(sorted(Counter(row["role"] for row in by_model[d.name]).items())),
+            }
+            for d in self.donors
+        ]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """donor.json of a donor's folder. UserError where it is missing or is none."""
+    record = read_json(folder / RECORD)
+    files = record.get("files")
+    strings = all(isinstance(record.get(k), str) for k in ("source", "revision", "license", "sha256"))
+    if not strings or not isinstance(files, dict) or not all(_stamp(v) for v in files.values()):
+        raise UserError(f"{folder / RECORD}: is not a donor's record; remove {folder} and add the donor again")
+    return record
+
+
+def content_hash(files: dict[str, dict[str, Any]]) -> str:
+    """sha256 over the sorted lines `hash  name` (the format of sha256sum) of a checkpoint's files."""
+    lines = "".join(f"{stamp['sha256']}  {name}\n" for name, stamp in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def verify(path: str | Path) -> list[str]:
+    """Reads every byte of the zoo again and compares it with manifest and records. Returns the problems, one line
+    each: which donor, which file or tensor, what to do. Empty: all is as it was added."""
+    zoo = Zoo.open(path)
+    return [line for name in zoo.names for line in _verify_donor(zoo, name)]
+
+
+def notes(path: str | Path) -> list[str]:
+    """What lies in the zoo's models/ and belongs to no donor: harmless, and maybe unexpected."""
+    zoo = Zoo.open(path)
+    found = []
+    for folder in sorted((zoo.path / "models").iterdir()):
+        if folder.name.startswith("."):
+            if folder.is_dir():
+                found.append(f"{folder}: an add that was interrupted; run it again, or remove the folder")
+        elif folder.name not in zoo.names:
+            found.append(f"{folder}: is not in the manifest")
+        elif (folder / RECORD).is_file():
+            known = {*read_json(folder / RECORD).get("files", ()), RECORD, ROWS}
+            found += [f"{p}: belongs to no donor" for p in sorted(folder.iterdir()) if p.name not in known]
+    return found
+
+
+def _verify_donor(zoo: Zoo, name: str) -> Iterator[str]:
+    folder = zoo.path / "models" / name
+    table = zoo.manifest.filter(pc.equal(zoo.manifest["model"], name))
+    try:
+        record = read_record(folder)
+    except UserError as error:
+        yield f"{name}: {error}; remove {folder} and add the donor again"
+        return
+    again = f"remove that file and run `headstart zoo add {record['source']}` again"
+    if record["sha256"] != content_hash(record["files"]) or table["revision"][0].as_py() != record["revision"]:
+        yield f"{name}: {RECORD} does not agree with itself or the manifest; remove {folder} and add the donor again"
+    for file, stamp in sorted(record["files"].items()):
+        path = folder / file
+        if not path.is_file():
+            yield f"{name}: {path} is missing; run `headstart zoo add {record['source']}` again"
+        elif path.stat().st_size != stamp["size"]:
+            yield f"{name}: {path} has {path.stat().st_size} bytes and was added with {stamp['size']}; {again}"
+        elif file_hash(path) != stamp["sha256"]:
+            rows = table.filter(pc.equal(table["file"], file)).to_pylist()
+            wrong = [row["tensor"] for row in rows if _hash_range(path, row) != row["sha256"]]
+            where = f"in tensor {', '.join(map(repr, wrong))}" if wrong else "outside its tensors"
+            yield f"{name}: {path} is not what was added (changed {where}); {again}"
+    try:
+        part = read_rows(folder / ROWS)
+        agrees = part.equals(table)
+    except UserError:
+        agrees = False
+    if not agrees:
+        yield f"{name}: {folder / ROWS} is missing or disagrees with the manifest; remove {folder} and add it again"
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _hash_range(path: Path, row: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        f.seek(row["offset"])
+        left = row["nbytes"]
+        while left and (raw := f.read(min(left, 1 << 20))):
+            digest.update(raw)
+            left -= len(raw)
+    return digest.hexdigest()
+
+
+def _stamp(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("size"), int) and isinstance(value.get("sha256"), str)
