@@ -1,0 +1,58 @@
+"""A zoo of one: a checkpoint folder or a hub id that a command is given instead of a zoo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from zoo.checkpoint import Checkpoint, check_against_blueprint
+from zoo.sources import Source, fetch, resolve
+from zoo.store import RECORD, Donor, Zoo, content_hash, file_hash
+
+
+class Lone(Donor):
+    """A donor outside a zoo: its record is made on the spot, its name is that of its source."""
+
+    @property
+    def name(self) -> str:
+        return self.record["name"]
+
+
+@dataclass(frozen=True)
+class Single(Zoo):
+    """The zoo that holds this one donor; `path` is the donor's folder."""
+
+    only: Donor
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return (self.only.name,)
+
+    @cached_property
+    def donors(self) -> tuple[Donor, ...]:
+        return (self.only,)
+
+
+def single(source: str | Path | Source, quiet: bool = False) -> Single:
+    """source: a folder or a hub id (org/name[@revision]), fetched if need be. UserError as for `zoo add`."""
+    resolved = source if isinstance(source, Source) else resolve(str(source))
+    folder = fetch(resolved, quiet)
+    checkpoint = Checkpoint.open(folder)
+    check_against_blueprint(checkpoint)
+    files = {n: {"size": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in checkpoint.files}
+    sha256 = content_hash(files)
+    record = {
+        "name": resolved.repo or resolved.names[0],
+        "source": resolved.given,
+        "revision": resolved.commit or f"sha256:{sha256}",
+        "license": resolved.license,
+        "sha256": sha256,
+        "files": files,
+    }
+    return Single(folder, Lone(folder, checkpoint.config, checkpoint.entries, checkpoint.files, record))
+
+
+def open_donor(folder: str | Path) -> Donor:
+    """The donor that lies in a folder, whether a zoo recorded it or not."""
+    return Donor.open(folder) if (Path(folder) / RECORD).is_file() else single(folder).only
