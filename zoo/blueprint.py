@@ -31,12 +31,14 @@ class Blueprint:
     metadata  the architecture in numbers, None where no config describes it
     config    the parsed config.json, None where there is none
     ties      name that is not on disk -> disk name of the tensor that it shares
+    module    what `from_module` was given, whose classes know the default initialisation
     """
 
     specs: tuple[TensorSpec, ...]
     metadata: Metadata | None = None
     config: dict[str, Any] | None = None
     ties: dict[str, str] = field(default_factory=dict)
+    module: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_config(cls, source: str | Path | Mapping[str, Any]) -> Blueprint:
@@ -60,7 +62,7 @@ class Blueprint:
 
         config = getattr(module, "config", None)
         if isinstance(module, PreTrainedModel):
-            return _of_model(module, _as_json(module.config))
+            return replace(_of_model(module, _as_json(module.config)), module=module)
         metadata = metadata_of(config) if isinstance(config, PretrainedConfig) else None
         data = _as_json(config) if isinstance(config, PretrainedConfig) else None
         tensors = dict(module.named_parameters())
@@ -68,7 +70,7 @@ class Blueprint:
         every = module.named_parameters(remove_duplicate=False)
         ties = {name: first[id(p)] for name, p in every if name not in tensors}
         origin = {name: name for name in tensors}
-        return _assigned(module, tensors, origin, metadata, data, ties)
+        return replace(_assigned(module, tensors, origin, metadata, data, ties), module=module)
 
     @cached_property
     def _by_name(self) -> dict[str, TensorSpec]:
