@@ -6,13 +6,13 @@ import copy
 import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from zoo.blueprint import Blueprint, meta_model
-from zoo.errors import UserError
+from zoo.blueprint import Blueprint, meta_model, to_disk
+from zoo.configs import parse
 from zoo.sampler import Sampler, option
 from zoo.streams import stream_seed
 
@@ -63,13 +63,11 @@ class Default(Sampler):
 
 
 def empty_model(blueprint: Blueprint) -> nn.Module:
-    """The model that a blueprint describes, on the meta device. Raises UserError for a blueprint without a config."""
-    from transformers import AutoConfig
-
-    if blueprint.config is None:
-        raise UserError("the default initialisation needs a config: this blueprint has none")
-    rest = {k: v for k, v in blueprint.config.items() if k != "model_type"}
-    return meta_model(AutoConfig.for_model(blueprint.config["model_type"], **rest))
+    """The model that a blueprint describes: its own module, or that of its config on the meta device."""
+    if blueprint.module is not None:
+        return blueprint.module
+    assert blueprint.config is not None  # a blueprint comes from a config or a module
+    return meta_model(parse(blueprint.config))
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -105,9 +103,9 @@ def _shallow(module: nn.Module) -> nn.Module:
 def initialised(model: nn.Module, block: nn.Module, owner: nn.Module, name: str, seed: int) -> dict[str, Tensor]:
     """A copy of `block` on the CPU in float32, initialised under the stream (seed, name) -> its persistent tensors."""
     twin = copy.deepcopy(block)
-    for module in twin.modules():  # transformers skips what it has seen
-        module.__dict__.pop("_is_hf_initialized", None)
     twin = twin.float().to_empty(device="cpu")
+    for seen in (*twin.modules(), *twin.parameters()):  # transformers skips what it has initialised before
+        seen.__dict__.pop("_is_hf_initialized", None)
     with torch.no_grad():
         for tensor in twin.state_dict().values():
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
@@ -121,7 +119,7 @@ def initialised(model: nn.Module, block: nn.Module, owner: nn.Module, name: str,
         log.info("%s%s is initialised by its constructor only: building the whole model for it", name, bare[0])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "default/"))
-            whole = type(model)(copy.deepcopy(model.config)).float().state_dict()  # type: ignore[operator]
+            whole = type(model)(copy.deepcopy(model.config)).float().state_dict()  # type: ignore[call-arg]
         state |= {k: whole[name + k] for k in bare}
     return state
 
@@ -139,12 +137,8 @@ def _initialise(module: nn.Module, owner: nn.Module) -> None:
 
 def disk_state(model: nn.Module, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names and tensors of a block in memory -> as on disk (Mixtral's experts are fused in memory only)."""
-    full: dict[str, Any] = {prefix + name: tensor for name, tensor in state.items()}
-    if not hasattr(model, "save_pretrained"):
-        return full
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, full)  # type: ignore[arg-type]
+    full = {prefix + name: tensor for name, tensor in state.items()}
+    return to_disk(model, full) if hasattr(model, "save_pretrained") else full  # type: ignore[arg-type]
 
 
 def disk_names(model: nn.Module, prefix: str, block: nn.Module) -> list[str]:

@@ -34,29 +34,34 @@ class Maps:
     heads: tuple[Axis, ...]  # per layer of the target, over heads x head_dim flattened
     kv_heads: tuple[Axis, ...]  # likewise
     ffn: tuple[Axis, ...]  # per layer of the target
+    expert_ffn: tuple[Axis, ...]  # likewise, shared by the experts of a layer; empty without experts
     head_dim: Axis
     vocab: Axis
     position: Axis = field(default_factory=lambda: Axis(torch.empty(0, dtype=torch.long)))
     experts: tuple[int, ...] = ()  # the donor's expert of each of the target's
     embed_scale: float = 1.0  # multiplies the token embedding
 
-    def axis(self, name: str, layer: int | None) -> Axis:
+    def axis(self, name: str, layer: int | None = None, expert: bool = False) -> Axis:
         """The map of an axis (of zoo.tensors.AXES) in a layer of the target."""
-        found = getattr(self, name)
-        return found[layer] if isinstance(found, tuple) else found
+        found = getattr(self, "expert_ffn" if expert and name == "ffn" else name)
+        if isinstance(found, Axis):
+            return found
+        assert layer is not None
+        return found[layer]
 
 
-def take(matrix: Tensor, part: Part, maps: Maps, layer: int | None) -> Tensor:
+def take(matrix: Tensor, part: Part, maps: Maps, layer: int | None, expert: bool = False) -> Tensor:
     """The target's part from the donor's: gathers every axis by its map, and scales the columns of what reads a
     hidden space (every matrix but an embedding, whose rows are written to the stream).
 
-    matrix: the donor's logical matrix [out, in], bias or gain; part: the target's; layer: the target's."""
+    matrix: the donor's logical matrix [out, in], bias or gain; part: the target's; layer: the target's; expert:
+    whether it belongs to one."""
     for dim, name in enumerate(part.axes):
-        matrix = matrix.index_select(dim, maps.axis(name, layer).index)
+        matrix = matrix.index_select(dim, maps.axis(name, layer, expert).index)
     if part.role == "embed":
         return matrix * maps.embed_scale if part.axes[0] == "vocab" else matrix
     if len(part.axes) == 2:
-        matrix = matrix * torch.as_tensor(maps.axis(part.axes[1], layer).scale, dtype=matrix.dtype)
+        matrix = matrix * torch.as_tensor(maps.axis(part.axes[1], layer, expert).scale, dtype=matrix.dtype)
     return matrix
 
 
@@ -93,15 +98,14 @@ def even_layers(t: int, s: int) -> tuple[int, ...]:
     return tuple(torch.linspace(0, t - 1, s).round().long().tolist())
 
 
-def rope_pairs(t: int, s: int, rotary: float | None) -> Tensor:
+def rope_pairs(t: int, s: int, rotary: int) -> Tensor:
     """[s] int64: the coordinates of a head that a narrower head keeps: every (t / s)-th, in both halves of the part
     that is rotated (i and i + half are one pair), so that the frequencies of the pairs kept are those of the target.
 
-    rotary: the share of a head that is rotated, None for no rotation. Raises UserError where t / s is no integer or
-    does not divide the halves."""
+    rotary: how many of the donor's coordinates are rotated, the first ones. Raises UserError where t / s is no
+    integer or does not divide the halves."""
     stride, rest = divmod(t, s)
-    turned = int(t * rotary) if rotary is not None else 0
-    if rest or turned % (2 * stride):
+    if rest or rotary % (2 * stride):
         raise UserError(f"head_dim {t} does not shrink to {s} by a whole stride")
     return torch.arange(s) * stride
 

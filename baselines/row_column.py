@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from baselines.index_maps import Axis, Maps, even_layers, head_axes, multiplicity, random_subset, spread_queries
-from baselines.transfer import Transfer, table_axes, transfer
+from baselines.transfer import Transfer, expert_ffn, table_axes, transfer
 from zoo.blueprint import Blueprint
 from zoo.sampler import option
 from zoo.streams import stream
@@ -81,16 +81,20 @@ class RowColumn(Transfer):
         tables: dict[str, Any] = table_axes(self.source, blueprint, self.rows(blueprint))
         per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
         residual = axis(source.width, target.width)
-        heads, kv_heads, ffn = [], [], []
+        heads, kv_heads, ffn, experts = [], [], [], []
         for _ in range(target.layers):
             groups = index(source.kv_heads, target.kv_heads)
             h, kv = head_axes(source, groups, spread_queries(groups, per_group, wanted), tables["head_dim"].index)
             heads.append(Axis(h.index, self._scale(h.index, source.heads, target.heads)))
             kv_heads.append(kv)
             ffn.append(axis(source.ffn, target.ffn))
+            if target.experts:
+                experts.append(axis(expert_ffn(source), expert_ffn(target)))
         layers = self._layers(source, target)
         scale = self._embed_scale(source, target)
-        return Maps(layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), embed_scale=scale, **tables)
+        return Maps(
+            layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), embed_scale=scale, **tables
+        )
 
     def _scale(self, index: Tensor, n: int, N: int) -> Tensor | float:
         """What the readers of a space of n donor units and N target units multiply their columns by."""
@@ -100,8 +104,8 @@ class RowColumn(Transfer):
 
     def _embed_scale(self, source: Metadata, target: Metadata) -> float:
         """Gemma multiplies its embeddings by sqrt(width): undone, so that the stream keeps the donor's values."""
-        grown = self.scale == "1/multiplicity" and target.architecture.startswith("gemma")
-        return math.sqrt(source.width / target.width) if grown else 1.0
+        before, after = (float(str(m.extra.get("embed_scale", 1.0))) for m in (source, target))
+        return before / after if self.scale == "1/multiplicity" else 1.0
 
     def _layers(self, source: Metadata, target: Metadata) -> tuple[int, ...]:
         if self.depth == "stack" and target.layers > source.layers:

@@ -119,6 +119,7 @@ def sizes(source: Metadata, target: Metadata) -> list[tuple[str, int, int]]:
     pairs += [("kv_heads", source.kv_heads, target.kv_heads)]
     pairs += [("heads per KV head", source.heads // source.kv_heads, target.heads // target.kv_heads)]
     pairs += [("positions", source.positions, target.positions), ("experts", source.experts, target.experts)]
+    pairs += [("expert ffn", expert_ffn(source), expert_ffn(target))]
     return [*pairs, ("vocab", source.vocab, target.vocab)]
 
 
@@ -236,7 +237,7 @@ def transfer(
         return cache[spec.name]
 
     for spec in blueprint.specs:
-        if spec.role == "other":
+        if any("other" in part.axes for part in spec.parts):
             continue
         found = maps(spec.name)
         parts = {}
@@ -248,7 +249,7 @@ def transfer(
                 key = _embedding(donor.blueprint)
             donor_spec, donor_part = source[key]
             matrix = _with_fresh_rows(read(donor_spec)[donor_part.role], part, found, f"{who}/{spec.name}", seed)
-            parts[part.role] = take(matrix, part, found, spec.layer)
+            parts[part.role] = take(matrix, part, found, spec.layer, spec.expert is not None)
         tensor = join(spec, parts)
         if spec.role == "norm" and spec.site == "final" and blueprint.find("head") == []:
             tensor = _scale_final_norm(tensor, spec, blueprint, found)
@@ -298,7 +299,7 @@ def _signature(blueprint: Blueprint) -> set[str]:
     found = set()
     for spec in blueprint.specs:
         for part in spec.parts:
-            if part.role != "other" and (part.role, spec.kind) != ("head", "weight"):
+            if "other" not in part.axes and (part.role, spec.kind) != ("head", "weight"):
                 site = f" ({spec.site})" if spec.site else f" ({part.axes[0]})" if part.role == "embed" else ""
                 experts = " per expert" if spec.expert is not None else ""
                 found.add(f"{part.role} {spec.kind}{site}{experts}")
@@ -311,10 +312,11 @@ def _positions(blueprint: Blueprint) -> int:
     return tables[0] if tables else 0
 
 
-def _rotary(metadata: Metadata) -> float | None:
-    """The share of a head that is rotated, None for none."""
-    if metadata.rope_theta is None:
-        return None
-    share = metadata.extra.get("partial_rotary_factor", 1.0)
-    assert isinstance(share, float | int)
-    return float(share)
+def _rotary(metadata: Metadata) -> int:
+    """How many coordinates of a head are rotated."""
+    return 0 if metadata.rope_theta is None else int(str(metadata.extra.get("rotary_dim", metadata.head_dim)))
+
+
+def expert_ffn(metadata: Metadata) -> int:
+    """The hidden size of an expert, 0 without experts."""
+    return int(str(metadata.extra.get("expert_ffn", metadata.ffn))) if metadata.experts else 0

@@ -20,7 +20,7 @@ from baselines.index_maps import (
     spread_queries,
     uniform,
 )
-from baselines.transfer import Transfer, table_axes, transfer
+from baselines.transfer import Transfer, expert_ffn, table_axes, transfer
 from zoo.blueprint import Blueprint
 from zoo.sampler import option
 from zoo.streams import stream
@@ -81,7 +81,7 @@ class WeightSelection(Transfer):
             return Axis(chosen, self._scale(chosen, t, s))
 
         tables: dict[str, Any] = table_axes(self.source, blueprint, self.rows(blueprint))
-        heads, kv_heads, ffn = [], [], []
+        heads, kv_heads, ffn, experts = [], [], [], []
         per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
         residual = axis(source.width, target.width)
         for _ in range(target.layers):
@@ -91,9 +91,11 @@ class WeightSelection(Transfer):
             heads.append(Axis(h.index, self._scale(h.index, source.heads * source.head_dim, len(h.index))))
             kv_heads.append(kv)
             ffn.append(axis(source.ffn, target.ffn))
+            if target.experts:
+                experts.append(axis(expert_ffn(source), expert_ffn(target)))
         keep_first = self.layers == "first" and target.layers <= source.layers
         chosen = tuple(range(target.layers)) if keep_first else even_layers(source.layers, target.layers)
-        return Maps(chosen, residual, tuple(heads), tuple(kv_heads), tuple(ffn), **tables)
+        return Maps(chosen, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), **tables)
 
     def _scale(self, index: Tensor, t: int, s: int) -> Tensor:
         ratio = math.sqrt(t / s) if self.rescale == "sqrt" and s < t else 1.0

@@ -54,7 +54,7 @@ These are weights to start training from, **not a trained model**.{shape} {recor
 ```
 
 - Method: `{record["method"]}`, {method.summary} ({_link(method.reference)}).
-- Seed {record["seed"]}. Tensors: {counts["sampled"]} from the method, {counts["defaulted"]} by the default initialisation.
+- Seed {record["seed"]}; {counts["sampled"]} tensors from the method, {counts["defaulted"]} by default initialisation.
 - Made with {versions}.
 {options}"""
 

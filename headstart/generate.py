@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headstart import card, methods
+from headstart import __version__, card, methods
 from zoo.blueprint import Blueprint
 from zoo.errors import UserError, unknown
-from zoo.writer import new_folder, write_checkpoint
+from zoo.single import lone_name, single
+from zoo.sources import count_tensors, resolve
+from zoo.store import Donor, Zoo
+from zoo.writer import new_folder, plan_shards, write_checkpoint
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler
-    from zoo.store import Donor, Zoo
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PACKAGES = ("headstart", "torch", "transformers", "diffusers", "safetensors")
+PACKAGES = ("torch", "transformers", "diffusers", "safetensors")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -69,17 +71,34 @@ def generate(
     out = Path(out)
     cls = methods.get(method)
     blueprint = Blueprint.from_config(target)
-    given = {"donor": donor, "model": model}
-    words = {"zoo": zoo, **given, "seed": seed, "dtype": dtype, "tokenizer": tokenizer}
-    sampler = configure(cls, settings, **given, device=device)
     saved_as = _dtype(dtype, blueprint)
-    source = _source(zoo, donor)
-    _check_needs(sampler, source, given)
+    words = {"zoo": zoo, "donor": donor, "model": model, "seed": seed, "dtype": dtype, "tokenizer": tokenizer}
+    for key in ("donor", "model"):
+        if words[key] is not None and key not in _fields(cls):
+            raise UserError(f"{method} takes no --{key}: leave it out")
     vocabulary_from = _tokenizer_folder(tokenizer, target)
-    if vocabulary_from is not None and "tokenizer" in _fields(cls):
-        sampler = dataclasses.replace(sampler, tokenizer=str(vocabulary_from))
+    alone = resolve(donor) if zoo is None and donor is not None else None
+    sampler = configure(
+        cls,
+        settings,
+        donor=donor if alone is None else lone_name(alone),
+        model=model,
+        device=device,
+        tokenizer=None if vocabulary_from is None else str(vocabulary_from),
+    )
+    _check_needs(sampler, zoo, donor)
+    if plan and alone is not None and alone.folder is None:  # nothing is fetched for a plan
+        read = [{"name": donor, "tensors": count_tensors(alone), "bytes": alone.size}]
+        return _plan(sampler, read, alone.download, blueprint, out, saved_as)
+    source = single(alone, quiet) if alone is not None else Zoo.open(zoo) if zoo is not None else None
     if plan:
-        return _plan(sampler, source, blueprint, out, saved_as)
+        names = sampler.reads(source, blueprint)
+        donors = [source.donor(name) for name in names] if source is not None else []
+        read = [
+            {"name": d.name, "tensors": len(d.names), "bytes": sum(e.nbytes for e in d.entries.values())}
+            for d in donors
+        ]
+        return _plan(sampler, read, _model_download(model), blueprint, out, saved_as)
     if int(os.environ.get("RANK", "0")) > 0:
         return out
     with new_folder(out) as folder:
@@ -160,13 +179,7 @@ def _parse(method: str, key: str, value: str, kind: str) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions that the output depends on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-            continue
-    return found
+    return {"headstart": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def _dtype(asked: str | None, blueprint: Blueprint) -> torch.dtype:
@@ -178,24 +191,12 @@ def _dtype(asked: str | None, blueprint: Blueprint) -> torch.dtype:
     return DTYPES[name]
 
 
-def _source(zoo: str | Path | None, donor: str | None) -> Zoo | None:
-    """The zoo, or a zoo of one where `donor` is a folder or a hub id and no zoo is given."""
-    if zoo is None and donor is None:
-        return None
-    from zoo.store import Zoo
-
-    return Zoo.open(zoo) if zoo is not None else Zoo.single(donor)
-
-
-def _check_needs(sampler: Sampler, source: Zoo | None, given: dict[str, str | None]) -> None:
+def _check_needs(sampler: Sampler, zoo: str | Path | None, donor: str | None) -> None:
     for need in sampler.needs:
-        if need in ("donor", "donors") and (source is None or not source.donors):
-            raise UserError(f"{sampler.name} needs {need.removesuffix('s')}s: give --zoo DIR, or --donor FOLDER")
+        if need in ("donor", "donors") and zoo is None and donor is None:
+            raise UserError(f"{sampler.name} needs a donor: give --zoo DIR, or --donor FOLDER")
         if need == "model" and not getattr(sampler, "model", None):
-            raise UserError(f"{sampler.name} needs a trained model: give --model DIR (headstart train makes one)")
-    for key, value in given.items():
-        if value is not None and key not in _fields(type(sampler)):
-            raise UserError(f"{sampler.name} takes no --{key}: leave it out")
+            raise UserError(f"{sampler.name} needs a trained model: give --model DIR (`headstart train` makes one)")
 
 
 def _tokenizer_folder(tokenizer: str | Path | None, target: str | Path | dict[str, Any]) -> Path | None:
@@ -231,23 +232,35 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _plan(sampler: Sampler, source: Zoo | None, blueprint: Blueprint, out: Path, dtype: torch.dtype) -> dict[str, Any]:
-    donors = [source.donor(name) for name in sampler.reads(source, blueprint)] if source is not None else []
-    read = [
-        {"name": d.name, "tensors": len(d.names), "bytes": sum(e.nbytes for e in d.entries.values())} for d in donors
-    ]
+def _plan(
+    sampler: Sampler,
+    read: list[dict[str, Any]],
+    download: int,
+    blueprint: Blueprint,
+    out: Path,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
     return {
         "method": sampler.name,
         "options": sampler.options(),
         "read": {"donors": read, "tensors": sum(r["tensors"] for r in read), "bytes": sum(r["bytes"] for r in read)},
-        "download": {"tensors": 0, "bytes": 0},
+        "download": {"bytes": download},
         "write": {
             "folder": str(out),
             "tensors": len(blueprint.names),
-            "bytes": blueprint.parameters * dtype.itemsize,
             "parameters": blueprint.parameters,
+            "bytes": sum(shard.size for shard in plan_shards(blueprint.specs, dtype)),
         },
     }
+
+
+def _model_download(model: str | None) -> int:
+    """Bytes of a trained model that is a hub id and not in the cache."""
+    if model is None or Path(model).exists():
+        return 0
+    from huggingface_hub import snapshot_download
+
+    return sum(file.file_size or 0 for file in snapshot_download(model, dry_run=True) if file.will_download)
 
 
 def _command(

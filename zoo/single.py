@@ -34,6 +34,11 @@ class Single(Zoo):
         return (self.only,)
 
 
+def lone_name(source: Source) -> str:
+    """What a donor outside a zoo is called: its hub id, or the name of its folder."""
+    return source.repo or source.names[0]
+
+
 def single(source: str | Path | Source, quiet: bool = False) -> Single:
     """source: a folder or a hub id (org/name[@revision]), fetched if need be. UserError as for `zoo add`."""
     resolved = source if isinstance(source, Source) else resolve(str(source))
@@ -43,7 +48,7 @@ def single(source: str | Path | Source, quiet: bool = False) -> Single:
     files = {n: {"size": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in checkpoint.files}
     sha256 = content_hash(files)
     record = {
-        "name": resolved.repo or resolved.names[0],
+        "name": lone_name(resolved),
         "source": resolved.given,
         "revision": resolved.commit or f"sha256:{sha256}",
         "license": resolved.license,
