@@ -1,1 +1,15 @@
+"""Units <-> latents. Names are imported when asked for: diffusers is slow to load."""
 
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["UnitAutoencoder"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(name)
+    from autoencoder.model import UnitAutoencoder
+
+    return UnitAutoencoder

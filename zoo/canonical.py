@@ -153,7 +153,9 @@ def unfold(decoder: Decoder, folded: tuple[Mapping[str, Tensor], ...], tied: boo
     shift = {name.removeprefix("shift."): t for name, t in folded[-1].items() if name.startswith("shift.")}
     head = decoder.head / safe(gain["final"]) if "final" in gain else decoder.head
     metadata = replace(decoder.metadata, tied=tied)
-    return replace(decoder, metadata=metadata, layers=tuple(layers), gain=gain, shift=shift, head=head)
+    # The head kept what LayerNorm hides of the embedding.
+    embed = head if tied else decoder.embed
+    return replace(decoder, metadata=metadata, layers=tuple(layers), gain=gain, shift=shift, head=head, embed=embed)
 
 
 def tie(decoder: Decoder) -> Decoder:

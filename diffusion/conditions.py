@@ -1,0 +1,65 @@
+"""What a unit is generated for, in numbers: target metadata and the unit's address, as features in about [-2, 2].
+
+N units, C features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zoo.tensors import Metadata
+
+FREQUENCIES = (1.0, 2.0, 4.0)  # of the Fourier features of the three fractions
+MODEL_FEATURES = 10
+FEATURES = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES)) + 3
+
+
+def model_features(metadata: Metadata, loss: float | None) -> Tensor:
+    """[MODEL_FEATURES]: shape on a log scale, and the donor's quality (held-out loss in nats, None if unknown)."""
+    sizes = (
+        math.log2(metadata.width) - 7,
+        math.log2(metadata.layers) - 2,
+        math.log2(metadata.heads) - 2,
+        math.log2(metadata.kv_heads) - 2,
+        math.log2(metadata.head_dim) - 4,
+        math.log2(metadata.ffn / metadata.width) - 1.4,
+        math.log2(metadata.vocab) - 8,
+        math.log10(metadata.rope_theta or 1.0) - 4,
+    )
+    quality = (0.0, 0.0) if loss is None else (2 * (loss - 1.5), 1.0)
+    return torch.tensor([*sizes, *quality], dtype=torch.float32)
+
+
+def _fraction(index: Tensor, size: int) -> Tensor:
+    """[N] in [0, 1] -> value and Fourier features [N, 1 + 2 len(FREQUENCIES)]; zeros where the index is -1."""
+    value = index.clamp_min(0) / max(size - 1, 1)
+    waves = [f(math.pi * w * value) for w in FREQUENCIES for f in (torch.sin, torch.cos)]
+    return torch.stack([2 * value - 1, *waves], dim=1) * (index >= 0)[:, None]
+
+
+def features(kind: str, address: tuple[Tensor, Tensor, Tensor], metadata: Metadata, loss: float | None) -> Tensor:
+    """[N, FEATURES] float32 for units of a kind at (layer, head, slot), int64 [N] each."""
+    layer, head, slot = address
+    sizes = {"neuron": metadata.ffn, "qk": metadata.head_dim // 2, "vo": metadata.head_dim}
+    rank = slot if kind in sizes else torch.full_like(slot, -1)  # a token has no rank
+    last = torch.stack(
+        [
+            torch.log2(1.0 + rank.clamp_min(0)) / 4 - 1,
+            torch.log2(1.0 + head.clamp_min(0)) / 2 - 1,
+            torch.log2(1.0 + layer.clamp_min(0)) / 2 - 1,
+        ],
+        dim=1,
+    )
+    return torch.cat(
+        [
+            model_features(metadata, loss).expand(len(slot), -1),
+            _fraction(layer, metadata.layers),
+            _fraction(head, metadata.heads),
+            _fraction(rank, sizes.get(kind, 1)),
+            last,
+        ],
+        dim=1,
+    ).float()

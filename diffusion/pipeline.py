@@ -1,0 +1,209 @@
+"""Generating a decoder: the model's context first, then its vocabulary, then every layer, unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from autoencoder.model import UnitAutoencoder
+from diffusion.conditions import features
+from diffusion.denoiser import CONTEXT, UnitDenoiser
+from diffusion.statistics import ZooStatistics
+from diffusion.views import sibling
+from zoo.decoder import Decoder, Layer
+from zoo.streams import stream
+from zoo.tensors import Metadata
+from zoo.units import addresses, scatter, to_width
+
+# Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
+CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: `tokens` are the token strings of the vocabulary's rows, None where they are those of the
+    zoo; `loss` is the quality asked for (held-out nats per token of the donors), None for the best of the zoo."""
+
+    metadata: Metadata
+    tokens: tuple[str, ...] | None = None
+    loss: float | None = None
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 1.0
+    temperature: float = 1.0
+    condition: str = "true"  # "shuffled" and "mean" are the controls: what is conditioning worth?
+
+
+class WeightDiffusionPipeline(DiffusionPipeline):
+    """Latent diffusion over the units of decoders. Components: autoencoder, denoiser, statistics, scheduler."""
+
+    model_cpu_offload_seq = "denoiser->autoencoder"
+
+    def __init__(
+        self,
+        autoencoder: UnitAutoencoder,
+        denoiser: UnitDenoiser,
+        statistics: ZooStatistics,
+        scheduler: DPMSolverMultistepScheduler,
+    ) -> None:
+        super().__init__()
+        self.register_modules(autoencoder=autoencoder, denoiser=denoiser, statistics=statistics, scheduler=scheduler)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """A hub repository's pipeline -> its local folder; safetensors and JSON only, nothing is executed."""
+        from huggingface_hub import snapshot_download
+
+        allowed = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        return snapshot_download(
+            pretrained_model_name,
+            allow_patterns=["*.json", "*.safetensors"],
+            **{k: v for k, v in kwargs.items() if k in allowed and v is not None},
+        )
+
+    @torch.no_grad()
+    def __call__(self, request: Request) -> Decoder:
+        """A canonical decoder (float32, unit gains, untied head) of the requested shape. Its layers are generated
+        when they are asked for, one in memory at a time; the same request gives the same bytes in any order."""
+        context = self._context(request)
+        embed, head = self._vocabulary(request, context)
+        ones = torch.ones(request.metadata.width)
+        return Decoder(
+            metadata=replace(request.metadata, tied=False),
+            embed=embed,
+            head=head,
+            layers=_Layers(self, request, context),  # type: ignore[arg-type]
+            gain={"final": ones},
+        )
+
+    def _context(self, request: Request) -> Tensor:
+        none = torch.full((1,), -1)
+        told = features("vocab", (none, none, none), request.metadata, self._quality(request))
+        return self._solve(request, CONTEXT, "context", told, None, None)[0]
+
+    def _vocabulary(self, request: Request, context: Tensor) -> tuple[Tensor, Tensor]:
+        shape = request.metadata
+        names = request.tokens if request.tokens is not None else tuple(self.statistics.config["tokens"])
+        address = addresses(shape)["vocab"]
+        told = features("vocab", address, shape, self._quality(request))
+        tokens = self._solve(request, "vocab", "vocab", told, context, self.statistics.lookup(names).cpu())
+        pairs = self._decode("vocab", tokens, request, "vocab")
+        return pairs[:, 0], pairs[:, 1] * shape.width**-0.5
+
+    @torch.no_grad()
+    def layer(self, request: Request, context: Tensor, index: int) -> Layer:
+        """One block, generated from its own random streams."""
+        shape = request.metadata
+        units = {"vocab": torch.zeros(shape.vocab, 2, shape.width)}
+        for kind in ("neuron", "qk", "vo"):
+            address = tuple(t.unflatten(0, (shape.layers, -1))[index] for t in addresses(shape)[kind])
+            told = features(kind, address, shape, self._quality(request))  # type: ignore[arg-type]
+            name = f"layer {index} {kind}"
+            tokens = self._solve(request, kind, name, told, context, None)
+            first = sibling(replace(shape, layers=1), kind)  # query heads that share k and v are told the first's
+            if bool((first >= 0).any()):
+                again = self._solve(request, kind, name + " siblings", told, context, tokens[first])
+                tokens = torch.where((first >= 0)[:, None], again, tokens)
+            units[kind] = self._decode(kind, tokens, request, name)
+        return scatter(units, replace(shape, layers=1)).layers[0]
+
+    def _quality(self, request: Request) -> float | None:
+        return request.loss if request.loss is not None else self.statistics.config["best_loss"]
+
+    def _decode(self, kind: str, tokens: Tensor, request: Request, name: str) -> Tensor:
+        """Tokens [N, T] -> vectors [N, P, d]. Coordinates that no donor has get noise of a tenth of the vector's own
+        RMS: exact zeros would never leave zero."""
+        width = request.metadata.width
+        latents, norms = self.statistics.scales[kind].from_token(tokens)
+        device = self.autoencoder.device
+        vectors = self.autoencoder.decode(kind, latents.to(device), norms.to(device), width).cpu()
+        beyond = width - self.autoencoder.width
+        if beyond > 0:
+            rms = vectors.norm(dim=-1, keepdim=True) / self.autoencoder.width**0.5
+            noise = torch.randn(*vectors.shape[:2], beyond, generator=stream(request.seed, f"beyond {name}"))
+            vectors = torch.cat([to_width(vectors, self.autoencoder.width), 0.1 * rms * noise], dim=-1)
+        return vectors
+
+    def _solve(
+        self, request: Request, kind: str, name: str, told: Tensor, context: Tensor | None, partner: Tensor | None
+    ) -> Tensor:
+        """Noise of stream (seed, name) -> tokens [N, T] on the CPU."""
+        denoiser: UnitDenoiser = self.denoiser
+        size = denoiser.config["tokens"][kind]
+        noise = torch.randn(len(told), size, generator=stream(request.seed, name)) * request.temperature
+        if request.condition == "shuffled" and kind != CONTEXT:
+            told = told[torch.randperm(len(told), generator=stream(request.seed, f"shuffle {name}"))]
+        elif request.condition == "mean" and kind != CONTEXT:
+            told = told.mean(0, keepdim=True).expand_as(told)
+        family = torch.full((len(told),), denoiser.family.get(request.metadata.architecture, 0))
+        out = []
+        for start in range(0, len(told), CHUNK):
+            rows = slice(start, start + CHUNK)
+            out.append(
+                self._denoise(
+                    request,
+                    kind,
+                    noise[rows],
+                    told[rows],
+                    family[rows],
+                    context,
+                    None if partner is None else partner[rows],
+                )
+            )
+        return torch.cat(out)
+
+    def _denoise(
+        self,
+        request: Request,
+        kind: str,
+        x: Tensor,
+        told: Tensor,
+        family: Tensor,
+        context: Tensor | None,
+        partner: Tensor | None,
+    ) -> Tensor:
+        device = self.denoiser.device
+        scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(request.steps)
+        x, told, family = x.to(device), told.to(device), family.to(device)
+        shared = None if context is None else context.to(device).expand(len(x), -1)
+        partner = None if partner is None else partner.to(device)
+        null = torch.zeros(len(x), dtype=torch.bool, device=device)
+        for t in scheduler.timesteps:
+            sigma = torch.full((len(x),), float(t) / scheduler.config["num_train_timesteps"], device=device)
+            velocity = self.denoiser(kind, x, sigma, told, family, shared, partner)
+            if request.guidance != 1.0:
+                free = self.denoiser(kind, x, sigma, told, family, shared, partner, null)
+                velocity = free + request.guidance * (velocity - free)
+            x = scheduler.step(velocity, t, x).prev_sample
+        return x.cpu()
+
+
+class _Layers(Sequence[Layer]):
+    """The layers of a request, made when asked for; the last one is kept."""
+
+    def __init__(self, pipeline: WeightDiffusionPipeline, request: Request, context: Tensor) -> None:
+        self.size = request.metadata.layers
+        self.make = lru_cache(maxsize=1)(lambda index: pipeline.layer(request, context, index))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(self.size)))
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.make(index)
+
+
+def scheduler() -> DPMSolverMultistepScheduler:
+    """The solver: second order, because first-order steps shrink what they generate (an initialisation is its
+    variance)."""
+    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)

@@ -1,0 +1,81 @@
+"""The donors of a zoo as units in common coordinates: what the autoencoder and the diffusion learn from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.canonical import Anchor, anchor, canonicalise
+from zoo.decoder import Decoder, read_decoder
+from zoo.errors import UserError
+from zoo.store import Donor, Zoo
+from zoo.tensors import Metadata
+from zoo.units import gather, require_units
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One donor: `units` are float32 vectors [N, P, d] by kind in canonical, aligned coordinates."""
+
+    name: str
+    metadata: Metadata
+    tokens: tuple[str, ...]
+    units: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def token_strings(donor: Donor) -> tuple[str, ...]:
+    """Token string of every row of the embedding; rows beyond the tokenizer, or of a donor without one, are named by
+    their number, which two donors share only if neither has a tokenizer."""
+    size = donor.blueprint.metadata.vocab if donor.blueprint.metadata else 0
+    names = [f"<row {i}>" for i in range(size)]
+    for token, i in (donor.vocabulary() or {}).items():
+        if i < size:
+            names[i] = token
+    return tuple(names)
+
+
+def decoder_of(donor: Donor) -> Decoder:
+    """The donor in float64. Raises UserError where its whole function is not in units."""
+    decoder = read_decoder(donor.blueprint, donor.read, where=donor.name)
+    require_units(decoder, donor.name)
+    return decoder
+
+
+def align(zoo: Zoo, quiet: bool = True) -> Iterator[Aligned]:
+    """The donors whose whole function is in units (the others are named on stderr), aligned by shared token strings to
+    the widest (of equals, the one of lowest loss, then the first by name), which comes first. A donor that shares no
+    token string keeps its own principal axes.
+
+    One donor is in memory at a time, in float64, besides the anchor's vocabulary. Raises UserError where no donor is
+    left.
+    """
+
+    def rank(donor: Donor) -> tuple[float, float, str]:
+        width = donor.blueprint.metadata.width if donor.blueprint.metadata else 0
+        return (-width, float(donor.facts.get("loss", float("inf"))), donor.name)
+
+    to: Anchor | None = None
+    for donor in sorted(zoo.donors, key=rank):
+        try:
+            decoder = decoder_of(donor)
+        except UserError as error:
+            if not quiet:
+                print(f"left out: {error}", file=sys.stderr)
+            continue
+        tokens = token_strings(donor)
+        try:
+            canonical = canonicalise(decoder, tokens, to)
+        except UserError:
+            canonical = canonicalise(decoder)
+        if to is None:
+            to = anchor(canonical.decoder, tokens)
+        units = {kind: unit.vectors.to(torch.float32) for kind, unit in gather(canonical.decoder).items()}
+        yield Aligned(donor.name, canonical.decoder.metadata, tokens, units, donor.facts)
+    if to is None:
+        raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")

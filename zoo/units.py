@@ -1,0 +1,216 @@
+"""Units: residual vectors that are bound to one hidden coordinate, read from and written to canonical decoders of any
+width, depth, head count and FFN size.
+
+| kind | residual vectors of a unit | one unit per |
+|---|---|---|
+| vocab | embed_t, head_t | token |
+| neuron | gate_i, up_i, down_i (no gate: up_i, down_i) | layer, neuron |
+| qk | q_j, q_j', k_j, k_j' of one frequency plane (j, j' = j + head_dim/2) | layer, query head, plane |
+| vo | v_j, o_j | layer, query head, component |
+
+Under GQA the query heads of a group hold the same k and v: `scatter` takes those of the group's first head.
+
+A RMSNorm divides by sqrt(width), so that a reader means something else at another width. Units hold *width-free*
+readers, reader x sqrt(d): cropping or padding their last axis then needs no further factor, and padding with zeros
+is exact growth of the residual stream.
+
+Letters: N units, P residual vectors per unit, d width, L layers, H query heads, K KV heads, h head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from zoo.decoder import Decoder, Layer
+from zoo.errors import UserError
+from zoo.tensors import Metadata
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "vocab": ("embed", "head"),
+    "neuron": ("gate", "up", "down"),
+    "qk": ("q", "q", "k", "k"),
+    "vo": ("v", "o"),
+}
+_READS = {"head", "q", "k", "v", "gate", "up"}
+
+
+@dataclass(frozen=True)
+class Units:
+    """A set of units of one kind. The address says where each belongs: all int64 [N], -1 where it does not apply."""
+
+    kind: str
+    vectors: Tensor  # [N, P, d], readers width-free
+    layer: Tensor
+    head: Tensor  # query head, groups in order
+    slot: Tensor  # neuron, plane, component or token id, in order of importance (but for tokens and planes)
+
+    def __len__(self) -> int:
+        return self.vectors.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Units:
+        return replace(
+            self,
+            vectors=self.vectors[index],
+            layer=self.layer[index],
+            head=self.head[index],
+            slot=self.slot[index],
+        )
+
+
+def addresses(metadata: Metadata) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """kind -> (layer, head, slot), int64 [N] each: every unit that a decoder of this shape has, in the order in which
+    `gather` gives them."""
+    layers, heads = torch.arange(metadata.layers), torch.arange(metadata.heads)
+    none = torch.tensor([-1])
+
+    def grid(*axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, c = (t.flatten() for t in torch.meshgrid(*axes, indexing="ij"))
+        return a, b, c
+
+    return {
+        "vocab": grid(none, none, torch.arange(metadata.vocab)),
+        "neuron": grid(layers, none, torch.arange(metadata.ffn)),
+        "qk": grid(layers, heads, torch.arange(metadata.head_dim // 2)),
+        "vo": grid(layers, heads, torch.arange(metadata.head_dim)),
+    }
+
+
+def require_units(decoder: Decoder, where: str) -> None:
+    """Raises UserError for a decoder whose function is not all in its units (biases, norms that do not fold, Q/K
+    without full rotary embedding)."""
+    meta = decoder.metadata
+    rotary = int(str(meta.extra.get("rotary_dim", meta.head_dim)))
+    sites = {s for layer in decoder.layers for s in layer.gain} - {"attn", "mlp"}
+    reason = (
+        f"its norms at {', '.join(sorted(sites))} do not fold into readers" if sites
+        else "it uses LayerNorm" if meta.norm != "rms"
+        else "its queries and keys are not fully rotary" if meta.rope_theta is None or rotary != meta.head_dim
+        else "it has biases" if any(layer.bias for layer in decoder.layers)
+        else "its MLP has no gate" if any(layer.gate is None for layer in decoder.layers)
+        else None
+    )  # fmt: skip
+    if reason:
+        raise UserError(
+            f"{where}: {reason}, so that its units are not its whole function; "
+            "use an RMSNorm decoder with rotary attention and a gated MLP, or a method that needs no units"
+        )
+
+
+def gather(decoder: Decoder) -> dict[str, Units]:
+    """A canonical decoder -> its units by kind (dtype of the decoder)."""
+    meta = decoder.metadata
+    root = meta.width**0.5
+    share = meta.heads // meta.kv_heads
+
+    def stacked(role: str) -> Tensor:
+        return torch.stack([getattr(layer, role) for layer in decoder.layers]) * (root if role in _READS else 1.0)
+
+    def per_query_head(x: Tensor) -> Tensor:
+        return repeat(x, "l k h d -> l (k g) h d", g=share)
+
+    q, k, v, o = stacked("q"), per_query_head(stacked("k")), per_query_head(stacked("v")), stacked("o")
+    planes = [rearrange(x, "l n (two p) d -> (l n p) two d", two=2) for x in (q, k)]
+    vectors = {
+        "vocab": torch.stack([decoder.embed, decoder.head * root], dim=1),
+        "neuron": torch.stack([stacked(r).flatten(0, 1) for r in ("gate", "up", "down")], dim=1),
+        "qk": torch.cat(planes, dim=1),
+        "vo": torch.stack([v.flatten(0, 2), o.flatten(0, 2)], dim=1),
+    }
+    return {kind: Units(kind, vectors[kind], *where) for kind, where in addresses(meta).items()}
+
+
+def scatter(units: dict[str, Tensor], metadata: Metadata) -> Decoder:
+    """Vectors [N, P, d] by kind, in the order of `addresses(metadata)` -> a canonical decoder with unit gains, of
+    the width of the vectors (which must be the metadata's)."""
+    root = metadata.width**-0.5
+    layers, heads, kv = metadata.layers, metadata.heads, metadata.kv_heads
+    share = heads // kv
+    planes = rearrange(units["qk"], "(l n p) (role two) d -> role l n (two p) d", l=layers, n=heads, role=2)
+    v, o = rearrange(units["vo"], "(l n h) role d -> role l n h d", l=layers, n=heads)
+    gate, up, down = rearrange(units["neuron"], "(l f) role d -> role l f d", l=layers)
+    ones = torch.ones(metadata.width, dtype=v.dtype)
+    return Decoder(
+        metadata=replace(metadata, tied=False),
+        embed=units["vocab"][:, 0],
+        head=units["vocab"][:, 1] * root,
+        layers=tuple(
+            Layer(
+                q=planes[0, i] * root,
+                k=planes[1, i, ::share] * root,
+                v=v[i, ::share] * root,
+                o=o[i],
+                gate=gate[i] * root,
+                up=up[i] * root,
+                down=down[i],
+                gain={"attn": ones, "mlp": ones},
+            )
+            for i in range(layers)
+        ),
+        gain={"final": ones},
+    )
+
+
+def to_width(vectors: Tensor, width: int) -> Tensor:
+    """[..., d] -> [..., width]: the first coordinates, or zeros beyond the last (both leave the rest as it was)."""
+    if width <= vectors.shape[-1]:
+        return vectors[..., :width]
+    return torch.nn.functional.pad(vectors, (0, width - vectors.shape[-1]))
+
+
+def layer_map(source: int, target: int) -> Tensor:
+    """int64 [target]: which of `source` layers each target layer takes: evenly spaced, first and last kept; a deeper
+    target repeats layers."""
+    if target == 1:
+        return torch.zeros(1, dtype=torch.int64)
+    return torch.linspace(0, source - 1, target, dtype=torch.float64).round().long()
+
+
+def _heads_map(source: Metadata, target: Metadata) -> Tensor:
+    """int64 [target heads]: source query heads, by whole groups in order of energy, repeated where there are fewer."""
+    share, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
+    groups = torch.arange(target.kv_heads) % source.kv_heads
+    return (groups[:, None] * share + torch.arange(wanted) % share).flatten()
+
+
+def _multiplicity(index: Tensor, size: int) -> Tensor:
+    return torch.bincount(index, minlength=size)[index]
+
+
+def resize(units: dict[str, Tensor], source: Metadata, target: Metadata) -> dict[str, Tensor]:
+    """Vectors [N, P, d] by kind of a canonical decoder -> those of a decoder of another shape and the same head_dim
+    and vocabulary: the most important units of every layer, first coordinates first.
+
+    Wider: zero coordinates. Deeper: layers repeated. More neurons or heads than there are: the most important ones
+    again, the copies sharing what they write. With equal depth, growth in width, neurons and whole groups is exact.
+    Raises UserError for another head_dim or vocabulary."""
+    for axis in ("head_dim", "vocab"):
+        if getattr(source, axis) != getattr(target, axis):
+            raise UserError(f"units: {axis} is {getattr(source, axis)} in the donor and {getattr(target, axis)} here")
+    layers = layer_map(source.layers, target.layers)
+    heads = _heads_map(source, target)
+    neurons = torch.arange(target.ffn) % source.ffn
+
+    def pick(kind: str, index: Tensor, per_layer: int) -> Tensor:
+        per = units[kind].unflatten(0, (source.layers, per_layer))  # [L, units of a layer, P, d]
+        return per[layers][:, index].clone()
+
+    def of_heads(size: int) -> Tensor:
+        return (heads[:, None] * size + torch.arange(size)).flatten()
+
+    h = source.head_dim
+    out = {
+        "vocab": units["vocab"],
+        "neuron": pick("neuron", neurons, source.ffn),
+        "qk": pick("qk", of_heads(h // 2), source.heads * (h // 2)),
+        "vo": pick("vo", of_heads(h), source.heads * h),
+    }
+    out["neuron"][:, :, -1] /= _multiplicity(neurons, source.ffn)[:, None]
+    out["vo"][:, :, -1] /= _multiplicity(heads, source.heads).repeat_interleave(h)[:, None]
+    return {
+        kind: to_width(vectors if kind == "vocab" else vectors.flatten(0, 1), target.width)
+        for kind, vectors in out.items()
+    }
