@@ -19,22 +19,21 @@ def shared_data() -> Path:
     return SHARED
 
 
+def make_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:
+    """A real Llama of 20 tensors, saved by `save_pretrained` to `folder`; overrides are options of LlamaConfig."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options: dict[str, Any] = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**options | overrides)).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
 @pytest.fixture
 def tiny_llama() -> Callable[..., Path]:
-    """make(folder, seed=0, **overrides of the config) -> folder with a real Llama saved by `save_pretrained`."""
-
-    def make(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        options: dict[str, Any] = {
-            "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-            "tie_word_embeddings": True,
-        }  # fmt: skip
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**options | overrides))
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        return folder
-
-    return make
+    """make(folder, seed=0, max_shard_size="5GB", **overrides of the config) -> folder."""
+    return make_llama

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "facts.json",
 )  # fmt: skip
+
+_blueprints: dict[str, Blueprint] = {}  # by config: the donors of a zoo are often of one shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,10 @@ class Checkpoint:
     def blueprint(self) -> Blueprint:
         from zoo.blueprint import Blueprint
 
-        return Blueprint.from_config(self.folder / "config.json")  # the path, so that errors can name it
+        key = json.dumps(self.config, sort_keys=True)
+        if key not in _blueprints:
+            _blueprints[key] = Blueprint.from_config(self.folder / "config.json")
+        return _blueprints[key]
 
     @cached_property
     def facts(self) -> dict[str, Any]:

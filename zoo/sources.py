@@ -62,6 +62,7 @@ class Source:
     folder: Path | None = None  # of a folder
     repo: str | None = None  # of a hub repository, with its commit
     commit: str | None = None
+    asked: str = "main"  # the branch, tag or commit that was given
     cached: frozenset[str] = frozenset()  # files that need no download
 
     @property
@@ -97,7 +98,7 @@ def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
     there (`force`: even then)."""
     if source.folder is not None:
         return source.folder
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.utils import tqdm
 
     repo, commit = source.repo, source.commit
@@ -108,6 +109,8 @@ def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
             super().__init__(*args, **kwargs | {"disable": True})
 
     with writing(Path(constants.HF_HUB_CACHE)):
+        if not constants.HF_HUB_OFFLINE:  # under the name that was given, so that the cache knows it when offline
+            _patiently(lambda: hf_hub_download(repo, "config.json", revision=source.asked), source.given)
         folder = _patiently(
             lambda: snapshot_download(
                 repo,
@@ -118,6 +121,9 @@ def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
             ),
             f"{repo}@{commit}",
         )
+    lost = [name for name in source.files if not (Path(folder) / name).exists()]
+    if lost:  # the hub's client falls back on what its cache has when the hub does not answer
+        raise UserError(f"{repo}@{commit}: {lost[0]} could not be fetched; check the network and try again")
     return Path(folder)
 
 
@@ -190,6 +196,7 @@ def _hub(repo: str, revision: str | None) -> Source:
         {name: sizes[name] for name in names},
         repo=repo,
         commit=info.sha,
+        asked=revision or "main",
         cached=frozenset(name for name, path in found.items() if isinstance(path, str)),
     )
 
