@@ -34,6 +34,7 @@ NAMES = {
     "experts_per_token": ("num_experts_per_tok",),
 }
 LIMIT = {"layers": 10_000, "experts": 100_000}  # anything above is a typing error, and would take minutes to build
+MOST_PARAMETERS = 10**14
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "afn")
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
 
@@ -77,6 +78,9 @@ def parse(data: Mapping[str, Any], where: str = "config") -> PretrainedConfig:
     if data.get("quantization_config"):
         raise UserError(f"{where}: quantization_config is set; quantised tensors cannot be described, take it out")
     _check_sizes(data, CONFIG_MAPPING[model_type], where)
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(name := data.get(key), str) and not isinstance(getattr(torch, name, None), torch.dtype):
+            raise UserError(f"{where}: {key} is {name!r}, which torch does not have; say float32, bfloat16 or float16")
     rest = {k: v for k, v in data.items() if k not in ("model_type", "auto_map", "transformers_version")}
     try:
         with quiet():
@@ -118,13 +122,16 @@ def meta_model(config: PretrainedConfig, where: str = "config") -> PreTrainedMod
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"), quiet():
-            return _model_class(config)._from_config(config)
+            model = _model_class(config)._from_config(config)
     except UserError:
         raise
     except Exception as error:  # whatever a constructor says of values that no check above knows
-        raise UserError(
-            f"{where}: transformers cannot build this {config.model_type}: {_first_reason(error)}"
-        ) from error
+        kind = config.model_type
+        raise UserError(f"{where}: transformers cannot build this {kind}: {_reason(error, config)}") from error
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > MOST_PARAMETERS:
+        raise UserError(f"{where}: its sizes make {parameters:.1e} parameters; one of them must be a typing error")
+    return model
 
 
 def _model_class(config: PretrainedConfig) -> Any:
@@ -272,6 +279,17 @@ def _parallel(config: PretrainedConfig) -> bool:
     keys = ("use_parallel_residual", "parallel_attn")
     always = ("cohere", "cohere2", "phi", "gptj", "codegen")
     return config.model_type in always or any(bool(getattr(config, k, False)) for k in keys)
+
+
+def _reason(error: BaseException, config: PretrainedConfig) -> str:
+    """Why a model was not built. A KeyError is a value (of an activation, of a kind of rotary embedding) that
+    transformers looked up in vain: say whose."""
+    if not isinstance(error, KeyError):
+        return _first_reason(error)
+    value = error.args[0]
+    values = config.to_dict().items()
+    key = next((k for k, v in values if v == value or (isinstance(v, dict) and value in v.values())), "a value")
+    return f"{key} is {value!r}, which it does not know"
 
 
 def _first_reason(error: BaseException) -> str:

@@ -182,7 +182,7 @@ _INFERRED_OUTSIDE = [
     (r"(lm_head|embed_out|predictions\.decoder)", HEAD),
 ]
 _INFERRED_SITES = [  # norms inside a block; what only the neighbours can tell is in _site
-    (r"(input_layernorm|ln_1|ln1|attn_norm|attention_norm|self_attn_layer_norm|pre_attention_layernorm)", "attn"),
+    (r"(input_layernorm|ln_1|ln1|attn_norm|attention_norm|pre_attention_layernorm)", "attn"),
     (r"(ln_2|ln2|ffn_norm|mlp_norm|pre_feedforward_layernorm)", "mlp"),
     (r"(post_self_attn_layernorm|attention\.output\.LayerNorm)", "attn.out"),
     (r"(post_feedforward_layernorm|post_mlp_layernorm|output\.LayerNorm)", "mlp.out"),
@@ -279,12 +279,13 @@ def _infer_norm(path: str, size: int, metadata: Metadata | None, neighbours: Col
         site = found[1]
         axis = "head_dim" if metadata and size == metadata.head_dim else "heads" if site == "q" else "kv_heads"
         return _norm(site, axis)
+    axis = "residual" if metadata else "other"
     if "{L}" in path:
-        return _norm(_site(path, neighbours))
+        return _norm(_site(path, neighbours), axis)
     if re.search(r"embed", path, re.IGNORECASE):
-        return _norm("embed")
+        return _norm("embed", axis)
     is_final = re.fullmatch(r"norm|norm_f|ln_f|final_norm|final_layer_?norm", leaf)
-    return _norm("final" if is_final else None)
+    return _norm("final" if is_final else None, axis)
 
 
 def _site(path: str, neighbours: Collection[str]) -> str | None:
@@ -324,7 +325,7 @@ def assign(
         elif table is not None:
             specs.append(apply(table.get(path, OTHER), name, shape, dtype, metadata))
         else:
-            rule = infer(path, shape, metadata, neighbours)
+            rule = OTHER if path == name else infer(path, shape, metadata, neighbours)
             layout = "columns" if name in transposed else rule.layout
             specs.append(apply(Rule(rule.parts, rule.site, layout), name, shape, dtype, metadata))
     return tuple(specs)
