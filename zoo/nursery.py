@@ -6,16 +6,12 @@ not on how many processes share the work. A donor that is already in the zoo is 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import multiprocessing
-import queue
 import shutil
-import signal
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ import torch
 
 from zoo.errors import UserError, unknown
 from zoo.lm import Training, evaluate, reproducible, train_steps
+from zoo.pool import Report, default_workers, run_jobs
 from zoo.streams import stream_seed
 from zoo.text import BYTES, byte_tokens, hold_out, python_reference, save_byte_tokenizer
 
@@ -110,11 +107,12 @@ def train(
     zoo: str | Path,
     preset: str | list[Recipe] = "demo",
     seed: int = 0,
-    workers: int = 2,
+    workers: int | None = None,
     quiet: bool = False,
 ) -> list[str]:
     """Trains every donor of `preset` (a name, or recipes) that the zoo does not hold yet and adds them; returns the
-    names of all of them. `seed` is added to the seeds of the recipes. The donors do not depend on `workers`.
+    names of all of them. `seed` is added to the seeds of the recipes. The donors do not depend on the number of
+    `workers`, by default one process per core.
 
     Raises UserError for an unknown preset, or where the zoo holds a donor of the same name from another recipe.
     """
@@ -139,12 +137,7 @@ def train(
             done += 1
             bar.set_description(f"nursery: {done}/{len(recipes)} donors")
 
-        if workers <= 1 or len(todo) <= 1:
-            for recipe in todo:
-                train_donor(recipe, staging / recipe.name, bar.update)
-                finished(recipe)
-        else:
-            _train_in_processes(todo, staging, workers, bar.update, finished)
+        run_jobs(partial(_train_into, staging), todo, workers or default_workers(), bar.update, finished)
     if missing:
         from zoo.add import add
 
@@ -153,7 +146,11 @@ def train(
     return [r.name for r in recipes]
 
 
-def train_donor(recipe: Recipe, folder: Path, report: Callable[[int], object] = lambda steps: None) -> None:
+def _train_into(staging: Path, recipe: Recipe, report: Report) -> None:
+    train_donor(recipe, staging / recipe.name, report)
+
+
+def train_donor(recipe: Recipe, folder: Path, report: Report = lambda steps: None) -> None:
     """Trains one donor in this process and writes it to `folder`, which appears when it is complete. `report` is told
     how many steps were made since it was last told."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -173,7 +170,6 @@ def train_donor(recipe: Recipe, folder: Path, report: Callable[[int], object] = 
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation="sdpa",
         dtype="float32",
     )
     with reproducible():
@@ -236,46 +232,3 @@ Trained on the {CORPUS} with `headstart zoo train`: {facts["steps"]} steps of
 {facts["batch_size"]} x {facts["sequence"]} bytes at a peak learning rate of {facts["lr"]:g}, seed {facts["seed"]};
 held-out loss {facts["loss"]:.3f} nats per byte.
 """
-
-
-# Worker processes: spawned, one thread each, told where to report by their initializer.
-
-_reports: Any = None
-
-
-def _begin(reports: Any) -> None:
-    global _reports
-    _reports = reports
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
-    torch.set_num_threads(1)
-
-
-def _work(recipe: Recipe, folder: Path) -> None:
-    train_donor(recipe, folder, _reports.put)
-
-
-def _train_in_processes(
-    todo: list[Recipe],
-    staging: Path,
-    workers: int,
-    update: Callable[[int], object],
-    finished: Callable[[Recipe], None],
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(reports,)) as pool:
-        running: dict[Future[None], Recipe] = {pool.submit(_work, r, staging / r.name): r for r in todo}
-        try:
-            while running:
-                with contextlib.suppress(queue.Empty):
-                    update(reports.get(timeout=0.2))
-                for future in [f for f in running if f.done()]:
-                    future.result()
-                    finished(running.pop(future))
-            while not reports.empty():
-                update(reports.get())
-        except BaseException:
-            for process in list(pool._processes.values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

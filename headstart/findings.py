@@ -1,0 +1,150 @@
+"""What a comparison found, in words: the headline, and what its own numbers do not show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headstart.scores import REFERENCE
+
+Results = dict[str, Any]
+
+
+def ranked(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """Methods, the fastest first; then those without a speed-up by final loss; those that only diverged last."""
+
+    def place(item: tuple[str, dict[str, Any]]) -> tuple[int, float]:
+        fast, final = item[1]["speedup"]["mean"], item[1]["final_loss"]["mean"]
+        if fast is not None:
+            return (0, -fast)
+        return (1, final) if final is not None else (2, 0.0)
+
+    return sorted(results["methods"].items(), key=place)
+
+
+def headline(results: Results) -> str:
+    """What was fastest, and whether that is more than noise, in one or two sentences."""
+    steps, seeds = results["steps"], len(results["seeds"])
+    if results["threshold"] is None:
+        return "The default initialisation diverged at every learning rate, so there is nothing to compare with."
+    fast = [(name, m) for name, m in ranked(results) if m["speedup"]["mean"] is not None and name != REFERENCE]
+    if not fast or fast[0][1]["speedup"]["mean"] <= 1:
+        return f"No method reached the tuned default's loss in fewer than its {count(steps, 'step')}."
+    name, best = fast[0]
+    taken = best["steps_to_threshold"]["mean"]
+    needs = "before its first step" if taken < 0.5 else f"in {count(taken, 'step')}"
+    first = f"{name} gets {needs} where the tuned default gets in {steps:,}"
+    bounds = best["speedup"]["ci95"]
+    if bounds is None:
+        return f"{first}: {times(best['speedup']['mean'])} faster, measured with one seed, which cannot exclude noise."
+    verdict = "more than the noise of" if bounds[0] > 1 else "not distinguishable from the noise of"
+    return (
+        f"{first}: {times(best['speedup']['mean'])} faster (95 % interval {times(bounds[0])} to {times(bounds[1])}), "
+        f"{verdict} {seeds} seeds."
+    )
+
+
+def lead(results: Results) -> str:
+    """What was done, in two sentences."""
+    threshold = results["threshold"]
+    reached = "" if threshold is None else f" The tuned default ends at {threshold:.3f} nats per token."
+    return (
+        f"{len(results['methods'])} initialisations, each trained for {count(results['steps'], 'step')} with "
+        f"{count(len(results['seeds']), 'seed')} and {count(len(results['grid']), 'learning rate')} on "
+        f"{results['corpus']['name']}, on the same batches in the same order.{reached}"
+    )
+
+
+def caveats(results: Results) -> list[str]:
+    """What the data of this very comparison does not show, one paragraph each."""
+    return [
+        *_about_seeds(results),
+        *_about_thresholds(results),
+        *_about_rates(results),
+        *_about_donors(results),
+        f"Every run ends after {count(results['steps'], 'step')}. That says nothing of longer training, over which a "
+        "head start may shrink.",
+        "The loss at step 0 is shown and decides nothing: what counts is how training goes on from there.",
+        "Learning rates were chosen by the same held-out loss that is reported, for every method alike, so all final "
+        "losses are slightly optimistic. The threshold is itself a mean over seeds; the intervals leave its error out.",
+    ]
+
+
+def _about_seeds(results: Results) -> list[str]:
+    seeds = len(results["seeds"])
+    if seeds == 1:
+        return ["One seed gives no idea of the spread between runs: use three or more."]
+    if seeds < 5:
+        return [
+            f"With {seeds} seeds an interval is wide and rests on the assumption that runs scatter normally "
+            "(Student's t)."
+        ]
+    return []
+
+
+def _about_thresholds(results: Results) -> list[str]:
+    lines, seeds = [], len(results["seeds"])
+    for name, m in results["methods"].items():
+        reached = [c for c in m["steps_to_threshold"]["per_seed"] if c is not None]
+        if name != REFERENCE and m["curves"] and len(reached) < seeds:
+            how = "never reached the threshold" if not reached else f"reached it with {len(reached)} of {seeds} seeds"
+            lines.append(f"{name} {how} within {count(results['steps'], 'step')}, so it is given no speed-up.")
+        if name != REFERENCE and any(c < 0.5 for c in reached):
+            lines.append(
+                f"{name} is below the threshold before any training: its donors have learned text like this. Its "
+                "speed-up counts one step where there was none, so look at its final loss instead."
+            )
+    return lines
+
+
+def _about_rates(results: Results) -> list[str]:
+    grid, methods = results["grid"], results["methods"]
+    lines = []
+    if len(grid) == 1:
+        lines.append(f"Only one learning rate ({grid[0]:g}) was tried, so nothing was tuned.")
+    else:
+        for end, rate in (("lowest", min(grid)), ("highest", max(grid))):
+            names = [name for name, m in methods.items() if m["lr"] == rate]
+            if names:
+                lines.append(
+                    f"For {', '.join(names)} the {end} learning rate of the grid ({rate:g}) was the best: a better one "
+                    "may lie beyond."
+                )
+    scales = methods[REFERENCE]["scales"]
+    if len(scales) > 1:
+        lines.append(
+            f"The default initialisation was also tuned over its scale ({', '.join(scales)}), which the other methods "
+            "were not: that favours it."
+        )
+    else:
+        lines.append("The scale of the default initialisation was not tuned, only its learning rate, as for all.")
+    for name, m in methods.items():
+        if m["diverged"]:
+            rates = ", ".join(sorted({f"{d['lr']:g}" for d in m["diverged"]}, key=float))
+            lines.append(
+                f"{name} diverged in {count(len(m['diverged']), 'run')}, at learning rate {rates}; such a rate is not "
+                "eligible."
+            )
+    return lines
+
+
+def _about_donors(results: Results) -> list[str]:
+    using = {name: m for name, m in results["methods"].items() if m["donors"]}
+    if not using:
+        return []
+    unknown = [name for name, m in using.items() if m["donor_cost"] is None]
+    line = (
+        "Steps count the training of the target alone. Somebody had to train the donors, and a learned method had to "
+        "be trained on them; the table above says what is known of the donors' cost"
+    )
+    return [line + (f", which for {', '.join(unknown)} is nothing." if unknown else ".")]
+
+
+def count(number: float, noun: str) -> str:
+    """`18 steps`, `1 step`, `2.5 steps`."""
+    text = f"{number:,.0f}" if number >= 9.95 or number == int(number) else f"{number:.1f}"
+    return f"{text} {noun}{'' if text == '1' else 's'}"
+
+
+def times(value: float) -> str:
+    """`16.7×`, three digits or so."""
+    return f"{value:,.0f}×" if value >= 99.5 else f"{value:.1f}×" if value >= 9.95 else f"{value:.2f}×"

@@ -1,0 +1,75 @@
+"""Independent jobs over processes: spawned, one CPU thread each, one progress bar in the parent.
+
+A job must be a function of its arguments alone, so that nothing depends on how many processes share the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, TypeVar
+
+Job = TypeVar("Job")
+Report = Callable[[int], object]  # told how much was done since it was last told
+
+
+def default_workers(most: int = 8) -> int:
+    """One per core; each costs half a gigabyte for the libraries that it loads."""
+    return min(os.cpu_count() or 1, most)
+
+
+def run_jobs(
+    function: Callable[[Job, Report], object],
+    jobs: Sequence[Job],
+    workers: int,
+    update: Report,
+    finished: Callable[[Job], object] = lambda job: None,
+) -> None:
+    """Calls `function(job, report)` for every job; `finished` is told in the parent, in the order of completion.
+    `function` and the jobs must be picklable, and long jobs should come first. With one worker (or one job) all
+    happens in this process. An error or an interruption ends the other jobs at once."""
+    if workers <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            function(job, update)
+            finished(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    reports = context.Queue()
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(reports,)) as pool:
+        running: dict[Future[None], Job] = {pool.submit(_work, function, job): job for job in jobs}
+        try:
+            while running:
+                with contextlib.suppress(queue.Empty):
+                    update(reports.get(timeout=0.2))
+                for future in [f for f in running if f.done()]:
+                    future.result()
+                    finished(running.pop(future))
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    update(reports.get(timeout=0.05))
+        except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_reports: Any = None  # in a worker: the queue to the parent's progress bar
+
+
+def _begin(reports: Any) -> None:
+    import torch
+
+    global _reports
+    _reports = reports
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
+    torch.set_num_threads(1)
+
+
+def _work(function: Callable[[Job, Report], object], job: Job) -> None:
+    function(job, _reports.put)
