@@ -1,0 +1,164 @@
+"""The command line as a user meets it: a subprocess, its exit code, its streams and what it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.baselines.shaken import CONFIGS, donor
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def headstart(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "headstart", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, **kwargs)  # type: ignore
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIGS["llama"]))
+    return path
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys; sys.argv = ['headstart', '--help']; from headstart import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'pyarrow', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "methods", "zoo", "train", "generate", "compare"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "methods", "zoo add", "zoo train", "zoo list", "zoo verify", "train autoencoder", "train diffusion",
+     "generate", "compare"],
+)  # fmt: skip
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    from typer.testing import CliRunner
+
+    from headstart.cli import app
+
+    shown = CliRunner().invoke(app, [*command.split(), "--help"])
+    assert shown.exit_code == 0 and f"Example: headstart {command}" in shown.stdout and "--quiet" in shown.stdout
+
+
+def test_generate_from_a_zoo_end_to_end(tmp_path: Path, target: Path) -> None:
+    donor(tmp_path / "donor", CONFIGS["llama"] | {"hidden_size": 64})
+    zoo, out = tmp_path / "zoo", tmp_path / "out"
+    assert headstart("zoo", "add", tmp_path / "donor", "--zoo", zoo).returncode == 0
+    listed = headstart("zoo", "list", "--zoo", zoo, "--json")
+    (row,) = json.loads(listed.stdout)
+    assert set(row) == {"name", "revision", "license", "architecture", "parameters", "tensors", "roles"}
+    done = headstart("generate", "--target", target, "--method", "weight-selection", "--zoo", zoo, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and "donor donor" in done.stderr
+    record = json.loads((out / "headstart.json").read_text())
+    assert (
+        record["command"] == f"headstart generate --target {target} --method weight-selection --zoo {zoo} --out {out}"
+    )
+    again = headstart("generate", "--target", target, "--method", "weight-selection", "--zoo", zoo, "--out", out)
+    assert again.returncode == 2 and f"headstart: {out}: exists already" in again.stderr
+    plan = headstart(
+        "generate", "--target", target, "--method", "row-column", "--zoo", zoo, "--out", tmp_path / "p", "--plan"
+    )
+    assert json.loads(plan.stdout)["read"]["donors"][0]["name"] == "donor" and not (tmp_path / "p").exists()
+    assert headstart("zoo", "verify", "--zoo", zoo, "--quiet").stderr == ""
+
+
+def test_methods_as_json_and_as_table() -> None:
+    done = headstart("methods", "--json")
+    assert done.returncode == 0 and {"default", "diffusion"} <= {row["name"] for row in json.loads(done.stdout)}
+    table = headstart("methods").stdout
+    assert "weight-selection" in table and "2311.18823" in table
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    ("--target {target} --method defualt", "unknown method 'defualt': did you mean 'default'?"),
+    ("--target {empty} --method default", "config.json"),
+    ("--target {target} --method default --set scael=2", "unknown option of default 'scael': did you mean 'scale'?"),
+    ("--target {target} --method weight-selection --donor {donor}", "width 16 is smaller than the target's 32"),
+    ("--target {target} --method weight-selection", "needs a donor"),
+    ("--target {broken} --method default", "num_key_value_heads"),
+])  # fmt: skip
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
+    tmp_path: Path, target: Path, arguments: str, reason: str
+) -> None:
+    places = {name: tmp_path / name for name in ("empty", "donor", "broken.json")}
+    places["empty"].mkdir()
+    if "{donor}" in arguments:
+        donor(places["donor"], CONFIGS["llama"] | {"hidden_size": 16})
+    places["broken.json"].write_text(json.dumps(CONFIGS["llama"] | {"num_key_value_heads": 3}))
+    before = sorted(tmp_path.rglob("*"))
+    line = arguments.format(
+        target=target, empty=places["empty"], donor=places["donor"], broken=places["broken.json"]
+    ).split()
+    done = headstart("generate", *line, "--out", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("headstart: ") and reason in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_usage_errors_are_exit_code_2(tmp_path: Path) -> None:
+    assert headstart("generate", "--nonsense").returncode == 2
+    assert headstart("nonsense").returncode == 2
+    assert headstart("zoo", "add", tmp_path, "--zoo", tmp_path / "zoo", "--shard", "first").returncode == 2
+
+
+def test_an_output_in_an_existing_folder_is_refused_untouched(tmp_path: Path, target: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    done = headstart("generate", "--target", target, "--method", "default", "--out", out)
+    assert done.returncode == 2 and "exists already" in done.stderr
+    assert [p.name for p in out.iterdir()] == ["mine.txt"] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_our_own_faults_are_exit_code_1() -> None:
+    code = (
+        "import sys; sys.argv = ['headstart', 'methods']; from headstart import cli, methods\n"
+        "methods.METHODS['broken'] = ('no_such_module', 'Nothing'); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 1 and "Traceback" in done.stderr and done.stdout == ""
+
+
+def test_an_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path: Path) -> None:
+    config = CONFIGS["llama"] | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 40}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "headstart", "generate", "--target", str(tmp_path / "config.json")]
+    command += ["--method", "default", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; run the same command again to continue" in told
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headstart", "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 0

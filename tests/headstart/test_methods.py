@@ -1,0 +1,51 @@
+"""The table of methods and the Python names of the contract."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from headstart import methods
+from zoo.errors import UserError
+from zoo.sampler import Sampler
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_describes_itself(name: str) -> None:
+    cls = methods.get(name)
+    assert issubclass(cls, Sampler)
+    assert cls.name == name and cls.family and cls.summary and cls.reference
+    assert set(cls.needs) <= {"donor", "donors", "model"}
+    for row in cls.option_table():
+        assert set(row) == {"name", "type", "default", "help"} and row["help"]
+
+
+def test_the_description_is_json() -> None:
+    rows = json.loads(json.dumps(methods.describe()))
+    assert [row["name"] for row in rows] == list(methods.METHODS)
+    assert all(set(row) == {"name", "family", "summary", "reference", "needs", "options"} for row in rows)
+
+
+def test_a_wrong_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'weight-selection'"):
+        methods.get("weight_selection")
+
+
+def test_names_of_the_contract_are_lazy() -> None:
+    code = (
+        "import sys, headstart; assert not {'torch', 'transformers'} & set(sys.modules);"
+        "from headstart import Blueprint, samplers;"
+        "assert samplers.get('default')(scale=2.0).options() == {'scale': 2.0}; assert Blueprint.from_config"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_saved_sampler_is_found_by_its_method(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    methods.get("default")(scale=0.5).save(tmp_path)
+    loaded = methods.load(tmp_path)
+    assert loaded.name == "default" and loaded.options() == {"scale": 0.5}
+    with pytest.raises(UserError, match=r"has no sampler\.json"):
+        methods.load(tmp_path / "elsewhere")
