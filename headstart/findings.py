@@ -22,7 +22,7 @@ def ranked(results: Results) -> list[tuple[str, dict[str, Any]]]:
 
 
 def headline(results: Results) -> str:
-    """What was fastest, and whether that is more than noise, in one or two sentences."""
+    """What was fastest, and whether that is more than noise, in one sentence."""
     steps, seeds = results["steps"], len(results["seeds"])
     if results["threshold"] is None:
         return "The default initialisation diverged at every learning rate, so there is nothing to compare with."
@@ -30,9 +30,18 @@ def headline(results: Results) -> str:
     if not fast or fast[0][1]["speedup"]["mean"] <= 1:
         return f"No method reached the tuned default's loss in fewer than its {count(steps, 'step')}."
     name, best = fast[0]
+    if starts_below(best):
+        bounds = best["difference"]["ci95"]
+        if bounds is None:
+            verdict = "with one seed, which cannot exclude noise"
+        else:
+            verdict = f"{'more' if bounds[1] < 0 else 'no more'} than the noise of {seeds} seeds"
+        return (
+            f"{name} starts below the loss that the tuned default reaches after {count(steps, 'step')}, and ends at "
+            f"{best['final_loss']['mean']:.3f} against {results['threshold']:.3f}: {verdict}."
+        )
     taken = best["steps_to_threshold"]["mean"]
-    needs = "before its first step" if taken < 0.5 else f"in {count(taken, 'step')}"
-    first = f"{name} gets {needs} where the tuned default gets in {steps:,}"
+    first = f"{name} gets in {count(taken, 'step')} where the tuned default gets in {steps:,}"
     bounds = best["speedup"]["ci95"]
     if bounds is None:
         return f"{first}: {times(best['speedup']['mean'])} faster, measured with one seed, which cannot exclude noise."
@@ -88,10 +97,10 @@ def _about_thresholds(results: Results) -> list[str]:
         if name != REFERENCE and m["curves"] and len(reached) < seeds:
             how = "never reached the threshold" if not reached else f"reached it with {len(reached)} of {seeds} seeds"
             lines.append(f"{name} {how} within {count(results['steps'], 'step')}, so it is given no speed-up.")
-        if name != REFERENCE and any(c < 0.5 for c in reached):
+        if name != REFERENCE and starts_below(m):
             lines.append(
-                f"{name} is below the threshold before any training: its donors have learned text like this. Its "
-                "speed-up counts one step where there was none, so look at its final loss instead."
+                f"{name} is below the threshold before or within the first step: its donors have learned text like "
+                "this. Its speed-up counts as if it took one step, so look at its final loss instead."
             )
     return lines
 
@@ -137,6 +146,17 @@ def _about_donors(results: Results) -> list[str]:
         "be trained on them; the table above says what is known of the donors' cost"
     )
     return [line + (f", which for {', '.join(unknown)} is nothing." if unknown else ".")]
+
+
+def starts_below(method: dict[str, Any]) -> bool:
+    """Whether a method reaches the threshold within its first step, with any seed."""
+    return any(c is not None and c < 1 for c in method["steps_to_threshold"]["per_seed"])
+
+
+def fold(method: dict[str, Any]) -> str:
+    """The speed-up, as a lower bound where it was cut off at one step."""
+    mean = method["speedup"]["mean"]
+    return "–" if mean is None else ("≥ " if starts_below(method) else "") + times(mean)
 
 
 def count(number: float, noun: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headstart.findings import fold
 from headstart.scores import REFERENCE
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ def losses(results: dict[str, Any], title: bool) -> Figure:
     axes.set_xlim(-0.02, budget * 1.02)
     ticks = [0, *(t for e in range(7) for t in (10**e, 3 * 10**e) if t < 0.75 * budget), budget]
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    axes.set_yscale("log")  # what separates methods at the end is small beside what they start from
+    low, high = axes.get_ylim()
+    values = [
+        t for t in (0.1, 0.2, 0.5, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50) if low <= t <= high
+    ]
+    axes.set_yticks(values, [f"{t:g}" for t in values])
     axes.minorticks_off()
     if results["threshold"] is not None:
         axes.axhline(results["threshold"], color=GREY, linewidth=1, linestyle=":")
@@ -110,11 +117,11 @@ def speedups(results: dict[str, Any]) -> Figure | None:
     figure = Figure(figsize=(9.2, 0.9 + 0.42 * len(ranked)), layout="constrained")
     axes = figure.subplots()
     for row, (mean, name) in enumerate(ranked):
-        axes.barh(row, mean, height=0.62, color=colour(results, name), alpha=0.85)
+        axes.barh(row, mean - 1, left=1, height=0.62, color=colour(results, name), alpha=0.85)
         bounds = results["methods"][name]["speedup"]["ci95"]
         if bounds is not None:
             axes.plot(bounds, [row, row], color=INK, linewidth=1.4, solid_capstyle="butt")
-        axes.text(max(mean, (bounds or [0])[-1]), row, f"  {mean:.1f}×", va="center", color=INK)
+        axes.text(max(mean, (bounds or [0])[-1]), row, f"  {fold(results['methods'][name])}", va="center", color=INK)
     axes.set_yticks(range(len(ranked)), [name for _, name in ranked])
     axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
     axes.set_xscale("log")
@@ -124,7 +131,7 @@ def speedups(results: dict[str, Any]) -> Figure | None:
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low * 0.8 <= t <= high * 1.7]
     axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("times fewer steps than the tuned default needs")
+    axes.set_xlabel("times fewer steps than the tuned default needs (logarithmic)")
     _plain(axes, grid="x")
     return figure
 

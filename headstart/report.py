@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from headstart import plots
-from headstart.findings import Results, caveats, count, headline, lead, ranked, times
+from headstart.findings import Results, caveats, count, fold, headline, lead, ranked, times
 from headstart.scores import REFERENCE
 
 STYLE = """
@@ -88,7 +88,7 @@ def _cards(results: Results) -> str:
     fast = [(name, m) for name, m in items if name != REFERENCE and m["speedup"]["mean"] is not None]
     cards = []
     if fast:
-        cards.append((times(fast[0][1]["speedup"]["mean"]), f"fastest to the threshold: {fast[0][0]}"))
+        cards.append((fold(fast[0][1]), f"fastest to the threshold: {fast[0][0]}"))
     if items:
         name, lowest = min(items, key=lambda item: item[1]["final_loss"]["mean"])
         cards.append((f"{lowest['final_loss']['mean']:.3f}", f"lowest final loss: {name}"))
@@ -107,7 +107,7 @@ def _scores(results: Results) -> str:
         rows.append(
             [
                 ("text", _name(results, name)),
-                ("", _or_dash(m["speedup"]["mean"], times)),
+                ("", fold(m)),
                 ("", _or_dash(m["speedup"]["ci95"], lambda ci: " to ".join(map(times, ci)))),
                 ("", _steps(results, name)),
                 ("best" if finals and final["mean"] == min(finals) else "", _or_dash(final["mean"] and final, _spread)),

@@ -293,7 +293,7 @@ def test_report_escapes_and_warns() -> None:
     text = " ".join(read(html).text)
     assert "a<b>&c" in text and "<script>alert(1)</script>" in text and "<u>" in text and "<tt>.txt" in text
     warned = "\n".join(caveats(results))
-    assert "One seed" in warned and "Only one learning rate" in warned and "before any training" in warned
+    assert "One seed" in warned and "Only one learning rate" in warned and "within the first step" in warned
     assert "cannot exclude noise" in headline(results)
 
 
