@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +12,9 @@ from typing import Any
 
 from zoo.checkpoint import Checkpoint, check_against_blueprint
 from zoo.errors import UserError
-from zoo.manifest import MANIFEST, ROWS, measure, merge, rows, write_rows
+from zoo.manifest import MANIFEST, ROWS, joined, measure, rows, write_rows
 from zoo.sources import Source, count_tensors, fetch, resolve
-from zoo.store import RECORD, content_hash, file_hash, read_record
+from zoo.store import RECORD, content_hash, file_hash, read_record, write_record
 from zoo.writer import writing
 
 CHUNK = 1 << 22
@@ -56,46 +55,35 @@ def add(
             check_against_blueprint(Checkpoint.open(source.folder))
     if plan:
         return [_plan(zoo, source) for source in resolved]
-    models = zoo / "models"
-    with writing(zoo):
-        models.mkdir(parents=True, exist_ok=True)
     try:
-        return [_add(models, source, quiet) for source in resolved]
+        return [_add(zoo / "models", source, quiet) for source in resolved]
     finally:
-        merge_manifest(zoo)
+        if (zoo / "models").exists():
+            merge_manifest(zoo)
 
 
 def merge_manifest(zoo: Path) -> None:
     """manifest.parquet from the donors that are complete. Processes that add side by side take turns here."""
     with writing(zoo), _lock(zoo / "models" / LOCK):
         parts = [p for p in (zoo / "models").glob(f"[!.]*/{ROWS}") if (p.parent / RECORD).exists()]
-        merge(parts, zoo / MANIFEST)
+        write_rows(zoo / MANIFEST, joined(parts))
 
 
 def _plan(zoo: Path, source: Source) -> dict[str, Any]:
-    """Without reading weights: a folder is taken for present where a donor of one of its names has the same files of
-    the same sizes."""
-    name, record = None, None
-    for candidate in source.names:
-        home = zoo / "models" / candidate
-        if not home.exists():
-            name = name or candidate
-            continue
-        there = read_record(home)
-        sizes = {file: stamp["size"] for file, stamp in there["files"].items()}
-        if (
-            there["revision"] == source.commit
-            if source.commit
-            else sizes == {n: f.size for n, f in source.files.items()}
-        ):
-            name, record = candidate, there
-            break
-    missing = list(source.files) if record is None else _lost(zoo / "models" / str(name), record)
+    """Reads weights only where a donor of one of the source's names has files of the same sizes, to tell whether it is
+    the same."""
+    revision = source.commit
+    if source.folder is not None and any(_alike(zoo / "models" / name, source) for name in source.names):
+        revision = f"sha256:{content_hash(_fetched(source, quiet=True)[1])}"
+    home = _home(zoo / "models", source, revision)
+    record = read_record(home) if home else None
+    name = home.name if home else next((n for n in source.names if not (zoo / "models" / n).exists()), None)
+    missing = _lost(home, record) if home and record else list(source.files)
     idle = record is not None and not missing and source.commit is not None
     return {
         "source": source.given,
         "name": name,
-        "revision": record["revision"] if record else source.commit,
+        "revision": revision,
         "license": record["license"] if record else source.license,
         "state": "present" if record else "new",
         "tensors": count_tensors(source),
@@ -105,11 +93,16 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
     }
 
 
+def _alike(home: Path, source: Source) -> bool:
+    files = read_record(home)["files"] if home.exists() else {}
+    return {n: stamp["size"] for n, stamp in files.items()} == {n: f.size for n, f in source.files.items()}
+
+
 def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
     from tqdm import tqdm
 
     home = _home(models, source, source.commit)
-    if home is not None and not _lost(home, read_record(home)):
+    if home is not None and not _lost(home, read_record(home)) and (home / ROWS).exists():
         return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
 
     download = source.download
@@ -119,29 +112,38 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
         print(f"{source.names[0]}: {len(extra)} tensors that its config does not know ({extra[0]}, …)", file=sys.stderr)
     sha256 = content_hash(stamps)
     revision = source.commit or f"sha256:{sha256}"
-    staging = models / f".{source.names[0]}-{sha256[:16]}"
-    lock = staging.with_name(f"{staging.name}.lock")
-    with writing(models), _lock(lock):  # of two processes with the same source, one waits and finds it present
+    home = _home(models, source, revision)
+    if home is not None:
+        with writing(models):
+            _restore(home, checkpoint, read_record(home))
+        return _summary(source, home, "present", download)
+
+    total = source.size + sum(e.nbytes for e in checkpoint.entries.values())
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=quiet))
+        measures = {}
+        for entry in checkpoint.entries.values():  # before anything is written: this is what refuses NaN
+            measures[entry.name] = measure(checkpoint, entry)
+            bar.update(entry.nbytes)
+        stack.enter_context(writing(models))
+        models.mkdir(parents=True, exist_ok=True)
+        staging = models / f".{source.names[0]}-{sha256[:16]}"
+        _room(models, source.size - sum(p.stat().st_size for p in staging.glob("*")))
+        # Of two processes with the same source, the second waits and finds it present.
+        stack.enter_context(_lock(staging.with_name(f"{staging.name}.lock")))
         home = _home(models, source, revision)
         if home is not None:
-            _restore(home, checkpoint, read_record(home))
             return _summary(source, home, "present", download)
-        _room(models, source.size)
-        measures = {}
-        total = source.size + sum(e.nbytes for e in checkpoint.entries.values())
-        with tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=quiet) as bar:
-            for entry in checkpoint.entries.values():
-                measures[entry.name] = measure(checkpoint, entry)
-                bar.update(entry.nbytes)
-            _stage(staging, checkpoint, stamps, bar.update)
-        with _lock(models / LOCK):
-            name = next((n for n in source.names if not (models / n).exists()), None)
-            if name is None:
-                raise UserError(f"{source.given}: all its names are taken in {models}; rename the folder")
-            write_rows(staging / ROWS, rows(checkpoint, name, revision, source.license, measures))
-            record = {"source": source.given, "revision": revision, "license": source.license}
-            _json(staging / RECORD, {**record, "sha256": sha256, "files": stamps})
-            home = staging.rename(models / name)
+        stack.enter_context(_removed_on_error(staging))
+        _stage(staging, checkpoint, stamps, bar.update)
+        stack.enter_context(_lock(models / LOCK))
+        name = next((n for n in source.names if not (models / n).exists()), None)
+        if name is None:
+            raise UserError(f"{source.given}: all its names are taken in {models}; rename the folder")
+        write_rows(staging / ROWS, rows(checkpoint, name, revision, source.license, measures))
+        record = {"source": source.given, "revision": revision, "license": source.license}
+        write_record(staging, {**record, "sha256": sha256, "files": stamps})
+        home = staging.rename(models / name)
     return _summary(source, home, "added", download)
 
 
@@ -181,14 +183,19 @@ def _fetched(source: Source, quiet: bool) -> tuple[Checkpoint, Stamps]:
 
 
 def _stage(staging: Path, checkpoint: Checkpoint, stamps: Stamps, tick: Callable[[int], object]) -> None:
-    """Copies the files; those that an interrupted add has left whole are kept. Any error but an interruption removes
-    the folder."""
+    """Copies the files; those that an interrupted add has left whole are kept."""
     staging.mkdir(exist_ok=True)
+    for file, stamp in stamps.items():
+        _copy(checkpoint.folder / file, staging / file, stamp, tick)
+
+
+@contextlib.contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    """Any error removes the folder, but not an interruption, after which the next add goes on."""
     try:
-        for file, stamp in stamps.items():
-            _copy(checkpoint.folder / file, staging / file, stamp, tick)
+        yield
     except Exception:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -218,6 +225,7 @@ def _restore(home: Path, checkpoint: Checkpoint, record: dict[str, Any]) -> None
     if not (home / ROWS).exists():
         measures = {e.name: measure(checkpoint, e) for e in checkpoint.entries.values()}
         write_rows(home / ROWS, rows(checkpoint, home.name, record["revision"], record["license"], measures))
+        write_record(home, record)
 
 
 def _room(models: Path, need: int) -> None:
@@ -250,7 +258,3 @@ def _lock(path: Path) -> Iterator[None]:
         yield
     if path.name != LOCK:  # who waited for it looks again at what is there, so nobody needs the file
         path.unlink(missing_ok=True)
-
-
-def _json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

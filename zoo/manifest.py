@@ -107,7 +107,7 @@ def write_rows(path: Path, table: pa.Table) -> None:
     """Atomically; a file that already says the same is left alone."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        pq.write_table(table, temporary, compression="zstd")
+        _write(table, temporary)
         if path.exists() and path.read_bytes() == temporary.read_bytes():
             temporary.unlink()
         else:
@@ -130,10 +130,27 @@ def read_rows(path: Path) -> pa.Table:
     return table
 
 
-def merge(parts: Iterable[Path], path: Path) -> None:
-    """One manifest from the donors' parts, sorted by model."""
+def joined(parts: Iterable[Path]) -> pa.Table:
+    """The manifest that the donors' parts make, sorted by model."""
     tables = sorted((read_rows(p) for p in parts), key=lambda t: t["model"][0].as_py())
-    write_rows(path, pa.concat_tables(tables) if tables else SCHEMA.empty_table())
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def intact(path: Path, parts: Iterable[Path]) -> bool:
+    """Whether the manifest at `path` is the one that `parts` make: the same rows, and the same bytes too where it was
+    written by the version of pyarrow that is here."""
+    table = joined(parts)
+    if not read_rows(path).equals(table):
+        return False
+    again = pa.BufferOutputStream()
+    _write(table, again)
+    data = again.getvalue()
+    same_writer = pq.read_metadata(path).created_by == pq.read_metadata(pa.BufferReader(data)).created_by
+    return not same_writer or path.read_bytes() == data.to_pybytes()
+
+
+def _write(table: pa.Table, where: Path | pa.NativeFile) -> None:
+    pq.write_table(table.combine_chunks(), where, compression="zstd")
 
 
 def _chunks(path: Path, entry: Entry) -> Iterable[tuple[bytes, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ import pyarrow.compute as pc
 
 from zoo.checkpoint import Checkpoint
 from zoo.errors import UserError, unknown
-from zoo.manifest import MANIFEST, ROWS, read_rows
+from zoo.manifest import MANIFEST, ROWS, intact, read_rows
 from zoo.safe import read_json
 
-# Written last into a donor's folder: {source, revision, license, sha256, files: {name: {size, sha256}}}.
+# Written last into a donor's folder: {source, revision, license, sha256, files: {name: {size, sha256}}, rows (hash of
+# its part of the manifest), seal (hash of all this)}.
 RECORD = "donor.json"
 
 
@@ -105,13 +107,28 @@ class Zoo:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """donor.json of a donor's folder. UserError where it is missing or is none."""
+    """donor.json of a donor's folder. UserError where it is missing or not what was written."""
+    again = f"remove {folder} and add the donor again"
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder}: has no {RECORD}, so it is not a whole donor; {again}")
     record = read_json(folder / RECORD)
-    files = record.get("files")
-    strings = all(isinstance(record.get(k), str) for k in ("source", "revision", "license", "sha256"))
-    if not strings or not isinstance(files, dict) or not all(_stamp(v) for v in files.values()):
-        raise UserError(f"{folder / RECORD}: is not a donor's record; remove {folder} and add the donor again")
+    if record.get("seal") != _seal(record):
+        raise UserError(f"{folder / RECORD}: is not what was written when the donor was added; {again}")
     return record
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Seals the record of a folder that has its payload and its part of the manifest."""
+    record = record | {"rows": file_hash(folder / ROWS)}
+    text = json.dumps(record | {"seal": _seal(record)}, indent=2, ensure_ascii=False)
+    partial = folder / f".{RECORD}.part"
+    partial.write_text(text + "\n")
+    partial.replace(folder / RECORD)
+
+
+def _seal(record: dict[str, Any]) -> str:
+    rest = {k: v for k, v in record.items() if k != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def content_hash(files: dict[str, dict[str, Any]]) -> str:
@@ -124,7 +141,13 @@ def verify(path: str | Path) -> list[str]:
     """Reads every byte of the zoo again and compares it with manifest and records. Returns the problems, one line
     each: which donor, which file or tensor, what to do. Empty: all is as it was added."""
     zoo = Zoo.open(path)
-    return [line for name in zoo.names for line in _verify_donor(zoo, name)]
+    problems = [line for name in zoo.names for line in _verify_donor(zoo, name)]
+    parts = [zoo.path / "models" / name / ROWS for name in zoo.names]
+    whole = all(p.is_file() and not any(str(p) in line for line in problems) for p in parts)
+    if whole and not intact(zoo.path / MANIFEST, parts):
+        again = "remove it and run any `headstart zoo add` again, which writes it anew"
+        problems.append(f"{zoo.path / MANIFEST}: is not what its donors make; {again}")
+    return problems
 
 
 def notes(path: str | Path) -> list[str]:
@@ -149,29 +172,25 @@ def _verify_donor(zoo: Zoo, name: str) -> Iterator[str]:
     try:
         record = read_record(folder)
     except UserError as error:
-        yield f"{name}: {error}; remove {folder} and add the donor again"
+        yield f"{name}: {error}"
         return
-    again = f"remove that file and run `headstart zoo add {record['source']}` again"
-    if record["sha256"] != content_hash(record["files"]) or table["revision"][0].as_py() != record["revision"]:
-        yield f"{name}: {RECORD} does not agree with itself or the manifest; remove {folder} and add the donor again"
+    add_again = f"run `headstart zoo add {record['source']}` again"
+    if Path(record["source"]).is_absolute() and not Path(record["source"]).exists():
+        add_again = f"add or train it again: its source {record['source']} is gone, so remove {folder} first"
     for file, stamp in sorted(record["files"].items()):
         path = folder / file
         if not path.is_file():
-            yield f"{name}: {path} is missing; run `headstart zoo add {record['source']}` again"
+            yield f"{name}: {path} is missing; {add_again}"
         elif path.stat().st_size != stamp["size"]:
-            yield f"{name}: {path} has {path.stat().st_size} bytes and was added with {stamp['size']}; {again}"
+            yield f"{name}: {path} has {path.stat().st_size} bytes, was added with {stamp['size']}; {add_again}"
         elif file_hash(path) != stamp["sha256"]:
             rows = table.filter(pc.equal(table["file"], file)).to_pylist()
             wrong = [row["tensor"] for row in rows if _hash_range(path, row) != row["sha256"]]
             where = f"in tensor {', '.join(map(repr, wrong))}" if wrong else "outside its tensors"
-            yield f"{name}: {path} is not what was added (changed {where}); {again}"
-    try:
-        part = read_rows(folder / ROWS)
-        agrees = part.equals(table)
-    except UserError:
-        agrees = False
-    if not agrees:
-        yield f"{name}: {folder / ROWS} is missing or disagrees with the manifest; remove {folder} and add it again"
+            yield f"{name}: {path} is not what was added (it differs {where}); remove that file and {add_again}"
+    rows_path = folder / ROWS
+    if not rows_path.is_file() or file_hash(rows_path) != record["rows"]:
+        yield f"{name}: {rows_path} is missing or not what was written; remove it and {add_again}"
 
 
 def file_hash(path: Path) -> str:
@@ -188,7 +207,3 @@ def _hash_range(path: Path, row: dict[str, Any]) -> str:
             digest.update(raw)
             left -= len(raw)
     return digest.hexdigest()
-
-
-def _stamp(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("size"), int) and isinstance(value.get("sha256"), str)

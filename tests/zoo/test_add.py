@@ -1,0 +1,286 @@
+"""Adding: what is written, twice, after an interruption, side by side, and what is refused without a trace."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo.add
+import zoo.manifest
+from zoo.add import add
+from zoo.checkpoint import Checkpoint
+from zoo.errors import UserError
+from zoo.safe import INDEX
+from zoo.store import Zoo, notes, verify
+
+Make = Callable[..., Path]
+Tree = dict[str, tuple[bytes, int]]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_donor_is_copied_and_described(tmp_path: Path, tiny_llama: Make) -> None:
+    source = tiny_llama(tmp_path / "llama", max_shard_size="40KB")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# hello\n")
+    (source / "facts.json").write_text('{"loss": 1.5, "tokens": 1000, "seed": 3}')
+    (source / "optimizer.pt").write_bytes(b"not ours")
+    done = add([str(source)], tmp_path / "zoo", quiet=True)[0]
+    assert (done["name"], done["state"], done["license"], done["tensors"]) == ("llama", "added", "apache-2.0", 20)
+    zoo = Zoo.open(tmp_path / "zoo")
+    donor = zoo.donor("llama")
+    assert donor.revision == f"sha256:{donor.sha256}" == done["revision"]
+    assert donor.facts == {"loss": 1.5, "tokens": 1000, "seed": 3}
+    assert all((donor.folder / f).read_bytes() == (source / f).read_bytes() for f in donor.files)
+    assert not {"optimizer.pt", "README.md"} & set(donor.files)
+    assert zoo.describe() == [
+        {
+            "name": "llama", "revision": donor.revision, "license": "apache-2.0", "architecture": "llama",
+            "parameters": Checkpoint.open(source).parameters, "tensors": 20,
+            "roles": {
+                "attn.k": 2, "attn.o": 2, "attn.q": 2, "attn.v": 2, "embed": 1,
+                "mlp.down": 2, "mlp.gate": 2, "mlp.up": 2, "norm": 5,
+            },
+        }
+    ]  # fmt: skip
+    rows = zoo.manifest.to_pylist()
+    assert [(r["file"], r["offset"]) for r in rows] == sorted((r["file"], r["offset"]) for r in rows)
+    for row in rows:
+        with (donor.folder / row["file"]).open("rb") as f:
+            f.seek(row["offset"])
+            data = f.read(row["nbytes"])
+        assert np.array_equal(
+            np.frombuffer(data, np.float32).reshape(row["shape"]), donor.read(row["tensor"]).numpy(), equal_nan=True
+        )
+        assert row["layer"] == (int(row["tensor"].split(".")[2]) if ".layers." in row["tensor"] else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_are_scipys(
+    tmp_path: Path, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(zoo.manifest, "CHUNK", 1000)  # many chunks per tensor
+    folder = tiny_llama(tmp_path / "a")
+    tensors = {n: t.to(dtype) for n, t in load_file(folder / "model.safetensors").items()}
+    heavy = torch.distributions.StudentT(3.0).sample(tensors["model.embed_tokens.weight"].shape)
+    tensors["model.embed_tokens.weight"] = (heavy * 0.1 + 5).to(dtype)  # far from zero: a naive formula loses digits
+    save_file(tensors, folder / "model.safetensors")
+    add([str(folder)], tmp_path / "zoo", quiet=True)
+    for row in Zoo.open(tmp_path / "zoo").manifest.to_pylist():
+        values = tensors[row["tensor"]].double().numpy().ravel()
+        assert row["mean"] == pytest.approx(values.mean(), rel=1e-12, abs=1e-15)
+        assert row["std"] == pytest.approx(values.std(), rel=1e-10)
+        assert row["dtype"] == str(dtype).removeprefix("torch.")
+        if values.std():
+            assert row["kurtosis"] == pytest.approx(scipy.stats.kurtosis(values, fisher=False), rel=1e-9)
+        else:
+            assert row["kurtosis"] is None
+
+
+def test_adding_twice_changes_nothing(tmp_path: Path, tiny_llama: Make) -> None:
+    sources = [str(tiny_llama(tmp_path / n, seed=i)) for i, n in enumerate("ab")]
+    add(sources, tmp_path / "zoo", quiet=True)
+    content, times = tree(tmp_path / "zoo"), stamps(tmp_path / "zoo")
+    assert [d["state"] for d in add(sources, tmp_path / "zoo", quiet=True)] == ["present", "present"]
+    assert content == tree(tmp_path / "zoo") and times == stamps(tmp_path / "zoo")
+    add(sources[::-1], tmp_path / "other", quiet=True)  # and the order of adding does not matter
+    assert content == tree(tmp_path / "other")
+
+
+def test_names_that_collide_get_their_parents(tmp_path: Path, tiny_llama: Make) -> None:
+    one, two = tiny_llama(tmp_path / "x" / "run0", seed=0), tiny_llama(tmp_path / "y" / "run0", seed=1)
+    same = shutil.copytree(one, tmp_path / "z" / "run0")
+    names = [d["name"] for d in add([str(one), str(two), str(same)], tmp_path / "zoo", quiet=True)]
+    assert names == ["run0", "y--run0", "run0"]
+    assert [d["name"] for d in add([str(two)], tmp_path / "zoo", plan=True)] == ["y--run0"]
+    assert [d.name for d in Zoo.open(tmp_path / "zoo").donors] == ["run0", "y--run0"]
+
+
+def test_plan_does_nothing(tmp_path: Path, tiny_llama: Make) -> None:
+    source = tiny_llama(tmp_path / "a")
+    size = sum(p.stat().st_size for p in source.iterdir())
+    new = add([str(source)], tmp_path / "zoo", plan=True)[0]
+    assert not (tmp_path / "zoo").exists()
+    assert (new["state"], new["name"], new["tensors"]) == ("new", "a", 20)
+    assert (new["read"], new["download"], new["write"]) == (size, 0, size)
+    add([str(source)], tmp_path / "zoo", quiet=True)
+    content = tree(tmp_path / "zoo")
+    again = add([str(source)], tmp_path / "zoo", plan=True)[0]
+    assert (again["state"], again["write"]) == ("present", 0)
+    (tmp_path / "zoo" / "models" / "a" / "config.json").unlink()
+    assert add([str(source)], tmp_path / "zoo", plan=True)[0]["write"] == (source / "config.json").stat().st_size
+    add([str(source)], tmp_path / "zoo", quiet=True)
+    assert content == tree(tmp_path / "zoo")
+
+
+def fork(*works: Callable[[], object]) -> list[int | None]:
+    """Runs the works in forked processes, all at once; their exit codes."""
+    processes = [multiprocessing.get_context("fork").Process(target=work) for work in works]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_a_killed_add_resumes(tmp_path: Path, tiny_llama: Make) -> None:
+    source = tiny_llama(tmp_path / "a", max_shard_size="20KB")
+    add([str(source)], tmp_path / "whole", quiet=True)
+    target, copy, copied = tmp_path / "zoo", zoo.add._copy, 0
+
+    def die() -> None:
+        def failing(*args: object) -> None:
+            nonlocal copied
+            if copied == 3:
+                (target / "models" / ".half.part").write_bytes(b"x")
+                os._exit(9)
+            copy(*args)  # type: ignore[arg-type]
+            copied += 1
+
+        zoo.add._copy = failing  # type: ignore[assignment]
+        add([str(source)], target, quiet=True)
+
+    assert fork(die) == [9]
+    (target / "models" / ".half.part").unlink()
+    kept = {p.name: p.stat().st_mtime_ns for p in (target / "models").glob(".a-*/*")}
+    assert len(kept) == 3
+    with pytest.raises(UserError, match="no zoo"):
+        Zoo.open(target)
+    add([str(source)], target, quiet=True)
+    now = stamps(target / "models" / "a")
+    assert all(now[name] == when for name, when in kept.items())  # kept, not copied again
+    left = {n: d for n, d in tree(target).items() if not n.endswith(".lock")}
+    assert left == {n: d for n, d in tree(tmp_path / "whole").items() if not n.endswith(".lock")}
+    assert verify(target) == [] and notes(target) == []
+
+
+def test_processes_side_by_side_lose_no_row(tmp_path: Path, tiny_llama: Make) -> None:
+    sources = [str(tiny_llama(tmp_path / f"m{i}", seed=i)) for i in range(6)]
+    add(sources, tmp_path / "alone", quiet=True)
+    target = tmp_path / "zoo"
+    shards = [lambda i=i: add(sources, target, shard=(i, 3), quiet=True) for i in range(3)]
+    same = [lambda: add(sources[:2], target, quiet=True)] * 2  # and two that want the same
+    assert fork(*shards, *same) == [0] * 5
+    records = {p: d for p, d in tree(tmp_path / "alone").items() if not p.endswith(".lock")}
+    assert records == {p: d for p, d in tree(target).items() if not p.endswith(".lock")}
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
+def test_a_shard_that_is_none_is_refused(tmp_path: Path, shard: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="--shard"):
+        add([], tmp_path / "zoo", shard=shard)
+
+
+@pytest.mark.parametrize(
+    "harm", ["nan", "truncated", "config", "no config", "pickle", "index", "file", "nothing", "link", "shape"]
+)
+def test_bad_donors_leave_no_trace(tmp_path: Path, tiny_llama: Make, harm: str) -> None:
+    folder = tiny_llama(tmp_path / "donor")
+    weights, source = folder / "model.safetensors", folder
+    if harm == "nan":
+        tensors = load_file(weights)
+        tensors["model.norm.weight"][0] = float("nan")
+        save_file(tensors, weights)
+    elif harm == "truncated":
+        os.truncate(weights, weights.stat().st_size - 1)
+    elif harm == "config":
+        (folder / "config.json").write_text("{")
+    elif harm == "no config":
+        source = tmp_path
+        tiny_llama(tmp_path / "second")
+    elif harm == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    elif harm == "index":
+        weights.unlink()
+        (folder / INDEX).write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    elif harm == "file":
+        source = weights
+    elif harm == "nothing":
+        source = tmp_path / "nothing-here"
+    elif harm == "link":
+        weights.rename(tmp_path / "elsewhere.safetensors")
+        weights.symlink_to(tmp_path / "elsewhere.safetensors")
+    elif harm == "shape":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 97}))
+    for target in (tmp_path / "zoo", tmp_path / "plan"):
+        with pytest.raises(UserError) as caught:
+            add([str(source)], target, plan=target.name == "plan" and harm != "nan", quiet=True)
+        assert "\n" not in str(caught.value)
+        assert not target.exists()
+
+
+def test_a_good_donor_stays_when_a_later_one_is_refused(tmp_path: Path, tiny_llama: Make) -> None:
+    good, bad = tiny_llama(tmp_path / "good"), tiny_llama(tmp_path / "bad")
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, bad / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight"):
+        add([str(good), str(bad)], tmp_path / "zoo", quiet=True)
+    assert [d.name for d in Zoo.open(tmp_path / "zoo").donors] == ["good"]
+    assert verify(tmp_path / "zoo") == [] and notes(tmp_path / "zoo") == []
+
+
+def test_revisions_belong_to_the_hub(tmp_path: Path, tiny_llama: Make) -> None:
+    with pytest.raises(UserError, match="has no revision"):
+        add([str(tiny_llama(tmp_path / "a"))], tmp_path / "zoo", revision="main")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path: Path, tiny_llama: Make) -> None:
+    """A real one: a tmpfs that holds one donor and not two."""
+    sources = [str(tiny_llama(tmp_path / n, seed=i)) for i, n in enumerate("ab")]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs privileges that this user has not")
+    try:
+        with pytest.raises(UserError, match=r"are free; make room|the disk is full"):
+            add(sources, disk, quiet=True)
+        assert [d.name for d in Zoo.open(disk).donors] == ["a"]
+        assert verify(disk) == [] and notes(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_the_real_checkpoints(tmp_path: Path, shared_data: Path) -> None:
+    """Every folder of the shared data: added, listed, verified; then one bit of each is turned and found."""
+    sources = [str(p.parent) for p in sorted((shared_data / "models").glob("**/config.json"))]
+    with pytest.raises(UserError, match="give the folders inside it"):
+        add([str(shared_data / "models" / "arthur")], tmp_path / "zoo")
+    done = add(sources, tmp_path / "zoo", quiet=True)
+    zoo = Zoo.open(tmp_path / "zoo")
+    assert len(zoo.donors) == len(sources) == len({d["name"] for d in done})
+    listed = {d["name"]: d for d in zoo.describe()}
+    assert listed["stories260K"]["parameters"] == 260032 and listed["stories260K"]["architecture"] == "llama"
+    assert listed["run0-ep025"]["roles"]["attn.qkv"] == 8  # weights and biases
+    assert not any("other" in d["roles"] for d in listed.values())
+    assert verify(tmp_path / "zoo") == []
+    rng, rows = np.random.default_rng(0), zoo.manifest.to_pylist()
+    broken = set()
+    for donor in zoo.donors:
+        row = rng.choice([r for r in rows if r["model"] == donor.name])
+        place = row["offset"] + int(rng.integers(row["nbytes"]))
+        path = donor.folder / row["file"]
+        data = bytearray(path.read_bytes())
+        data[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        broken.add((donor.name, row["tensor"]))
+    problems = verify(tmp_path / "zoo")
+    assert len(problems) == len(sources)
+    assert all(any(p.startswith(f"{name}: ") and repr(tensor) in p for p in problems) for name, tensor in broken)
