@@ -13,13 +13,12 @@ from typing import Any
 from zoo.checkpoint import Checkpoint, check_against_blueprint
 from zoo.errors import UserError
 from zoo.manifest import MANIFEST, ROWS, joined, measure, rows, write_rows
-from zoo.sources import Source, count_tensors, fetch, resolve
+from zoo.sources import Source, Stamps, count_tensors, obtain, resolve
 from zoo.store import RECORD, content_hash, file_hash, read_record, write_record
 from zoo.writer import writing
 
 CHUNK = 1 << 22
 LOCK = ".lock"  # held while names are given and the manifest is written
-Stamps = dict[str, dict[str, Any]]  # file name -> {size, sha256}
 
 
 def add(
@@ -74,7 +73,7 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
     the same."""
     revision = source.commit
     if source.folder is not None and any(_alike(zoo / "models" / name, source) for name in source.names):
-        revision = f"sha256:{content_hash(_fetched(source, quiet=True)[1])}"
+        revision = f"sha256:{content_hash(obtain(source, quiet=True)[1])}"
     home = _home(zoo / "models", source, revision)
     record = read_record(home) if home else None
     name = home.name if home else next((n for n in source.names if not (zoo / "models" / n).exists()), None)
@@ -106,7 +105,7 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
         return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
 
     download = source.download
-    checkpoint, stamps = _fetched(source, quiet)
+    checkpoint, stamps = obtain(source, quiet)
     extra = check_against_blueprint(checkpoint)
     if extra and not quiet:
         print(f"{source.names[0]}: {len(extra)} tensors that its config does not know ({extra[0]}, …)", file=sys.stderr)
@@ -162,24 +161,6 @@ def _lost(home: Path, record: dict[str, Any]) -> list[str]:
         return (home / file).is_file() and (home / file).stat().st_size == size
 
     return [file for file, stamp in record["files"].items() if not whole(file, stamp["size"])]
-
-
-def _fetched(source: Source, quiet: bool) -> tuple[Checkpoint, Stamps]:
-    """The source's files on this machine, and their hashes; what the hub says of them is checked, and a file that
-    came otherwise is fetched once more."""
-    for again in (False, True):
-        folder = fetch(source, quiet, force=again)
-        stamps: Stamps = {
-            f: {"size": (folder / f).stat().st_size, "sha256": file_hash(folder / f)} for f in source.files
-        }
-        found = {f: said.problem(folder / f, str(stamps[f]["sha256"])) for f, said in source.files.items()}
-        problems = [f"{f} {problem}" for f, problem in found.items() if problem]
-        if not problems:
-            checkpoint = Checkpoint.open(folder)
-            return checkpoint, {f: stamps[f] for f in checkpoint.files}
-        if source.folder is not None:
-            break
-    raise UserError(f"{source.given}: {problems[0]}; it changes while it is read or arrives damaged, try again later")
 
 
 def _stage(staging: Path, checkpoint: Checkpoint, stamps: Stamps, tick: Callable[[int], object]) -> None:

@@ -195,9 +195,9 @@ def _entries(folder: Path) -> dict[str, Entry]:
 
 def _suggest(folder: Path) -> str:
     """What to give instead of a folder that holds no config."""
-    inner = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob("*/config.json"))
+    inner = sorted(str(p.parent) for depth in ("*", "*/*") for p in folder.glob(f"{depth}/config.json"))
     if inner:
-        return f"give the folders inside it: {_list([str(folder / i) for i in inner])}"
+        return f"give the folders inside it: {_list(inner)}"
     return "give a folder that holds config.json and safetensors"
 
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zoo.checkpoint import SIDE_FILES, Checkpoint
 from zoo.errors import UserError
 from zoo.safe import INDEX, PICKLES, read_index, refuse_pickle
+from zoo.store import file_hash
 from zoo.writer import writing
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 T = TypeVar("T")
+Stamps = dict[str, dict[str, Any]]  # file name -> {size, sha256}
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -40,7 +42,7 @@ class File:
     def problem(self, path: Path, sha256: str) -> str | None:
         """Why `path`, whose hash is `sha256`, is not this file, or None."""
         size = path.stat().st_size
-        if size != self.size:
+        if self.size and size != self.size:  # some mirrors do not say it
             return f"has {size} bytes instead of {self.size}"
         if self.sha256 is not None and sha256 != self.sha256:
             return f"has sha256 {sha256} instead of {self.sha256}"
@@ -125,6 +127,24 @@ def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
     if lost:  # the hub's client falls back on what its cache has when the hub does not answer
         raise UserError(f"{repo}@{commit}: {lost[0]} could not be fetched; check the network and try again")
     return Path(folder)
+
+
+def obtain(source: Source, quiet: bool = False) -> tuple[Checkpoint, Stamps]:
+    """The source's files on this machine, and their hashes; what the hub says of them is checked, and a file that
+    came otherwise is fetched once more. UserError where that does not help."""
+    for again in (False, True):
+        folder = fetch(source, quiet, force=again)
+        stamps: Stamps = {
+            f: {"size": (folder / f).stat().st_size, "sha256": file_hash(folder / f)} for f in source.files
+        }
+        found = {f: said.problem(folder / f, str(stamps[f]["sha256"])) for f, said in source.files.items()}
+        problems = [f"{f} {problem}" for f, problem in found.items() if problem]
+        if not problems:
+            checkpoint = Checkpoint.open(folder)
+            return checkpoint, {f: stamps[f] for f in checkpoint.files}
+        if source.folder is not None:
+            break
+    raise UserError(f"{source.given}: {problems[0]}; it changes while it is read or arrives damaged, try again later")
 
 
 def count_tensors(source: Source) -> int:

@@ -141,7 +141,12 @@ def verify(path: str | Path) -> list[str]:
     """Reads every byte of the zoo again and compares it with manifest and records. Returns the problems, one line
     each: which donor, which file or tensor, what to do. Empty: all is as it was added."""
     zoo = Zoo.open(path)
-    problems = [line for name in zoo.names for line in _verify_donor(zoo, name)]
+    problems: list[str] = []
+    for name in zoo.names:
+        try:
+            problems += _verify_donor(zoo, name)
+        except UserError as error:
+            problems.append(f"{name}: {error}")
     parts = [zoo.path / "models" / name / ROWS for name in zoo.names]
     whole = all(p.is_file() and not any(str(p) in line for line in problems) for p in parts)
     if whole and not intact(zoo.path / MANIFEST, parts):
@@ -169,11 +174,7 @@ def notes(path: str | Path) -> list[str]:
 def _verify_donor(zoo: Zoo, name: str) -> Iterator[str]:
     folder = zoo.path / "models" / name
     table = zoo.manifest.filter(pc.equal(zoo.manifest["model"], name))
-    try:
-        record = read_record(folder)
-    except UserError as error:
-        yield f"{name}: {error}"
-        return
+    record = read_record(folder)
     add_again = f"run `headstart zoo add {record['source']}` again"
     if Path(record["source"]).is_absolute() and not Path(record["source"]).exists():
         add_again = f"add or train it again: its source {record['source']} is gone, so remove {folder} first"
@@ -194,8 +195,12 @@ def _verify_donor(zoo: Zoo, name: str) -> Iterator[str]:
 
 
 def file_hash(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    """sha256 of a file's bytes; UserError where the disk does not give them."""
+    try:
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); look at its permissions and the disk") from error
 
 
 def _hash_range(path: Path, row: dict[str, Any]) -> str:
