@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -19,6 +18,7 @@ from zoo.sampler import Sampler, option
 from zoo.single import open_donor
 from zoo.streams import stream
 from zoo.tensors import Metadata, Part, TensorSpec, join, split
+from zoo.text import read_vocabulary
 
 if TYPE_CHECKING:
     from zoo.store import Donor, Zoo
@@ -177,17 +177,6 @@ def vocabulary_rows(donor: Donor, blueprint: Blueprint, tokenizer: str | None) -
     if (index < 0).all():
         raise UserError("its tokenizer shares no token with the target's")
     return Rows(index, False)
-
-
-def read_vocabulary(tokenizer: str | Path) -> dict[str, int]:
-    """token string -> id, of a tokenizer.json or the folder that holds one."""
-    from tokenizers import Tokenizer
-
-    path = Path(tokenizer)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: no such tokenizer; save one with save_pretrained")
-    return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
 
 
 def announce(donor: Donor, blueprint: Blueprint, rows: Rows, who: str) -> None:

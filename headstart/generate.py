@@ -70,8 +70,6 @@ def generate(
     """
     out = Path(out)
     cls = methods.get(method)
-    blueprint = Blueprint.from_config(target)
-    saved_as = _dtype(dtype, blueprint)
     words = {"zoo": zoo, "donor": donor, "model": model, "seed": seed, "dtype": dtype, "tokenizer": tokenizer}
     for key in ("donor", "model"):
         if words[key] is not None and key not in _fields(cls):
@@ -87,6 +85,8 @@ def generate(
         tokenizer=None if vocabulary_from is None else str(vocabulary_from),
     )
     _check_needs(sampler, zoo, donor)
+    blueprint = Blueprint.from_config(target)
+    saved_as = _dtype(dtype, blueprint)
     if plan and alone is not None and alone.folder is None:  # nothing is fetched for a plan
         read = [{"name": donor, "tensors": count_tensors(alone), "bytes": alone.size}]
         return _plan(sampler, read, alone.download, blueprint, out, saved_as)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from zoo.checkpoint import Checkpoint, check_against_blueprint
-from zoo.sources import Source, fetch, resolve
-from zoo.store import RECORD, Donor, Zoo, content_hash, file_hash
+from zoo.checkpoint import check_against_blueprint
+from zoo.sources import Source, obtain, resolve
+from zoo.store import RECORD, Donor, Zoo, content_hash
 
 
 class Lone(Donor):
@@ -42,10 +42,8 @@ def lone_name(source: Source) -> str:
 def single(source: str | Path | Source, quiet: bool = False) -> Single:
     """source: a folder or a hub id (org/name[@revision]), fetched if need be. UserError as for `zoo add`."""
     resolved = source if isinstance(source, Source) else resolve(str(source))
-    folder = fetch(resolved, quiet)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint, files = obtain(resolved, quiet)
     check_against_blueprint(checkpoint)
-    files = {n: {"size": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in checkpoint.files}
     sha256 = content_hash(files)
     record = {
         "name": lone_name(resolved),
@@ -55,6 +53,7 @@ def single(source: str | Path | Source, quiet: bool = False) -> Single:
         "sha256": sha256,
         "files": files,
     }
+    folder = checkpoint.folder
     return Single(folder, Lone(folder, checkpoint.config, checkpoint.entries, checkpoint.files, record))
 
 

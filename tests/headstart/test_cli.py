@@ -7,20 +7,58 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from headstart import methods
+from headstart.cli import main
 from tests.baselines.shaken import CONFIGS, donor
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def headstart(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "headstart", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, **kwargs)  # type: ignore
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def headstart(*arguments: object, stdout: int | None = None, interrupt: Callable[[], bool] | None = None) -> Done:
+    """The command in a process of its own, forked from this one, because to import transformers takes seconds.
+
+    stdout: a file descriptor instead of what is returned; interrupt: sends SIGINT once this is true."""
+    import transformers.modeling_utils  # noqa: F401
+
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if child == 0:
+            os.dup2(stdout or out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            sys.argv = ["headstart", *map(str, arguments)]
+            code: object = 1
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
+        if interrupt is not None:
+            deadline = time.monotonic() + 60
+            while not interrupt() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.kill(child, signal.SIGINT)
+        _, status = os.waitpid(child, 0)
+        out.seek(0)
+        err.seek(0)
+        return Done(os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode())
 
 
 @pytest.fixture
@@ -130,35 +168,32 @@ def test_an_output_in_an_existing_folder_is_refused_untouched(tmp_path: Path, ta
     assert [p.name for p in out.iterdir()] == ["mine.txt"] and len(list(tmp_path.iterdir())) == 2
 
 
-def test_our_own_faults_are_exit_code_1() -> None:
-    code = (
-        "import sys; sys.argv = ['headstart', 'methods']; from headstart import cli, methods\n"
-        "methods.METHODS['broken'] = ('no_such_module', 'Nothing'); cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+def test_our_own_faults_are_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "broken", ("no_such_module", "Nothing"))
+    done = headstart("methods")
     assert done.returncode == 1 and "Traceback" in done.stderr and done.stdout == ""
 
 
 def test_an_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path: Path) -> None:
     config = CONFIGS["llama"] | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 40}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "headstart", "generate", "--target", str(tmp_path / "config.json")]
-    command += ["--method", "default", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.*/*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted; run the same command again to continue" in told
+    done = headstart(
+        "generate", "--target", tmp_path, "--method", "default", "--out", tmp_path / "out",
+        interrupt=lambda: any(tmp_path.rglob("*.safetensors")),
+    )  # fmt: skip
+    assert done.returncode == 130 and done.stderr.endswith("interrupted; run the same command again to continue\n")
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "headstart", "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
-        env=ENVIRONMENT,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(60) == 0
+def test_a_closed_pipe_is_quiet() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = headstart("methods", stdout=write)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_the_module_runs_as_accelerate_launches_it() -> None:
+    command = [sys.executable, "-m", "headstart", "generate", "--target", "x", "--method", "defualt", "--out", "y"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr == "headstart: unknown method 'defualt': did you mean 'default'?\n"
