@@ -67,7 +67,6 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything goes.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of ten.")] = False,
     seed: SeedOption = 0,
-    device: DeviceOption = Device.auto,
     quiet: QuietOption = False,
 ) -> None:
     """Train a zoo, learn its weights, generate for an unseen shape, compare: everything, on this machine."""
@@ -244,7 +243,7 @@ def generate(
 def compare(
     target: TargetOption,
     zoo: ZooOption,
-    methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help="Methods, or NAME:KEY=VALUE.")],
+    methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help="Methods; a variant is NAME:KEY=VALUE.")],
     corpus: Annotated[Path, typer.Option("--corpus", metavar="FILE", help="UTF-8 text to train on.")],
     out: OutOption,
     steps: Annotated[int, typer.Option("--steps", help="Training steps of each run.")] = 300,
@@ -252,8 +251,12 @@ def compare(
     lrs: Annotated[
         str, typer.Option("--lrs", metavar="A,B,...", help="Learning rates, tuned per method.")
     ] = "1e-3,3e-3,6e-3",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows of text per step.")] = 16,
+    sequence: Annotated[int, typer.Option("--sequence", help="Tokens per window.")] = 64,
+    donor: Annotated[str | None, typer.Option("--donor", metavar="NAME", help="For methods that take one.")] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes; they change no number.")] = None,
     device: DeviceOption = Device.auto,
     quiet: QuietOption = False,
 ) -> None:
@@ -272,9 +275,16 @@ def compare(
             out=out,
             model=model,
             tokenizer=tokenizer,
+            donor=donor,
+            batch_size=batch_size,
+            sequence=sequence,
             device=_device(device),
+            workers=workers,
             quiet=quiet,
+            command=_command_line(),
         )
+        if not quiet:
+            typer.echo(f"wrote {out / 'report.html'}", err=True)
 
 
 def main() -> None:
