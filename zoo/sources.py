@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import re
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from zoo.checkpoint import SIDE_FILES, Checkpoint
 from zoo.errors import UserError
+from zoo.hub import patiently
 from zoo.safe import INDEX, PICKLES, read_index, refuse_pickle
 from zoo.store import file_hash
 from zoo.writer import writing
@@ -21,13 +19,9 @@ from zoo.writer import writing
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-T = TypeVar("T")
 Stamps = dict[str, dict[str, Any]]  # file name -> {size, sha256}
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
-TRANSIENT = (408, 429, 500, 502, 503, 504)
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try, where the server names none
-LONGEST_WAIT = 300.0
 
 
 @dataclass(frozen=True)
@@ -112,8 +106,8 @@ def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
 
     with writing(Path(constants.HF_HUB_CACHE)):
         if not constants.HF_HUB_OFFLINE:  # under the name that was given, so that the cache knows it when offline
-            _patiently(lambda: hf_hub_download(repo, "config.json", revision=source.asked), source.given)
-        folder = _patiently(
+            patiently(lambda: hf_hub_download(repo, "config.json", revision=source.asked), source.given)
+        folder = patiently(
             lambda: snapshot_download(
                 repo,
                 revision=commit,
@@ -157,9 +151,9 @@ def count_tensors(source: Source) -> int:
     repo, commit = source.repo, source.commit
     assert repo is not None
     if INDEX in source.files:
-        return len(read_index(Path(_patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what))))
+        return len(read_index(Path(patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what))))
     weights = next(n for n in source.files if n.endswith(".safetensors"))
-    header = _patiently(lambda: HfApi().parse_safetensors_file_metadata(repo, weights, revision=commit), what)
+    header = patiently(lambda: HfApi().parse_safetensors_file_metadata(repo, weights, revision=commit), what)
     return len(header.tensors)
 
 
@@ -202,7 +196,7 @@ def _hub(repo: str, revision: str | None) -> Source:
     what = repo if revision is None else f"{repo}@{revision}"
     if constants.HF_HUB_OFFLINE:
         return _cached(repo, revision or "main", what)
-    info: ModelInfo = _patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
+    info: ModelInfo = patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
     assert info.sha is not None
     sizes = {s.rfilename: _file(s) for s in info.siblings or ()}
     names = _wanted(repo, info.sha, sizes, what)
@@ -241,7 +235,7 @@ def _wanted(repo: str, commit: str, sizes: dict[str, File], what: str) -> list[s
     if "model.safetensors" in sizes:
         return [*side, "model.safetensors"]
     if INDEX in sizes:
-        index = _patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what)
+        index = patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what)
         shards = sorted(set(read_index(Path(index)).values()))
         lost = [s for s in shards if s not in sizes]
         if lost:
@@ -263,7 +257,7 @@ def _cached(repo: str, revision: str, what: str) -> Source:
     from huggingface_hub import snapshot_download
 
     folder = Path(
-        _patiently(
+        patiently(
             lambda: snapshot_download(
                 repo, revision=revision, allow_patterns=["config.json", INDEX], local_files_only=True
             ),
@@ -284,98 +278,3 @@ def _cached(repo: str, revision: str, what: str) -> Source:
         commit=commit,
         cached=frozenset(found.files),
     )
-
-
-def _patiently(call: Callable[[], T], what: str) -> T:
-    """Calls the hub; what passes by itself (too many requests, server errors, lost connections, short bodies) is tried
-    again after the server's Retry-After or a growing wait, what the user can mend becomes a UserError.
-
-    huggingface_hub retries by itself inside a download, and resumes a body that broke off, but neither its model_info
-    nor the server errors at the start of a file.
-    """
-    waits = iter(WAITS)
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            wait = next(waits, None) if _transient(error) else None
-            if wait is None:
-                raise _mendable(error, what) or error from error
-            time.sleep(min(_retry_after(error, wait), LONGEST_WAIT))
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it: the hub's client wraps the reason in an error about its cache."""
-    while error is not None:
-        yield error
-        error = error.__cause__  # type: ignore[assignment]
-
-
-def _status(error: BaseException) -> int | None:
-    responses = (getattr(e, "response", None) for e in _chain(error))
-    return next((r.status_code for r in responses if r is not None), None)
-
-
-def _transient(error: BaseException) -> bool:
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-
-    if any(isinstance(e, OfflineModeIsEnabled) for e in _chain(error)):
-        return False
-    status = _status(error)
-    if status is not None:
-        return status in TRANSIENT
-    return any(isinstance(e, HTTPError) or "Consistency check failed" in str(e) for e in _chain(error))
-
-
-def _retry_after(error: BaseException, otherwise: float) -> float:
-    for e in _chain(error):
-        value = getattr(getattr(e, "response", None), "headers", {}).get("Retry-After", "")
-        if value.isdigit():
-            return float(value)
-    return otherwise
-
-
-def _mendable(error: BaseException, what: str) -> UserError | None:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    chain = list(_chain(error))
-    status = _status(error)
-    hub = constants.ENDPOINT
-
-    def has(kind: type | tuple[type, ...]) -> bool:
-        return any(isinstance(e, kind) for e in chain)
-
-    if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in chain):
-        return None  # `writing` has the words for it
-    if constants.HF_HUB_OFFLINE and has((OfflineModeIsEnabled, LocalEntryNotFoundError)):
-        return UserError(f"{what}: is not in the local cache, and HF_HUB_OFFLINE is set; unset it, or fetch it online")
-    if has(GatedRepoError) or status == 403:
-        return UserError(f"{what}: access is restricted; ask for it on {hub} and log in with `hf auth login`")
-    if has(RevisionNotFoundError):
-        return UserError(f"{what}: the repository has no such revision; look at its branches and tags on {hub}")
-    if has(RepositoryNotFoundError) or status in (401, 404):
-        return UserError(f"{what}: no such model on {hub}, or a private one; check the id, or `hf auth login`")
-    if has(HFValidationError):
-        return UserError(f"{what}: is not a hub id; give org/name or org/name@revision")
-    if status is not None:
-        return UserError(f"{what}: {hub} answered {status} again and again; try again later")
-    if has(HTTPError):
-        return UserError(
-            f"{what}: cannot reach {hub} ({type(chain[-1]).__name__}); check the network, or set HF_HUB_OFFLINE=1 "
-            "to use the local cache"
-        )
-    if any("Consistency check failed" in str(e) for e in chain):
-        return UserError(f"{what}: a download broke off again and again; try again later")
-    if has((LocalEntryNotFoundError, EntryNotFoundError)):
-        return UserError(f"{what}: cannot be fetched and is not in the local cache; check the network and try again")
-    return None

@@ -20,9 +20,9 @@ from zoo.store import Zoo, verify
 # Runs add() for each line of JSON on stdin, and answers with a line: {"ok": …} or {"error": …, "kind": …}.
 WORKER = """
 import json, sys
-import zoo.sources
+import zoo.hub
 from zoo.add import add
-zoo.sources.WAITS = (0.05, 0.05, 0.05)
+zoo.hub.WAITS = (0.05, 0.05, 0.05)
 for line in sys.stdin:
     try:
         answer = {"ok": add(**json.loads(line))}
