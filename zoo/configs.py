@@ -49,6 +49,7 @@ def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         path = path / "config.json"
     elif not path.exists():
         from zoo import sources
+        from zoo.hub import patiently
 
         if not isinstance(source, str) or source.endswith(".json") or not sources.HUB_ID.fullmatch(source):
             raise UserError(
@@ -58,7 +59,7 @@ def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         from huggingface_hub import hf_hub_download
 
         repo, _, revision = source.partition("@")
-        path = Path(sources._patiently(lambda: hf_hub_download(repo, "config.json", revision=revision or None), source))
+        path = Path(patiently(lambda: hf_hub_download(repo, "config.json", revision=revision or None), source))
     refuse_pickle(path)
     return read_json(path), str(path)
 
