@@ -91,8 +91,8 @@ def fit_pca(model: UnitAutoencoder, kind: str, vectors: Tensor, weight: Tensor) 
     axes = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors.flip(-1)[:, : model.latent_size(kind)]
     model.get_buffer(f"mean_{kind}").copy_(mean)
     model.get_buffer(f"weight_{kind}").copy_(root)
-    model.encoders[kind].weight.copy_(axes.mT)
-    model.decoders[kind].weight.copy_(axes)
+    model.encoders[kind].get_parameter("weight").copy_(axes.mT)
+    model.decoders[kind].get_parameter("weight").copy_(axes)
 
 
 def error_weights(units: list[dict[str, Tensor]], width: int) -> dict[str, Tensor]:

@@ -63,3 +63,9 @@ def features(kind: str, address: tuple[Tensor, Tensor, Tensor], metadata: Metada
         ],
         dim=1,
     ).float()
+
+
+def model_condition(metadata: Metadata, loss: float | None) -> Tensor:
+    """[FEATURES]: the features of a whole model, for the context."""
+    nowhere = torch.full((1,), -1)
+    return features("vocab", (nowhere, nowhere, nowhere), metadata, loss)[0]

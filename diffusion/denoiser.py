@@ -30,6 +30,12 @@ def sigma_embedding(sigma: Tensor, size: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+def _zeroed(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class Block(nn.Module):
     """A residual MLP whose normalisation and gate are set by the condition; the gate starts at zero."""
 
@@ -37,9 +43,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
         self.mlp = nn.Sequential(nn.Linear(hidden, expand * hidden), nn.GELU(), nn.Linear(expand * hidden, hidden))
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 3 * hidden))
-        nn.init.zeros_(self.modulation[1].weight)
-        nn.init.zeros_(self.modulation[1].bias)
+        self.modulation = nn.Sequential(nn.SiLU(), _zeroed(nn.Linear(hidden, 3 * hidden)))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(condition).chunk(3, dim=1)  # [N, H] each
@@ -59,19 +63,16 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         self.family = {name: i + 1 for i, name in enumerate(families)}
         self.read = nn.ModuleDict({k: nn.Linear(size, hidden) for k, size in tokens.items()})
         self.partner = nn.ModuleDict({k: nn.Linear(size, hidden) for k, size in tokens.items() if k != CONTEXT})
-        self.write = nn.ModuleDict({k: nn.Linear(hidden, size) for k, size in tokens.items()})
-        self.kind = nn.Embedding(len(tokens), hidden)
-        self.families = nn.Embedding(len(families) + 1, hidden)
+        self.write = nn.ModuleDict({k: _zeroed(nn.Linear(hidden, size)) for k, size in tokens.items()})
+        self.kind_embedding = nn.Embedding(len(tokens), hidden)
+        self.family_embedding = nn.Embedding(len(families) + 1, hidden)
         self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.metadata = nn.Sequential(nn.Linear(FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.context = nn.Sequential(nn.Linear(tokens[CONTEXT], hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.unconditional = nn.Parameter(torch.zeros(hidden))
-        self.blocks = nn.ModuleList(Block(hidden, expand) for _ in range(blocks))
+        self.trunk = nn.ModuleList(Block(hidden, expand) for _ in range(blocks))
         self.last = nn.LayerNorm(hidden, elementwise_affine=False)
-        for layer in self.write.values():
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for embedding in (self.kind, self.families):
+        for embedding in (self.kind_embedding, self.family_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(
@@ -86,16 +87,16 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         conditional: Tensor | None = None,  # bool [N]: False drops metadata and context (classifier-free guidance)
     ) -> Tensor:
         """The velocity noise - token, [N, T]."""
-        known = self.metadata(features) + self.families(family)  # [N, H]
+        known = self.metadata(features) + self.family_embedding(family)  # [N, H]
         if context is not None:
             known = known + self.context(context)
         if conditional is not None:
             known = torch.where(conditional[:, None], known, self.unconditional)
-        condition = known + self.time(sigma_embedding(sigma, 64)) + self.kind.weight[self.kinds[kind]]
+        condition = known + self.time(sigma_embedding(sigma, 64)) + self.kind_embedding.weight[self.kinds[kind]]
         h = self.read[kind](x)
         if partner is not None:
             told = self.partner[kind](partner) * (partner != 0).any(1, keepdim=True)
             h, condition = h + told, condition + told
-        for block in self.blocks:
+        for block in self.trunk:
             h = block(h, condition)
         return self.write[kind](self.last(h))

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from autoencoder.model import UnitAutoencoder
-from diffusion.conditions import features
+from diffusion.conditions import features, model_condition
 from diffusion.denoiser import CONTEXT, UnitDenoiser
 from diffusion.statistics import ZooStatistics
 from diffusion.views import sibling
@@ -23,6 +23,7 @@ from zoo.units import addresses, scatter, to_width
 
 # Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
 CHUNK = 8192
+CONDITIONS = ("true", "shuffled", "mean")
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class Request:
     steps: int = 20
     guidance: float = 1.0
     temperature: float = 1.0
-    condition: str = "true"  # "shuffled" and "mean" are the controls: what is conditioning worth?
+    condition: str = "true"  # of CONDITIONS; the other two are the controls: what is conditioning worth?
 
 
 class WeightDiffusionPipeline(DiffusionPipeline):
     """Latent diffusion over the units of decoders. Components: autoencoder, denoiser, statistics, scheduler."""
 
+    autoencoder: UnitAutoencoder
+    denoiser: UnitDenoiser
+    statistics: ZooStatistics
+    scheduler: DPMSolverMultistepScheduler
     model_cpu_offload_seq = "denoiser->autoencoder"
 
     def __init__(
@@ -83,9 +88,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         )
 
     def _context(self, request: Request) -> Tensor:
-        none = torch.full((1,), -1)
-        told = features("vocab", (none, none, none), request.metadata, self._quality(request))
-        return self._solve(request, CONTEXT, "context", told, None, None)[0]
+        told = model_condition(request.metadata, self._quality(request))
+        return self._solve(request, CONTEXT, "context", told[None], None, None)[0]
 
     def _vocabulary(self, request: Request, context: Tensor) -> tuple[Tensor, Tensor]:
         shape = request.metadata

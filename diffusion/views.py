@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.model import UnitAutoencoder
-from diffusion.conditions import features
+from diffusion.conditions import features, model_condition
 from zoo.aligned import Aligned
 from zoo.streams import stream
 from zoo.tensors import Metadata
@@ -49,6 +49,7 @@ class View:
     tokens: dict[str, Tensor]  # [N, T]
     features: dict[str, Tensor]  # [N, FEATURES]
     partners: dict[str, Tensor]  # [N, T], zeros where there is none
+    model: Tensor  # [FEATURES]: what the context is generated for
     context: Tensor  # [X]
     family: str
 
@@ -118,7 +119,7 @@ def make_view(
         partners[kind] = tokens[kind][index] * (index >= 0)[:, None]
     if others is not None:
         partners["vocab"] = others
-    return View(tokens, told, partners, context, donor.metadata.architecture)
+    return View(tokens, told, partners, model_condition(shape, loss), context, donor.metadata.architecture)
 
 
 @torch.no_grad()

@@ -26,12 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.decoder import Decoder, Layer, site_readers
 from zoo.errors import UserError
+from zoo.roles import ARCHITECTURES
 from zoo.tensors import Metadata
 
 # A donor's V/O product whose condition number is above this is only rotated: the SVD's factors would be inexact.
@@ -174,13 +176,13 @@ def tie(decoder: Decoder) -> Decoder:
 def rotate(decoder: Decoder, basis: Tensor) -> Decoder:
     """Every residual vector x -> x @ basis [d, d]. Exact where the module's table allows `basis`."""
     size = basis.abs()
-
-    def turn(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x @ basis
-
     layers = []
     for layer in decoder.layers:
-        weights = {r: turn(getattr(layer, r)) for r in ("q", "k", "v", "o", "gate", "up", "down")}
+        weights: dict[str, Any] = {
+            r: getattr(layer, r) @ basis
+            for r in ("q", "k", "v", "o", "gate", "up", "down")
+            if getattr(layer, r) is not None
+        }
         bias = {r: b @ basis if r in ("o", "down") else b for r, b in layer.bias.items()}
         # A gain is 1 (folded) or, after a writer, commutes with a signed permutation only: its entries move along.
         gain = {s: g if s in ("q", "k") or bool((g == 1).all()) else g @ size for s, g in layer.gain.items()}
@@ -190,7 +192,7 @@ def rotate(decoder: Decoder, basis: Tensor) -> Decoder:
         decoder,
         embed=decoder.embed @ basis,
         head=decoder.head @ basis,
-        positions=turn(decoder.positions),
+        positions=None if decoder.positions is None else decoder.positions @ basis,
         layers=tuple(layers),
         gain={s: g if bool((g == 1).all()) else g @ size for s, g in decoder.gain.items()},
         shift={s: t @ basis for s, t in decoder.shift.items()},
@@ -253,8 +255,8 @@ def to_principal(decoder: Decoder) -> Decoder:
         return decoder
     turned = rotate(decoder, mean_last(decoder.metadata.width, decoder.embed.dtype))
 
-    def drop(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.cat([x[..., :-1], torch.zeros_like(x[..., -1:])], dim=-1)
+    def drop(x: Tensor) -> Tensor:
+        return torch.cat([x[..., :-1], torch.zeros_like(x[..., -1:])], dim=-1)
 
     layers = tuple(
         replace(
@@ -265,7 +267,8 @@ def to_principal(decoder: Decoder) -> Decoder:
         )
         for layer in turned.layers
     )
-    return replace(turned, embed=drop(turned.embed), positions=drop(turned.positions), layers=layers)
+    positions = None if turned.positions is None else drop(turned.positions)
+    return replace(turned, embed=drop(turned.embed), positions=positions, layers=layers)
 
 
 def to_disk_basis(decoder: Decoder) -> Decoder:
@@ -448,8 +451,16 @@ def canonicalise(decoder: Decoder, tokens: tuple[str, ...] | None = None, to: An
     """Folds, rotates (onto the principal axes, or, given token strings and an anchor, onto the anchor's vocabulary
     pairs) and orders a decoder. The function is preserved exactly: use float64 decoders.
 
-    Raises UserError where nothing is shared with the anchor. A post-normed decoder is never aligned, because its
-    residual basis is not free."""
+    Raises UserError where nothing is shared with the anchor, and for an architecture whose symmetries are not known. A
+    post-normed decoder is never aligned, because its residual basis is not free."""
+    architecture = decoder.metadata.architecture
+    if architecture not in ARCHITECTURES:
+        # How an unlisted one pairs its rotary coordinates, say, is not in its config (Cohere and GLM pair neighbours).
+        raise UserError(
+            f"canonical form: the symmetries of {architecture!r} are not known; known: {', '.join(ARCHITECTURES)}"
+        )
+    if decoder.metadata.norm == "layer" and _post_normed(decoder):
+        raise UserError(f"canonical form: {architecture!r} has LayerNorms after its writers, which leave no basis free")
     folded, gains = fold(decoder)
     principal = to_principal(folded)
     # The axes are those of balanced heads and neurons, or they would depend on scales that mean nothing; the signs of

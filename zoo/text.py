@@ -108,3 +108,14 @@ def _tokenize(path: Path, folder: Path) -> Tensor:
     finally:
         logging.set_verbosity(verbosity)
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def read_vocabulary(tokenizer: str | Path) -> dict[str, int]:
+    """token string -> id, of a tokenizer.json or the folder that holds one."""
+    from tokenizers import Tokenizer
+
+    path = Path(tokenizer)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer; save one with save_pretrained")
+    return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)

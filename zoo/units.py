@@ -25,7 +25,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from zoo.decoder import Decoder, Layer
+from zoo.blueprint import Blueprint
+from zoo.decoder import Decoder, Layer, read_decoder
 from zoo.errors import UserError
 from zoo.tensors import Metadata
 
@@ -98,6 +99,13 @@ def require_units(decoder: Decoder, where: str) -> None:
             f"{where}: {reason}, so that its units are not its whole function; "
             "use an RMSNorm decoder with rotary attention and a gated MLP, or a method that needs no units"
         )
+
+
+def require_unit_target(blueprint: Blueprint, where: str) -> Metadata:
+    """The metadata of a blueprint that units can fill. Raises UserError with the reason where they cannot."""
+    decoder = read_decoder(blueprint, lambda name: torch.empty(blueprint[name].shape, device="meta"), where=where)
+    require_units(decoder, where)
+    return decoder.metadata
 
 
 def gather(decoder: Decoder) -> dict[str, Units]:

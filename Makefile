@@ -1,0 +1,28 @@
+# make demo: the environment, then the main job.   make test: the environment, then the tests.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.ready
+	$(BIN)/headstart demo --out demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first, as pinned: a bare range downloads gigabytes of CUDA packages on a machine without a GPU.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peft,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,141 @@
+"""`autoencoder`: a donor through the autoencoder and back, the ceiling of the diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from autoencoder.model import UnitAutoencoder
+from zoo.aligned import Aligned, align
+from zoo.blueprint import Blueprint
+from zoo.canonical import tie
+from zoo.decoder import write_decoder
+from zoo.errors import UserError, unknown
+from zoo.sampler import Sampler, option
+from zoo.store import Zoo
+from zoo.tensors import Metadata
+from zoo.text import read_vocabulary
+from zoo.units import ROLES, require_unit_target, resize, scatter
+
+
+@dataclass(kw_only=True)
+class AutoencoderSampler(Sampler):
+    """The most important units of a donor in canonical form (`resize`), encoded and decoded."""
+
+    name: ClassVar[str] = "autoencoder"
+    family: ClassVar[str] = "generative"
+    summary: ClassVar[str] = "a donor's most important units through the autoencoder and back: the diffusion's ceiling"
+    reference: ClassVar[str] = "autoencoder/README.md"
+    needs: ClassVar[tuple[str, ...]] = ("donor", "model")
+
+    donor: str | None = option(None, "name of the donor; none: the one of lowest loss that is as wide, else the widest")
+    model: str | None = option(None, "folder of the autoencoder, or of a pipeline that holds one")
+    tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self._source: Aligned | None = None
+        self._autoencoder: UnitAutoencoder | None = None
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        return () if self._source is None else (self._source.name,)
+
+    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+        return tuple(d.name for d in zoo.donors) if zoo is not None else ()
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        target = require_unit_target(blueprint, "target")
+        self._autoencoder = _load(self.model)
+        if zoo is None:
+            raise UserError("autoencoder: needs a donor; give --zoo, or --donor with a folder or hub id")
+        if self.donor is not None and self.donor not in {d.name for d in zoo.donors}:
+            raise unknown("donor", self.donor, (d.name for d in zoo.donors))
+        reasons = []
+        best: tuple[tuple[float, ...], Aligned] | None = None
+        for aligned in align(zoo):
+            if self.donor not in (None, aligned.name):
+                continue
+            problem = misfit(aligned.metadata, target, self.tokenizer)
+            if problem:
+                reasons.append(f"{aligned.name}: {problem}")
+                continue
+            rank = _rank(aligned, target)
+            if best is None or rank < best[0]:
+                best = (rank, aligned)
+        if best is None:
+            raise UserError(f"autoencoder: no donor fits the target ({'; '.join(reasons[:3]) or self.donor})")
+        self._source = best[1]
+        return self
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Nothing is drawn: every seed gives the same, but for the rows of tokens that the donor does not know."""
+        if self._source is None or self._autoencoder is None:
+            raise RuntimeError("autoencoder: call fit before sample")
+        donor, target = self._source, blueprint.metadata
+        assert target is not None
+        units = {**donor.units, "vocab": vocabulary_units(donor, target, self.tokenizer)}
+        source = replace(donor.metadata, vocab=target.vocab)
+        resized = resize(units, source, target)
+        device = torch.device(self.device)
+        coder = self._autoencoder.to(device)
+        with torch.no_grad():
+            decoded = {
+                kind: coder.decode(kind, *coder.encode(kind, resized[kind].to(device)), target.width).cpu()
+                for kind in ROLES
+            }
+        decoder = scatter(decoded, target)
+        yield from write_decoder(tie(decoder) if target.tied else decoder, blueprint)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self._source is None:
+            return {}, {}
+        values = {"name": self._source.name, "metadata": vars(self._source.metadata), "tokens": self._source.tokens}
+        return values, self._source.units
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._autoencoder = _load(self.model)
+        self._source = Aligned(values["name"], Metadata(**values["metadata"]), tuple(values["tokens"]), tensors)
+
+
+def _load(folder: str | None) -> UnitAutoencoder:
+    """The autoencoder of a folder, or of a pipeline's folder."""
+    if folder is None:
+        raise UserError("autoencoder: needs a trained autoencoder; give --model (see `headstart train autoencoder`)")
+    for path in (Path(folder) / "autoencoder", Path(folder)):
+        if (path / "config.json").is_file():
+            return UnitAutoencoder.from_pretrained(path).eval()
+    raise UserError(f"{folder}: holds no autoencoder; make one with `headstart train autoencoder`")
+
+
+def misfit(donor: Metadata, target: Metadata, tokenizer: str | None) -> str | None:
+    """Why a donor's units cannot fill the target, or None."""
+    if donor.head_dim != target.head_dim:
+        return f"head_dim is {donor.head_dim}, the target's {target.head_dim}"
+    if donor.vocab != target.vocab and tokenizer is None:
+        return f"vocab is {donor.vocab}, the target's {target.vocab}; give the target's --tokenizer to match tokens"
+    return None
+
+
+def _rank(donor: Aligned, target: Metadata) -> tuple[float, ...]:
+    """Lowest first: as wide as the target, trained best, nearest in depth."""
+    missing = max(0, target.width - donor.metadata.width)
+    return (missing, float(donor.facts.get("loss", float("inf"))), abs(donor.metadata.layers - target.layers))
+
+
+def vocabulary_units(donor: Aligned, target: Metadata, tokenizer: str | None) -> Tensor:
+    """[V, P, d]: the donor's vocabulary pairs for the target's tokens, by string; the mean pair where it has none."""
+    pairs = donor.units["vocab"]
+    if tokenizer is None:
+        return pairs
+    row = {token: i for i, token in enumerate(donor.tokens)}
+    index = torch.full((target.vocab,), -1)
+    for token, i in read_vocabulary(tokenizer).items():
+        if i < target.vocab:
+            index[i] = row.get(token, -1)
+    return torch.where((index >= 0)[:, None, None], pairs[index], pairs.mean(0))

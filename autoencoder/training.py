@@ -1,0 +1,151 @@
+"""Training the unit autoencoder on a zoo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
+from zoo.aligned import Aligned, align
+from zoo.errors import UserError
+from zoo.progress import load_state, restore_training, save_state, training_tensors
+from zoo.store import Zoo
+from zoo.streams import stream
+from zoo.units import ROLES, to_width
+
+STATE = "training.safetensors"
+SAVE_EVERY = 200
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """rate: numbers of a unit per number of its latent. The network starts as PCA and is trained for `steps`."""
+
+    rate: float = 1.5
+    hidden: int = 128
+    steps: int = 400
+    batch: int = 256
+    lr: float = 1e-3
+    seed: int = 0
+
+
+def pca(donors: list[Aligned], recipe: Recipe) -> UnitAutoencoder:
+    """The autoencoder before training: PCA at the recipe's rate under the error's weights."""
+    width = max(d.metadata.width for d in donors)
+    latent = {kind: max(1, round(len(roles) * width / recipe.rate)) for kind, roles in ROLES.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = UnitAutoencoder(width, latent, recipe.hidden)
+    weights = error_weights([d.units for d in donors], width)
+    for kind in ROLES:
+        fit_pca(model, kind, torch.cat([to_width(d.units[kind], width) for d in donors]), weights[kind])
+    return model
+
+
+def batch(donors: list[Aligned], kind: str, recipe: Recipe, step: int, width: int) -> Tensor:
+    """[batch, P, W]: units of one kind of all donors, half of them cropped to a narrower stream; of (seed, step)."""
+    rng = stream(recipe.seed, f"{kind} {step}")
+    sizes = torch.tensor([float(len(d.units[kind])) for d in donors])
+    counts = torch.bincount(torch.multinomial(sizes, recipe.batch, True, generator=rng), minlength=len(donors))
+    rows = []
+    for donor, count in zip(donors, counts.tolist(), strict=True):
+        units = donor.units[kind]
+        chosen = units[torch.randint(len(units), (count,), generator=rng)]
+        narrow = int(torch.randint(donor.metadata.width // 2, donor.metadata.width, (1,), generator=rng))
+        half = count // 2
+        rows += [to_width(to_width(chosen[:half], narrow), width), to_width(chosen[half:], width)]
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def errors(model: UnitAutoencoder, donors: list[Aligned]) -> dict[str, float]:
+    """kind -> relative weighted squared error over all units of all donors."""
+    return {
+        kind: float(
+            model.loss(kind, torch.cat([to_width(d.units[kind], model.width) for d in donors]).to(model.device))
+        )
+        for kind in ROLES
+    }
+
+
+def train(
+    zoo: str | Path,
+    out: str | Path,
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    quiet: bool = False,
+    steps: int | None = None,
+    **settings: Any,
+) -> Path:
+    """Trains the unit autoencoder of a zoo and writes it to `out`, with `report.json`: its error beside that of PCA at
+    the same rate, per kind. settings: fields of `Recipe`.
+
+    An interrupted run leaves its state in `out`; `resume` continues it to the same bytes. Raises UserError for an
+    unusable zoo, or an `out` that exists (without resume)."""
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    out = Path(out)
+    if steps is not None:
+        settings["steps"] = steps
+    recipe = Recipe(seed=seed, **settings)
+    if (out / "config.json").exists() and resume:
+        return out
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise UserError(f"{out}: exists and is not empty; give another --out, or --resume to continue")
+    accelerator = Accelerator(cpu=device == "cpu")
+    opened = Zoo.open(zoo)
+    donors = list(align(opened, quiet))
+    model = pca(donors, recipe)
+    before = errors(model, donors)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    hashes = sorted(d.sha256 for d in opened.donors)
+    identity = hashlib.sha256(json.dumps([asdict(recipe), hashes], sort_keys=True).encode()).hexdigest()
+    inner: UnitAutoencoder = accelerator.unwrap_model(model)
+    start = 0
+    if resume and (out / STATE).exists():
+        state, start = load_state(out / STATE, identity)
+        restore_training(state, inner, optimizer)
+    bar = tqdm(total=recipe.steps, initial=start, desc="autoencoder", unit="step", disable=quiet)
+    step = start
+    try:
+        while step < recipe.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+            loss = torch.zeros((), device=accelerator.device)
+            for kind in ROLES:
+                loss = loss + inner.loss(kind, batch(donors, kind, recipe, step, inner.width).to(accelerator.device))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if step % SAVE_EVERY == 0 and step < recipe.steps and accelerator.is_main_process:
+                save_state(out / STATE, training_tensors(inner, optimizer), step, identity)
+    except KeyboardInterrupt:
+        if accelerator.is_main_process:
+            save_state(out / STATE, training_tensors(inner, optimizer), step, identity)
+        raise
+    finally:
+        bar.close()
+    if accelerator.is_main_process:
+        after = errors(inner, donors)
+        inner.cpu().save_pretrained(out)
+        report = {
+            "recipe": asdict(recipe),
+            "donors": [{"name": d.name, "sha256": opened.donor(d.name).sha256} for d in donors],
+            "error": {k: {"autoencoder": after[k], "pca": before[k], "latent": inner.latent_size(k)} for k in ROLES},
+        }
+        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (out / STATE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return out

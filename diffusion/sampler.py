@@ -1,0 +1,113 @@
+"""`diffusion`: the trained pipeline as a sampler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from diffusion.pipeline import CONDITIONS, Request, WeightDiffusionPipeline
+from zoo.blueprint import Blueprint
+from zoo.canonical import tie
+from zoo.decoder import write_decoder
+from zoo.errors import UserError, unknown
+from zoo.sampler import Sampler, option
+from zoo.store import Zoo
+from zoo.text import read_vocabulary
+from zoo.units import require_unit_target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class DiffusionSampler(Sampler):
+    """Generates every unit of the target; reads no donor."""
+
+    name: ClassVar[str] = "diffusion"
+    family: ClassVar[str] = "generative"
+    summary: ClassVar[str] = "latent diffusion over residual-stream units, conditioned on the target's metadata"
+    reference: ClassVar[str] = "diffusion/README.md"
+    needs: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str | None = option(None, "folder or hub id of a trained pipeline")
+    tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
+    steps: int = option(20, "denoising steps")
+    guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")
+    temperature: float = option(1.0, "scale of the initial noise of units; below 1: nearer to the mean unit")
+    loss: float | None = option(None, "quality asked for: held-out loss of the donors to imitate; none: the best")
+    condition: str = option("true", "true, or a control: shuffled or mean metadata", choices=CONDITIONS)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self._pipeline: WeightDiffusionPipeline | None = None
+        self._tokens: tuple[str, ...] | None = None
+        if self.condition not in CONDITIONS:
+            raise unknown("condition of diffusion", self.condition, CONDITIONS)
+        if self.steps < 1:
+            raise UserError(f"diffusion: steps is {self.steps}; give at least 1")
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        target = require_unit_target(blueprint, "target")
+        self._pipeline = _load(self.model).to(self.device)
+        self._pipeline.set_progress_bar_config(disable=True)
+        known = self._pipeline.statistics.row
+        if self.tokenizer is None:
+            if target.vocab != len(known):
+                raise UserError(
+                    f"diffusion: the target's vocabulary has {target.vocab} tokens, the zoo's {len(known)}; "
+                    "give the target's --tokenizer to match tokens by their strings"
+                )
+            self._tokens = None
+        else:
+            strings = {i: token for token, i in read_vocabulary(self.tokenizer).items()}
+            self._tokens = tuple(strings.get(i, f"<row {i}>") for i in range(target.vocab))
+            shared = sum(token in known for token in self._tokens)
+            if shared < target.vocab:
+                log.info("diffusion: the zoo knows %d of the %d tokens; the others are drawn", shared, target.vocab)
+        widest = self._pipeline.autoencoder.width
+        if target.width > widest:
+            log.info("diffusion: no donor is wider than %d; the other coordinates start as small noise", widest)
+        return self
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self._pipeline is None or blueprint.metadata is None:
+            raise RuntimeError("diffusion: call fit before sample")
+        request = Request(
+            metadata=blueprint.metadata,
+            tokens=self._tokens,
+            loss=self.loss,
+            seed=seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            temperature=self.temperature,
+            condition=self.condition,
+        )
+        decoder = self._pipeline(request)
+        yield from write_decoder(tie(decoder) if blueprint.metadata.tied else decoder, blueprint)
+
+    def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
+        """The donors that the pipeline learned from, not those of `zoo`."""
+        assert self._pipeline is not None
+        return list(self._pipeline.statistics.config["donors"] or [])
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"tokens": self._tokens}, {}
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._pipeline = _load(self.model).to(self.device)
+        self._tokens = None if values["tokens"] is None else tuple(values["tokens"])
+
+
+def _load(model: str | None) -> WeightDiffusionPipeline:
+    if model is None:
+        raise UserError("diffusion: needs a trained pipeline; give --model (see `headstart train diffusion`)")
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UserError(f"{model}: holds no pipeline; make one with `headstart train diffusion`")
+    if not folder.exists() and model.count("/") != 1:
+        raise UserError(f"{model}: no such folder; give a trained pipeline's, or a hub id")
+    return WeightDiffusionPipeline.from_pretrained(model)
