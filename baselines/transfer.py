@@ -96,6 +96,8 @@ def problems(donor: Donor, blueprint: Blueprint, wider: bool) -> list[str]:
         return ["index maps need a config on both sides"]
     found = []
     here, there = _signature(donor.blueprint), _signature(blueprint)
+    if not there:
+        return ["no tensor of the target has a known role"]
     found += [f"the target has {role} and the donor has none" for role in sorted(there - here)]
     found += [f"the donor has {role} and the target has none" for role in sorted(here - there)]
     if source.norm != target.norm:
@@ -240,7 +242,7 @@ def transfer(
             matrix = _with_fresh_rows(read(donor_spec)[donor_part.role], part, found, f"{who}/{spec.name}", seed)
             parts[part.role] = take(matrix, part, found, spec.layer, spec.expert is not None)
         tensor = join(spec, parts)
-        if spec.role == "norm" and spec.site == "final" and blueprint.find("head") == []:
+        if spec.role == "norm" and spec.site == "final" and blueprint.ties:
             tensor = _scale_final_norm(tensor, spec, blueprint, found)
         yield spec.name, tensor
 

@@ -9,28 +9,28 @@ if TYPE_CHECKING:
     from zoo.sampler import Sampler
 
 
-def text(record: dict[str, Any], method: type[Sampler], blueprint: Blueprint) -> str:
-    """README.md from what headstart.json holds (`record`), the sampler's class and the target's blueprint."""
-    sections = [_front_matter(record), _body(record, method, blueprint), _donors(record), _caveats(record)]
+def text(record: dict[str, Any], method: type[Sampler], blueprint: Blueprint, bases: list[str]) -> str:
+    """README.md from what headstart.json holds (`record`), the sampler's class, the target's blueprint and the hub ids
+    of donors."""
+    sections = [_front_matter(record, bases), _body(record, method, blueprint), _donors(record), _caveats(record)]
     return "\n".join(section for section in sections if section)
 
 
-def _front_matter(record: dict[str, Any]) -> str:
+def _front_matter(record: dict[str, Any], bases: list[str]) -> str:
     lines = ["---", "library_name: transformers", "tags:", "- headstart", "- initialization"]
     licenses = sorted({d["license"] or "unknown" for d in record["donors"]})
     if len(licenses) == 1:
         lines.insert(1, f"license: {_license_id(licenses[0])}")
     elif licenses:
         lines[1:1] = ["license: other", f"license_name: {' and '.join(licenses)}"]
-    bases = [d["name"] for d in record["donors"] if "/" in d["name"]]
     if bases:
         lines += ["base_model:", *[f"- {name}" for name in bases]]
     return "\n".join([*lines, "---", ""])
 
 
 def _license_id(name: str) -> str:
-    """A licence as the hub writes it; what is no single word (or not known) is `other`."""
-    return name.lower() if name != "unknown" and " " not in name else "other"
+    """A licence as the hub writes it; what is no single word is `other`."""
+    return name.lower() if " " not in name else "other"
 
 
 def _body(record: dict[str, Any], method: type[Sampler], blueprint: Blueprint) -> str:
@@ -84,6 +84,6 @@ def _caveats(record: dict[str, Any]) -> str:
     lines = ["- Train it before you use it, and compare it with the default initialisation at a tuned learning rate."]
     if record["donors"]:
         lines.append("- The weights derive from the donors above; their licences and the data they learned from apply.")
-    if any(not d["license"] for d in record["donors"]):
+    if any(d["license"] in (None, "unknown") for d in record["donors"]):
         lines.append("- The licence of at least one donor is not known.")
     return "\n".join(["## Before you use it", "", *lines, ""])

@@ -20,7 +20,7 @@ from headstart import __version__, card, methods
 from zoo.blueprint import Blueprint
 from zoo.errors import UserError, unknown
 from zoo.single import lone_name, single
-from zoo.sources import count_tensors, resolve
+from zoo.sources import HUB_ID, count_tensors, resolve
 from zoo.store import Donor, Zoo
 from zoo.writer import new_folder, plan_shards, write_checkpoint
 
@@ -106,7 +106,7 @@ def generate(
         donors = [source.donor(name) for name in sampler.donors] if source is not None else []
         counts = {"sampled": 0, "defaulted": 0}
         write_checkpoint(folder, blueprint, complete(sampler, blueprint, seed, counts), dtype=saved_as)
-        vocabulary_from = vocabulary_from or _donor_tokenizer(donors)
+        vocabulary_from = vocabulary_from or _donor_tokenizer(donors, blueprint)
         if vocabulary_from is not None:
             _copy_tokenizer(vocabulary_from, folder)
         record = {
@@ -122,7 +122,7 @@ def generate(
             "parameters": blueprint.parameters,
         }
         (folder / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "README.md").write_text(card.text(record, cls, blueprint))
+        (folder / "README.md").write_text(card.text(record, cls, blueprint, _bases(donors)))
     return out
 
 
@@ -214,16 +214,25 @@ def _tokenizer_folder(tokenizer: str | Path | None, target: str | Path | dict[st
     return folder if path.exists() and (folder / "tokenizer.json").is_file() else None
 
 
-def _donor_tokenizer(donors: Sequence[Donor]) -> Path | None:
-    """The folder of the donors' tokenizer if they agree on one."""
-    found = [(d.folder, d.vocabulary()) for d in donors]
-    folders = [folder for folder, vocabulary in found if vocabulary is not None]
-    if not folders:
+def _donor_tokenizer(donors: Sequence[Donor], blueprint: Blueprint) -> Path | None:
+    """The folder of the donors' tokenizer, if they agree on one and the target has a row for each of its tokens."""
+    found = [(d.folder, vocabulary) for d in donors if (vocabulary := d.vocabulary()) is not None]
+    if not found:
         return None
-    if any(vocabulary != found[0][1] for _, vocabulary in found):
-        log.info("no tokenizer is copied: the donors have several; give --tokenizer")
+    folder, first = found[0]
+    if len(found) < len(donors) or any(vocabulary != first for _, vocabulary in found):
+        log.info("no tokenizer is copied: the donors do not share one; give --tokenizer")
         return None
-    return folders[0]
+    if blueprint.metadata is None or max(first.values()) >= blueprint.metadata.vocab:
+        log.info("no tokenizer is copied: the donors' has more tokens than the target; give --tokenizer")
+        return None
+    return folder
+
+
+def _bases(donors: Sequence[Donor]) -> list[str]:
+    """Hub ids of the donors that came from the hub: those have a commit, folders the hash of what they held."""
+    hub = [d.record["source"] for d in donors if not d.revision.startswith("sha256:")]
+    return sorted({source.partition("@")[0] for source in hub if HUB_ID.fullmatch(source)})
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

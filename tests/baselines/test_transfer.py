@@ -330,7 +330,7 @@ def test_row_column_keeps_the_loss(tmp_path: Path, stories: Single, tokens: torc
         depth: loss(filled(tmp_path / depth, RowColumn(depth=depth), stories, deeper), tokens)
         for depth in ("share", "repeat", "stack")
     }
-    assert losses["share"] < min(before + 0.12, losses["repeat"], losses["stack"])
+    assert losses["share"] < min(before + 0.15, losses["repeat"], losses["stack"])
 
 
 def test_coupled_selection_beats_uncoupled(tmp_path: Path, stories: Single, tokens: torch.Tensor) -> None:
