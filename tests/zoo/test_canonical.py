@@ -40,7 +40,7 @@ CONFIGS = {
     "gpt2-untied": dict(GPT2, tie_word_embeddings=False),
     "gpt_neox": dict(model_type="gpt_neox", use_parallel_residual=True, **BASE),
     "gpt_neox-serial": dict(model_type="gpt_neox", use_parallel_residual=False, **BASE),
-    "opt": dict(model_type="opt", ffn_dim=48, max_position_embeddings=24, word_embed_proj_dim=32, pad_token_id=0, **BASE),
+    "opt": dict(model_type="opt", ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0, **BASE),
 }  # fmt: skip
 
 

@@ -1,0 +1,111 @@
+"""The unit autoencoder against PCA, and what must be exact in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from autoencoder import training
+from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
+from tests.tiny import make_zoo
+from zoo.aligned import Aligned, align
+from zoo.errors import UserError
+from zoo.store import Zoo
+from zoo.units import ROLES
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return make_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def donors(zoo: Zoo) -> list[Aligned]:
+    return list(align(zoo))
+
+
+def correlated(n: int, seed: int = 0) -> Tensor:
+    """[n, 2, 12] units with a spectrum."""
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.randn(24, 24, generator=rng) * torch.logspace(0, -2, 24)
+    return (torch.randn(n, 24, generator=rng) @ mix).unflatten(1, (2, 12))
+
+
+def test_pca_is_numpys_under_the_weights() -> None:
+    vectors = correlated(300)
+    weight = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) + 0.1
+    model = UnitAutoencoder(12, {"vo": 7}, hidden=0)
+    fit_pca(model, "vo", vectors, weight)
+    directions = torch.nn.functional.normalize(vectors, dim=-1).flatten(1).double().numpy()
+    root = weight.flatten().sqrt().double().numpy()
+    centred = (directions - directions.mean(0)) * root
+    _, _, vt = np.linalg.svd(centred, full_matrices=False)
+    left = np.square(centred - centred @ vt[:7].T @ vt[:7]).sum()
+    total = np.square(directions * root).sum()
+    assert float(model.loss("vo", vectors).detach()) == pytest.approx(left / total, rel=1e-3)
+
+
+def test_norms_are_exact_and_a_full_latent_loses_nothing() -> None:
+    vectors = correlated(50)
+    for size, tolerance in ((24, 1e-5), (5, None)):
+        model = UnitAutoencoder(12, {"vo": size}, hidden=8)
+        fit_pca(model, "vo", vectors, torch.ones(2, 12))
+        with torch.no_grad():
+            decoded = model.decode("vo", *model.encode("vo", vectors), 12)
+        assert torch.allclose(decoded.norm(dim=-1), vectors.norm(dim=-1), rtol=1e-5)
+        if tolerance:
+            assert (decoded - vectors).abs().max() < tolerance
+
+
+def test_narrower_and_wider_units() -> None:
+    vectors = correlated(50)
+    model = UnitAutoencoder(12, {"vo": 24}, hidden=0)
+    fit_pca(model, "vo", vectors, torch.ones(2, 12))
+    with torch.no_grad():
+        narrow = model.decode("vo", *model.encode("vo", vectors[..., :9]), 9)
+        wide = model.decode("vo", *model.encode("vo", vectors), 15)
+    assert (narrow - vectors[..., :9]).abs().max() < 1e-5
+    assert (wide[..., :12] - vectors).abs().max() < 1e-5
+    assert not wide[..., 12:].any()
+
+
+def test_readers_are_weighed_by_what_the_writers_write(donors: list[Aligned]) -> None:
+    units = [{k: v.clone() for k, v in d.units.items()} for d in donors]
+    for donor in units:
+        donor["neuron"][:, 2, 5] *= 10  # `down` writes loudly to coordinate 5
+    before, after = error_weights([d.units for d in donors], 32), error_weights(units, 32)
+    assert after["qk"][0, 5] > 5 * before["qk"][0, 5]
+    assert torch.allclose(after["vo"][1], before["vo"][1])  # what is written is weighed by the readers
+
+
+def test_training_beats_pca_at_the_same_rate_and_resumes_to_the_same_bytes(zoo: Zoo, tmp_path: Path) -> None:
+    settings = {"steps": 60, "rate": 3.0, "device": "cpu", "quiet": True, "hidden": 16}
+    whole = training.train(zoo.path, tmp_path / "whole", **settings)
+    report = json.loads((whole / "report.json").read_text())
+    assert set(report["error"]) == set(ROLES)
+    total = {name: sum(e[name] for e in report["error"].values()) for name in ("autoencoder", "pca")}
+    assert total["autoencoder"] < total["pca"]
+
+    real = training.batch
+
+    def stopping(donors: list[Aligned], kind: str, recipe: training.Recipe, step: int, width: int) -> Tensor:
+        if step == 31:
+            raise KeyboardInterrupt
+        return real(donors, kind, recipe, step, width)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "batch", stopping)
+        training.train(zoo.path, tmp_path / "cut", **settings)
+    with pytest.raises(UserError, match="--resume"):
+        training.train(zoo.path, tmp_path / "cut", **settings)
+    with pytest.raises(UserError, match="other settings"):
+        training.train(zoo.path, tmp_path / "cut", resume=True, **{**settings, "steps": 61})
+    cut = training.train(zoo.path, tmp_path / "cut", resume=True, **settings)
+    name = "diffusion_pytorch_model.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert not (cut / training.STATE).exists()

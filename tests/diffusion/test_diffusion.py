@@ -1,0 +1,203 @@
+"""The diffusion: what it generates has the right shape, scale and bytes; training resumes exactly."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from autoencoder.training import train as train_autoencoder
+from diffusion import Request, WeightDiffusionPipeline, training
+from diffusion.conditions import FEATURES, features
+from diffusion.sampler import DiffusionSampler
+from diffusion.views import TokenScale, contexts, mean_tokens, sibling, view_shape
+from headstart.generate import generate
+from tests.tiny import STD, config, make_zoo, role
+from zoo.blueprint import Blueprint
+from zoo.errors import UserError
+from zoo.store import Zoo
+from zoo.tensors import Metadata
+from zoo.units import addresses
+
+SMALL = {"steps": 700, "batch": 128, "hidden": 64, "blocks": 2, "pool": 8, "lr": 3e-3, "ema": 0.99, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return make_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def autoencoder(zoo: Zoo) -> Path:
+    return train_autoencoder(zoo.path, zoo.path.parent / "autoencoder", steps=5, device="cpu", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def trained(zoo: Zoo, autoencoder: Path) -> Path:
+    return training.train(zoo.path, autoencoder, zoo.path.parent / "pipeline", device="cpu", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def pipeline(trained: Path) -> WeightDiffusionPipeline:
+    return WeightDiffusionPipeline.from_pretrained(trained)
+
+
+def metadata(**changes: Any) -> Metadata:
+    found = Blueprint.from_pretrained_config(config(28, 2, layers=3)).metadata
+    assert found is not None
+    return replace(found, **changes)
+
+
+def test_saved_and_loaded_it_generates_the_same_bytes(pipeline: WeightDiffusionPipeline, tmp_path: Path) -> None:
+    request = Request(metadata(), seed=3, steps=5)
+    pipeline.save_pretrained(tmp_path / "again")
+    again = WeightDiffusionPipeline.from_pretrained(tmp_path / "again")
+    one, other = pipeline(request), again(request)
+    assert torch.equal(one.embed, other.embed) and torch.equal(one.layers[2].q, other.layers[2].q)
+    assert not [p for p in (tmp_path / "again").rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+def test_layers_do_not_depend_on_the_order(pipeline: WeightDiffusionPipeline) -> None:
+    request = Request(metadata(), seed=1, steps=4)
+    one, other = pipeline(request), pipeline(request)
+    forward = [layer.down.clone() for layer in one.layers]
+    backward = [other.layers[i].down.clone() for i in (2, 1, 0)][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    assert not torch.equal(forward[0], pipeline(replace(request, seed=2)).layers[0].down)
+
+
+def test_the_scale_of_every_role_is_the_donors(pipeline: WeightDiffusionPipeline) -> None:
+    """Donors are iid normal with one deviation per role. Canonical form keeps products, not factors: it balances q
+    with k, v with o and up with down, so that the geometric means are what a target must have."""
+    target = metadata(width=32, layers=2)
+    found: dict[str, list[float]] = {}
+    for seed in range(3):
+        decoder = pipeline(Request(target, seed=seed))
+        vectors = {"embed": decoder.embed, "head": decoder.head}
+        for layer in decoder.layers:
+            for name in ("q", "k", "v", "o", "gate", "up", "down"):
+                found.setdefault(name, []).append(float(getattr(layer, name).square().mean()))
+        for name, x in vectors.items():
+            found.setdefault(name, []).append(float(x.square().mean()))
+    std = {name: (sum(v) / len(v)) ** 0.5 for name, v in found.items()}
+    for name in ("embed", "head", "gate"):
+        assert std[name] == pytest.approx(STD[name], rel=0.05), name
+    for a, b in (("q", "k"), ("up", "down")):
+        assert (std[a] * std[b]) ** 0.5 == pytest.approx((STD[a] * STD[b]) ** 0.5, rel=0.05), (a, b)
+
+
+def test_query_heads_of_a_group_share_their_key(pipeline: WeightDiffusionPipeline) -> None:
+    shape = metadata(heads=4, kv_heads=2)
+    layer = pipeline(Request(shape, steps=4)).layers[0]
+    assert layer.k.shape == (2, 8, 28) and layer.q.shape == (4, 8, 28)
+    index = sibling(shape, "qk").unflatten(0, (3, 4, 4))  # layer, head, plane
+    assert (index[:, ::2] == -1).all()
+    own = torch.arange(index.numel()).view_as(index)
+    assert (index[:, 1::2] == own[:, ::2]).all()
+    assert (sibling(replace(shape, kv_heads=4), "vo") == -1).all()
+
+
+def test_a_wider_target_than_any_donor(pipeline: WeightDiffusionPipeline) -> None:
+    decoder = pipeline(Request(metadata(width=48), steps=4))
+    beyond = decoder.layers[0].down[:, 32:]
+    assert beyond.shape[1] == 16 and beyond.abs().min() > 0
+    assert beyond.std() < 0.2 * decoder.layers[0].down[:, :32].std()
+
+
+def test_controls_change_what_is_generated(pipeline: WeightDiffusionPipeline) -> None:
+    request = Request(metadata(), steps=4)
+    true, shuffled, mean = (pipeline(replace(request, condition=c)).layers[0].up for c in ("true", "shuffled", "mean"))
+    assert not torch.equal(true, shuffled) and not torch.equal(true, mean)
+    guided = pipeline(replace(request, guidance=2.0)).layers[0].up
+    assert not torch.equal(true, guided)
+
+
+def test_token_scale_round_trip() -> None:
+    scale = TokenScale(2.5, (0.5, -1.0), (0.2, 3.0))
+    latents, norms = torch.randn(7, 4), torch.randn(7, 2)
+    again = scale.from_token(scale.to_token(latents, norms))
+    assert torch.allclose(again[0], latents) and torch.allclose(again[1], norms, atol=1e-6)
+
+
+def test_features_tell_addresses_apart() -> None:
+    shape = metadata(heads=4, kv_heads=2)
+    for kind in ("neuron", "qk", "vo"):
+        told = features(kind, addresses(shape)[kind], shape, 2.0)
+        assert told.shape[1] == FEATURES and len(torch.unique(told, dim=0)) == len(told)
+    vocab = features("vocab", addresses(shape)["vocab"], shape, None)
+    assert len(torch.unique(vocab, dim=0)) == 1  # tokens are told apart by their partner
+
+
+def test_views_stay_inside_the_donor() -> None:
+    shape = metadata(width=32, layers=4, heads=4, kv_heads=2, ffn=40)
+    views = [view_shape(shape, 0, f"view {i}") for i in range(60)]
+    assert len({str(view) for view in views}) > 10 and shape in views
+    for view in views:
+        assert 16 <= view.width <= 32 and 2 <= view.layers <= 4 and 20 <= view.ffn <= 40
+        assert view.heads == 2 * view.kv_heads <= 4
+
+
+def test_contexts_and_mean_tokens_come_from_weights_alone() -> None:
+    tables = [
+        {t: torch.randn(5, generator=torch.Generator().manual_seed(10 * i + ord(t))) for t in "abc"} for i in range(4)
+    ]
+    one = contexts(tables, 6)
+    assert one.shape == (4, 6) and torch.equal(one, contexts(tables, 6))
+    assert one.square().sum() > 0 and not one[:, 3:].abs().max() > 1e-5  # four points span three directions
+    mean = mean_tokens(tables[:2], ("a", "z"), 5)
+    assert torch.allclose(mean[0], (tables[0]["a"] + tables[1]["a"]) / 2) and not mean[1].any()
+
+
+def test_training_resumes_to_the_same_bytes(zoo: Zoo, autoencoder: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "steps": 24, "device": "cpu"}
+    whole = training.train(zoo.path, autoencoder, tmp_path / "whole", **settings)
+    real = training.batches
+
+    def cut(*arguments: Any) -> Iterator[Any]:
+        for i, item in enumerate(real(*arguments)):
+            if i == 11:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "batches", cut)
+        training.train(zoo.path, autoencoder, tmp_path / "cut", **settings)
+    with pytest.raises(UserError, match="--resume"):
+        training.train(zoo.path, autoencoder, tmp_path / "cut", **settings)
+    resumed = training.train(zoo.path, autoencoder, tmp_path / "cut", resume=True, **settings)
+    for part in ("denoiser", "statistics", "autoencoder"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert filecmp.cmp(whole / name, resumed / name, shallow=False), part
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_generate_writes_what_transformers_loads(trained: Path, tmp_path: Path, tied: bool) -> None:
+    target = tmp_path / "target"
+    config(28, 2, layers=3, tie_word_embeddings=tied).save_pretrained(target)
+    out = generate(target, "diffusion", tmp_path / "out", model=str(trained), settings=["steps=4"], quiet=True)
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
+
+
+def test_wrong_use_is_refused(trained: Path, autoencoder: Path, tmp_path: Path) -> None:
+    other = Blueprint.from_config({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4})
+    with pytest.raises(UserError, match="LayerNorm"):
+        DiffusionSampler(model=str(trained)).fit(None, other)
+    more = Blueprint.from_pretrained_config(type(config()).from_dict({**config().to_dict(), "vocab_size": 50}))
+    with pytest.raises(UserError, match="vocabulary has 50 tokens, the zoo's 48"):
+        DiffusionSampler(model=str(trained)).fit(None, more)
+    with pytest.raises(UserError, match="holds no pipeline"):
+        DiffusionSampler(model=str(autoencoder)).fit(None, Blueprint.from_pretrained_config(config()))
+    with pytest.raises(UserError, match="did you mean"):
+        DiffusionSampler(model=str(trained), condition="shuffle")
+
+
+def test_roles_of_the_tiny_zoo() -> None:
+    assert {role(spec.name) for spec in Blueprint.from_pretrained_config(config()).specs} == set(STD) | {"norm"}
