@@ -118,11 +118,13 @@ def _about_rates(results: Results) -> list[str]:
                     f"For {', '.join(names)} the {end} learning rate of the grid ({rate:g}) was the best: a better one "
                     "may lie beyond."
                 )
-    scales = methods[REFERENCE]["scales"]
+    scales, scale = methods[REFERENCE]["scales"], methods[REFERENCE]["scale"]
     if len(scales) > 1:
+        edge = scale is not None and scale in (min(map(float, scales)), max(map(float, scales)))
         lines.append(
             f"The default initialisation was also tuned over its scale ({', '.join(scales)}), which the other methods "
             "were not: that favours it."
+            + (f" The best of them, {scale:g}, is the last on its side: a better one may lie beyond." if edge else "")
         )
     else:
         lines.append("The scale of the default initialisation was not tuned, only its learning rate, as for all.")

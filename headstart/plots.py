@@ -153,7 +153,7 @@ def svg(figure: Figure, label: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     prefix = re.sub(r"\W", "", label)  # ids are global in a page with several figures
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     head = re.compile(r'<svg[^>]*viewBox="([^"]*)"[^>]*>')

@@ -16,7 +16,7 @@ REFERENCE = "default"  # the method that every other is compared with
 Run = dict[str, Any]
 
 
-def evaluation_points(steps: int, points: int = 16) -> list[int]:
+def evaluation_points(steps: int, points: int = 12) -> list[int]:
     """Where the held-out loss is measured: step 0, then geometrically (a good start is over its threshold within few
     steps) and evenly (the rest) up to the last step."""
     grid = {0, steps}

@@ -70,7 +70,7 @@ def test_evaluation_points_hold_both_ends() -> None:
     for steps in (1, 2, 7, 300, 5000):
         points = scores.evaluation_points(steps)
         assert points[0] == 0 and points[-1] == steps and points == sorted(set(points))
-        assert 1 in points and len(points) <= 34
+        assert 1 in points and len(points) <= 26
 
 
 def test_scores_of_synthetic_curves() -> None:
@@ -135,7 +135,7 @@ def settings(donors: Path, corpus: Path) -> dict:
     return {
         "target": TARGET, "zoo": donors, "methods": ["default", "weight-selection"], "corpus": corpus, "steps": 12,
         "seeds": [0, 1], "lrs": [1e-3, 1e-2], "donor": "nursery-w32-l1-h4-kv2-s0", "batch_size": 4, "sequence": 32,
-        "windows": 8, "workers": 1, "quiet": True,
+        "windows": 8, "workers": 1, "default_scales": [1.0], "quiet": True,
     }  # fmt: skip
 
 

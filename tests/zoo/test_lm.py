@@ -66,7 +66,7 @@ def test_evaluation_counts_every_token_once() -> None:
     tokens = torch.randint(8, (61,))
     logits = model(tokens[:-1]).logits
     direct = nn.functional.cross_entropy(logits, tokens[1:])
-    assert evaluate(model, tokens, sequence=6, batch_size=4) == pytest.approx(float(direct), abs=1e-6)
+    assert evaluate(model, tokens, sequence=6, batch_size=4) == pytest.approx(direct.item(), abs=1e-6)
     assert model.training
 
 
