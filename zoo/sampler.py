@@ -61,7 +61,7 @@ class Sampler(ABC):
         """What `fit` learned: JSON values and tensors. `restore` takes it back."""
         return {}, {}
 
-    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:  # noqa: B027  (most have no state)
         """Makes a fresh instance what the one was that `state` was taken from."""
 
     def save(self, folder: str | Path) -> None:
