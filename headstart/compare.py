@@ -371,6 +371,7 @@ def _path(setup: Setup, job: Job, lr: float) -> Path:
         "scale": job.scale,
         "lr": lr,
         "training": [setup.steps, setup.batch_size, setup.sequence, setup.windows, setup.device, setup.threads],
+        "points": evaluation_points(setup.steps),
         "tokens": setup.fingerprint["tokens"],
         "zoo": setup.fingerprint["zoo"] if sampler.needs else None,
         "model": setup.fingerprint["model"] if "model" in sampler.needs else None,
