@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headstart.findings import fold
+from headstart.findings import count, fold
 from headstart.scores import REFERENCE
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def losses(results: dict[str, Any], title: bool) -> Figure:
     axes.set_xlabel("training steps (logarithmic from 1 on)")
     axes.set_ylabel("held-out loss, nats per token")
     if title:
-        axes.set_title(f"Training from {len(drawn)} initialisations, {len(results['seeds'])} seeds each", loc="left")
+        axes.set_title(
+            f"Training from {len(drawn)} initialisations, {count(len(results['seeds']), 'seed')} each", loc="left"
+        )
     order = [name for _, name, _ in sorted(ends, reverse=True)]
     handles, labels = axes.get_legend_handles_labels()
     chosen = [handles[labels.index(name)] for name in order]

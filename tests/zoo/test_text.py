@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zoo.errors import UserError
-from zoo.text import byte_tokens, encode_corpus, hold_out, python_reference, save_byte_tokenizer
+from zoo.text import byte_tokens, encode_corpus, hold_out, python_reference, reference_corpus, save_byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def test_the_reference_repeats_no_paragraph_and_is_held_out_everywhere() -> None
     assert len(text) > 200_000 and len(set(paragraphs)) == len(paragraphs)
     learned, held = hold_out(text)
     assert len(learned) + len(held) == len(text)
-    assert 0.05 < len(held) / len(text) < 0.08
+    assert 0.1 < len(held) / len(text) < 0.13, "the last tenth of reference_corpus() is held out"
+    assert reference_corpus() == learned + held
     # every held-out block is a block of the text, and none of them is among what is learned
     for start in range(0, len(held) - 4096, 4096):
         assert text.count(held[start : start + 4096]) == 1 and held[start : start + 4096] not in learned
