@@ -8,7 +8,7 @@ _PLACES = {
     "WeightDiffusionPipeline": "diffusion.pipeline",
     "Request": "diffusion.pipeline",
     "UnitDenoiser": "diffusion.denoiser",
-    "ZooStatistics": "diffusion.statistics",
+    "ZooMemory": "diffusion.memory",
 }
 __all__ = sorted(_PLACES)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from zoo.tensors import Metadata
 
-FREQUENCIES = (1.0, 2.0, 4.0)  # of the Fourier features of the three fractions
+FREQUENCIES = (1.0, 2.0, 4.0)  # of the Fourier features of the three fractions, in half-turns over the whole
+PERIODS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0)  # of those of the rank, which tell neighbours apart
 MODEL_FEATURES = 10
-FEATURES = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES)) + 3
+FEATURES = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES)) + 3 + 2 * len(PERIODS)
 
 
 def model_features(metadata: Metadata, loss: float | None) -> Tensor:
@@ -45,6 +46,8 @@ def features(kind: str, address: tuple[Tensor, Tensor, Tensor], metadata: Metada
     layer, head, slot = address
     sizes = {"neuron": metadata.ffn, "qk": metadata.head_dim // 2, "vo": metadata.head_dim}
     rank = slot if kind in sizes else torch.full_like(slot, -1)  # a token has no rank
+    turns = 2 * math.pi * slot[:, None] / torch.tensor(PERIODS) + 0.5
+    exact = torch.cat([turns.sin(), turns.cos()], dim=1) * (rank >= 0)[:, None]
     last = torch.stack(
         [
             torch.log2(1.0 + rank.clamp_min(0)) / 4 - 1,
@@ -60,6 +63,7 @@ def features(kind: str, address: tuple[Tensor, Tensor, Tensor], metadata: Metada
             _fraction(head, metadata.heads),
             _fraction(rank, sizes.get(kind, 1)),
             last,
+            exact,
         ],
         dim=1,
     ).float()

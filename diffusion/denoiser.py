@@ -1,25 +1,33 @@
-"""The denoiser: adaLN-Zero blocks (DiT, 2212.09748) over unit tokens, one network for all kinds.
+"""The denoiser: the exact velocity of a mixture over the zoo's units, whose weights are learned, plus a network.
 
-A token is a unit's latent and its log-norms, each block brought to unit scale (`TokenScale`). Units are independent
-given their condition, so the cost is linear in their number; what binds the units of a model is a context vector that
-all of them share and that the same network generates (kind `context`), and what binds the query heads of a group is
-the partner token.
+A token is a unit's latent and log-norms (`memory.TokenScale`). Given its condition, a unit's token is modelled as one
+of the bank's, chosen by a learned prior over the bank, plus normal noise of a fixed bandwidth: for that mixture the
+flow's velocity is known in closed form (2310.12395). adaLN-Zero blocks (DiT, 2212.09748) add what the mixture lacks:
+they start at zero, and alone they are a plain diffusion.
 
-Letters: N units, T token size of a kind, H hidden size, X context size.
+Units are independent given their condition, so the cost is linear in their number. What binds the units of a model is
+a context vector that all of them share and that the network generates first (kind `context`, which has no bank); what
+binds the query heads of a group is the partner token.
+
+Letters: N units, M units of the bank, T token size of a kind, H hidden size, X context size.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffusion.conditions import FEATURES
+from diffusion.memory import Bank
 
 CONTEXT = "context"
+KEY = 64  # size of the queries and keys of the prior
 
 
 def sigma_embedding(sigma: Tensor, size: int) -> Tensor:
@@ -30,10 +38,29 @@ def sigma_embedding(sigma: Tensor, size: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def _zeroed(linear: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+def mixture_velocity(x: Tensor, sigma: Tensor, tokens: Tensor, log_prior: Tensor, bandwidth: float) -> Tensor:
+    """E[noise - token | x] for x = (1 - sigma) token + sigma noise, where token is normal with deviation `bandwidth`
+    around row i of `tokens` with probability softmax(log_prior)_i. [N, T].
+
+    x [N, T], sigma [N], tokens [M, T] or [N, M, T], log_prior [N, M]."""
+    keep, noise = (1 - sigma)[:, None], sigma[:, None]
+    variance = noise.square() + (keep * bandwidth).square()  # of x given its component, [N, 1]
+    if tokens.ndim == 2:
+        inner, square = x @ tokens.mT, tokens.square().sum(1)
+    else:
+        inner, square = (tokens @ x.unsqueeze(-1)).squeeze(-1), tokens.square().sum(2)
+    likelihood = (keep * inner - 0.5 * keep.square() * square) / variance  # up to a constant in i
+    weights = (log_prior + likelihood).softmax(dim=1)  # [N, M]
+    mean = weights @ tokens if tokens.ndim == 2 else (weights.unsqueeze(1) @ tokens).squeeze(1)
+    return (noise - keep * bandwidth**2) / variance * (x - keep * mean) - mean
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The components of the mixture for N units: tokens [M, T] or [N, M, T], and log-prior [N, M]."""
+
+    tokens: Tensor
+    log_prior: Tensor
 
 
 class Block(nn.Module):
@@ -52,51 +79,87 @@ class Block(nn.Module):
 
 class UnitDenoiser(ModelMixin, ConfigMixin):
     """tokens: {kind: T}, `context` among them; families: the architectures seen in training (others share one
-    embedding); hidden, blocks, expand: size of the network."""
+    embedding); hidden, blocks, expand: size of the network; bandwidth: deviation of a unit from the bank's, in units
+    of a token's RMS; None: no bank, a plain diffusion."""
 
     @register_to_config
     def __init__(
-        self, tokens: dict[str, int], families: list[str], hidden: int = 256, blocks: int = 4, expand: int = 2
+        self,
+        tokens: dict[str, int],
+        families: list[str],
+        hidden: int = 192,
+        blocks: int = 3,
+        expand: int = 2,
+        bandwidth: float | None = 0.1,
     ) -> None:
         super().__init__()
-        self.kinds = {kind: i for i, kind in enumerate(tokens)}
+        self.index = {kind: i for i, kind in enumerate(tokens)}
         self.family = {name: i + 1 for i, name in enumerate(families)}
+        units = [kind for kind in tokens if kind != CONTEXT]
         self.read = nn.ModuleDict({k: nn.Linear(size, hidden) for k, size in tokens.items()})
-        self.partner = nn.ModuleDict({k: nn.Linear(size, hidden) for k, size in tokens.items() if k != CONTEXT})
+        self.partner = nn.ModuleDict({k: nn.Linear(tokens[k], hidden) for k in units})
         self.write = nn.ModuleDict({k: _zeroed(nn.Linear(hidden, size)) for k, size in tokens.items()})
-        self.kind_embedding = nn.Embedding(len(tokens), hidden)
-        self.family_embedding = nn.Embedding(len(families) + 1, hidden)
+        self.query = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in units})
+        self.key = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in units})
+        self.sharpness = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.kind = nn.Embedding(len(tokens), hidden)
+        self.architecture = nn.Embedding(len(families) + 1, hidden)
         self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.metadata = nn.Sequential(nn.Linear(FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.context = nn.Sequential(nn.Linear(tokens[CONTEXT], hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.unconditional = nn.Parameter(torch.zeros(hidden))
         self.trunk = nn.ModuleList(Block(hidden, expand) for _ in range(blocks))
         self.last = nn.LayerNorm(hidden, elementwise_affine=False)
-        for embedding in (self.kind_embedding, self.family_embedding):
+        for embedding in (self.kind, self.architecture):
             nn.init.normal_(embedding.weight, std=0.02)
+
+    def told(
+        self, kind: str, features: Tensor, family: Tensor, context: Tensor | None, partner: Tensor | None
+    ) -> Tensor:
+        """What is known of units, [N, H]: features [N, FEATURES], family int64 [N] (0: never seen), context [N, X],
+        partner [N, T] (zeros where there is none)."""
+        known = self.metadata(features) + self.architecture(family)
+        if context is not None:
+            known = known + self.context(context)
+        if partner is not None:
+            known = known + self.partner[kind](partner) * (partner != 0).any(1, keepdim=True)
+        return known
+
+    def log_prior(self, kind: str, told: Tensor, bank_told: Tensor) -> Tensor:
+        """[N, M]: how likely each unit of the bank is under the conditions, up to a constant per row. Cosine of query
+        and key with a learned sharpness, as in CLIP (2103.00020)."""
+        query = F.normalize(self.query[kind](told), dim=1)
+        key = F.normalize(self.key[kind](bank_told), dim=1)
+        return self.sharpness.exp().clamp(max=200.0) * query @ key.mT
+
+    def bank_told(self, kind: str, bank: Bank) -> Tensor:
+        """[M, H]: the conditions of the bank's units."""
+        return self.told(kind, bank.features, bank.family, bank.context, bank.partners)
 
     def forward(
         self,
         kind: str,
-        x: Tensor,  # [N, T] noisy tokens
-        sigma: Tensor,  # [N] noise levels: x = (1 - sigma) token + sigma noise
-        features: Tensor,  # [N, FEATURES]
-        family: Tensor,  # int64 [N], 0 for an architecture never seen
-        context: Tensor | None = None,  # [N, X], for all kinds but `context`
-        partner: Tensor | None = None,  # [N, T], zeros where there is none
-        conditional: Tensor | None = None,  # bool [N]: False drops metadata and context (classifier-free guidance)
+        x: Tensor,  # [N, T] noisy tokens, (1 - sigma) token + sigma noise
+        sigma: Tensor,  # [N]
+        told: Tensor,  # [N, H], from `told`
+        candidates: Candidates | None = None,
+        conditional: Tensor | None = None,  # bool [N]: False drops the condition (classifier-free guidance)
     ) -> Tensor:
         """The velocity noise - token, [N, T]."""
-        known = self.metadata(features) + self.family_embedding(family)  # [N, H]
-        if context is not None:
-            known = known + self.context(context)
         if conditional is not None:
-            known = torch.where(conditional[:, None], known, self.unconditional)
-        condition = known + self.time(sigma_embedding(sigma, 64)) + self.kind_embedding.weight[self.kinds[kind]]
+            told = torch.where(conditional[:, None], told, self.unconditional)
+        condition = told + self.time(sigma_embedding(sigma, 64)) + self.kind.weight[self.index[kind]]
         h = self.read[kind](x)
-        if partner is not None:
-            told = self.partner[kind](partner) * (partner != 0).any(1, keepdim=True)
-            h, condition = h + told, condition + told
         for block in self.trunk:
             h = block(h, condition)
-        return self.write[kind](self.last(h))
+        velocity = self.write[kind](self.last(h))
+        bandwidth = self.config["bandwidth"]
+        if candidates is None or bandwidth is None:
+            return velocity
+        return velocity + mixture_velocity(x, sigma, candidates.tokens, candidates.log_prior, bandwidth)
+
+
+def _zeroed(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

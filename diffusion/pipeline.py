@@ -13,16 +13,17 @@ from torch import Tensor
 
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import features, model_condition
-from diffusion.denoiser import CONTEXT, UnitDenoiser
-from diffusion.statistics import ZooStatistics
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser
+from diffusion.memory import ZooMemory
 from diffusion.views import sibling
 from zoo.decoder import Decoder, Layer
 from zoo.streams import stream
 from zoo.tensors import Metadata
-from zoo.units import addresses, scatter, to_width
+from zoo.units import addresses, scatter
 
 # Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
-CHUNK = 8192
+CHUNK = 2048
+NEAREST = 256  # units of the bank that a unit may be like: those of highest prior
 CONDITIONS = ("true", "shuffled", "mean")
 
 
@@ -42,11 +43,11 @@ class Request:
 
 
 class WeightDiffusionPipeline(DiffusionPipeline):
-    """Latent diffusion over the units of decoders. Components: autoencoder, denoiser, statistics, scheduler."""
+    """Latent diffusion over the units of decoders. Components: autoencoder, denoiser, memory, scheduler."""
 
     autoencoder: UnitAutoencoder
     denoiser: UnitDenoiser
-    statistics: ZooStatistics
+    memory: ZooMemory
     scheduler: DPMSolverMultistepScheduler
     model_cpu_offload_seq = "denoiser->autoencoder"
 
@@ -54,11 +55,11 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         self,
         autoencoder: UnitAutoencoder,
         denoiser: UnitDenoiser,
-        statistics: ZooStatistics,
+        memory: ZooMemory,
         scheduler: DPMSolverMultistepScheduler,
     ) -> None:
         super().__init__()
-        self.register_modules(autoencoder=autoencoder, denoiser=denoiser, statistics=statistics, scheduler=scheduler)
+        self.register_modules(autoencoder=autoencoder, denoiser=denoiser, memory=memory, scheduler=scheduler)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
@@ -93,10 +94,10 @@ class WeightDiffusionPipeline(DiffusionPipeline):
 
     def _vocabulary(self, request: Request, context: Tensor) -> tuple[Tensor, Tensor]:
         shape = request.metadata
-        names = request.tokens if request.tokens is not None else tuple(self.statistics.config["tokens"])
+        names = request.tokens if request.tokens is not None else tuple(self.memory.config["tokens"])
         address = addresses(shape)["vocab"]
         told = features("vocab", address, shape, self._quality(request))
-        tokens = self._solve(request, "vocab", "vocab", told, context, self.statistics.lookup(names).cpu())
+        tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(names).cpu())
         pairs = self._decode("vocab", tokens, request, "vocab")
         return pairs[:, 0], pairs[:, 1] * shape.width**-0.5
 
@@ -118,72 +119,68 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         return scatter(units, replace(shape, layers=1)).layers[0]
 
     def _quality(self, request: Request) -> float | None:
-        return request.loss if request.loss is not None else self.statistics.config["best_loss"]
+        return request.loss if request.loss is not None else self.memory.config["best_loss"]
 
     def _decode(self, kind: str, tokens: Tensor, request: Request, name: str) -> Tensor:
-        """Tokens [N, T] -> vectors [N, P, d]. Coordinates that no donor has get noise of a tenth of the vector's own
-        RMS: exact zeros would never leave zero."""
-        width = request.metadata.width
-        latents, norms = self.statistics.scales[kind].from_token(tokens)
+        """Tokens [N, T] -> vectors [N, P, d]: the first d coordinates of whole units. Coordinates that no donor has get
+        noise of a tenth of the vector's own RMS: exact zeros would never leave zero."""
+        width, known = request.metadata.width, self.autoencoder.width
+        latents, norms = self.memory.scale[kind].from_token(tokens)
         device = self.autoencoder.device
-        vectors = self.autoencoder.decode(kind, latents.to(device), norms.to(device), width).cpu()
-        beyond = width - self.autoencoder.width
-        if beyond > 0:
-            rms = vectors.norm(dim=-1, keepdim=True) / self.autoencoder.width**0.5
-            noise = torch.randn(*vectors.shape[:2], beyond, generator=stream(request.seed, f"beyond {name}"))
-            vectors = torch.cat([to_width(vectors, self.autoencoder.width), 0.1 * rms * noise], dim=-1)
-        return vectors
+        vectors = self.autoencoder.decode(kind, latents.to(device), norms.to(device), known).cpu()
+        if width > known:
+            rms = vectors.norm(dim=-1, keepdim=True) / known**0.5
+            noise = torch.randn(*vectors.shape[:2], width - known, generator=stream(request.seed, f"beyond {name}"))
+            return torch.cat([vectors, 0.1 * rms * noise], dim=-1)
+        return vectors[..., :width]
 
     def _solve(
         self, request: Request, kind: str, name: str, told: Tensor, context: Tensor | None, partner: Tensor | None
     ) -> Tensor:
-        """Noise of stream (seed, name) -> tokens [N, T] on the CPU."""
+        """Noise of stream (seed, name) -> tokens [N, T] on the CPU. told [N, FEATURES], context [X], partner [N, T]."""
         denoiser: UnitDenoiser = self.denoiser
-        size = denoiser.config["tokens"][kind]
-        noise = torch.randn(len(told), size, generator=stream(request.seed, name)) * request.temperature
+        device = denoiser.device
+        noise = torch.randn(len(told), denoiser.config["tokens"][kind], generator=stream(request.seed, name))
         if request.condition == "shuffled" and kind != CONTEXT:
             told = told[torch.randperm(len(told), generator=stream(request.seed, f"shuffle {name}"))]
         elif request.condition == "mean" and kind != CONTEXT:
             told = told.mean(0, keepdim=True).expand_as(told)
-        family = torch.full((len(told),), denoiser.family.get(request.metadata.architecture, 0))
+        bank = self.memory.bank(kind).to(device) if kind != CONTEXT and denoiser.config["bandwidth"] else None
+        known = None if bank is None else denoiser.bank_told(kind, bank)
         out = []
         for start in range(0, len(told), CHUNK):
             rows = slice(start, start + CHUNK)
-            out.append(
-                self._denoise(
-                    request,
-                    kind,
-                    noise[rows],
-                    told[rows],
-                    family[rows],
-                    context,
-                    None if partner is None else partner[rows],
-                )
+            family = torch.full(
+                (len(told[rows]),), denoiser.family.get(request.metadata.architecture, 0), device=device
             )
+            shared = None if context is None else context.to(device).expand(len(family), -1)
+            mate = None if partner is None else partner[rows].to(device)
+            condition = denoiser.told(kind, told[rows].to(device), family, shared, mate)
+            pair: list[Candidates | None] = [None, None]
+            if bank is not None and known is not None:
+                free = denoiser.unconditional.expand_as(condition)
+                wanted = (condition, free) if request.guidance != 1.0 else (condition,)
+                pair = [self._nearest(kind, c, bank.tokens, known) for c in wanted]
+            x = noise[rows].to(device) * request.temperature
+            out.append(self._denoise(request, kind, x, condition, pair))
         return torch.cat(out)
 
+    def _nearest(self, kind: str, condition: Tensor, tokens: Tensor, known: Tensor) -> Candidates:
+        log_prior = self.denoiser.log_prior(kind, condition, known)
+        best = log_prior.topk(min(NEAREST, log_prior.shape[1]), dim=1)
+        return Candidates(tokens[best.indices], best.values)
+
     def _denoise(
-        self,
-        request: Request,
-        kind: str,
-        x: Tensor,
-        told: Tensor,
-        family: Tensor,
-        context: Tensor | None,
-        partner: Tensor | None,
+        self, request: Request, kind: str, x: Tensor, condition: Tensor, candidates: list[Candidates | None]
     ) -> Tensor:
-        device = self.denoiser.device
         scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(request.steps)
-        x, told, family = x.to(device), told.to(device), family.to(device)
-        shared = None if context is None else context.to(device).expand(len(x), -1)
-        partner = None if partner is None else partner.to(device)
-        null = torch.zeros(len(x), dtype=torch.bool, device=device)
+        null = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for t in scheduler.timesteps:
-            sigma = torch.full((len(x),), float(t) / scheduler.config["num_train_timesteps"], device=device)
-            velocity = self.denoiser(kind, x, sigma, told, family, shared, partner)
+            sigma = torch.full((len(x),), float(t) / scheduler.config["num_train_timesteps"], device=x.device)
+            velocity = self.denoiser(kind, x, sigma, condition, candidates[0])
             if request.guidance != 1.0:
-                free = self.denoiser(kind, x, sigma, told, family, shared, partner, null)
+                free = self.denoiser(kind, x, sigma, condition, candidates[1], null)
                 velocity = free + request.guidance * (velocity - free)
             x = scheduler.step(velocity, t, x).prev_sample
         return x.cpu()

@@ -54,7 +54,7 @@ class DiffusionSampler(Sampler):
         target = require_unit_target(blueprint, "target")
         self._pipeline = _load(self.model).to(self.device)
         self._pipeline.set_progress_bar_config(disable=True)
-        known = self._pipeline.statistics.row
+        known = self._pipeline.memory.row
         if self.tokenizer is None:
             if target.vocab != len(known):
                 raise UserError(
@@ -92,7 +92,7 @@ class DiffusionSampler(Sampler):
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
         """The donors that the pipeline learned from, not those of `zoo`."""
         assert self._pipeline is not None
-        return list(self._pipeline.statistics.config["donors"] or [])
+        return list(self._pipeline.memory.config["donors"] or [])
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"tokens": self._tokens}, {}

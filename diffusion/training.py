@@ -15,10 +15,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from autoencoder.model import UnitAutoencoder
-from diffusion.denoiser import CONTEXT, UnitDenoiser
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser
+from diffusion.memory import Bank, ZooMemory
 from diffusion.pipeline import WeightDiffusionPipeline, scheduler
-from diffusion.statistics import ZooStatistics
-from diffusion.views import View, contexts, fit_scale, make_view, mean_tokens, view_shape, vocabulary_tokens
+from diffusion.views import View, contexts, donor_tokens, fit_scale, make_view, mean_tokens, view_shape
 from zoo.aligned import Aligned, align
 from zoo.errors import UserError
 from zoo.progress import load_state, restore_training, save_state, training_tensors
@@ -32,11 +32,12 @@ class Recipe:
     """How the denoiser is trained. `batch` units a step, shared among the kinds by `SHARES`."""
 
     steps: int = 4000
-    batch: int = 512
+    batch: int = 256
     lr: float = 2e-3
     warmup: int = 100
-    hidden: int = 256
-    blocks: int = 4
+    hidden: int = 192
+    blocks: int = 3
+    bandwidth: float | None = 0.1  # None: no bank
     context: int = 32
     jitter: float = 0.1  # noise on the context, of its RMS: neighbours of a donor are told alike
     drop: float = 0.1  # how often the condition is dropped, for classifier-free guidance
@@ -48,6 +49,7 @@ class Recipe:
 
 SHARES = {"neuron": 0.4, "qk": 0.2, "vo": 0.25, "vocab": 0.15}
 CONTEXTS = 16  # of each batch
+NEGATIVES = 1024  # units of the bank, besides the batch's own, that the prior is trained against in a step
 VIEWS = 4  # that the units of one kind in a batch come from
 SAVE_EVERY = 500
 STATE = "training.safetensors"
@@ -59,9 +61,10 @@ class Material:
 
     donors: list[Aligned]
     autoencoder: UnitAutoencoder
-    statistics: ZooStatistics
-    contexts: Tensor  # [donors, X]
+    memory: ZooMemory
+    tokens: list[dict[str, Tensor]]  # per donor and kind [N, T]
     others: list[Tensor]  # per donor [V, T]: the mean vocabulary tokens of the other donors
+    first: dict[str, list[int]]  # per kind: where each donor's units begin in the bank
 
 
 def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quiet: bool) -> Material:
@@ -72,44 +75,63 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
         raise UserError(
             f"{zoo.path}: a donor is {widest} wide, the autoencoder knows {autoencoder.width}; train it on this zoo"
         )
-    with torch.no_grad():
-        scales = {kind: fit_scale(autoencoder, donors, kind) for kind in ROLES}
-        tables = vocabulary_tokens(donors, autoencoder, scales["vocab"])
-    size = autoencoder.latent_size("vocab") + len(ROLES["vocab"])
+    scales = {kind: fit_scale(autoencoder, donors, kind) for kind in ROLES}
+    tokens = [donor_tokens(donor, autoencoder, scales) for donor in donors]
+    tables = [dict(zip(d.tokens, t["vocab"], strict=True)) for d, t in zip(donors, tokens, strict=True)]
+    sizes = {kind: [sum(len(t[kind]) for t in tokens), tokens[0][kind].shape[1]] for kind in ROLES}
     names = tuple(dict.fromkeys(name for donor in donors for name in donor.tokens))
     losses = [float(d.facts["loss"]) for d in donors if "loss" in d.facts]
-    records = {d.name: d for d in zoo.donors}
-    statistics = ZooStatistics(
+    memory = ZooMemory(
         scales={kind: asdict(scale) for kind, scale in scales.items()},
         tokens=list(names),
-        size=size,
-        donors=[
-            {
-                "name": d.name,
-                "revision": records[d.name].revision,
-                "sha256": records[d.name].sha256,
-                "license": records[d.name].license,
-                **{k: d.facts[k] for k in ("loss", "tokens") if k in d.facts},
-            }
-            for d in donors
-        ],
+        sizes=sizes,
+        context=recipe.context,
+        donors=[_record(zoo, d) for d in donors],
         best_loss=min(losses) if losses else None,
     )
-    statistics.get_buffer("vocabulary").copy_(mean_tokens(tables, names, size))
+    size = sizes["vocab"][1]
     others = [mean_tokens(tables[:i] + tables[i + 1 :], d.tokens, size) for i, d in enumerate(donors)]
-    return Material(donors, autoencoder, statistics, contexts(tables, recipe.context), others)
+    families = _families(donors)
+    memory.get_buffer("vocabulary").copy_(mean_tokens(tables, names, size))
+    memory.get_buffer("contexts").copy_(contexts(tables, recipe.context))
+    memory.get_buffer("families").copy_(torch.tensor([families[d.metadata.architecture] for d in donors]))
+    own = [make_view(i, d, d.metadata, tokens[i], scales, others[i]) for i, d in enumerate(donors)]
+    first = {}
+    for kind in ROLES:
+        counts = [len(view.tokens[kind]) for view in own]
+        first[kind] = torch.tensor([0, *counts]).cumsum(0)[:-1].tolist()
+        memory.get_buffer(f"tokens_{kind}").copy_(torch.cat([v.tokens[kind] for v in own]))
+        memory.get_buffer(f"features_{kind}").copy_(torch.cat([v.features[kind] for v in own]))
+        memory.get_buffer(f"partners_{kind}").copy_(torch.cat([v.partners[kind] for v in own]))
+        memory.get_buffer(f"donor_{kind}").copy_(torch.arange(len(own)).repeat_interleave(torch.tensor(counts)))
+    return Material(donors, autoencoder, memory, tokens, others, first)
+
+
+def _record(zoo: Zoo, donor: Aligned) -> dict[str, Any]:
+    source = zoo.donor(donor.name)
+    known = {k: donor.facts[k] for k in ("loss", "tokens") if k in donor.facts}
+    return {
+        "name": donor.name,
+        "revision": source.revision,
+        "sha256": source.sha256,
+        "license": source.license,
+        **known,
+    }
+
+
+def _families(donors: list[Aligned]) -> dict[str, int]:
+    return {name: i + 1 for i, name in enumerate(sorted({d.metadata.architecture for d in donors}))}
 
 
 def pool_view(material: Material, recipe: Recipe, slot: int, generation: int) -> View:
-    """The view that a slot of the pool holds in its `generation`: a function of the seed alone."""
+    """The view that a slot of the pool holds in its `generation`: a function of the seed alone. Donors are drawn in
+    proportion to their size, so that every unit counts alike."""
     name = f"view {slot} {generation}"
     sizes = torch.tensor([float(sum(u.numel() for u in d.units.values())) for d in material.donors])
     pick = int(torch.multinomial(sizes, 1, generator=stream(recipe.seed, name)))
     donor = material.donors[pick]
     shape = view_shape(donor.metadata, recipe.seed, name + " shape")
-    return make_view(
-        donor, shape, material.autoencoder, material.statistics.scales, material.contexts[pick], material.others[pick]
-    )
+    return make_view(pick, donor, shape, material.tokens[pick], material.memory.scale, material.others[pick])
 
 
 def generation(recipe: Recipe, slot: int, step: int) -> int:
@@ -117,11 +139,32 @@ def generation(recipe: Recipe, slot: int, step: int) -> int:
     return (step // recipe.refresh - slot - 1) // recipe.pool + 1
 
 
-def batches(
-    material: Material, recipe: Recipe, families: dict[str, int], start: int, device: torch.device
-) -> Iterator[list[dict[str, Any]]]:
-    """Per step, the arguments of the denoiser for every kind, `target` among them; a function of (seed, step)."""
+@dataclass(frozen=True)
+class Batch:
+    """Units of one kind at noise levels, with their conditions and the units of the bank that they are told from."""
+
+    kind: str
+    x: Tensor  # [N, T]
+    sigma: Tensor  # [N]
+    target: Tensor  # [N, T], noise - token
+    features: Tensor  # [N, FEATURES]
+    family: Tensor  # int64 [N]
+    context: Tensor | None  # [N, X]
+    partner: Tensor | None  # [N, T]
+    conditional: Tensor  # bool [N]
+    bank: Bank | None = None
+    log_count: Tensor | None = None  # [M]: log of how many units of the whole bank each of `bank` stands for
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {k: v.to(device) if isinstance(v, (Tensor, Bank)) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Batch]]:
+    """Per step, one batch of every kind; a function of (seed, step)."""
     pool: dict[int, tuple[int, View]] = {}
+    banks = {kind: material.memory.bank(kind) for kind in SHARES}
+    families, contexts_of = material.memory.get_buffer("families"), material.memory.get_buffer("contexts")
     for step in range(start, recipe.steps):
         rng = stream(recipe.seed, f"step {step}")
         for slot in range(recipe.pool):
@@ -134,26 +177,33 @@ def batches(
             parts = []
             for slot in torch.randint(recipe.pool, (VIEWS,), generator=rng).tolist():
                 view = pool[slot][1]
-                rows = torch.randint(len(view.tokens[kind]), (each,), generator=rng)
-                parts.append((view, rows))
-            token = torch.cat([v.tokens[kind][r] for v, r in parts])
+                parts.append((view, torch.randint(len(view.rows[kind]), (each,), generator=rng)))
+            donor = torch.tensor([v.donor for v, _ in parts]).repeat_interleave(each)
+            row = torch.cat([material.first[kind][v.donor] + v.rows[kind][r] for v, r in parts])
+            own, bank = row.unique(), banks[kind]
+            negatives = torch.randint(len(bank.tokens), (NEGATIVES,), generator=rng)
+            drawn = torch.cat([own, negatives[~torch.isin(negatives, own)]])
+            log_count = torch.zeros(len(drawn))
+            log_count[len(own) :] = math.log(max(1.0, (len(bank.tokens) - len(own)) / max(1, len(drawn) - len(own))))
             out.append(
                 _noised(
                     kind,
-                    token,
+                    torch.cat([v.tokens[kind][r] for v, r in parts]),
                     torch.cat([v.features[kind][r] for v, r in parts]),
-                    torch.cat([torch.full((each,), families[v.family]) for v, _ in parts]),
-                    torch.cat([v.context.expand(each, -1) for v, _ in parts]),
+                    families[donor],
+                    contexts_of[donor],
                     torch.cat([v.partners[kind][r] for v, r in parts]),
                     recipe,
                     rng,
+                    bank[drawn] if recipe.bandwidth is not None else None,
+                    log_count,
                 )
             )
         views = [pool[slot][1] for slot in torch.randint(recipe.pool, (CONTEXTS,), generator=rng).tolist()]
+        donor = torch.tensor([v.donor for v in views])
         told = torch.stack([v.model for v in views])
-        family = torch.tensor([families[v.family] for v in views])
-        out.append(_noised(CONTEXT, torch.stack([v.context for v in views]), told, family, None, None, recipe, rng))
-        yield [{k: t.to(device) if isinstance(t, Tensor) else t for k, t in b.items()} for b in out]
+        out.append(_noised(CONTEXT, contexts_of[donor], told, families[donor], None, None, recipe, rng))
+        yield out
 
 
 def _noised(
@@ -165,26 +215,45 @@ def _noised(
     partner: Tensor | None,
     recipe: Recipe,
     rng: torch.Generator,
-) -> dict[str, Any]:
-    """A batch of the denoiser: tokens [N, T] mixed with noise at levels from a logit-normal (2403.03206)."""
+    bank: Bank | None = None,
+    log_count: Tensor | None = None,
+) -> Batch:
+    """Tokens [N, T] mixed with noise at levels from a logit-normal (2403.03206) that leans to the noisy side, where
+    it is decided which unit it will be."""
     count = len(token)
     if kind == CONTEXT:
         token = token + recipe.jitter * torch.randn(token.shape, generator=rng)
     elif context is not None:
         context = context + recipe.jitter * torch.randn(context.shape, generator=rng)
-    sigma = torch.sigmoid(torch.randn(count, generator=rng))
+        if recipe.bandwidth is not None:
+            token = token + recipe.bandwidth * torch.randn(token.shape, generator=rng)
+    sigma = torch.sigmoid(1.0 + 1.5 * torch.randn(count, generator=rng))
     noise = torch.randn(token.shape, generator=rng)
-    return {
-        "kind": kind,
-        "x": (1 - sigma[:, None]) * token + sigma[:, None] * noise,
-        "sigma": sigma,
-        "features": told,
-        "family": family,
-        "context": context,
-        "partner": partner,
-        "conditional": torch.rand(count, generator=rng) >= recipe.drop,
-        "target": noise - token,
-    }
+    return Batch(
+        kind=kind,
+        x=(1 - sigma[:, None]) * token + sigma[:, None] * noise,
+        sigma=sigma,
+        target=noise - token,
+        features=told,
+        family=family,
+        context=context,
+        partner=partner,
+        conditional=torch.rand(count, generator=rng) >= recipe.drop,
+        bank=bank,
+        log_count=log_count,
+    )
+
+
+def batch_loss(denoiser: UnitDenoiser, batch: Batch) -> Tensor:
+    """Mean squared error of the velocity: a scalar."""
+    told = denoiser.told(batch.kind, batch.features, batch.family, batch.context, batch.partner)
+    candidates = None
+    if batch.bank is not None and batch.log_count is not None:
+        wanted = torch.where(batch.conditional[:, None], told, denoiser.unconditional)
+        log_prior = denoiser.log_prior(batch.kind, wanted, denoiser.bank_told(batch.kind, batch.bank))
+        candidates = Candidates(batch.bank.tokens, log_prior + batch.log_count)
+    velocity = denoiser(batch.kind, batch.x, batch.sigma, told, candidates, batch.conditional)
+    return (velocity - batch.target).square().mean()
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -226,11 +295,16 @@ def train(
     coder = load_autoencoder(autoencoder)
     material = gather_material(opened, coder, recipe, quiet)
     tokens = {kind: coder.latent_size(kind) + len(ROLES[kind]) for kind in ROLES} | {CONTEXT: recipe.context}
-    families = sorted({d.metadata.architecture for d in material.donors})
     torch.manual_seed(seed)
-    denoiser = UnitDenoiser(tokens, families, hidden=recipe.hidden, blocks=recipe.blocks)
+    denoiser = UnitDenoiser(
+        tokens,
+        list(_families(material.donors)),
+        hidden=recipe.hidden,
+        blocks=recipe.blocks,
+        bandwidth=recipe.bandwidth,
+    )
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     ema = EMAModel(denoiser.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
     identity = _identity(recipe, material)
     start = 0
@@ -245,13 +319,12 @@ def train(
     average: float | None = None
     step = start
     try:
-        for batch in batches(material, recipe, denoiser.family, start, accelerator.device):
+        for parts in batches(material, recipe, start):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
             loss = torch.zeros((), device=accelerator.device)
-            for part in batch:
-                target = part.pop("target")
-                loss = loss + (model(**part) - target).square().mean() / len(batch)
+            for batch in parts:
+                loss = loss + batch_loss(denoiser, batch.to(accelerator.device)) / len(parts)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(denoiser.parameters(), 1.0)
             optimizer.step()
@@ -277,9 +350,9 @@ def train(
             accelerator.end_training()
     ema.copy_to(denoiser.parameters())
     if main:
-        pipeline = WeightDiffusionPipeline(coder, denoiser.cpu(), material.statistics, scheduler())
+        pipeline = WeightDiffusionPipeline(coder, denoiser.cpu(), material.memory, scheduler())
         pipeline.save_pretrained(out)
-        record = {"recipe": asdict(recipe), "loss": average, "donors": material.statistics.config["donors"]}
+        record = {"recipe": asdict(recipe), "loss": average, "donors": material.memory.config["donors"]}
         (out / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")
         (out / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -295,7 +368,7 @@ def load_autoencoder(folder: str | Path) -> UnitAutoencoder:
 
 def _identity(recipe: Recipe, material: Material) -> str:
     """What a state must agree in to be resumed."""
-    known = {"recipe": asdict(recipe), "donors": [d["sha256"] for d in material.statistics.config["donors"]]}
+    known = {"recipe": asdict(recipe), "donors": [d["sha256"] for d in material.memory.config["donors"]]}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 

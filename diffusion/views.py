@@ -1,7 +1,8 @@
 """Training data of the diffusion: donors as tokens, at many shapes.
 
-Every donor yields endless valid sub-networks (a prefix of its coordinates, its most important neurons and groups,
-some of its layers): a *view* is a donor resized, encoded and addressed as if it had that shape.
+Every donor yields endless valid sub-networks and growths (its most important neurons and groups, some of its layers,
+a prefix of its coordinates, copies that share what they write): a *view* is a donor addressed as if it had another
+shape. The width of a view only shows in its metadata: tokens are whole units, cropped when they are written.
 
 Letters: N units, P residual vectors per unit, R latent size, T = R + P token size, X context size, V tokens.
 """
@@ -15,45 +16,26 @@ from torch import Tensor
 
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import features, model_condition
+from diffusion.memory import TokenScale
 from zoo.aligned import Aligned
 from zoo.streams import stream
 from zoo.tensors import Metadata
-from zoo.units import ROLES, addresses, resize
-
-
-@dataclass(frozen=True)
-class TokenScale:
-    """How tokens of one kind are brought to unit scale: one scale for the whole latent (its spectrum is kept: it is
-    the order of importance), mean and deviation for each log-norm."""
-
-    latent: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def to_token(self, latents: Tensor, log_norms: Tensor) -> Tensor:
-        """[N, R], [N, P] -> [N, T]"""
-        centred = (log_norms - torch.tensor(self.mean)) / torch.tensor(self.std)
-        return torch.cat([latents / self.latent, centred], dim=1)
-
-    def from_token(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, T] -> [N, R], [N, P]"""
-        size = tokens.shape[1] - len(self.mean)
-        mean, std = (torch.tensor(t, device=tokens.device) for t in (self.mean, self.std))
-        return tokens[:, :size] * self.latent, tokens[:, size:] * std + mean
+from zoo.units import ROLES, addresses, unit_map
 
 
 @dataclass(frozen=True)
 class View:
     """A donor at one shape, ready to learn from: everything by kind."""
 
+    donor: int
+    rows: dict[str, Tensor]  # int64 [N]: which of the donor's units each one is
     tokens: dict[str, Tensor]  # [N, T]
     features: dict[str, Tensor]  # [N, FEATURES]
     partners: dict[str, Tensor]  # [N, T], zeros where there is none
     model: Tensor  # [FEATURES]: what the context is generated for
-    context: Tensor  # [X]
-    family: str
 
 
+@torch.no_grad()
 def fit_scale(autoencoder: UnitAutoencoder, donors: list[Aligned], kind: str) -> TokenScale:
     """The scale of a kind over all donors."""
     encoded = [autoencoder.encode(kind, donor.units[kind]) for donor in donors]
@@ -65,8 +47,15 @@ def fit_scale(autoencoder: UnitAutoencoder, donors: list[Aligned], kind: str) ->
     )
 
 
+@torch.no_grad()
+def donor_tokens(donor: Aligned, autoencoder: UnitAutoencoder, scales: dict[str, TokenScale]) -> dict[str, Tensor]:
+    """kind -> [N, T], every unit of a donor."""
+    return {kind: scales[kind].to_token(*autoencoder.encode(kind, donor.units[kind])) for kind in ROLES}
+
+
 def view_shape(metadata: Metadata, seed: int, name: str) -> Metadata:
-    """A shape inside the donor's, drawn from stream (seed, name): half the time the donor's own."""
+    """A shape near the donor's, drawn from stream (seed, name): half the time the donor's own, else each size between
+    half and twice it (layers: no more than it has)."""
     rng = stream(seed, name)
 
     def draw(low: int, high: int) -> int:
@@ -75,14 +64,14 @@ def view_shape(metadata: Metadata, seed: int, name: str) -> Metadata:
     if draw(0, 1):
         return metadata
     share = metadata.heads // metadata.kv_heads
-    groups = draw((metadata.kv_heads + 1) // 2, metadata.kv_heads)
+    groups = draw((metadata.kv_heads + 1) // 2, 2 * metadata.kv_heads)
     return replace(
         metadata,
-        width=draw(metadata.width // 2, metadata.width),
+        width=draw(metadata.width // 2, 2 * metadata.width),
         layers=draw((metadata.layers + 1) // 2, metadata.layers),
         heads=groups * share,
         kv_heads=groups,
-        ffn=draw(metadata.ffn // 2, metadata.ffn),
+        ffn=draw(metadata.ffn // 2, 2 * metadata.ffn),
     )
 
 
@@ -98,40 +87,27 @@ def sibling(metadata: Metadata, kind: str) -> Tensor:
     return torch.where(head % share == 0, -1, first)
 
 
-@torch.no_grad()
 def make_view(
+    index: int,
     donor: Aligned,
     shape: Metadata,
-    autoencoder: UnitAutoencoder,
+    tokens: dict[str, Tensor],
     scales: dict[str, TokenScale],
-    context: Tensor,
-    others: Tensor | None,
+    others: Tensor,
 ) -> View:
-    """The donor resized to `shape`. `others` [V, T] are the mean vocabulary tokens of the other donors (zeros for a
-    token that none of them has), or None."""
-    units = resize(donor.units, donor.metadata, shape)
-    tokens, told, partners = {}, {}, {}
+    """The donor (number `index`) addressed as `shape`. others [V, T]: the mean vocabulary tokens of the other donors,
+    zeros for a token that none of them has."""
+    maps = unit_map(donor.metadata, shape)
     loss = donor.facts.get("loss")
-    for kind in ROLES:
-        tokens[kind] = scales[kind].to_token(*autoencoder.encode(kind, units[kind]))
+    out, told, partners = {}, {}, {}
+    for kind, (rows, copies) in maps.items():
+        out[kind] = tokens[kind][rows].clone()
+        out[kind][:, -1] -= copies.log() / scales[kind].std[-1]  # the last vector of these kinds is what is written
         told[kind] = features(kind, addresses(shape)[kind], shape, loss)
-        index = sibling(shape, kind)
-        partners[kind] = tokens[kind][index] * (index >= 0)[:, None]
-    if others is not None:
-        partners["vocab"] = others
-    return View(tokens, told, partners, model_condition(shape, loss), context, donor.metadata.architecture)
-
-
-@torch.no_grad()
-def vocabulary_tokens(
-    donors: list[Aligned], autoencoder: UnitAutoencoder, scale: TokenScale
-) -> list[dict[str, Tensor]]:
-    """Per donor {token string: its vocabulary pair as a token [T]}."""
-    out = []
-    for donor in donors:
-        tokens = scale.to_token(*autoencoder.encode("vocab", donor.units["vocab"]))
-        out.append(dict(zip(donor.tokens, tokens, strict=True)))
-    return out
+        first = sibling(shape, kind)
+        partners[kind] = out[kind][first] * (first >= 0)[:, None]
+    partners["vocab"] = others
+    return View(index, {k: rows for k, (rows, _) in maps.items()}, out, told, partners, model_condition(shape, loss))
 
 
 def mean_tokens(tables: list[dict[str, Tensor]], names: tuple[str, ...], size: int) -> Tensor:
@@ -153,5 +129,5 @@ def contexts(tables: list[dict[str, Tensor]], size: int) -> Tensor:
     u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     components = (u * s)[:, :size]
     components = components * torch.where(components.pow(3).sum(0) < 0, -1.0, 1.0)
-    scaled = components / components.square().mean().sqrt()
+    scaled = components / components[:, : len(tables) - 1].square().mean().sqrt()
     return torch.nn.functional.pad(scaled, (0, size - scaled.shape[1])).float()

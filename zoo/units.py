@@ -188,13 +188,12 @@ def _multiplicity(index: Tensor, size: int) -> Tensor:
     return torch.bincount(index, minlength=size)[index]
 
 
-def resize(units: dict[str, Tensor], source: Metadata, target: Metadata) -> dict[str, Tensor]:
-    """Vectors [N, P, d] by kind of a canonical decoder -> those of a decoder of another shape and the same head_dim
-    and vocabulary: the most important units of every layer, first coordinates first.
+def unit_map(source: Metadata, target: Metadata) -> dict[str, tuple[Tensor, Tensor]]:
+    """kind -> (int64 [N], float32 [N]): for every unit of a decoder of the target's shape, the unit of the source that
+    it takes, and among how many copies that one's output is to be shared: the most important units of every layer.
 
-    Wider: zero coordinates. Deeper: layers repeated. More neurons or heads than there are: the most important ones
-    again, the copies sharing what they write. With equal depth, growth in width, neurons and whole groups is exact.
-    Raises UserError for another head_dim or vocabulary."""
+    Deeper: layers repeat. More neurons or heads than there are: the most important ones again. Raises UserError for
+    another head_dim or vocabulary."""
     for axis in ("head_dim", "vocab"):
         if getattr(source, axis) != getattr(target, axis):
             raise UserError(f"units: {axis} is {getattr(source, axis)} in the donor and {getattr(target, axis)} here")
@@ -202,23 +201,29 @@ def resize(units: dict[str, Tensor], source: Metadata, target: Metadata) -> dict
     heads = _heads_map(source, target)
     neurons = torch.arange(target.ffn) % source.ffn
 
-    def pick(kind: str, index: Tensor, per_layer: int) -> Tensor:
-        per = units[kind].unflatten(0, (source.layers, per_layer))  # [L, units of a layer, P, d]
-        return per[layers][:, index].clone()
+    def rows(index: Tensor, copies: Tensor, per_layer: int) -> tuple[Tensor, Tensor]:
+        return (layers[:, None] * per_layer + index).flatten(), copies.float().repeat(len(layers))
 
-    def of_heads(size: int) -> Tensor:
-        return (heads[:, None] * size + torch.arange(size)).flatten()
+    def of_heads(size: int) -> tuple[Tensor, Tensor]:
+        index = (heads[:, None] * size + torch.arange(size)).flatten()
+        return rows(index, _multiplicity(heads, source.heads).repeat_interleave(size), source.heads * size)
 
-    h = source.head_dim
-    out = {
-        "vocab": units["vocab"],
-        "neuron": pick("neuron", neurons, source.ffn),
-        "qk": pick("qk", of_heads(h // 2), source.heads * (h // 2)),
-        "vo": pick("vo", of_heads(h), source.heads * h),
-    }
-    out["neuron"][:, :, -1] /= _multiplicity(neurons, source.ffn)[:, None]
-    out["vo"][:, :, -1] /= _multiplicity(heads, source.heads).repeat_interleave(h)[:, None]
+    planes, ones = of_heads(source.head_dim // 2)
     return {
-        kind: to_width(vectors if kind == "vocab" else vectors.flatten(0, 1), target.width)
-        for kind, vectors in out.items()
+        "vocab": (torch.arange(target.vocab), torch.ones(target.vocab)),
+        "neuron": rows(neurons, _multiplicity(neurons, source.ffn), source.ffn),
+        "qk": (planes, torch.ones_like(ones)),  # queries and keys write nothing
+        "vo": of_heads(source.head_dim),
     }
+
+
+def resize(units: dict[str, Tensor], source: Metadata, target: Metadata) -> dict[str, Tensor]:
+    """Vectors [N, P, d] by kind of a canonical decoder -> those of a decoder of another shape, by `unit_map`: first
+    coordinates first, zeros where it is wider. With equal depth, growth in width, neurons and whole groups is exact.
+    """
+    out = {}
+    for kind, (index, copies) in unit_map(source, target).items():
+        vectors = units[kind][index]  # a copy
+        vectors[:, -1] /= copies[:, None].to(vectors.dtype)
+        out[kind] = to_width(vectors, target.width)
+    return out

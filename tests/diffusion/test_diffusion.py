@@ -16,7 +16,8 @@ from autoencoder.training import train as train_autoencoder
 from diffusion import Request, WeightDiffusionPipeline, training
 from diffusion.conditions import FEATURES, features
 from diffusion.sampler import DiffusionSampler
-from diffusion.views import TokenScale, contexts, mean_tokens, sibling, view_shape
+from diffusion.memory import TokenScale
+from diffusion.views import contexts, mean_tokens, sibling, view_shape
 from headstart.generate import generate
 from tests.tiny import STD, config, make_zoo, role
 from zoo.blueprint import Blueprint
@@ -171,7 +172,7 @@ def test_training_resumes_to_the_same_bytes(zoo: Zoo, autoencoder: Path, tmp_pat
     with pytest.raises(UserError, match="--resume"):
         training.train(zoo.path, autoencoder, tmp_path / "cut", **settings)
     resumed = training.train(zoo.path, autoencoder, tmp_path / "cut", resume=True, **settings)
-    for part in ("denoiser", "statistics", "autoencoder"):
+    for part in ("denoiser", "memory", "autoencoder"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
         assert filecmp.cmp(whole / name, resumed / name, shallow=False), part
 
