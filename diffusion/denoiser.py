@@ -28,6 +28,7 @@ from diffusion.memory import Bank
 
 CONTEXT = "context"
 KEY = 64  # size of the queries and keys of the prior
+PARTNERED = ("vocab", "qk", "vo")  # kinds whose units may have a partner
 
 
 def sigma_embedding(sigma: Tensor, size: int) -> Tensor:
@@ -97,11 +98,11 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         self.family = {name: i + 1 for i, name in enumerate(families)}
         units = [kind for kind in tokens if kind != CONTEXT]
         self.read = nn.ModuleDict({k: nn.Linear(size, hidden) for k, size in tokens.items()})
-        self.partner = nn.ModuleDict({k: nn.Linear(tokens[k], hidden) for k in units})
+        self.partner = nn.ModuleDict({k: nn.Linear(tokens[k], hidden) for k in units if k in PARTNERED})
         self.write = nn.ModuleDict({k: _zeroed(nn.Linear(hidden, size)) for k, size in tokens.items()})
         self.query = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in units})
         self.key = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in units})
-        self.sharpness = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.sharpness = nn.Parameter(torch.tensor(math.log(30.0)))
         self.kind = nn.Embedding(len(tokens), hidden)
         self.architecture = nn.Embedding(len(families) + 1, hidden)
         self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
@@ -121,7 +122,7 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         known = self.metadata(features) + self.architecture(family)
         if context is not None:
             known = known + self.context(context)
-        if partner is not None:
+        if partner is not None and kind in self.partner:
             known = known + self.partner[kind](partner) * (partner != 0).any(1, keepdim=True)
         return known
 

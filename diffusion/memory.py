@@ -98,7 +98,9 @@ class ZooMemory(ModelMixin, ConfigMixin):
         """The bank of a kind."""
         donor = self.get_buffer(f"donor_{kind}")
         return Bank(
-            *(self.get_buffer(f"{name}_{kind}") for name in ("tokens", "features", "partners")),
+            tokens=self.get_buffer(f"tokens_{kind}"),
+            features=self.get_buffer(f"features_{kind}"),
+            partners=self.get_buffer(f"partners_{kind}"),
             family=self.get_buffer("families")[donor],
             context=self.get_buffer("contexts")[donor],
         )

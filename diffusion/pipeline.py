@@ -22,8 +22,8 @@ from zoo.tensors import Metadata
 from zoo.units import addresses, scatter
 
 # Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
-CHUNK = 2048
-NEAREST = 256  # units of the bank that a unit may be like: those of highest prior
+CHUNK = 1024
+NEAREST = 64  # units of the bank that a unit may be like: those of highest prior
 CONDITIONS = ("true", "shuffled", "mean")
 
 

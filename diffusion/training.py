@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Recipe:
 
 
 SHARES = {"neuron": 0.4, "qk": 0.2, "vo": 0.25, "vocab": 0.15}
-CONTEXTS = 16  # of each batch
-NEGATIVES = 1024  # units of the bank, besides the batch's own, that the prior is trained against in a step
+CONTEXTS = 64  # of each batch
+NEGATIVES = 512  # units of the bank, besides the batch's own, that the prior is trained against in a step
 VIEWS = 4  # that the units of one kind in a batch come from
 SAVE_EVERY = 500
 STATE = "training.safetensors"
@@ -109,14 +109,11 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
 
 def _record(zoo: Zoo, donor: Aligned) -> dict[str, Any]:
     source = zoo.donor(donor.name)
-    known = {k: donor.facts[k] for k in ("loss", "tokens") if k in donor.facts}
-    return {
-        "name": donor.name,
-        "revision": source.revision,
-        "sha256": source.sha256,
-        "license": source.license,
-        **known,
+    known: dict[str, Any] = {"parameters": source.parameters} | {
+        k: donor.facts[k] for k in ("loss", "tokens") if k in donor.facts
     }
+    same = {"name": donor.name, "revision": source.revision, "sha256": source.sha256, "license": source.license}
+    return same | known
 
 
 def _families(donors: list[Aligned]) -> dict[str, int]:
@@ -156,8 +153,8 @@ class Batch:
     log_count: Tensor | None = None  # [M]: log of how many units of the whole bank each of `bank` stands for
 
     def to(self, device: torch.device) -> Batch:
-        moved = {k: v.to(device) if isinstance(v, (Tensor, Bank)) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, (Tensor, Bank))}
+        return replace(self, **moved)
 
 
 def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Batch]]:

@@ -269,12 +269,15 @@ def _generate(setup: Setup, method: str, seed: int, scale: float, folder: Path) 
         model=given.get("model"),
     )
     seconds = time.perf_counter() - start
-    names = [d["name"] for d in json.loads((folder / "headstart.json").read_text())["donors"]]
+    records = json.loads((folder / "headstart.json").read_text())["donors"]
     zoo = Zoo.open(setup.zoo) if setup.zoo is not None else None
+    # A pipeline may have learned from donors that this zoo does not hold.
+    unknown = dict.fromkeys(("parameters", "loss", "tokens"))
+    names = [d["name"] for d in records if zoo is not None and d["name"] in zoo.names]
     novelty, note = nearest_donor(folder, zoo, names)
     return {
         "seconds": seconds,
-        "donors": [describe_donor(zoo, name) for name in names] if zoo is not None else [],
+        "donors": [unknown | d | (describe_donor(zoo, d["name"]) if d["name"] in names else {}) for d in records],
         "novelty": novelty,
         "novelty_note": note,
     }
@@ -298,7 +301,8 @@ def _given(setup: Setup, method: str) -> dict[str, str | None]:
     return {key: value for key, value in (("donor", setup.donor), ("model", setup.model)) if key in options}
 
 
-def describe_donor(zoo: Zoo, name: str) -> dict[str, Any]:
+def describe_donor(zoo: Zoo | None, name: str) -> dict[str, Any]:
+    assert zoo is not None
     donor = zoo.donor(name)
     return {
         "name": name,

@@ -115,9 +115,7 @@ def generate(
             "seed": seed,
             "command": command or _command(target, method, out, settings, words),
             "versions": versions(),
-            "donors": [
-                {"name": d.name, "revision": d.revision, "sha256": d.sha256, "license": d.license} for d in donors
-            ],
+            "donors": sampler.provenance(source),
             "tensors": counts,
             "parameters": blueprint.parameters,
         }

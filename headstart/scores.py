@@ -144,6 +144,6 @@ def _entry(
 def donor_cost(donors: Sequence[dict[str, Any]]) -> float | None:
     """Floating-point operations that training the donors took, 6 x parameters x tokens each (2001.08361); 0 where
     there are none, None where the tokens of one are unknown."""
-    if any(d["tokens"] is None for d in donors):
+    if any(d["tokens"] is None or d["parameters"] is None for d in donors):
         return None
     return float(sum(6 * d["parameters"] * d["tokens"] for d in donors))

@@ -53,6 +53,11 @@ class Sampler(ABC):
     def donors(self) -> tuple[str, ...]:
         return ()
 
+    def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
+        """[{name, revision, sha256, license}] of the donors behind what is sampled, for cards and `headstart.json`."""
+        donors = [zoo.donor(name) for name in self.donors] if zoo is not None else []
+        return [{"name": d.name, "revision": d.revision, "sha256": d.sha256, "license": d.license} for d in donors]
+
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         """Names of the donors whose weights fit or sample would read; reads no weight itself. For `--plan`."""
         return tuple(d.name for d in zoo.donors) if zoo is not None and "donors" in self.needs else ()

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from autoencoder.training import train as train_autoencoder
 from diffusion import Request, WeightDiffusionPipeline, training
 from diffusion.conditions import FEATURES, features
-from diffusion.sampler import DiffusionSampler
 from diffusion.memory import TokenScale
+from diffusion.sampler import DiffusionSampler
 from diffusion.views import contexts, mean_tokens, sibling, view_shape
 from headstart.generate import generate
 from tests.tiny import STD, config, make_zoo, role
