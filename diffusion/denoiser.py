@@ -6,8 +6,8 @@ flow's velocity is known in closed form (2310.12395). adaLN-Zero blocks (DiT, 22
 they start at zero, and alone they are a plain diffusion.
 
 Units are independent given their condition, so the cost is linear in their number. What binds the units of a model is
-a context vector that all of them share and that the network generates first (kind `context`, which has no bank); what
-binds the query heads of a group is the partner token.
+a context vector that all of them share and that is generated first, as a token of its own kind; what binds the query
+heads of a group is the partner token.
 
 Letters: N units, M units of the bank, T token size of a kind, H hidden size, X context size.
 """
@@ -96,12 +96,11 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         super().__init__()
         self.index = {kind: i for i, kind in enumerate(tokens)}
         self.family = {name: i + 1 for i, name in enumerate(families)}
-        units = [kind for kind in tokens if kind != CONTEXT]
         self.read = nn.ModuleDict({k: nn.Linear(size, hidden) for k, size in tokens.items()})
-        self.partner = nn.ModuleDict({k: nn.Linear(tokens[k], hidden) for k in units if k in PARTNERED})
+        self.partner = nn.ModuleDict({k: nn.Linear(tokens[k], hidden) for k in PARTNERED})
         self.write = nn.ModuleDict({k: _zeroed(nn.Linear(hidden, size)) for k, size in tokens.items()})
-        self.query = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in units})
-        self.key = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in units})
+        self.query = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in tokens})
+        self.key = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in tokens})
         self.sharpness = nn.Parameter(torch.tensor(math.log(30.0)))
         self.kind = nn.Embedding(len(tokens), hidden)
         self.architecture = nn.Embedding(len(families) + 1, hidden)

@@ -9,6 +9,7 @@ Letters: M units of the bank, T token size, X context size, D donors, V tokens o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +48,19 @@ class Bank:
 
     tokens: Tensor  # [M, T]
     features: Tensor  # [M, FEATURES]
-    partners: Tensor  # [M, T]
     family: Tensor  # int64 [M]
-    context: Tensor  # [M, X]
+    partners: Tensor | None = None  # [M, T]; None for contexts
+    context: Tensor | None = None  # [M, X]; None for contexts
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Bank:
+        changed: dict[str, Any] = {k: None if t is None else change(t) for k, t in vars(self).items()}
+        return Bank(**changed)
 
     def __getitem__(self, rows: Tensor) -> Bank:
-        return Bank(self.tokens[rows], self.features[rows], self.partners[rows], self.family[rows], self.context[rows])
+        return self._each(lambda t: t[rows])
 
     def to(self, device: torch.device | str) -> Bank:
-        return Bank(*(t.to(device) for t in (self.tokens, self.features, self.partners, self.family, self.context)))
+        return self._each(lambda t: t.to(device))
 
 
 class ZooMemory(ModelMixin, ConfigMixin):
@@ -63,8 +68,8 @@ class ZooMemory(ModelMixin, ConfigMixin):
     context: X; donors: [{name, revision, sha256, license, …}] that the pipeline learned from; best_loss: the lowest
     held-out loss among them, None if unknown.
 
-    Buffers: `vocabulary` [V, T], the mean vocabulary token of every string over the donors; `contexts` [D, X]; and
-    the bank of every kind."""
+    Buffers: `vocabulary` [V, T], the mean vocabulary token of every string over the donors; `contexts` [D, X]
+    with the features of their donors; and the bank of every kind."""
 
     @register_to_config
     def __init__(
@@ -82,6 +87,7 @@ class ZooMemory(ModelMixin, ConfigMixin):
         self.register_buffer("vocabulary", torch.zeros(len(tokens), sizes["vocab"][1]))
         self.register_buffer("contexts", torch.zeros(len(donors), context))
         self.register_buffer("families", torch.zeros(len(donors), dtype=torch.int64))
+        self.register_buffer("features_context", torch.zeros(len(donors), FEATURES))
         for kind, (count, size) in sizes.items():
             self.register_buffer(f"tokens_{kind}", torch.zeros(count, size))
             self.register_buffer(f"partners_{kind}", torch.zeros(count, size))
@@ -95,7 +101,10 @@ class ZooMemory(ModelMixin, ConfigMixin):
         return vocabulary[index] * (index >= 0)[:, None]
 
     def bank(self, kind: str) -> Bank:
-        """The bank of a kind."""
+        """The bank of a kind; of kind `context`, the donors' contexts and the shapes that they belong to."""
+        if kind == "context":
+            buffers = (self.get_buffer(name) for name in ("contexts", "features_context", "families"))
+            return Bank(*buffers)
         donor = self.get_buffer(f"donor_{kind}")
         return Bank(
             tokens=self.get_buffer(f"tokens_{kind}"),

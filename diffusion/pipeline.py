@@ -145,7 +145,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             told = told[torch.randperm(len(told), generator=stream(request.seed, f"shuffle {name}"))]
         elif request.condition == "mean" and kind != CONTEXT:
             told = told.mean(0, keepdim=True).expand_as(told)
-        bank = self.memory.bank(kind).to(device) if kind != CONTEXT and denoiser.config["bandwidth"] else None
+        bank = self.memory.bank(kind).to(device) if denoiser.config["bandwidth"] is not None else None
         known = None if bank is None else denoiser.bank_told(kind, bank)
         out = []
         for start in range(0, len(told), CHUNK):

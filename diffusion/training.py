@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from autoencoder.model import UnitAutoencoder
+from diffusion.conditions import model_condition
 from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser
 from diffusion.memory import Bank, ZooMemory
 from diffusion.pipeline import WeightDiffusionPipeline, scheduler
@@ -95,6 +96,8 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
     memory.get_buffer("vocabulary").copy_(mean_tokens(tables, names, size))
     memory.get_buffer("contexts").copy_(contexts(tables, recipe.context))
     memory.get_buffer("families").copy_(torch.tensor([families[d.metadata.architecture] for d in donors]))
+    shapes = [model_condition(d.metadata, d.facts.get("loss")) for d in donors]
+    memory.get_buffer("features_context").copy_(torch.stack(shapes))
     own = [make_view(i, d, d.metadata, tokens[i], scales, others[i]) for i, d in enumerate(donors)]
     first = {}
     for kind in ROLES:
@@ -160,7 +163,7 @@ class Batch:
 def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Batch]]:
     """Per step, one batch of every kind; a function of (seed, step)."""
     pool: dict[int, tuple[int, View]] = {}
-    banks = {kind: material.memory.bank(kind) for kind in SHARES}
+    banks = {kind: material.memory.bank(kind) for kind in (*SHARES, CONTEXT)}
     families, contexts_of = material.memory.get_buffer("families"), material.memory.get_buffer("contexts")
     for step in range(start, recipe.steps):
         rng = stream(recipe.seed, f"step {step}")
@@ -199,7 +202,9 @@ def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Bat
         views = [pool[slot][1] for slot in torch.randint(recipe.pool, (CONTEXTS,), generator=rng).tolist()]
         donor = torch.tensor([v.donor for v in views])
         told = torch.stack([v.model for v in views])
-        out.append(_noised(CONTEXT, contexts_of[donor], told, families[donor], None, None, recipe, rng))
+        whole = banks[CONTEXT] if recipe.bandwidth is not None else None
+        even = torch.zeros(len(contexts_of))
+        out.append(_noised(CONTEXT, contexts_of[donor], told, families[donor], None, None, recipe, rng, whole, even))
         yield out
 
 
@@ -218,12 +223,10 @@ def _noised(
     """Tokens [N, T] mixed with noise at levels from a logit-normal (2403.03206) that leans to the noisy side, where
     it is decided which unit it will be."""
     count = len(token)
-    if kind == CONTEXT:
-        token = token + recipe.jitter * torch.randn(token.shape, generator=rng)
-    elif context is not None:
+    if context is not None:
         context = context + recipe.jitter * torch.randn(context.shape, generator=rng)
-        if recipe.bandwidth is not None:
-            token = token + recipe.bandwidth * torch.randn(token.shape, generator=rng)
+    if recipe.bandwidth is not None:
+        token = token + recipe.bandwidth * torch.randn(token.shape, generator=rng)
     sigma = torch.sigmoid(1.0 + 1.5 * torch.randn(count, generator=rng))
     noise = torch.randn(token.shape, generator=rng)
     return Batch(

@@ -22,12 +22,14 @@ from zoo.errors import UserError
 class Plan:
     """What the demo does in its time. The target's shape is in no preset of the nursery."""
 
-    preset: str
+    preset: str  # of the nursery
     autoencoder_steps: int
     diffusion_steps: int
     compare_steps: int
     seeds: tuple[int, ...] = (0, 1, 2)
-    lrs: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
+    lrs: tuple[float, ...] = (3e-3, 8e-3)
+    default_scales: tuple[float, ...] = (1.0, 4.0)  # 4: about 0.8 / sqrt(width) here, what the donors started from
+    batch_size: int = 8
     methods: tuple[str, ...] = ("default", "normal", "weight-selection", "row-column", "autoencoder", "diffusion")
     diffusion: dict[str, Any] = field(default_factory=dict)
 
@@ -58,10 +60,11 @@ TARGET = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-CORPUS_SHARE = 9  # the donors never saw the last tenth of the corpus, which all losses are measured on
 
 
-def demo(out: str | Path, quick: bool = False, seed: int = 0, quiet: bool = False) -> dict[str, Any]:
+def demo(
+    out: str | Path, quick: bool = False, seed: int = 0, quiet: bool = False, plan: Plan | None = None
+) -> dict[str, Any]:
     """Runs everything into `out`, prints the table of methods and the path of the report, and returns what each stage
     took: {stage: {seconds, peak_mib}} (peak resident memory of this process and its largest child so far).
 
@@ -71,9 +74,9 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, quiet: bool = Fals
     from headstart.compare import compare
     from headstart.generate import generate
     from zoo.nursery import train as train_zoo
-    from zoo.text import save_byte_tokenizer
+    from zoo.text import reference_corpus, save_byte_tokenizer
 
-    plan = QUICK if quick else FULL
+    plan = plan or (QUICK if quick else FULL)
     out = Path(out)
     _claim(out, plan, seed)
     zoo, autoencoder, pipeline, target = (out / name for name in ("zoo", "autoencoder", "diffusion", "target"))
@@ -82,7 +85,9 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, quiet: bool = Fals
     save_byte_tokenizer(target)
     corpus = out / "corpus.txt"
     if not corpus.exists():
-        _write_corpus(corpus)
+        temporary = corpus.with_suffix(".part")
+        temporary.write_bytes(reference_corpus())
+        os.replace(temporary, corpus)
 
     took: dict[str, dict[str, float]] = {}
     run = _stage(took, quiet)
@@ -126,6 +131,8 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, quiet: bool = Fals
                 lrs=plan.lrs,
                 out=out / "comparison",
                 model=pipeline,
+                batch_size=plan.batch_size,
+                default_scales=plan.default_scales,
                 quiet=quiet,
                 command=f"headstart demo{' --quick' if quick else ''} --seed {seed}",
             )
@@ -174,19 +181,10 @@ def _claim(out: Path, plan: Plan, seed: int) -> None:
     mark.write_text(mine)
 
 
-def _write_corpus(path: Path) -> None:
-    from zoo.text import hold_out, python_reference
-
-    seen, held = hold_out(python_reference())
-    temporary = path.with_suffix(".part")
-    temporary.write_bytes(seen[: CORPUS_SHARE * len(held)] + held)
-    os.replace(temporary, path)
-
-
 def _stage(took: dict[str, dict[str, float]], quiet: bool) -> Callable[[str, Callable[[], object]], None]:
     def run(name: str, work: Callable[[], object]) -> None:
         if not quiet:
-            print(f"headstart {name}", file=sys.stderr)
+            print(f"\nheadstart {name}", file=sys.stderr)
         start = time.monotonic()
         work()
         peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

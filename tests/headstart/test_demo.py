@@ -1,0 +1,69 @@
+"""The whole pipeline in miniature: every stage runs, and a second call finds it done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from headstart.demo import TARGET, Plan, demo
+from zoo import nursery
+from zoo.blueprint import Blueprint
+from zoo.errors import UserError
+from zoo.nursery import Recipe
+
+
+def micro() -> list[Recipe]:
+    return [Recipe(32, 2, heads=2, kv_heads=1, ffn=48, steps=4, seed=seed) for seed in (0, 1)]
+
+
+MICRO = Plan(
+    preset="micro",
+    autoencoder_steps=2,
+    diffusion_steps=3,
+    compare_steps=2,
+    seeds=(0,),
+    lrs=(3e-3,),
+    default_scales=(1.0,),
+    methods=("default", "row-column", "autoencoder", "diffusion"),
+    diffusion={"hidden": 32, "blocks": 1, "pool": 2},
+)
+
+
+def test_the_demo_runs_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(nursery.PRESETS, "micro", micro)
+    out = tmp_path / "demo"
+    took = demo(out, plan=MICRO, quiet=True)
+    assert set(took) == {"zoo train", "train autoencoder", "train diffusion", "generate", "compare"}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in MICRO.methods)
+    assert printed.strip().endswith(str(out / "comparison" / "report.html"))
+    _, info = AutoModelForCausalLM.from_pretrained(out / "generated", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    record = json.loads((out / "generated" / "headstart.json").read_text())
+    assert {d["name"] for d in record["donors"]} == {r.name for r in micro()}
+
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    again = demo(out, plan=MICRO, quiet=True)
+    assert "generate" not in again
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
+    with pytest.raises(UserError, match="another preset or seed"):
+        demo(out, plan=MICRO, seed=1, quiet=True)
+
+
+def test_the_target_is_in_no_preset() -> None:
+    target = Blueprint.from_config(TARGET).metadata
+    assert target is not None
+    shape = (target.width, target.layers, target.heads, target.kv_heads, target.ffn)
+    for preset in nursery.PRESETS.values():
+        assert shape not in {(r.width, r.layers, r.heads, r.kv_heads, r.ffn) for r in preset()}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds no demo"):
+        demo(tmp_path, quick=True, quiet=True)
