@@ -28,6 +28,7 @@ from diffusion.memory import Bank
 
 CONTEXT = "context"
 KEY = 64  # size of the queries and keys of the prior
+SPEED = 5.0  # how much faster than the other parameters the prior's sharpness is learned
 PARTNERED = ("vocab", "qk", "vo")  # kinds whose units may have a partner
 
 
@@ -101,7 +102,7 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         self.write = nn.ModuleDict({k: _zeroed(nn.Linear(hidden, size)) for k, size in tokens.items()})
         self.query = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in tokens})
         self.key = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in tokens})
-        self.sharpness = nn.Parameter(torch.tensor(math.log(30.0)))
+        self.sharpness = nn.Parameter(torch.tensor(math.log(60.0) / SPEED))
         self.kind = nn.Embedding(len(tokens), hidden)
         self.architecture = nn.Embedding(len(families) + 1, hidden)
         self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
@@ -130,7 +131,7 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         and key with a learned sharpness, as in CLIP (2103.00020)."""
         query = F.normalize(self.query[kind](told), dim=1)
         key = F.normalize(self.key[kind](bank_told), dim=1)
-        return self.sharpness.exp().clamp(max=200.0) * query @ key.mT
+        return (SPEED * self.sharpness).exp().clamp(max=1000.0) * query @ key.mT
 
     def bank_told(self, kind: str, bank: Bank) -> Tensor:
         """[M, H]: the conditions of the bank's units."""
