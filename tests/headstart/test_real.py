@@ -15,7 +15,13 @@ from zoo.add import add
 from zoo.lm import evaluate
 from zoo.text import encode_corpus
 
-WIDER_AND_DEEPER = {"hidden_size": 96, "num_hidden_layers": 7, "num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 256}  # fmt: skip
+WIDER_AND_DEEPER = {
+    "hidden_size": 96,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+    "intermediate_size": 256,
+}
 
 
 @pytest.fixture(scope="module")
