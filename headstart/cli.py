@@ -142,9 +142,12 @@ def zoo_list(zoo: ZooOption, as_json: JsonOption = False, quiet: QuietOption = F
 def zoo_verify(zoo: ZooOption, quiet: QuietOption = False) -> None:
     """Read every byte of a zoo again and compare it with the manifest."""
     with _session(quiet):
-        from zoo.store import Zoo, verify
+        from zoo.store import Zoo, notes, verify
 
         found = verify(zoo)
+        if not quiet:
+            for line in notes(zoo):
+                typer.echo(line, err=True)
         for line in found:
             typer.echo(line, err=True)
         if found:
@@ -164,7 +167,7 @@ def train_autoencoder(
     quiet: QuietOption = False,
 ) -> None:
     """Train the autoencoder of residual units."""
-    with _session(quiet):
+    with _session(quiet, again="the same command with --resume"):
         from autoencoder.training import train
 
         train(zoo, out, resume=resume, seed=seed, device=_device(device), quiet=quiet, steps=steps)
@@ -184,7 +187,7 @@ def train_diffusion(
     quiet: QuietOption = False,
 ) -> None:
     """Train the latent diffusion."""
-    with _session(quiet):
+    with _session(quiet, again="the same command with --resume"):
         from diffusion.training import train
 
         train(zoo, autoencoder, out, resume=resume, seed=seed, device=_device(device), quiet=quiet, steps=steps)
@@ -253,10 +256,16 @@ def compare(
     ] = "1e-3,3e-3,6e-3",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows of text per step.")] = 16,
     sequence: Annotated[int, typer.Option("--sequence", help="Tokens per window.")] = 64,
+    default_scales: Annotated[
+        str, typer.Option("--default-scales", metavar="1,A,...", help="Of the default's std, tuned with its rate.")
+    ] = "1,2,4",
     donor: Annotated[str | None, typer.Option("--donor", metavar="NAME", help="For methods that take one.")] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
-    workers: Annotated[int | None, typer.Option("--workers", help="Processes; they change no number.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Processes of one thread; else one per core, or all threads above 5 M weights."),
+    ] = None,
     device: DeviceOption = Device.auto,
     quiet: QuietOption = False,
 ) -> None:
@@ -278,6 +287,7 @@ def compare(
             donor=donor,
             batch_size=batch_size,
             sequence=sequence,
+            default_scales=_words("default-scales", default_scales, float),
             device=_device(device),
             workers=workers,
             quiet=quiet,
@@ -293,8 +303,8 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _session(quiet: bool) -> Iterator[None]:
-    """What every command shares: notes on stderr, and errors turned into exit codes."""
+def _session(quiet: bool, again: str = "the same command again") -> Iterator[None]:
+    """What every command shares: notes on stderr, and errors turned into exit codes. `again`: what continues it."""
     _notes(quiet)
     try:
         yield
@@ -303,7 +313,7 @@ def _session(quiet: bool) -> Iterator[None]:
         typer.echo(f"headstart: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        typer.echo("headstart: interrupted; run the same command again to continue", err=True)
+        typer.echo(f"headstart: interrupted; run {again} to continue", err=True)
         raise typer.Exit(130) from error
     except BrokenPipeError as error:  # `| head` has seen enough; nothing is left to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from headstart import methods as table
+from headstart.generate import configure, fit, generate, language_model
 from headstart.scores import REFERENCE, Run, evaluation_points, score
-from zoo.blueprint import Blueprint
 from zoo.errors import UserError
 from zoo.lm import Training, evaluate, reproducible, train_steps
 from zoo.pool import Report, default_workers, run_jobs
 from zoo.streams import stream_seed
-from zoo.text import BYTES, encode_corpus, has_tokenizer
+from zoo.text import BYTES, encode_corpus, find_tokenizer
+from zoo.writer import writing
 
 if TYPE_CHECKING:
     from zoo.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.1  # of the corpus, its end
 SMALL = 5_000_000  # parameters of a target that does not train faster on several CPU threads
+OTHER_COORDINATES = "not measured: writes canonical coordinates, so distances as stored mean nothing"
 NOVELTY_LIMIT = 50_000_000  # parameters of a target up to which distances to the donors are measured
 
 
@@ -49,6 +51,7 @@ class Setup:
     zoo: str | None
     donor: str | None
     model: str | None
+    tokenizer: str | None  # the folder of the target's, None: bytes
     settings: Mapping[str, Mapping[str, Any]]
     steps: int
     batch_size: int
@@ -101,11 +104,13 @@ def compare(
     windows         of `sequence` tokens of the corpus' last tenth, on which all losses are measured
     default_scales  multiply the default initialisation and are tuned with its learning rate: the usual std of 0.02 is
                     meant for wide models and holds narrow ones back
-    workers         processes of one CPU thread each; the results do not depend on them. By default one per core for a
-                    small target on a CPU; else one process, which uses all cores
+    workers         processes of one CPU thread each; their number changes no result. By default one per core for a
+                    target of up to 5 M parameters on a CPU; a larger one is trained in one process that uses all
+                    cores, and then sums are rounded otherwise than with one thread: losses differ in their last digits
+                    between machines of different core counts, and from those of a given number of workers
 
-    Raises UserError before anything is trained: no such method, a corpus too short, no tokenizer, an `out` that holds
-    something else, a donor that does not fit (the first sample of each method is made first).
+    Raises UserError before anything is trained or written: no such method, a corpus too short, no tokenizer, an `out`
+    that holds something else, a donor or a trained model that does not fit.
     """
     from tqdm import tqdm
 
@@ -117,7 +122,12 @@ def compare(
     for label in settings:
         _sampler(label)
     _check_numbers(steps, seeds, lrs, default_scales)
-    blueprint = Blueprint.from_config(target if isinstance(target, dict) else str(target))
+    for option, number in (("batch-size", batch_size), ("sequence", sequence), ("windows", windows)):
+        if number < 1:
+            raise UserError(f"--{option} {number}: must be at least 1")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    blueprint = language_model(target if isinstance(target, dict) else str(target))
     if blueprint.config is None or blueprint.metadata is None:
         raise UserError(f"{target}: compare needs the config of a language model")
     vocab = blueprint.metadata.vocab
@@ -127,40 +137,43 @@ def compare(
     runs = out / "runs"
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not runs.is_dir())):
         raise UserError(f"{out}: exists and holds no comparison; give another --out, or remove it")
-    runs.mkdir(parents=True, exist_ok=True)
     small = blueprint.parameters <= SMALL and _device(device) == "cpu"
+    setup = Setup(
+        target=blueprint.config,
+        zoo=None if zoo is None else str(zoo),
+        donor=donor,
+        model=None if model is None else str(model),
+        tokenizer=None if source is None else str(source),
+        settings=settings,
+        steps=steps,
+        batch_size=batch_size,
+        sequence=sequence,
+        windows=windows,
+        device=_device(device),
+        threads=1 if small or workers is not None else os.cpu_count() or 1,
+        tokens="",
+        runs=str(runs),
+        fingerprint={
+            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "zoo": _zoo_hash(zoo),
+            "model": _folder_hash(model),
+        },
+    )
+    wanted = [
+        Job(method, seed, scale, tuple(lrs))
+        for seed in seeds  # the first seed of every method first: what does not fit shows at once
+        for method in methods
+        for scale in (default_scales if method == REFERENCE else (1.0,))
+    ]
+    jobs = [job for job in (_missing(setup, j) for j in wanted) if job.lrs]
+    total = sum(len(j.lrs) for j in wanted) * steps
+    left = sum(len(j.lrs) for j in jobs) * steps
+    _dry_fit(setup, list(dict.fromkeys(job.method for job in jobs)), out)
+    with writing(out):
+        runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work:
-        np.save(Path(work) / "tokens.npy", tokens.numpy())
-        setup = Setup(
-            target=blueprint.config,
-            zoo=None if zoo is None else str(zoo),
-            donor=donor,
-            model=None if model is None else str(model),
-            settings=settings,
-            steps=steps,
-            batch_size=batch_size,
-            sequence=sequence,
-            windows=windows,
-            device=_device(device),
-            threads=1 if small or workers is not None else os.cpu_count() or 1,
-            tokens=str(Path(work) / "tokens.npy"),
-            runs=str(runs),
-            fingerprint={
-                "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-                "zoo": _zoo_hash(zoo),
-                "model": _folder_hash(model),
-            },
-        )
-        wanted = [
-            Job(method, seed, scale, tuple(lrs))
-            for seed in seeds  # the first seed of every method first: what does not fit shows at once
-            for method in methods
-            for scale in (default_scales if method == REFERENCE else (1.0,))
-        ]
-        jobs = [job for job in (_missing(setup, j) for j in wanted) if job.lrs]
-        total = sum(len(j.lrs) for j in wanted) * steps
-        left = sum(len(j.lrs) for j in jobs) * steps
-        _dry_fit(setup, methods, blueprint)
+        setup = replace(setup, tokens=str(Path(work) / "tokens.npy"))
+        np.save(setup.tokens, tokens.numpy())
         with tqdm(total=total, initial=total - left, unit="step", desc="compare", disable=quiet) as bar:
             run_jobs(partial(_run, setup), jobs, workers or (default_workers() if small else 1), bar.update)
     found = [_read(setup, job, lr) for job in wanted for lr in job.lrs]
@@ -168,6 +181,8 @@ def compare(
     for name, entry in scored.items():
         sampler = _sampler(name)
         entry |= {"summary": sampler.summary, "reference": sampler.reference, "options": setup.settings.get(name, {})}
+        if sampler.family == "generative":
+            entry |= {"novelty": None, "novelty_note": OTHER_COORDINATES}
     results = {
         "target": blueprint.config,
         "parameters": blueprint.parameters,
@@ -247,7 +262,6 @@ def _run(setup: Setup, job: Job, report: Report) -> None:
 
 def _generate(setup: Setup, method: str, seed: int, scale: float, folder: Path) -> dict[str, Any]:
     """Writes the initialisation and says where it comes from: {seconds, donors, novelty, novelty_note}."""
-    from headstart.generate import generate
     from zoo.store import Zoo
 
     options = dict(setup.settings.get(method, {}))
@@ -267,6 +281,7 @@ def _generate(setup: Setup, method: str, seed: int, scale: float, folder: Path) 
         quiet=True,
         donor=given.get("donor"),
         model=given.get("model"),
+        tokenizer=setup.tokenizer,
     )
     seconds = time.perf_counter() - start
     records = json.loads((folder / "headstart.json").read_text())["donors"]
@@ -274,7 +289,8 @@ def _generate(setup: Setup, method: str, seed: int, scale: float, folder: Path) 
     # A pipeline may have learned from donors that this zoo does not hold.
     unknown = dict.fromkeys(("parameters", "loss", "tokens"))
     names = [d["name"] for d in records if zoo is not None and d["name"] in zoo.names]
-    novelty, note = nearest_donor(folder, zoo, names)
+    measurable = _sampler(method).family != "generative"
+    novelty, note = nearest_donor(folder, zoo, names) if measurable else (None, OTHER_COORDINATES)
     return {
         "seconds": seconds,
         "donors": [unknown | d | (describe_donor(zoo, d["name"]) if d["name"] in names else {}) for d in records],
@@ -343,24 +359,30 @@ def nearest_donor(folder: Path, zoo: Zoo | None, names: Sequence[str]) -> tuple[
     return found, "median relative distance to the nearest donor matrix of the same role and shape, as stored"
 
 
-def _dry_fit(setup: Setup, methods: Sequence[str], blueprint: Blueprint) -> None:
-    """Lets every method refuse what does not fit before anything is trained."""
-    from headstart.generate import generate
+def _dry_fit(setup: Setup, methods: Sequence[str], out: Path) -> None:
+    """Lets every method refuse what does not fit before anything is trained. What a trained model fits shows when it
+    is loaded, so those methods are fitted."""
+    from zoo.store import Zoo
 
     for method in methods:
-        given = _given(setup, method)
+        cls, given = _sampler(method), _given(setup, method)
+        options = [f"{key}={value}" for key, value in setup.settings.get(method, {}).items()]
         generate(
             setup.target,
-            _sampler(method).name,
-            Path(setup.tokens).with_name("plan"),
+            cls.name,
+            out,
             zoo=setup.zoo,
-            settings=[f"{key}={value}" for key, value in setup.settings.get(method, {}).items()],
+            settings=options,
             device=setup.device,
             plan=True,
             quiet=True,
             donor=given.get("donor"),
             model=given.get("model"),
+            tokenizer=setup.tokenizer,
         )
+        if "model" in cls.needs:
+            sampler = configure(cls, options, device=setup.device, tokenizer=setup.tokenizer, **given)
+            fit(sampler, None if setup.zoo is None else Zoo.open(setup.zoo), language_model(setup.target))
 
 
 def _path(setup: Setup, job: Job, lr: float) -> Path:
@@ -413,10 +435,10 @@ def _check_numbers(steps: int, seeds: Sequence[int], lrs: Sequence[float], scale
         raise UserError(f"--steps {steps}: at least one step is needed")
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("--seeds: give different numbers, such as 0,1,2")
-    if not lrs or len(set(lrs)) < len(lrs) or min(lrs) <= 0:
+    if not lrs or len(set(lrs)) < len(lrs) or not all(0 < lr < math.inf for lr in lrs):
         raise UserError("--lrs: give different positive numbers, such as 1e-3,3e-3")
-    if not scales or min(scales) <= 0 or 1.0 not in scales:
-        raise UserError("the scales of the default initialisation must be positive and 1 must be among them")
+    if not all(0 < scale < math.inf for scale in scales) or 1.0 not in scales or len(set(scales)) < len(scales):
+        raise UserError("--default-scales: give different positive numbers with 1 among them, such as 1,2,4")
 
 
 def _check_lengths(corpus: str | Path, tokens: Tensor, sequence: int, config: dict[str, Any]) -> None:
@@ -436,16 +458,9 @@ def _tokenizer(
     vocabulary, which must agree. None: bytes."""
     from zoo.store import Zoo
 
-    if given is not None:
-        path = Path(given)
-        folder = path.parent if path.is_file() else path
-        if not has_tokenizer(folder):
-            raise UserError(f"{given}: no tokenizer there; give a folder that save_pretrained wrote")
-        return folder
-    if not isinstance(target, dict):
-        folder = Path(target) if Path(target).is_dir() else Path(target).parent
-        if Path(target).exists() and has_tokenizer(folder):
-            return folder
+    found = find_tokenizer(given, target)
+    if found is not None:
+        return found
     alike: list[Checkpoint] = []
     if zoo is not None:
         alike = [

@@ -139,7 +139,7 @@ def demo(
         )
 
     run("compare", comparison)
-    (out / "demo.json").write_text(json.dumps({"stages": took, "versions": _versions()}, indent=2) + "\n")
+    _keep(out / "demo.json", took)
     print(table(results))
     print(f"\n{out / 'comparison' / 'report.html'}")
     return took
@@ -193,7 +193,14 @@ def _stage(took: dict[str, dict[str, float]], quiet: bool) -> Callable[[str, Cal
     return run
 
 
-def _versions() -> dict[str, str]:
+def _keep(path: Path, took: dict[str, dict[str, float]]) -> None:
+    """demo.json: of every stage its longest call. A stage that an earlier call finished has nothing left to do."""
     from headstart.generate import versions
 
-    return versions()
+    stages = json.loads(path.read_text())["stages"] if path.is_file() else {}
+    for name, entry in took.items():
+        if name not in stages or entry["seconds"] > stages[name]["seconds"]:
+            stages[name] = entry
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps({"stages": stages, "versions": versions()}, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -9,7 +9,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from headstart import __version__, card, methods
 from zoo.blueprint import Blueprint
+from zoo.configs import with_head
 from zoo.errors import UserError, unknown
+from zoo.hub import patiently
 from zoo.single import lone_name, single
 from zoo.sources import HUB_ID, count_tensors, resolve
 from zoo.store import Donor, Zoo
+from zoo.text import find_tokenizer
 from zoo.writer import new_folder, plan_shards, write_checkpoint
 
 if TYPE_CHECKING:
@@ -74,7 +77,8 @@ def generate(
     for key in ("donor", "model"):
         if words[key] is not None and key not in _fields(cls):
             raise UserError(f"{method} takes no --{key}: leave it out")
-    vocabulary_from = _tokenizer_folder(tokenizer, target)
+    _check_model(model)
+    vocabulary_from = find_tokenizer(tokenizer, target)
     alone = resolve(donor) if zoo is None and donor is not None else None
     sampler = configure(
         cls,
@@ -85,7 +89,7 @@ def generate(
         tokenizer=None if vocabulary_from is None else str(vocabulary_from),
     )
     _check_needs(sampler, zoo, donor)
-    blueprint = Blueprint.from_config(target)
+    blueprint = language_model(target)
     saved_as = _dtype(dtype, blueprint)
     if plan and alone is not None and alone.folder is None:  # nothing is fetched for a plan
         read = [{"name": donor, "tensors": count_tensors(alone), "bytes": alone.size}]
@@ -102,7 +106,7 @@ def generate(
     if int(os.environ.get("RANK", "0")) > 0:
         return out
     with new_folder(out) as folder:
-        sampler.fit(source, blueprint)
+        fit(sampler, source, blueprint)
         donors = [source.donor(name) for name in sampler.donors] if source is not None else []
         counts = {"sampled": 0, "defaulted": 0}
         write_checkpoint(folder, blueprint, complete(sampler, blueprint, seed, counts), dtype=saved_as)
@@ -139,7 +143,30 @@ def complete(
     counts["sampled"], counts["defaulted"] = len(blueprint.names) - len(left), len(left)
     if left:
         log.info("%d of %d tensors keep the default initialisation: %s", len(left), len(blueprint.names), _some(left))
+    if blueprint.unknown:
+        log.info(
+            "no method but the default models %d tensors, whose role is unknown: %s",
+            len(blueprint.unknown),
+            _some(blueprint.unknown),
+        )
     yield from Default().fill(blueprint, left, seed)
+
+
+def language_model(target: str | Path | dict[str, Any]) -> Blueprint:
+    """The blueprint of a config, with a head that predicts tokens. UserError where there is none of its kind."""
+    blueprint = Blueprint.from_config(target)
+    assert blueprint.config is not None
+    config = with_head(blueprint.config, "config" if isinstance(target, dict) else str(target))
+    return blueprint if config == blueprint.config else Blueprint.from_config(config)
+
+
+def fit(sampler: Sampler, source: Zoo | None, blueprint: Blueprint) -> None:
+    """`sampler.fit`; a trained model that is a hub id is fetched there."""
+    model = getattr(sampler, "model", None)
+    if model is None or Path(model).exists():
+        sampler.fit(source, blueprint)
+    else:
+        patiently(lambda: sampler.fit(source, blueprint), f"--model {model}")
 
 
 def configure(cls: type[Sampler], settings: Sequence[str] = (), **given: Any) -> Sampler:
@@ -197,21 +224,6 @@ def _check_needs(sampler: Sampler, zoo: str | Path | None, donor: str | None) ->
             raise UserError(f"{sampler.name} needs a trained model: give --model DIR (`headstart train` makes one)")
 
 
-def _tokenizer_folder(tokenizer: str | Path | None, target: str | Path | dict[str, Any]) -> Path | None:
-    """The folder of the tokenizer that is given, or that lies beside the target's config."""
-    if tokenizer is not None:
-        path = Path(tokenizer)
-        folder = path.parent if path.is_file() else path
-        if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"{tokenizer}: no tokenizer.json there; save one with save_pretrained")
-        return folder
-    if isinstance(target, dict):
-        return None
-    path = Path(target)
-    folder = path if path.is_dir() else path.parent
-    return folder if path.exists() and (folder / "tokenizer.json").is_file() else None
-
-
 def _donor_tokenizer(donors: Sequence[Donor], blueprint: Blueprint) -> Path | None:
     """The folder of the donors' tokenizer, if they agree on one and the target has a row for each of its tokens."""
     found = [(d.folder, vocabulary) for d in donors if (vocabulary := d.vocabulary()) is not None]
@@ -267,7 +279,13 @@ def _model_download(model: str | None) -> int:
         return 0
     from huggingface_hub import snapshot_download
 
-    return sum(file.file_size or 0 for file in snapshot_download(model, dry_run=True) if file.will_download)
+    files = patiently(lambda: snapshot_download(model, dry_run=True), f"--model {model}")
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+def _check_model(model: str | None) -> None:
+    if model is not None and not Path(model).exists() and ("@" in model or not HUB_ID.fullmatch(model)):
+        raise UserError(f"--model {model}: no such folder, and no hub id; give a trained model's folder, or org/name")
 
 
 def _command(
@@ -281,6 +299,6 @@ def _command(
     return shlex.join(words)
 
 
-def _some(names: dict[str, None], most: int = 3) -> str:
-    first = list(names)[:most]
-    return ", ".join(first) + (", …" if len(names) > most else "")
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

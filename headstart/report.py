@@ -172,9 +172,18 @@ def _origins(results: Results) -> str:
     note = _note(
         "Distance to donors: median over matrices of the relative distance to the nearest matrix of the same role and "
         "shape of a donor that the method used, as stored. 0 is a copy; unrelated weights of equal size are 1.4 apart. "
-        "A dash: no donor, or none of the same shape."
+        "A dash: no donor, or as said here." + "".join(f" {line}." for line in _unmeasured(results))
     )
     return methods + note + _table(named + counted, lines)
+
+
+def _unmeasured(results: Results) -> list[str]:
+    """`autoencoder, diffusion: why there is no distance`, one line for each reason."""
+    why: dict[str, list[str]] = {}
+    for name, m in ranked(results):
+        if m["novelty"] is None and m["donors"]:
+            why.setdefault(m["novelty_note"], []).append(name)
+    return [f"{', '.join(names)}: {note}" for note, names in why.items()]
 
 
 def _conditions(results: Results) -> list[str]:
@@ -187,8 +196,9 @@ def _conditions(results: Results) -> list[str]:
         f"Training: AdamW, {count(steps, 'step')} of {results['batch_size']} × {results['sequence']} tokens, 5 % "
         "warm-up, cosine down to a tenth, weight decay 0.1 on matrices, gradients clipped to norm 1. The batches are a "
         "function of seed and step alone.",
-        "Each initialisation is made by `headstart generate` and loaded by `from_pretrained`, a new sample for every "
-        "seed. All samples count.",
+        "Each initialisation is made by `headstart generate` and loaded by `from_pretrained`, anew for every seed. "
+        "Methods that draw nothing at random (autoencoder, uniform weight selection) give the same weights each time; "
+        "their runs differ by the batches alone. All of them count.",
         "For each method the learning rate with the lowest mean final loss over seeds was taken, from the same grid.",
         "Speed-up: the steps of the tuned default over the steps after which the interpolated curve first reaches the "
         "tuned default's mean final loss. Geometric mean over seeds; interval by Student's t on the logarithms.",

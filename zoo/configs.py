@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from zoo.tensors import Metadata
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 # What a size is called, transformers' common name first. Aliases inside one config class (n_embd) are not listed:
 # its attribute_map resolves them.
@@ -153,6 +156,28 @@ def _model_class(config: PretrainedConfig) -> Any:
             found = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise UserError(f"transformers has no model for a {config.model_type} config; give that of a whole model")
+
+
+def with_head(data: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
+    """The config with an architecture that predicts tokens. `architectures` may name a bare model or a classifier;
+    weights for one only seem to load as a language model, whose head would be drawn anew. It then becomes the class
+    that transformers has for language modelling with this model_type. UserError where there is none."""
+    from transformers.models.auto import modeling_auto as auto
+
+    config = parse(data, where)
+    heads: set[str] = set()
+    for task in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "PRETRAINING"):
+        for found in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
+            heads |= {found} if isinstance(found, str) else set(found)
+    named = _model_class(config).__name__
+    if named in heads:
+        return dict(data)
+    config.architectures = None
+    head = _model_class(config).__name__
+    if head not in heads:
+        raise UserError(f"{where}: {named} is no language model, and transformers has none for {config.model_type!r}")
+    log.info("%s: %s predicts no tokens; written as %s, the language model of this kind", where, named, head)
+    return {**data, "architectures": [head]}
 
 
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

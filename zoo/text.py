@@ -67,8 +67,20 @@ def save_byte_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+def find_tokenizer(given: str | Path | None, target: str | Path | dict[str, Any]) -> Path | None:
+    """The folder of the tokenizer that is given, or that lies beside the target's config. UserError where the given
+    one has no tokenizer.json, the one file whose tokens can be matched by their strings."""
+    if given is not None:
+        path = Path(given)
+        folder = path.parent if path.is_file() else path
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"{given}: no tokenizer.json there; save one with save_pretrained")
+        return folder
+    if isinstance(target, dict):
+        return None
+    path = Path(target)
+    folder = path if path.is_dir() else path.parent
+    return folder if path.exists() and (folder / "tokenizer.json").is_file() else None
 
 
 def encode_corpus(path: str | Path, tokenizer: str | Path | None, vocab: int) -> Tensor:
@@ -101,8 +113,8 @@ def _tokenize(path: Path, folder: Path) -> Tensor:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer can be loaded from here: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the tokenizers library has no exception of its own
+        raise UserError(f"{folder}: no tokenizer can be loaded from here: {_reason(error)}") from error
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -124,4 +136,12 @@ def read_vocabulary(tokenizer: str | Path) -> dict[str, int]:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer; save one with save_pretrained")
-    return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the tokenizers library has no exception of its own
+        raise UserError(f"{path}: is no tokenizer ({_reason(error)}); save it again with save_pretrained") from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{lines[0] if lines else type(error).__name__}"[:200]

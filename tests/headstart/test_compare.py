@@ -306,6 +306,15 @@ def test_report_escapes_and_warns() -> None:
         ({"sequence": 65}, "positions"),
         ({"target": TARGET | {"vocab_size": 300}}, "--tokenizer"),
         ({"corpus": Path("nowhere.txt")}, "nowhere.txt"),
+        ({"sequence": 0}, "--sequence 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"steps": 0}, "--steps 0"),
+        ({"lrs": [math.nan, 1e-3]}, "--lrs"),
+        ({"lrs": [-1.0]}, "--lrs"),
+        ({"seeds": []}, "--seeds"),
+        ({"default_scales": [2.0]}, "--default-scales"),
+        ({"target": TARGET | {"model_type": "vit", "architectures": ["ViTModel"]}}, "language model"),
+        ({"methods": ["diffusion"], "donor": None, "model": "nosuch pipe"}, "--model nosuch pipe"),
         ({"donor": "nursery-w8-l1-h1-kv1-s0"}, "16"),  # narrower than the target
     ],
 )
@@ -314,8 +323,61 @@ def test_bad_input_is_refused_before_training(
 ) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
         compare(out=tmp_path / "out", **settings(donors, corpus) | change)
-    runs = tmp_path / "out" / "runs"
-    assert not runs.exists() or not any(runs.iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def pipeline(donors: Path) -> Path:
+    from autoencoder.training import train as train_autoencoder
+    from diffusion.training import train
+
+    made = train_autoencoder(donors, donors.parent / "autoencoder", steps=2, device="cpu", quiet=True)
+    small = {"steps": 2, "batch": 8, "hidden": 32, "blocks": 1, "pool": 2}
+    return train(donors, made, donors.parent / "pipeline", device="cpu", quiet=True, **small)
+
+
+GPT2 = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 256, "n_embd": 16, "n_head": 2,
+    "n_layer": 1, "n_positions": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["diffusion", "autoencoder"])
+def test_what_a_trained_model_does_not_fit_is_refused_before_training(
+    donors: Path, corpus: Path, pipeline: Path, tmp_path: Path, method: str
+) -> None:
+    given = settings(donors, corpus) | {"methods": [method], "model": pipeline, "donor": None}
+    with pytest.raises(UserError, match="target"):
+        compare(out=tmp_path / "out", **given | {"target": GPT2})
+    with pytest.raises(UserError, match=r"no such folder|holds no"):
+        compare(out=tmp_path / "out", **given | {"model": tmp_path})
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_coordinates_have_no_distance_and_the_page_says_so(
+    donors: Path, corpus: Path, pipeline: Path, tmp_path: Path
+) -> None:
+    small = {"methods": ["default", "diffusion"], "model": pipeline, "donor": None, "steps": 1, "seeds": [0]}
+    results = compare(out=tmp_path / "out", **settings(donors, corpus) | small | {"lrs": [1e-3]})
+    entry = results["methods"]["diffusion"]
+    assert entry["donors"] and entry["novelty"] is None and "canonical coordinates" in entry["novelty_note"]
+    text = " ".join(read((tmp_path / "out" / "report.html").read_text()).text)
+    assert f"diffusion: {entry['novelty_note']}" in text
+
+
+def test_tokens_are_matched_by_the_strings_of_the_targets_tokenizer(donors: Path, corpus: Path, tmp_path: Path) -> None:
+    """A tokenizer with the donor's tokens in reverse order: a method that goes by ids would start at chance."""
+    from zoo.text import BYTES, byte_tokenizer, save_byte_tokenizer
+
+    save_byte_tokenizer(tmp_path)
+    content = json.loads(byte_tokenizer().to_str())
+    content["model"]["vocab"] = {token: BYTES - 1 - i for token, i in content["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    small = settings(donors, corpus) | {"steps": 1, "seeds": [0], "lrs": [1e-3]}
+    plain = compare(out=tmp_path / "plain", **small)
+    other = compare(out=tmp_path / "other", **small | {"tokenizer": tmp_path})
+    losses = [r["methods"]["weight-selection"]["step0_loss"] for r in (plain, other)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 def test_variants_of_a_method(donors: Path, corpus: Path, tmp_path: Path) -> None:

@@ -47,9 +47,12 @@ def test_the_demo_runs_and_continues(
     record = json.loads((out / "generated" / "headstart.json").read_text())
     assert {d["name"] for d in record["donors"]} == {r.name for r in micro()}
 
+    stages = json.loads((out / "demo.json").read_text())["stages"]
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     again = demo(out, plan=MICRO, quiet=True)
     assert "generate" not in again
+    kept = json.loads((out / "demo.json").read_text())["stages"]
+    assert set(kept) == set(took) and all(kept[name]["seconds"] >= stages[name]["seconds"] for name in stages)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
     with pytest.raises(UserError, match="another preset or seed"):
         demo(out, plan=MICRO, seed=1, quiet=True)

@@ -208,12 +208,51 @@ def test_settings_are_parsed_by_the_type_of_the_option() -> None:
     ({"method": "row-column", "zoo": "no-such-zoo"}, "is no zoo"),
     ({"method": "default", "dtype": "float64"}, "unknown dtype 'float64'"),
     ({"method": "default", "tokenizer": "nowhere"}, "no tokenizer.json"),
+    ({"method": "diffusion", "model": "no such/pipe"}, "no such folder, and no hub id"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, arguments: dict, reason: str) -> None:
     target = config_file(tmp_path / "target", CONFIGS["llama"])
     with pytest.raises(UserError, match=reason):
         generate(target, out=tmp_path / "out", **arguments)
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("plan", [True, False])
+def test_a_model_that_the_hub_does_not_give_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: bool
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    target = config_file(tmp_path / "target", CONFIGS["llama"])
+    with pytest.raises(UserError, match="nosuch/pipe: is not in the local cache") as caught:
+        generate(target, "diffusion", tmp_path / "out", model="nosuch/pipe", plan=plan)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_a_config_of_no_language_model_is_written_as_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str
+) -> None:
+    target = config_file(tmp_path / "target", CONFIGS["llama"] | {"architectures": [named]})
+    with caplog.at_level("INFO"):
+        generate(target, "default", tmp_path / "out")
+    assert f"{named} predicts no tokens" in caplog.text
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    logits(tmp_path / "out")
+    masked = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 32, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 60}  # fmt: skip
+    generate(masked, "default", tmp_path / "masked")
+    assert json.loads((tmp_path / "masked" / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+    with pytest.raises(UserError, match="no language model"):
+        generate(masked | {"model_type": "vit", "architectures": ["ViTModel"]}, "default", tmp_path / "vit")
+
+
+def test_tensors_that_no_method_models_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    projected = CONFIGS["opt"] | {"word_embed_proj_dim": 16}
+    with caplog.at_level("INFO"):
+        generate(projected, "default", tmp_path / "out")
+    assert "models 3 tensors" in caplog.text and "model.decoder.project_in.weight" in caplog.text
 
 
 def test_real_donors_into_a_wider_deeper_llama(tmp_path: Path, shared_data: Path) -> None:

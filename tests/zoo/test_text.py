@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from zoo.errors import UserError
-from zoo.text import byte_tokens, encode_corpus, hold_out, python_reference, reference_corpus, save_byte_tokenizer
+from zoo.text import (
+    byte_tokens,
+    encode_corpus,
+    hold_out,
+    python_reference,
+    read_vocabulary,
+    reference_corpus,
+    save_byte_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +97,11 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
         encode_corpus(path, folder, 100)
     with pytest.raises(UserError, match="no tokenizer can be loaded"):
         encode_corpus(path, tmp_path, 256)
+    save_byte_tokenizer(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    for damaged in (content[: len(content) // 2], '{"model": {"type": "BPE"}}', ""):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(UserError, match="no tokenizer can be loaded"):
+            encode_corpus(path, tmp_path, 256)
+        with pytest.raises(UserError, match="is no tokenizer"):
+            read_vocabulary(tmp_path)
