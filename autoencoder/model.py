@@ -1,13 +1,15 @@
 """The unit autoencoder: unit <-> (latent, exact scales).
 
 A unit's P residual vectors are divided by their norms; the norms are kept in float32 beside the latent. The rest goes
-through a linear map, which starts as PCA under the error's own weights, plus a small network that starts at zero: at
-worst the autoencoder is PCA at the same rate.
+through a linear map, which starts as PCA under the error's own weights, plus a small network that starts at zero:
+training starts from PCA at the same rate.
 
 Letters: N units, P residual vectors per unit, d their width, W the width of the autoencoder, R latent size.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -21,10 +23,12 @@ KINDS = tuple(ROLES)
 
 class UnitAutoencoder(ModelMixin, ConfigMixin):
     """width: the widest residual stream that it knows, W; latent: {kind: R}; hidden: size of the correcting network,
-    0 for none (plain PCA, or a linear autoencoder once trained)."""
+    0 for none (plain PCA, or a linear autoencoder once trained); donors: records of what it was trained on."""
 
     @register_to_config
-    def __init__(self, width: int, latent: dict[str, int], hidden: int = 128) -> None:
+    def __init__(
+        self, width: int, latent: dict[str, int], hidden: int = 128, donors: list[dict[str, Any]] | None = None
+    ) -> None:
         super().__init__()
         self.width = width
         for kind in latent:

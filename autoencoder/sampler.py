@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder
-from zoo.aligned import Aligned, align
+from zoo.aligned import Aligned, align, known_loss
 from zoo.blueprint import Blueprint
 from zoo.canonical import tie
 from zoo.decoder import write_decoder
@@ -49,9 +49,22 @@ class AutoencoderSampler(Sampler):
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         return tuple(d.name for d in zoo.donors) if zoo is not None else ()
 
+    def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
+        """The donor, and those that the autoencoder was trained on."""
+        learned = self._autoencoder.config["donors"] or [] if self._autoencoder is not None else []
+        own = super().provenance(zoo)
+        return own + [d for d in learned if d["sha256"] not in {o["sha256"] for o in own}]
+
+    def _load(self) -> UnitAutoencoder:
+        if self.model is None:
+            raise UserError(
+                "autoencoder: needs a trained autoencoder; give --model (see `headstart train autoencoder`)"
+            )
+        return load_autoencoder(self.model)
+
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         target = require_unit_target(blueprint, "target")
-        self._autoencoder = _load(self.model)
+        self._autoencoder = self._load()
         if zoo is None:
             raise UserError("autoencoder: needs a donor; give --zoo, or --donor with a folder or hub id")
         if self.donor is not None and self.donor not in {d.name for d in zoo.donors}:
@@ -99,18 +112,8 @@ class AutoencoderSampler(Sampler):
         return values, self._source.units
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self._autoencoder = _load(self.model)
+        self._autoencoder = self._load()
         self._source = Aligned(values["name"], Metadata(**values["metadata"]), tuple(values["tokens"]), tensors)
-
-
-def _load(folder: str | None) -> UnitAutoencoder:
-    """The autoencoder of a folder, or of a pipeline's folder."""
-    if folder is None:
-        raise UserError("autoencoder: needs a trained autoencoder; give --model (see `headstart train autoencoder`)")
-    for path in (Path(folder) / "autoencoder", Path(folder)):
-        if (path / "config.json").is_file():
-            return UnitAutoencoder.from_pretrained(path).eval()
-    raise UserError(f"{folder}: holds no autoencoder; make one with `headstart train autoencoder`")
 
 
 def misfit(donor: Metadata, target: Metadata, tokenizer: str | None) -> str | None:
@@ -125,7 +128,8 @@ def misfit(donor: Metadata, target: Metadata, tokenizer: str | None) -> str | No
 def _rank(donor: Aligned, target: Metadata) -> tuple[float, ...]:
     """Lowest first: as wide as the target, trained best, nearest in depth."""
     missing = max(0, target.width - donor.metadata.width)
-    return (missing, float(donor.facts.get("loss", float("inf"))), abs(donor.metadata.layers - target.layers))
+    loss = known_loss(donor.facts)
+    return (missing, float("inf") if loss is None else loss, abs(donor.metadata.layers - target.layers))
 
 
 def vocabulary_units(donor: Aligned, target: Metadata, tokenizer: str | None) -> Tensor:

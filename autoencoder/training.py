@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -15,12 +14,24 @@ from torch import Tensor
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
 from zoo.aligned import Aligned, align
 from zoo.errors import UserError
-from zoo.progress import load_state, restore_training, save_state, training_tensors
-from zoo.store import Zoo
+from zoo.progress import (
+    STAGED,
+    STATE,
+    claim,
+    identity,
+    interruptible,
+    load_state,
+    publish,
+    restore_training,
+    save_state,
+    training_tensors,
+)
+from zoo.store import Zoo, record
 from zoo.streams import stream
 from zoo.units import ROLES, to_width
+from zoo.writer import writing
 
-STATE = "training.safetensors"
+REPORT = "report.json"
 SAVE_EVERY = 200
 
 
@@ -36,13 +47,13 @@ class Recipe:
     seed: int = 0
 
 
-def pca(donors: list[Aligned], recipe: Recipe) -> UnitAutoencoder:
-    """The autoencoder before training: PCA at the recipe's rate under the error's weights."""
+def pca(donors: list[Aligned], recipe: Recipe, records: list[dict[str, Any]]) -> UnitAutoencoder:
+    """The autoencoder before training: PCA at the recipe's rate under the error's weights. records: of the donors."""
     width = max(d.metadata.width for d in donors)
     latent = {kind: max(1, round(len(roles) * width / recipe.rate)) for kind, roles in ROLES.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = UnitAutoencoder(width, latent, recipe.hidden)
+        model = UnitAutoencoder(width, latent, recipe.hidden, records)
     weights = error_weights([d.units for d in donors], width)
     for kind in ROLES:
         fit_pca(model, kind, torch.cat([to_width(d.units[kind], width) for d in donors]), weights[kind])
@@ -99,55 +110,53 @@ def train(
     if steps is not None:
         settings["steps"] = steps
     recipe = Recipe(seed=seed, **settings)
-    if (out / "config.json").exists() and resume:
-        return out
-    if out.exists() and any(out.iterdir()) and not resume:
-        raise UserError(f"{out}: exists and is not empty; give another --out, or --resume to continue")
-    accelerator = Accelerator(cpu=device == "cpu")
     opened = Zoo.open(zoo)
+    known = identity(recipe, opened)
+    done = claim(out, resume, REPORT)
+    if done is not None:
+        if done != known:
+            raise UserError(f"{out}: holds an autoencoder of other settings or another zoo; give another --out")
+        return out
+    accelerator = Accelerator(cpu=device == "cpu")
     donors = list(align(opened, quiet))
-    model = pca(donors, recipe)
+    model = pca(donors, recipe, [record(opened.donor(d.name)) for d in donors]).to(accelerator.device)
     before = errors(model, donors)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    hashes = sorted(d.sha256 for d in opened.donors)
-    identity = hashlib.sha256(json.dumps([asdict(recipe), hashes], sort_keys=True).encode()).hexdigest()
-    inner: UnitAutoencoder = accelerator.unwrap_model(model)
     start = 0
-    if resume and (out / STATE).exists():
-        state, start = load_state(out / STATE, identity)
-        restore_training(state, inner, optimizer)
-    bar = tqdm(total=recipe.steps, initial=start, desc="autoencoder", unit="step", disable=quiet)
-    step = start
-    try:
-        while step < recipe.steps:
+    if (out / STATE).is_file():
+        state, start = load_state(out / STATE, known)
+        restore_training(state, model, optimizer)
+    main = accelerator.is_main_process  # every process makes the same steps, so that their number changes nothing
+    bar = tqdm(total=recipe.steps, initial=start, desc="autoencoder", unit="step", disable=quiet or not main)
+    with interruptible() as interrupted, bar:
+        for step in range(start, recipe.steps):
+            if interrupted() or (step % SAVE_EVERY == 0 and step > start):
+                if main:
+                    save_state(out / STATE, training_tensors(model, optimizer), step, known)
+                if interrupted():
+                    raise KeyboardInterrupt
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             loss = torch.zeros((), device=accelerator.device)
             for kind in ROLES:
-                loss = loss + inner.loss(kind, batch(donors, kind, recipe, step, inner.width).to(accelerator.device))
+                loss = loss + model.loss(kind, batch(donors, kind, recipe, step, model.width).to(accelerator.device))
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
             bar.update()
-            if step % SAVE_EVERY == 0 and step < recipe.steps and accelerator.is_main_process:
-                save_state(out / STATE, training_tensors(inner, optimizer), step, identity)
-    except KeyboardInterrupt:
-        if accelerator.is_main_process:
-            save_state(out / STATE, training_tensors(inner, optimizer), step, identity)
-        raise
-    finally:
-        bar.close()
-    if accelerator.is_main_process:
-        after = errors(inner, donors)
-        inner.cpu().save_pretrained(out)
+    if main:
+        after = errors(model, donors)
         report = {
             "recipe": asdict(recipe),
-            "donors": [{"name": d.name, "sha256": opened.donor(d.name).sha256} for d in donors],
-            "error": {k: {"autoencoder": after[k], "pca": before[k], "latent": inner.latent_size(k)} for k in ROLES},
+            "donors": model.config["donors"],
+            "error": {k: {"autoencoder": after[k], "pca": before[k], "latent": model.latent_size(k)} for k in ROLES},
+            "identity": known,
         }
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        staged = out / STAGED
+        with writing(out):
+            model.cpu().save_pretrained(staged)
+            (staged / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+            publish(staged, out, REPORT)
         (out / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return out

@@ -18,6 +18,10 @@ MODEL_FEATURES = 10
 FEATURES = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES)) + 3 + 2 * len(PERIODS)
 
 
+Address = tuple[Tensor, Tensor, Tensor]  # (layer, head, slot), int64 [N] each, -1 where it does not apply
+NOWHERE: Address = (torch.tensor([-1]), torch.tensor([-1]), torch.tensor([-1]))  # of a whole model
+
+
 def model_features(metadata: Metadata, loss: float | None) -> Tensor:
     """[MODEL_FEATURES]: shape on a log scale, and the donor's quality (held-out loss in nats, None if unknown)."""
     sizes = (
@@ -41,7 +45,7 @@ def _fraction(index: Tensor, size: int) -> Tensor:
     return torch.stack([2 * value - 1, *waves], dim=1) * (index >= 0)[:, None]
 
 
-def features(kind: str, address: tuple[Tensor, Tensor, Tensor], metadata: Metadata, loss: float | None) -> Tensor:
+def features(kind: str, address: Address, metadata: Metadata, loss: float | None) -> Tensor:
     """[N, FEATURES] float32 for units of a kind at (layer, head, slot), int64 [N] each."""
     layer, head, slot = address
     sizes = {"neuron": metadata.ffn, "qk": metadata.head_dim // 2, "vo": metadata.head_dim}
@@ -71,5 +75,4 @@ def features(kind: str, address: tuple[Tensor, Tensor, Tensor], metadata: Metada
 
 def model_condition(metadata: Metadata, loss: float | None) -> Tensor:
     """[FEATURES]: the features of a whole model, for the context."""
-    nowhere = torch.full((1,), -1)
-    return features("vocab", (nowhere, nowhere, nowhere), metadata, loss)[0]
+    return features("vocab", NOWHERE, metadata, loss)[0]

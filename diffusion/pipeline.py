@@ -11,12 +11,14 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from autoencoder.loading import load_component, local_folder
 from autoencoder.model import UnitAutoencoder
-from diffusion.conditions import features, model_condition
+from diffusion.conditions import MODEL_FEATURES, NOWHERE, Address, features
 from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser
 from diffusion.memory import ZooMemory
 from diffusion.views import sibling
 from zoo.decoder import Decoder, Layer
+from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.units import addresses, scatter
@@ -89,14 +91,13 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         )
 
     def _context(self, request: Request) -> Tensor:
-        told = model_condition(request.metadata, self._quality(request))
-        return self._solve(request, CONTEXT, "context", told[None], None, None)[0]
+        told = self._told(request, "vocab", NOWHERE, "context")
+        return self._solve(request, CONTEXT, "context", told, None, None)[0]
 
     def _vocabulary(self, request: Request, context: Tensor) -> tuple[Tensor, Tensor]:
         shape = request.metadata
         names = request.tokens if request.tokens is not None else tuple(self.memory.config["tokens"])
-        address = addresses(shape)["vocab"]
-        told = features("vocab", address, shape, self._quality(request))
+        told = self._told(request, "vocab", addresses(shape)["vocab"], "vocab")
         tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(names).cpu())
         pairs = self._decode("vocab", tokens, request, "vocab")
         return pairs[:, 0], pairs[:, 1] * shape.width**-0.5
@@ -107,9 +108,9 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         shape = request.metadata
         units = {"vocab": torch.zeros(shape.vocab, 2, shape.width)}
         for kind in ("neuron", "qk", "vo"):
-            address = tuple(t.unflatten(0, (shape.layers, -1))[index] for t in addresses(shape)[kind])
-            told = features(kind, address, shape, self._quality(request))  # type: ignore[arg-type]
+            layer, head, slot = (t.unflatten(0, (shape.layers, -1))[index] for t in addresses(shape)[kind])
             name = f"layer {index} {kind}"
+            told = self._told(request, kind, (layer, head, slot), name)
             tokens = self._solve(request, kind, name, told, context, None)
             first = sibling(replace(shape, layers=1), kind)  # query heads that share k and v are told the first's
             if bool((first >= 0).any()):
@@ -117,6 +118,24 @@ class WeightDiffusionPipeline(DiffusionPipeline):
                 tokens = torch.where((first >= 0)[:, None], again, tokens)
             units[kind] = self._decode(kind, tokens, request, name)
         return scatter(units, replace(shape, layers=1)).layers[0]
+
+    def _told(self, request: Request, kind: str, address: Address, name: str) -> Tensor:
+        """The features of units, [N, FEATURES], or what the controls tell instead. `shuffled`: shape and quality of a
+        random donor, and the addresses of a random layer in random order. `mean`: the zoo's mean, the mean address."""
+        shape, shapes = request.metadata, self.memory.get_buffer("features_context").cpu()
+        if request.condition == "shuffled":
+            rng = stream(request.seed, f"shuffled {name}")
+            layer, head, slot = (t[torch.randperm(len(t), generator=rng)] for t in address)
+            layer = torch.where(layer < 0, layer, torch.randint(shape.layers, (1,), generator=rng))
+            address = (layer, head, slot)
+        told = features(kind, address, shape, self._quality(request))
+        if request.condition == "shuffled":
+            other = torch.randint(len(shapes), (1,), generator=stream(request.seed, "shuffled shape"))
+            told[:, :MODEL_FEATURES] = shapes[other, :MODEL_FEATURES]
+        elif request.condition == "mean":
+            told = told.mean(0, keepdim=True).repeat(len(told), 1)
+            told[:, :MODEL_FEATURES] = shapes.mean(0)[:MODEL_FEATURES]
+        return told
 
     def _quality(self, request: Request) -> float | None:
         return request.loss if request.loss is not None else self.memory.config["best_loss"]
@@ -141,10 +160,6 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         denoiser: UnitDenoiser = self.denoiser
         device = denoiser.device
         noise = torch.randn(len(told), denoiser.config["tokens"][kind], generator=stream(request.seed, name))
-        if request.condition == "shuffled" and kind != CONTEXT:
-            told = told[torch.randperm(len(told), generator=stream(request.seed, f"shuffle {name}"))]
-        elif request.condition == "mean" and kind != CONTEXT:
-            told = told.mean(0, keepdim=True).expand_as(told)
         bank = self.memory.bank(kind).to(device) if denoiser.config["bandwidth"] is not None else None
         known = None if bank is None else denoiser.bank_told(kind, bank)
         out = []
@@ -161,7 +176,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
                 free = denoiser.unconditional.expand_as(condition)
                 wanted = (condition, free) if request.guidance != 1.0 else (condition,)
                 pair = [self._nearest(kind, c, bank.tokens, known) for c in wanted]
-            x = noise[rows].to(device) * request.temperature
+            x = noise[rows].to(device) * (1.0 if kind == CONTEXT else request.temperature)
             out.append(self._denoise(request, kind, x, condition, pair))
         return torch.cat(out)
 
@@ -208,3 +223,14 @@ def scheduler() -> DPMSolverMultistepScheduler:
     """The solver: second order, because first-order steps shrink what they generate (an initialisation is its
     variance)."""
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
+
+
+def load_pipeline(source: str) -> WeightDiffusionPipeline:
+    """The pipeline of a folder or a hub id. Raises UserError where there is none, or where it is damaged."""
+    how = "make one with `headstart train diffusion`"
+    folder = local_folder(source, "a pipeline")
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{source}: holds no pipeline; {how}")
+    parts: dict[str, type] = {"autoencoder": UnitAutoencoder, "denoiser": UnitDenoiser, "memory": ZooMemory}
+    loaded = {name: load_component(cls, folder / name, "config.json", how).eval() for name, cls in parts.items()}
+    return WeightDiffusionPipeline(scheduler=scheduler(), **loaded)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from diffusion.pipeline import CONDITIONS, Request, WeightDiffusionPipeline
+from diffusion.pipeline import CONDITIONS, Request, WeightDiffusionPipeline, load_pipeline
 from zoo.blueprint import Blueprint
 from zoo.canonical import tie
 from zoo.decoder import write_decoder
@@ -50,10 +49,14 @@ class DiffusionSampler(Sampler):
         if self.steps < 1:
             raise UserError(f"diffusion: steps is {self.steps}; give at least 1")
 
+    def _load(self) -> WeightDiffusionPipeline:
+        if self.model is None:
+            raise UserError("diffusion: needs a trained pipeline; give --model (see `headstart train diffusion`)")
+        return load_pipeline(self.model).to(self.device)
+
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         target = require_unit_target(blueprint, "target")
-        self._pipeline = _load(self.model).to(self.device)
-        self._pipeline.set_progress_bar_config(disable=True)
+        self._pipeline = self._load()
         known = self._pipeline.memory.row
         if self.tokenizer is None:
             if target.vocab != len(known):
@@ -98,16 +101,5 @@ class DiffusionSampler(Sampler):
         return {"tokens": self._tokens}, {}
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self._pipeline = _load(self.model).to(self.device)
+        self._pipeline = self._load()
         self._tokens = None if values["tokens"] is None else tuple(values["tokens"])
-
-
-def _load(model: str | None) -> WeightDiffusionPipeline:
-    if model is None:
-        raise UserError("diffusion: needs a trained pipeline; give --model (see `headstart train diffusion`)")
-    folder = Path(model)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise UserError(f"{model}: holds no pipeline; make one with `headstart train diffusion`")
-    if not folder.exists() and model.count("/") != 1:
-        raise UserError(f"{model}: no such folder; give a trained pipeline's, or a hub id")
-    return WeightDiffusionPipeline.from_pretrained(model)

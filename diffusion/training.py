@@ -14,18 +14,31 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import model_condition
 from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser
 from diffusion.memory import Bank, ZooMemory
 from diffusion.pipeline import WeightDiffusionPipeline, scheduler
 from diffusion.views import View, contexts, donor_tokens, fit_scale, make_view, mean_tokens, view_shape
-from zoo.aligned import Aligned, align
+from zoo.aligned import Aligned, align, known_loss
 from zoo.errors import UserError
-from zoo.progress import load_state, restore_training, save_state, training_tensors
-from zoo.store import Zoo
+from zoo.progress import (
+    STAGED,
+    STATE,
+    claim,
+    identity,
+    interruptible,
+    load_state,
+    publish,
+    restore_training,
+    save_state,
+    training_tensors,
+)
+from zoo.store import Zoo, record
 from zoo.streams import stream
 from zoo.units import ROLES
+from zoo.writer import writing
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ CONTEXTS = 64  # of each batch
 NEGATIVES = 512  # units of the bank, besides the batch's own, that the prior is trained against in a step
 VIEWS = 4  # that the units of one kind in a batch come from
 SAVE_EVERY = 500
-STATE = "training.safetensors"
+RECORD = "headstart.json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
     tables = [dict(zip(d.tokens, t["vocab"], strict=True)) for d, t in zip(donors, tokens, strict=True)]
     sizes = {kind: [sum(len(t[kind]) for t in tokens), tokens[0][kind].shape[1]] for kind in ROLES}
     names = tuple(dict.fromkeys(name for donor in donors for name in donor.tokens))
-    losses = [float(d.facts["loss"]) for d in donors if "loss" in d.facts]
+    losses = [loss for d in donors if (loss := known_loss(d.facts)) is not None]
     memory = ZooMemory(
         scales={kind: asdict(scale) for kind, scale in scales.items()},
         tokens=list(names),
@@ -96,7 +109,7 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
     memory.get_buffer("vocabulary").copy_(mean_tokens(tables, names, size))
     memory.get_buffer("contexts").copy_(contexts(tables, recipe.context))
     memory.get_buffer("families").copy_(torch.tensor([families[d.metadata.architecture] for d in donors]))
-    shapes = [model_condition(d.metadata, d.facts.get("loss")) for d in donors]
+    shapes = [model_condition(d.metadata, known_loss(d.facts)) for d in donors]
     memory.get_buffer("features_context").copy_(torch.stack(shapes))
     own = [make_view(i, d, d.metadata, tokens[i], scales, others[i]) for i, d in enumerate(donors)]
     first = {}
@@ -115,8 +128,7 @@ def _record(zoo: Zoo, donor: Aligned) -> dict[str, Any]:
     known: dict[str, Any] = {"parameters": source.parameters} | {
         k: donor.facts[k] for k in ("loss", "tokens") if k in donor.facts
     }
-    same = {"name": donor.name, "revision": source.revision, "sha256": source.sha256, "license": source.license}
-    return same | known
+    return record(source) | known
 
 
 def _families(donors: list[Aligned]) -> dict[str, int]:
@@ -286,98 +298,90 @@ def train(
     if steps is not None:
         settings["steps"] = steps
     recipe = Recipe(seed=seed, **settings)
-    if (out / "model_index.json").exists() and resume:
-        return out
-    if out.exists() and any(out.iterdir()) and not resume:
-        raise UserError(f"{out}: exists and is not empty; give another --out, or --resume to continue")
-    accelerator = Accelerator(cpu=device == "cpu", log_with=tracker)
     opened = Zoo.open(zoo)
     coder = load_autoencoder(autoencoder)
+    weights = b"".join(p.detach().numpy().tobytes() for p in coder.parameters())
+    known = identity(recipe, opened, hashlib.sha256(weights).hexdigest())
+    done = claim(out, resume, RECORD)
+    if done is not None:
+        if done != known:
+            raise UserError(f"{out}: holds a pipeline of other settings or another zoo; give another --out")
+        return out
+    accelerator = Accelerator(cpu=device == "cpu", log_with=tracker)
     material = gather_material(opened, coder, recipe, quiet)
     tokens = {kind: coder.latent_size(kind) + len(ROLES[kind]) for kind in ROLES} | {CONTEXT: recipe.context}
-    torch.manual_seed(seed)
-    denoiser = UnitDenoiser(
-        tokens,
-        list(_families(material.donors)),
-        hidden=recipe.hidden,
-        blocks=recipe.blocks,
-        bandwidth=recipe.bandwidth,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser = UnitDenoiser(
+            tokens,
+            list(_families(material.donors)),
+            hidden=recipe.hidden,
+            blocks=recipe.blocks,
+            bandwidth=recipe.bandwidth,
+        ).to(accelerator.device)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     ema = EMAModel(denoiser.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
-    identity = _identity(recipe, material)
-    start = 0
-    if resume and (out / STATE).exists():
-        state, start = load_state(out / STATE, identity)
-        _restore(state, start, denoiser, optimizer, ema)
+    start, average = 0, float("nan")
+    if (out / STATE).is_file():
+        state, start = load_state(out / STATE, known)
+        average = _restore(state, start, denoiser, optimizer, ema)
     if tracker:
         accelerator.init_trackers("headstart-diffusion", config=asdict(recipe))
 
-    main = accelerator.is_main_process
+    main = accelerator.is_main_process  # every process makes the same steps, so that their number changes nothing
     bar = tqdm(total=recipe.steps, initial=start, desc="diffusion", unit="step", disable=quiet or not main)
-    average: float | None = None
-    step = start
-    try:
-        for parts in batches(material, recipe, start):
+    with interruptible() as interrupted, bar:
+        for step, parts in enumerate(batches(material, recipe, start), start):
+            if interrupted() or (step % SAVE_EVERY == 0 and step > start):
+                if main:
+                    save_state(out / STATE, _state(denoiser, optimizer, ema, average), step, known)
+                if interrupted():
+                    raise KeyboardInterrupt
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
             loss = torch.zeros((), device=accelerator.device)
             for batch in parts:
                 loss = loss + batch_loss(denoiser, batch.to(accelerator.device)) / len(parts)
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(denoiser.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             ema.step(denoiser.parameters())
-            step += 1
             value = float(loss.detach())
-            average = value if average is None else 0.98 * average + 0.02 * value
+            average = value if math.isnan(average) else 0.98 * average + 0.02 * value
             bar.update()
-            if step % 50 == 0:
+            if (step + 1) % 50 == 0:
                 bar.set_postfix(loss=f"{average:.3f}")
                 if tracker:
-                    accelerator.log({"loss": average}, step=step)
-            if step % SAVE_EVERY == 0 and main and step < recipe.steps:
-                save_state(out / STATE, _state(denoiser, optimizer, ema), step, identity)
-    except KeyboardInterrupt:
-        if main:
-            save_state(out / STATE, _state(denoiser, optimizer, ema), step, identity)
-        raise
-    finally:
-        bar.close()
-        if tracker:
-            accelerator.end_training()
+                    accelerator.log({"loss": average}, step=step + 1)
+    if tracker:
+        accelerator.end_training()
     ema.copy_to(denoiser.parameters())
     if main:
-        pipeline = WeightDiffusionPipeline(coder, denoiser.cpu(), material.memory, scheduler())
-        pipeline.save_pretrained(out)
-        record = {"recipe": asdict(recipe), "loss": average, "donors": material.memory.config["donors"]}
-        (out / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")
+        told = {
+            "recipe": asdict(recipe),
+            "loss": average,
+            "donors": material.memory.config["donors"],
+            "identity": known,
+        }
+        staged = out / STAGED
+        with writing(out):
+            WeightDiffusionPipeline(coder, denoiser.cpu(), material.memory, scheduler()).save_pretrained(staged)
+            (staged / RECORD).write_text(json.dumps(told, indent=2) + "\n")
+            publish(staged, out, RECORD)
         (out / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return out
 
 
-def load_autoencoder(folder: str | Path) -> UnitAutoencoder:
-    """An autoencoder from a folder. Raises UserError where there is none."""
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder}: holds no autoencoder; make one with `headstart train autoencoder`")
-    return UnitAutoencoder.from_pretrained(folder).eval()
+def _state(denoiser: UnitDenoiser, optimizer: Any, ema: EMAModel, average: float) -> dict[str, Tensor]:
+    shadows = {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}
+    return training_tensors(denoiser, optimizer) | shadows | {"average": torch.tensor(average, dtype=torch.float64)}
 
 
-def _identity(recipe: Recipe, material: Material) -> str:
-    """What a state must agree in to be resumed."""
-    known = {"recipe": asdict(recipe), "donors": [d["sha256"] for d in material.memory.config["donors"]]}
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-def _state(denoiser: UnitDenoiser, optimizer: Any, ema: EMAModel) -> dict[str, Tensor]:
-    return training_tensors(denoiser, optimizer) | {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}
-
-
-def _restore(state: dict[str, Tensor], step: int, denoiser: UnitDenoiser, optimizer: Any, ema: EMAModel) -> None:
+def _restore(state: dict[str, Tensor], step: int, denoiser: UnitDenoiser, optimizer: Any, ema: EMAModel) -> float:
     restore_training(state, denoiser, optimizer)
     for i, p in enumerate(ema.shadow_params):
         p.copy_(state[f"ema.{i}"])
     ema.optimization_step = step
+    return float(state["average"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import features, model_condition
 from diffusion.memory import TokenScale
-from zoo.aligned import Aligned
+from zoo.aligned import Aligned, known_loss
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.units import ROLES, addresses, unit_map
@@ -98,7 +98,7 @@ def make_view(
     """The donor (number `index`) addressed as `shape`. others [V, T]: the mean vocabulary tokens of the other donors,
     zeros for a token that none of them has."""
     maps = unit_map(donor.metadata, shape)
-    loss = donor.facts.get("loss")
+    loss = known_loss(donor.facts)
     out, told, partners = {}, {}, {}
     for kind, (rows, copies) in maps.items():
         out[kind] = tokens[kind][rows].clone()

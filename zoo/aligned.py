@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,12 @@ def token_strings(donor: Donor) -> tuple[str, ...]:
     return tuple(names)
 
 
+def known_loss(facts: Mapping[str, Any]) -> float | None:
+    """The held-out loss that a donor's trainer recorded, None where there is none or it is no finite number."""
+    loss = facts.get("loss")
+    return float(loss) if isinstance(loss, (int, float)) and math.isfinite(loss) else None
+
+
 def decoder_of(donor: Donor) -> Decoder:
     """The donor in float64. Raises UserError where its whole function is not in units."""
     decoder = read_decoder(donor.blueprint, donor.read, where=donor.name)
@@ -58,21 +65,20 @@ def align(zoo: Zoo, quiet: bool = True) -> Iterator[Aligned]:
 
     def rank(donor: Donor) -> tuple[float, float, str]:
         width = donor.blueprint.metadata.width if donor.blueprint.metadata else 0
-        return (-width, float(donor.facts.get("loss", float("inf"))), donor.name)
+        loss = known_loss(donor.facts)
+        return (-width, float("inf") if loss is None else loss, donor.name)
 
     to: Anchor | None = None
     for donor in sorted(zoo.donors, key=rank):
+        tokens = token_strings(donor)
         try:
             decoder = decoder_of(donor)
+            shared = to is not None and not set(tokens).isdisjoint(to.tokens)
+            canonical = canonicalise(decoder, tokens, to if shared else None)
         except UserError as error:
             if not quiet:
                 print(f"left out: {error}", file=sys.stderr)
             continue
-        tokens = token_strings(donor)
-        try:
-            canonical = canonicalise(decoder, tokens, to)
-        except UserError:
-            canonical = canonicalise(decoder)
         if to is None:
             to = anchor(canonical.decoder, tokens)
         units = {kind: unit.vectors.to(torch.float32) for kind, unit in gather(canonical.decoder).items()}

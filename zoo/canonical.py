@@ -459,6 +459,9 @@ def canonicalise(decoder: Decoder, tokens: tuple[str, ...] | None = None, to: An
         raise UserError(
             f"canonical form: the symmetries of {architecture!r} are not known; known: {', '.join(ARCHITECTURES)}"
         )
+    if not any(layer.gain for layer in decoder.layers) or "final" not in decoder.gain:
+        # An OPT without norm parameters, or without a final norm, normalises in ways that no tensor shows.
+        raise UserError(f"canonical form: this {architecture!r} lacks gains of its norms, so what is free is not known")
     if decoder.metadata.norm == "layer" and _post_normed(decoder):
         raise UserError(f"canonical form: {architecture!r} has LayerNorms after its writers, which leave no basis free")
     folded, gains = fold(decoder)

@@ -7,7 +7,7 @@ heads per KV head, h head dimension, F neurons.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -179,8 +179,3 @@ def write_decoder(decoder: Decoder, blueprint: Blueprint) -> Iterator[tuple[str,
         parts = {part.role: value(part.role, part.axes, spec) for part in spec.parts}
         if all(p is not None for p in parts.values()):
             yield spec.name, join(spec, {r: p for r, p in parts.items() if p is not None}).reshape(spec.shape)
-
-
-def with_metadata(decoder: Decoder, **changes: object) -> Decoder:
-    """The decoder with fields of its metadata replaced."""
-    return replace(decoder, metadata=replace(decoder.metadata, **changes))  # type: ignore[arg-type]

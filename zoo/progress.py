@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +20,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zoo.errors import UserError
+from zoo.store import Zoo
+from zoo.writer import writing
+
+STATE = "training.safetensors"  # of an unfinished run
+STAGED = ".finished"  # where a finished run is put together
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], step: int, recipe: str) -> None:
     """Writes `tensors` with the step and the recipe that they belong to, to a temporary name and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(tensors, temporary, step, recipe)
+        os.replace(temporary, path)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, step: int, recipe: str) -> None:
     save_file(
-        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, {"step": str(step), "recipe": recipe}
+        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path, {"step": str(step), "recipe": recipe}
     )
-    os.replace(temporary, path)
 
 
 def load_state(path: Path, recipe: str) -> tuple[dict[str, Tensor], int]:
@@ -57,3 +75,57 @@ def restore_training(tensors: dict[str, Tensor], model: nn.Module, optimizer: An
             _, index, name = key.split(".", 2)
             moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C only raises a flag, which the yielded function reads: a step is whole or not at all. A second
+    Ctrl-C interrupts at once. Outside the main thread, where no handler can be set, nothing changes."""
+    asked = False
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def publish(staged: Path, out: Path, last: str) -> None:
+    """Moves everything in `staged` into `out`, the file `last` at the end: where it is, the rest is."""
+    for path in sorted(staged.iterdir(), key=lambda p: (p.name == last, p.name)):
+        target = out / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    staged.rmdir()
+
+
+def identity(recipe: Any, zoo: Zoo, *more: str) -> str:
+    """A hash of what a run is a function of: its recipe (a dataclass), the donors of its zoo, and more."""
+    known = [asdict(recipe), sorted(d.sha256 for d in zoo.donors), *more]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def claim(out: Path, resume: bool, done: str) -> str | None:
+    """Makes `out` a run's folder and returns the identity in its file `done` ({"identity": …}), None where it is not
+    done. Raises UserError for a file, or for a folder that holds something and is not to be resumed."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder with --out")
+    if out.exists() and any(out.iterdir()):
+        if not resume:
+            raise UserError(f"{out}: exists and is not empty; give another --out, or --resume to continue")
+        if (out / done).is_file():
+            return str(json.loads((out / done).read_text()).get("identity"))
+        if not (out / STATE).is_file() and not (out / STAGED).is_dir():
+            raise UserError(f"{out}: holds no run to resume; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    return None

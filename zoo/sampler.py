@@ -55,8 +55,9 @@ class Sampler(ABC):
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
         """[{name, revision, sha256, license}] of the donors behind what is sampled, for cards and `headstart.json`."""
-        donors = [zoo.donor(name) for name in self.donors] if zoo is not None else []
-        return [{"name": d.name, "revision": d.revision, "sha256": d.sha256, "license": d.license} for d in donors]
+        from zoo.store import record
+
+        return [record(zoo.donor(name)) for name in self.donors] if zoo is not None else []
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         """Names of the donors whose weights fit or sample would read; reads no weight itself. For `--plan`."""

@@ -54,6 +54,11 @@ class Donor(Checkpoint):
         return self.record["sha256"]
 
 
+def record(donor: Donor) -> dict[str, Any]:
+    """What is said of a donor wherever something was made of it: {name, revision, sha256, license}."""
+    return {"name": donor.name, "revision": donor.revision, "sha256": donor.sha256, "license": donor.license}
+
+
 @dataclass(frozen=True)
 class Zoo:
     """The donors of the manifest. A folder under models/ that the manifest does not list is none of them."""

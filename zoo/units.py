@@ -12,7 +12,7 @@ Under GQA the query heads of a group hold the same k and v: `scatter` takes thos
 
 A RMSNorm divides by sqrt(width), so that a reader means something else at another width. Units hold *width-free*
 readers, reader x sqrt(d): cropping or padding their last axis then needs no further factor, and padding with zeros
-is exact growth of the residual stream.
+is exact growth of the residual stream (up to the norm's eps, which weighs a little more in a wider stream).
 
 Letters: N units, P residual vectors per unit, d width, L layers, H query heads, K KV heads, h head dimension.
 """
@@ -28,6 +28,7 @@ from torch import Tensor
 from zoo.blueprint import Blueprint
 from zoo.decoder import Decoder, Layer, read_decoder
 from zoo.errors import UserError
+from zoo.roles import ARCHITECTURES
 from zoo.tensors import Metadata
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -48,18 +49,6 @@ class Units:
     layer: Tensor
     head: Tensor  # query head, groups in order
     slot: Tensor  # neuron, plane, component or token id, in order of importance (but for tokens and planes)
-
-    def __len__(self) -> int:
-        return self.vectors.shape[0]
-
-    def __getitem__(self, index: Tensor) -> Units:
-        return replace(
-            self,
-            vectors=self.vectors[index],
-            layer=self.layer[index],
-            head=self.head[index],
-            slot=self.slot[index],
-        )
 
 
 def addresses(metadata: Metadata) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -86,8 +75,12 @@ def require_units(decoder: Decoder, where: str) -> None:
     meta = decoder.metadata
     rotary = int(str(meta.extra.get("rotary_dim", meta.head_dim)))
     sites = {s for layer in decoder.layers for s in layer.gain} - {"attn", "mlp"}
+    activation, scale = meta.extra.get("activation"), meta.extra.get("embed_scale", 1.0)
     reason = (
-        f"its norms at {', '.join(sorted(sites))} do not fold into readers" if sites
+        f"the symmetries of {meta.architecture!r} are not known" if meta.architecture not in ARCHITECTURES
+        else f"its activation is {activation}, not silu" if activation not in ("silu", "swish")
+        else "it scales its embedding" if scale != 1.0
+        else f"its norms at {', '.join(sorted(sites))} do not fold into readers" if sites
         else "it uses LayerNorm" if meta.norm != "rms"
         else "its queries and keys are not fully rotary" if meta.rope_theta is None or rotary != meta.head_dim
         else "it has biases" if any(layer.bias for layer in decoder.layers)
@@ -97,7 +90,7 @@ def require_units(decoder: Decoder, where: str) -> None:
     if reason:
         raise UserError(
             f"{where}: {reason}, so that its units are not its whole function; "
-            "use an RMSNorm decoder with rotary attention and a gated MLP, or a method that needs no units"
+            "use a Llama-like decoder (RMSNorm, rotary attention, SwiGLU), or a method that needs no units"
         )
 
 
@@ -219,8 +212,8 @@ def unit_map(source: Metadata, target: Metadata) -> dict[str, tuple[Tensor, Tens
 
 def resize(units: dict[str, Tensor], source: Metadata, target: Metadata) -> dict[str, Tensor]:
     """Vectors [N, P, d] by kind of a canonical decoder -> those of a decoder of another shape, by `unit_map`: first
-    coordinates first, zeros where it is wider. With equal depth, growth in width, neurons and whole groups is exact.
-    """
+    coordinates first, zeros where it is wider. With equal depth, growth in neurons and whole groups is
+    exact, in width up to the norm's eps."""
     out = {}
     for kind, (index, copies) in unit_map(source, target).items():
         vectors = units[kind][index]  # a copy

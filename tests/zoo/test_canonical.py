@@ -249,3 +249,17 @@ def test_real_checkpoints_keep_their_logits(shared_data: Path) -> None:
         ours = to_disk_basis(canonical.decoder)
         assert (logits(ours, config, ids) - expected).abs().max() < 1e-8, folder.name
         assert (logits(ours, config, ids, torch.float32) - expected).abs().max() < 1e-4, folder.name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"layer_norm_elementwise_affine": False}, {"_remove_final_layer_norm": True}, {"do_layer_norm_before": False}],
+)
+def test_opt_variants_whose_norms_do_not_show_are_refused(changes: dict[str, bool]) -> None:
+    with pytest.raises(UserError, match="canonical form"):
+        canonicalise(decoder_of(random_model({**CONFIGS["opt"], **changes}))[0])
+
+
+def test_an_architecture_whose_symmetries_are_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match="'granite' are not known"):
+        canonicalise(decoder_of(random_model(dict(model_type="granite", num_key_value_heads=2, **BASE)))[0])

@@ -20,7 +20,7 @@ def test_units_are_the_whole_function(name: str) -> None:
     canonical = canonicalise(decoder_of(model)[0]).decoder
     units = gather(canonical)
     for kind, unit in units.items():
-        assert len(unit) == addresses(canonical.metadata)[kind][0].numel()
+        assert len(unit.vectors) == addresses(canonical.metadata)[kind][0].numel()
         assert unit.vectors.shape[1] == len(ROLES[kind])
     with torch.no_grad():
         expected = in_own_dtype(model)(IDS).logits
@@ -44,7 +44,7 @@ def test_cropping_undoes_padding() -> None:
     assert torch.equal(to_width(to_width(x, 9), 5), x)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3", "llama-mqa-biased", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3", "llama-mqa-biased", "gpt_neox", "olmo2"])
 def test_models_with_more_than_units_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="not its whole function"):
         require_units(decoder_of(random_model(CONFIGS[name]))[0], "here")
