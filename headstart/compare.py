@@ -461,6 +461,12 @@ def _tokenizer(
     found = find_tokenizer(given, target)
     if found is not None:
         return found
+    if not isinstance(target, dict) and Path(target).exists():
+        folder = Path(target) if Path(target).is_dir() else Path(target).parent
+        for name in ("tokenizer.model", "vocab.json"):
+            if (folder / name).is_file():
+                again = "load it with AutoTokenizer and write it with save_pretrained"
+                raise UserError(f"{folder}: its tokenizer has {name} and no tokenizer.json; {again}")
     alike: list[Checkpoint] = []
     if zoo is not None:
         alike = [

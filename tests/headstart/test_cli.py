@@ -117,6 +117,9 @@ def test_generate_from_a_zoo_end_to_end(tmp_path: Path, target: Path) -> None:
     )
     assert json.loads(plan.stdout)["read"]["donors"][0]["name"] == "donor" and not (tmp_path / "p").exists()
     assert headstart("zoo", "verify", "--zoo", zoo, "--quiet").stderr == ""
+    (zoo / "models" / "stray").mkdir()
+    verified = headstart("zoo", "verify", "--zoo", zoo)
+    assert verified.returncode == 0 and "stray: is not in the manifest" in verified.stderr and verified.stdout == ""
 
 
 def test_methods_as_json_and_as_table() -> None:
@@ -183,6 +186,37 @@ def test_an_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 130 and done.stderr.endswith("interrupted; run the same command again to continue\n")
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("command", ["autoencoder", "diffusion --autoencoder a"])
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def interrupted(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    kind, *rest = command.split()
+    monkeypatch.setattr(f"{kind}.training.train", interrupted)
+    done = headstart("train", kind, *rest, "--zoo", "z", "--out", "o", "--device", "cpu")
+    assert done.returncode == 130
+    assert done.stderr.endswith("interrupted; run the same command with --resume to continue\n")
+
+
+def test_compare_takes_the_scales_of_the_default(tmp_path: Path, target: Path) -> None:
+    line = (
+        "compare",
+        "--target",
+        target,
+        "--zoo",
+        "z",
+        "--methods",
+        "default",
+        "--corpus",
+        "c",
+        "--out",
+        tmp_path / "o",
+    )
+    done = headstart(*line, "--default-scales", "2,4")
+    assert done.returncode == 2 and "--default-scales" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_closed_pipe_is_quiet() -> None:

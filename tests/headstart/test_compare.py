@@ -378,6 +378,10 @@ def test_tokens_are_matched_by_the_strings_of_the_targets_tokenizer(donors: Path
     other = compare(out=tmp_path / "other", **small | {"tokenizer": tmp_path})
     losses = [r["methods"]["weight-selection"]["step0_loss"] for r in (plain, other)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    (tmp_path / "config.json").write_text(json.dumps(TARGET))
+    (tmp_path / "tokenizer.json").rename(tmp_path / "vocab.json")
+    with pytest.raises(UserError, match=r"vocab.json and no tokenizer.json"):
+        compare(out=tmp_path / "slow", **small | {"target": tmp_path})
 
 
 def test_variants_of_a_method(donors: Path, corpus: Path, tmp_path: Path) -> None:

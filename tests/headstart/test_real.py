@@ -67,6 +67,7 @@ def test_compare_on_real_text(shared_data: Path, zoo: Path, target: Path, tmp_pa
         tokenizer=shared_data / "models" / "stories260K",
         default_scales=(1.0,),
         windows=8,
+        workers=1,
         quiet=True,
     )
     assert results["methods"]["row-column"]["step0_loss"] < results["methods"]["default"]["step0_loss"] - 2
