@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/headstart demo --out demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
