@@ -30,11 +30,11 @@ class Plan:
     lrs: tuple[float, ...] = (3e-3, 8e-3)
     default_scales: tuple[float, ...] = (1.0, 4.0)  # 4: about 0.8 / sqrt(width) here, what the donors started from
     batch_size: int = 8
-    methods: tuple[str, ...] = ("default", "normal", "weight-selection", "row-column", "autoencoder", "diffusion")
+    methods: tuple[str, ...] = ("default", "normal", "weight-selection", "row-column", "diffusion")
     diffusion: dict[str, Any] = field(default_factory=dict)
 
 
-FULL = Plan(preset="demo", autoencoder_steps=150, diffusion_steps=1500, compare_steps=150)
+FULL = Plan(preset="demo", autoencoder_steps=150, diffusion_steps=1000, compare_steps=150)
 QUICK = Plan(
     preset="quick",
     autoencoder_steps=30,
@@ -42,7 +42,6 @@ QUICK = Plan(
     compare_steps=50,
     seeds=(0, 1, 2),
     lrs=(6e-3,),
-    methods=("default", "normal", "weight-selection", "row-column", "diffusion"),
 )
 TARGET = {
     "architectures": ["LlamaForCausalLM"],

@@ -68,7 +68,7 @@ def demo() -> list[Recipe]:
         Recipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=1000),
         Recipe(64, 6, heads=4, kv_heads=2, ffn=160, steps=1000),
         Recipe(96, 4, heads=6, kv_heads=3, ffn=256, steps=1000),
-        Recipe(128, 4, heads=8, kv_heads=4, ffn=336, steps=1000),
+        Recipe(128, 4, heads=8, kv_heads=8, ffn=336, steps=1000),
     ]
     return _lineages(shapes, 2)
 
@@ -77,7 +77,7 @@ def quick() -> list[Recipe]:
     """Four small donors, for `headstart demo --quick` and for trying things out."""
     shapes = [
         Recipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=450),
-        Recipe(96, 4, heads=6, kv_heads=3, ffn=256, steps=350),
+        Recipe(96, 4, heads=6, kv_heads=6, ffn=256, steps=350),
     ]
     return _lineages(shapes, 2)
 
