@@ -147,10 +147,13 @@ def demo(
 def table(results: dict[str, Any]) -> str:
     """The comparison as text, the fastest first."""
     from headstart.findings import ranked
+    from headstart.scores import REFERENCE
 
     rows = [("method", "lr", "step 0", "final loss", "steps to the default's", "speed-up")]
     for name, entry in ranked(results):
         final, steps, speed = entry["final_loss"], entry["steps_to_threshold"]["mean"], entry["speedup"]["mean"]
+        if name == REFERENCE:
+            steps = results["steps"]  # by definition
         spread = f" ± {final['std']:.3f}" if final["std"] is not None else ""
         rows.append(
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def donor(folder: Path, seed: int, **shape: int) -> Path:
     return folder
 
 
-def make_zoo(path: Path) -> Zoo:
-    sources = [donor(path / "sources" / f"d{i}", i, **shape) for i, shape in enumerate(SHAPES)]
+def make_zoo(path: Path, shapes: Sequence[dict[str, int]] = SHAPES) -> Zoo:
+    sources = [donor(path / "sources" / f"d{i}", i, **shape) for i, shape in enumerate(shapes)]
     add([str(s) for s in sources], path / "zoo", quiet=True)
     return Zoo.open(path / "zoo")

@@ -78,13 +78,13 @@ def require_units(decoder: Decoder, where: str) -> None:
     activation, scale = meta.extra.get("activation"), meta.extra.get("embed_scale", 1.0)
     reason = (
         f"the symmetries of {meta.architecture!r} are not known" if meta.architecture not in ARCHITECTURES
-        else f"its activation is {activation}, not silu" if activation not in ("silu", "swish")
-        else "it scales its embedding" if scale != 1.0
-        else f"its norms at {', '.join(sorted(sites))} do not fold into readers" if sites
         else "it uses LayerNorm" if meta.norm != "rms"
+        else f"its norms at {', '.join(sorted(sites))} do not fold into readers" if sites
         else "its queries and keys are not fully rotary" if meta.rope_theta is None or rotary != meta.head_dim
         else "it has biases" if any(layer.bias for layer in decoder.layers)
         else "its MLP has no gate" if any(layer.gate is None for layer in decoder.layers)
+        else f"its activation is {activation}, not silu" if activation not in ("silu", "swish")
+        else "it scales its embedding" if scale != 1.0
         else None
     )  # fmt: skip
     if reason:

@@ -78,9 +78,14 @@ def test_layers_do_not_depend_on_the_order(pipeline: WeightDiffusionPipeline) ->
     assert not torch.equal(forward[0], pipeline(replace(request, seed=2)).layers[0].down)
 
 
-def test_the_scale_of_every_role_is_the_donors(pipeline: WeightDiffusionPipeline) -> None:
-    """Donors are iid normal with one deviation per role. Canonical form keeps products, not factors: it balances q
+def test_the_scale_of_every_role_is_the_donors(tmp_path: Path) -> None:
+    """Donors are iid normal with one deviation per role, and as wide as the target: a reader of a narrower donor is
+    rightly smaller in a wider stream. Canonical form keeps products, not factors: it balances q
     with k, v with o and up with down, so that the geometric means are what a target must have."""
+    zoo = make_zoo(tmp_path, [{"hidden_size": 32, "kv": kv} for kv in (2, 4)])
+    coder = train_autoencoder(zoo.path, tmp_path / "autoencoder", steps=5, device="cpu", quiet=True)
+    folder = training.train(zoo.path, coder, tmp_path / "pipeline", device="cpu", **SMALL)
+    pipeline = WeightDiffusionPipeline.from_pretrained(folder)
     target = metadata(width=32, layers=2)
     found: dict[str, list[float]] = {}
     for seed in range(3):
