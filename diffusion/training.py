@@ -74,7 +74,6 @@ class Material:
     """What is learned from, computed once: the donors, and what belongs to each."""
 
     donors: list[Aligned]
-    autoencoder: UnitAutoencoder
     memory: ZooMemory
     tokens: list[dict[str, Tensor]]  # per donor and kind [N, T]
     others: list[Tensor]  # per donor [V, T]: the mean vocabulary tokens of the other donors
@@ -120,7 +119,7 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
         memory.get_buffer(f"features_{kind}").copy_(torch.cat([v.features[kind] for v in own]))
         memory.get_buffer(f"partners_{kind}").copy_(torch.cat([v.partners[kind] for v in own]))
         memory.get_buffer(f"donor_{kind}").copy_(torch.arange(len(own)).repeat_interleave(torch.tensor(counts)))
-    return Material(donors, autoencoder, memory, tokens, others, first)
+    return Material(donors, memory, tokens, others, first)
 
 
 def _record(zoo: Zoo, donor: Aligned) -> dict[str, Any]:

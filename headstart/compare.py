@@ -293,7 +293,9 @@ def _generate(setup: Setup, method: str, seed: int, scale: float, folder: Path) 
     novelty, note = nearest_donor(folder, zoo, names) if measurable else (None, OTHER_COORDINATES)
     return {
         "seconds": seconds,
-        "donors": [unknown | d | (describe_donor(zoo, d["name"]) if d["name"] in names else {}) for d in records],
+        "donors": [
+            unknown | d | (describe_donor(zoo, d["name"]) if zoo and d["name"] in names else {}) for d in records
+        ],
         "novelty": novelty,
         "novelty_note": note,
     }
@@ -317,14 +319,11 @@ def _given(setup: Setup, method: str) -> dict[str, str | None]:
     return {key: value for key, value in (("donor", setup.donor), ("model", setup.model)) if key in options}
 
 
-def describe_donor(zoo: Zoo | None, name: str) -> dict[str, Any]:
-    assert zoo is not None
+def describe_donor(zoo: Zoo, name: str) -> dict[str, Any]:
+    from zoo.store import record
+
     donor = zoo.donor(name)
-    return {
-        "name": name,
-        "revision": donor.revision,
-        "sha256": donor.sha256,
-        "license": donor.license,
+    return record(donor) | {
         "parameters": donor.parameters,
         "loss": donor.facts.get("loss"),
         "tokens": donor.facts.get("tokens"),
