@@ -80,13 +80,8 @@ class KDE(Statistical):
     summary: ClassVar[str] = "a donor's values drawn at random and smoothed, mean and variance kept"
     reference: ClassVar[str] = "Silverman 1986"
 
-    bandwidth: float = option(1.0, "multiplies the width of the kernel; 0 draws the points that are kept")
-    data: int = option(8192, "points kept per group", most=1 << 24)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bandwidth < 0 or self.data < 64:
-            raise UserError(f"{self.name} wants a bandwidth of 0 or more and data of 64 or more")
+    bandwidth: float = option(1.0, "multiplies the width of the kernel; 0 draws the points that are kept", least=0.0)
+    data: int = option(8192, "points kept per group", least=64, most=1 << 24)
 
     def fit_values(self, values: Tensor) -> Fit:
         mean, std, _ = moments(values)

@@ -13,7 +13,6 @@ from baselines.growth import Growth, numbers
 from baselines.index_maps import Axis, Maps, copies, first, head_axes, multiplicity
 from baselines.transfer import sizes, table_axes, transfer
 from zoo.blueprint import Blueprint
-from zoo.errors import UserError
 from zoo.sampler import option
 from zoo.streams import stream
 from zoo.tensors import Part, TensorSpec, join, split
@@ -42,11 +41,6 @@ class HyperCloning(Growth):
     noise: float = option(
         0.0, "relative noise that cancels between pairs of copies: they part, the function stays", least=0.0
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.noise < 0:
-            raise UserError(f"noise of {self.name} is {self.noise}; it must be 0 or more")
 
     def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         source, target = numbers(donor, blueprint)

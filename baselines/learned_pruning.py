@@ -68,8 +68,8 @@ class LearnedPruning(Shrinking):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"constraint": ("at-most", "equality")}
 
     windows: int = option(512, "of 256 tokens, the beginning of the text: so much of it is read", most=1_000_000)
-    steps: int = option(300, "of training the masks")
-    batch_size: int = option(8, "windows of 128 tokens in a step", most=4096)
+    steps: int = option(300, "of training the masks", least=1)
+    batch_size: int = option(8, "windows of 128 tokens in a step", least=1, most=4096)
     mask_lr: float = option(1.0, "of Adam on the masks' log-odds", least=0.0)
     multiplier_lr: float = option(1.0, "of Adam on the Lagrange multipliers", least=0.0)
     constraint: str = option("at-most", "on the expected size: at-most the target's, or the authors' equality")
@@ -96,12 +96,6 @@ class LearnedPruning(Shrinking):
         if before != after:
             found.append(f"{before} query heads per KV head are not the target's {after} and share a mask: use pruning")
         return found
-
-    def _check_options(self) -> None:
-        super()._check_options()
-        for key in ("steps", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{self.name}: {key} is {getattr(self, key)}; at least one is needed")
 
     def _calibration(self, donor: Donor) -> Tensor | None:
         assert donor.blueprint.metadata is not None

@@ -78,13 +78,13 @@ class MatrixNormal(Sampler):
     basis: str = option("auto", "canonical, or stored (same names and shapes); auto: stored where there is no config")
     mean: str = option("pooled", "M: pooled (the donors' mean) or zero")
     granularity: str = option("role", "one covariance for all layers (role), or one for each (layer)")
-    shrinkage: float | None = option(None, "of the covariances, 0 to 1; none: estimated (0907.4698)")
+    shrinkage: float | None = option(
+        None, "of the covariances, 0 to 1; none: estimated (0907.4698)", least=0.0, most=1.0
+    )
     toward: str = option("diagonal", "what covariances are shrunk to: their diagonal, or a multiple of the identity")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
-            raise UserError(f"{self.name}: shrinkage is {self.shrinkage}; give a number from 0 to 1")
         self._donors: tuple[str, ...] = ()
         self._scales: dict[str, float] = {}  # by block: a layer of a kind, or a tensor
         self._group: dict[str, str] = {}  # block -> the law that it has

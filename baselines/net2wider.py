@@ -22,7 +22,6 @@ from baselines.growth import (
 from baselines.index_maps import Axis, Maps, copies, even_layers, grown, head_axes, multiplicity, shares, spread_queries
 from baselines.transfer import table_axes, transfer
 from zoo.blueprint import Blueprint
-from zoo.errors import UserError
 from zoo.sampler import option
 from zoo.streams import stream
 from zoo.tensors import Metadata, Part, TensorSpec, join, split
@@ -69,12 +68,9 @@ class Net2Wider(Growth):
     residual: str = option("auto", "the stream's new coordinates: copy, pad, or auto (copy where that is exact)")
     depth: str = option("interleave", "where silent copies of layers are: interleave (in place) or stack (at the end)")
     expansion: str = option("fpi", "of new rows: fpi (copies), or aki (the layer above's; not the donor's function)")
-    noise: float = option(0.0, "normal noise on every matrix, relative to its std; above 0 the function is not exact")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.noise < 0:
-            raise UserError(f"noise of {self.name} is {self.noise}; it must be 0 or more")
+    noise: float = option(
+        0.0, "normal noise on every matrix, relative to its std; above 0 the function is not exact", least=0.0
+    )
 
     def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         source, target = numbers(donor, blueprint)

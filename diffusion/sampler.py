@@ -13,7 +13,7 @@ from diffusion.pipeline import CONDITIONS, Request, WeightDiffusionPipeline, loa
 from zoo.blueprint import Blueprint
 from zoo.canonical import tie
 from zoo.decoder import write_decoder
-from zoo.errors import UserError, unknown
+from zoo.errors import UserError
 from zoo.sampler import Sampler, option
 from zoo.store import Zoo
 from zoo.text import read_vocabulary
@@ -31,23 +31,20 @@ class DiffusionSampler(Sampler):
     summary: ClassVar[str] = "latent diffusion over residual-stream units, conditioned on the target's metadata"
     reference: ClassVar[str] = "diffusion/README.md"
     needs: ClassVar[tuple[str, ...]] = ("model",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"condition": tuple(CONDITIONS)}
 
     model: str | None = option(None, "folder or hub id of a trained pipeline")
     tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
-    steps: int = option(20, "denoising steps")
+    steps: int = option(20, "denoising steps", least=1)
     guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")
     temperature: float = option(1.0, "scale of the initial noise of units; below 1: nearer to the mean unit")
     loss: float | None = option(None, "quality asked for: held-out loss of the donors to imitate; none: the best")
-    condition: str = option("true", "true, or a control: shuffled or mean metadata", choices=CONDITIONS)
+    condition: str = option("true", "true, or a control: shuffled or mean metadata")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._pipeline: WeightDiffusionPipeline | None = None
         self._tokens: tuple[str, ...] | None = None
-        if self.condition not in CONDITIONS:
-            raise unknown("condition of diffusion", self.condition, CONDITIONS)
-        if self.steps < 1:
-            raise UserError(f"diffusion: steps is {self.steps}; give at least 1")
 
     def _load(self) -> WeightDiffusionPipeline:
         if self.model is None:
