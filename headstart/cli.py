@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import os
-import shlex
-import sys
-import traceback
-from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from headstart.terminal import (
+    Device,
+    Dtype,
+    command_line,
+    print_json,
+    print_rows,
+    print_table,
+    session,
+    shard_of,
+    torch_device,
+    words,
+)
 from zoo.errors import UserError
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
 
 # Options that several commands share.
 ZooOption = Annotated[Path, typer.Option("--zoo", metavar="DIR", help="The zoo's folder.")]
@@ -70,7 +60,7 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Train a zoo, learn its weights, generate for an unseen shape, compare: everything, on this machine."""
-    with _session(quiet):
+    with session(quiet):
         from headstart.demo import demo as run
 
         run(out, quick=quick, seed=seed, quiet=quiet)
@@ -79,20 +69,20 @@ def demo(
 @app.command("methods", epilog="Example: headstart methods --json")
 def list_methods(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the methods, what each needs and its options."""
-    with _session(quiet):
+    with session(quiet):
         from headstart import methods
 
         rows = methods.describe()
         if as_json:
-            _print_json(rows)
+            print_json(rows)
             return
-        _print_table(
+        print_table(
             ["method", "needs", "reference", "what it does"],
             [[r["name"], ", ".join(r["needs"]) or "-", r["reference"], r["summary"]] for r in rows],
         )
         typer.echo("\nOptions (--set NAME=VALUE):")
         options = [[r["name"], o["name"], str(o["default"]), o["help"]] for r in rows for o in r["options"]]
-        _print_table(["method", "option", "default", "meaning"], options)
+        print_table(["method", "option", "default", "meaning"], options)
 
 
 @zoo_app.command("add", epilog="Example: headstart zoo add HuggingFaceTB/SmolLM2-135M ./my-model --zoo zoo")
@@ -106,12 +96,12 @@ def zoo_add(
     quiet: QuietOption = False,
 ) -> None:
     """Add checkpoints to a zoo. Adding twice changes nothing; an interrupted add resumes."""
-    with _session(quiet):
+    with session(quiet):
         from zoo.add import add
 
-        rows = add(sources, zoo, revision=revision, plan=plan, shard=_shard(shard), quiet=quiet)
+        rows = add(sources, zoo, revision=revision, plan=plan, shard=shard_of(shard), quiet=quiet)
         columns = ["name", "state", "revision", "license", "tensors", "read", "download", "write"]
-        _print_rows(columns, rows, as_json)
+        print_rows(columns, rows, as_json)
 
 
 @zoo_app.command("train", epilog="Example: headstart zoo train --zoo zoo --preset demo")
@@ -122,7 +112,7 @@ def zoo_train(
     quiet: QuietOption = False,
 ) -> None:
     """Train the embedded zoo: tiny Llama-style models on the text that every Python ships."""
-    with _session(quiet):
+    with session(quiet):
         from zoo.nursery import train
 
         train(zoo, preset=preset, seed=seed, quiet=quiet)
@@ -131,17 +121,17 @@ def zoo_train(
 @zoo_app.command("list", epilog="Example: headstart zoo list --zoo zoo --json")
 def zoo_list(zoo: ZooOption, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the donors of a zoo."""
-    with _session(quiet):
+    with session(quiet):
         from zoo.store import Zoo
 
         rows = Zoo.open(zoo).describe()
-        _print_rows(["name", "architecture", "parameters", "tensors", "license", "revision"], rows, as_json)
+        print_rows(["name", "architecture", "parameters", "tensors", "license", "revision"], rows, as_json)
 
 
 @zoo_app.command("verify", epilog="Example: headstart zoo verify --zoo zoo")
 def zoo_verify(zoo: ZooOption, quiet: QuietOption = False) -> None:
     """Read every byte of a zoo again and compare it with the manifest."""
-    with _session(quiet):
+    with session(quiet):
         from zoo.store import Zoo, notes, verify
 
         found = verify(zoo)
@@ -167,10 +157,10 @@ def train_autoencoder(
     quiet: QuietOption = False,
 ) -> None:
     """Train the autoencoder of residual units."""
-    with _session(quiet, again="the same command with --resume"):
+    with session(quiet, again="the same command with --resume"):
         from autoencoder.training import train
 
-        train(zoo, out, resume=resume, seed=seed, device=_device(device), quiet=quiet, steps=steps)
+        train(zoo, out, resume=resume, seed=seed, device=torch_device(device), quiet=quiet, steps=steps)
 
 
 @train_app.command(
@@ -187,10 +177,10 @@ def train_diffusion(
     quiet: QuietOption = False,
 ) -> None:
     """Train the latent diffusion."""
-    with _session(quiet, again="the same command with --resume"):
+    with session(quiet, again="the same command with --resume"):
         from diffusion.training import train
 
-        train(zoo, autoencoder, out, resume=resume, seed=seed, device=_device(device), quiet=quiet, steps=steps)
+        train(zoo, autoencoder, out, resume=resume, seed=seed, device=torch_device(device), quiet=quiet, steps=steps)
 
 
 @app.command(epilog="Example: headstart generate --target config.json --method row-column --zoo zoo --out init")
@@ -214,7 +204,7 @@ def generate(
     quiet: QuietOption = False,
 ) -> None:
     """Write initial weights for a config: a folder that `AutoModelForCausalLM.from_pretrained` loads."""
-    with _session(quiet):
+    with session(quiet):
         from headstart.generate import generate as run
 
         result = run(
@@ -227,14 +217,14 @@ def generate(
             settings=settings or (),
             seed=seed,
             dtype=dtype.value if dtype else None,
-            device=_device(device),
+            device=torch_device(device),
             plan=plan,
             quiet=quiet,
-            command=_command_line(),
+            command=command_line(),
             tokenizer=tokenizer,
         )
         if plan:
-            _print_json(result)
+            print_json(result)
         elif not quiet:
             typer.echo(f"wrote {result}", err=True)
 
@@ -273,120 +263,172 @@ def compare(
     quiet: QuietOption = False,
 ) -> None:
     """Train the target from each initialisation, on the same data in the same order, and report."""
-    with _session(quiet):
+    with session(quiet):
         from headstart.compare import compare as run
 
         run(
             target,
             zoo,
-            _words("methods", methods, str),
+            words("methods", methods, str),
             corpus,
             steps=steps,
-            seeds=_words("seeds", seeds, int),
-            lrs=_words("lrs", lrs, float),
+            seeds=words("seeds", seeds, int),
+            lrs=words("lrs", lrs, float),
             out=out,
             model=model,
             tokenizer=tokenizer,
             donor=donor,
             batch_size=batch_size,
             sequence=sequence,
-            default_scales=_words("default-scales", default_scales, float),
-            device=_device(device),
+            default_scales=words("default-scales", default_scales, float),
+            device=torch_device(device),
             workers=workers,
             tuning_seeds=tuning_seeds,
             quiet=quiet,
-            command=_command_line(),
+            command=command_line(),
         )
         if not quiet:
             typer.echo(f"wrote {out / 'report.html'}", err=True)
 
 
+@app.command(epilog="Example: headstart analyze --zoo zoo --donor stories260K --out analysis")
+def analyze(
+    out: OutOption,
+    zoo: Annotated[Path | None, typer.Option("--zoo", metavar="DIR", help="The zoo's folder.")] = None,
+    donor: Annotated[
+        str | None, typer.Option("--donor", metavar="NAME", help="Only this donor; without --zoo a folder or hub id.")
+    ] = None,
+    ranks: Annotated[
+        str, typer.Option("--ranks", metavar="A,B,...", help="Numbers of singular values that layers are compared by.")
+    ] = "16,64,256",
+    bootstraps: Annotated[int, typer.Option("--bootstraps", help="Resamplings of layers behind each p-value.")] = 500,
+    seed: SeedOption = 0,
+    device: DeviceOption = Device.auto,
+    quiet: QuietOption = False,
+) -> None:
+    """Marginals, spectra, similarity of layers, rows and columns, health: what the weights look like, and what not."""
+    with session(quiet):
+        from headstart.analyze import analyze as run
+
+        run(
+            out,
+            zoo=zoo,
+            donor=donor,
+            ranks=words("ranks", ranks, int),
+            bootstraps=bootstraps,
+            seed=seed,
+            device=torch_device(device),
+            quiet=quiet,
+            command=command_line(),
+        )
+        if not quiet:
+            typer.echo(f"wrote {out / 'report.html'}", err=True)
+
+
+@app.command(
+    epilog="Example: headstart lora --base HuggingFaceTB/SmolLM2-135M --method pareto --rank 16 "
+    "--reference analysis.json --out adapter"
+)
+def lora(
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="What is adapted: a folder or a hub id.")],
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="A LoRA method of `headstart methods`.")],
+    rank: Annotated[int, typer.Option("--rank", metavar="R", help="Rank of every pair A, B.")],
+    out: OutOption,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="MODEL", help="A folder, hub id or analysis.json, for pareto; else base."),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="lora_alpha; the rank, so that B A counts once.")
+    ] = None,
+    targets: Annotated[
+        str, typer.Option("--targets", metavar="A,B,...", help="Modules to adapt, or all-linear.")
+    ] = "all-linear",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be read and written; do nothing.")] = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write an initial LoRA adapter: a folder that `PeftModel.from_pretrained` loads."""
+    with session(quiet):
+        from headstart.lora import lora as run
+
+        result = run(
+            base,
+            method,
+            rank,
+            out,
+            reference=reference,
+            alpha=alpha,
+            targets=targets,
+            settings=settings or (),
+            plan=plan,
+            seed=seed,
+            device=torch_device(device),
+            dtype=dtype.value if dtype else None,
+            quiet=quiet,
+            command=command_line(),
+        )
+        if plan:
+            print_json(result)
+        elif not quiet:
+            typer.echo(f"wrote {result}", err=True)
+
+
+@app.command(
+    epilog="Example: headstart evaluate --model init --tasks arc_easy.jsonl,blimp/anaphor_gender_agreement.jsonl"
+)
+def evaluate(
+    model: Annotated[str, typer.Option("--model", metavar="DIR", help="A checkpoint or adapter: folder or hub id.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", metavar="A,B,...", help="Names that lm-eval knows, and JSONL files of questions.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON here too.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="What an adapter adapts, else what it says itself.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Only the first N questions of each.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Requests at once.")] = 16,
+    seed: SeedOption = 0,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Score a checkpoint or an adapter with lm-eval, on its tasks or on local files."""
+    with session(quiet):
+        from headstart.evaluate import evaluate as run
+
+        results = run(
+            model,
+            words("tasks", tasks, str),
+            out=out,
+            base=base,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            device=torch_device(device),
+            dtype=dtype.value if dtype else None,
+            quiet=quiet,
+            command=command_line(),
+        )
+        if as_json:
+            print_json(results)
+        else:
+            rows = [
+                [task, metric, str(scores["samples"]), f"{value['mean']:.4f}", f"{value['stderr']:.4f}"]
+                for task, scores in results["tasks"].items()
+                for metric, value in scores["metrics"].items()
+            ]
+            print_table(["task", "metric", "n", "mean", "stderr"], rows)
+
+
 def main() -> None:
     """The console command. Exit codes: 0 done, 2 the user can mend it, 1 our fault, 130 interrupted."""
     app(prog_name="headstart")
-
-
-@contextlib.contextmanager
-def _session(quiet: bool, again: str = "the same command again") -> Iterator[None]:
-    """What every command shares: notes on stderr, and errors turned into exit codes. `again`: what continues it."""
-    _notes(quiet)
-    try:
-        yield
-        sys.stdout.flush()
-    except UserError as error:
-        typer.echo(f"headstart: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo(f"headstart: interrupted; run {again} to continue", err=True)
-        raise typer.Exit(130) from error
-    except BrokenPipeError as error:  # `| head` has seen enough; nothing is left to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from error
-    except typer.Exit:
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        raise typer.Exit(1) from error
-
-
-def _notes(quiet: bool) -> None:
-    """Our own loggers speak to stderr; the libraries' chatter stays off."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("zoo", "autoencoder", "diffusion", "baselines", "headstart"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(logging.WARNING if quiet else logging.INFO)
-
-
-def _device(device: Device) -> str:
-    """`auto` -> cuda where there is one."""
-    import torch
-
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use cpu or auto")
-    if device is Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device.value
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit()):
-        raise UserError(f"--shard {text}: write it as I/N, such as 0/4")
-    return int(index), int(count)
-
-
-def _words(option: str, text: str, kind: type) -> list[Any]:
-    """A list written with commas."""
-    try:
-        return [kind(word.strip()) for word in text.split(",") if word.strip()]
-    except ValueError:
-        raise UserError(f"--{option} {text}: not a list of {kind.__name__}s with commas") from None
-
-
-def _command_line() -> str:
-    return shlex.join(["headstart", *sys.argv[1:]])
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _print_rows(columns: list[str], rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        _print_json(rows)
-    else:
-        _print_table(columns, [[_cell(row[column]) for column in columns] for row in rows])
-
-
-def _cell(value: object) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)[:48]
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, ["-" * w for w in widths], *rows]:
-        typer.echo("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())

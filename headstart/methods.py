@@ -43,6 +43,12 @@ METHODS: dict[str, tuple[str, str]] = {
     "row-column": ("baselines.row_column", "RowColumn"),
     "autoencoder": ("autoencoder.sampler", "AutoencoderSampler"),
     "diffusion": ("diffusion.sampler", "DiffusionSampler"),
+    "pareto": ("baselines.pareto", "Pareto"),
+    "peft-default": ("baselines.peft_inits", "PeftDefault"),
+    "pissa": ("baselines.peft_inits", "PiSSA"),
+    "olora": ("baselines.peft_inits", "OLoRA"),
+    "orthogonal": ("baselines.peft_inits", "Orthogonal"),
+    "gaussian": ("baselines.peft_inits", "Gaussian"),
 }
 
 

@@ -77,7 +77,7 @@ def losses(results: dict[str, Any], title: bool) -> Figure:
     size = _font(len(texts))
     legend = axes.legend(chosen, texts, title="loss at the end", alignment="left", fontsize=size, **LEGEND)
     legend.get_title().set_color(INK)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -103,7 +103,7 @@ def rates(results: dict[str, Any]) -> Figure:
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("final held-out loss")
     axes.legend(fontsize=_font(len(results["methods"])), **LEGEND)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -134,7 +134,7 @@ def speedups(results: dict[str, Any]) -> Figure | None:
     axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axes.minorticks_off()
     axes.set_xlabel("times fewer steps than the tuned default needs (logarithmic)")
-    _plain(axes, grid="x")
+    plain(axes, grid="x")
     return figure
 
 
@@ -175,7 +175,7 @@ def _font(methods: int) -> int:
     return 10 if methods <= FEW else 8
 
 
-def _plain(axes: Any, grid: str = "y") -> None:
+def plain(axes: Any, grid: str = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for spine in axes.spines.values():
         spine.set_color(GREY)

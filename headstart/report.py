@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
 from headstart import plots
 from headstart.findings import Results, caveats, count, fold, headline, lead, ranked, times
+from headstart.page import bullets, document, figure, note, or_dash, table
+from headstart.page import cards as boxes
 from headstart.scores import REFERENCE
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --card: #f6f8fa; --page: #ffffff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --line: #30363d; --card: #161b22; --page: #0d1117; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1rem; font-weight: 600; color: var(--soft); margin: 0 0 .75rem; }
-h2 { font-size: 1.2rem; margin: 2.75rem 0 .5rem; }
-.headline { font-size: clamp(1.3rem, 3.2vw, 1.8rem); line-height: 1.3; font-weight: 650; margin: 0 0 .75rem;
-  text-wrap: balance; }
-.lead, .note { color: var(--soft); margin: .25rem 0 1rem; }
-.note { font-size: .9rem; }
-figure { margin: 1rem 0; }
-svg { width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
-th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; font-size: .83rem; vertical-align: bottom; white-space: pre-line; }
-.text { text-align: left; }
-.wide { text-align: left; white-space: normal; min-width: 16rem; }
-td.best { font-weight: 700; }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem; }
-.card b { display: block; font-size: 1.25rem; line-height: 1.3; }
-.card span { color: var(--soft); font-size: .83rem; }
-ul { padding-left: 1.2rem; }
-li { margin: .3rem 0; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; overflow-x: auto;
-  font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
 
 
 def page(results: Results) -> str:
@@ -54,33 +21,28 @@ def page(results: Results) -> str:
             f'<p class="lead">{escape(lead(results))}</p>',
             _cards(results),
             "<h2>Loss while training</h2>",
-            _figure(plots.losses(results, title=False), "losses"),
-            _note(
+            figure(plots.losses(results, title=False), "losses"),
+            note(
                 f"Mean over {count(len(results['seeds']), 'seed')} at each method's best learning rate; bands reach "
                 "from the lowest to the highest seed. The dotted line is the threshold, the tuned default's mean "
                 "final loss; a dot marks where a method crosses it."
             ),
             "<h2>Speed-up</h2>",
-            _figure(plots.speedups(results), "speedups"),
+            figure(plots.speedups(results), "speedups"),
             _scores(results),
             "<h2>Learning rates</h2>",
-            _figure(plots.rates(results), "rates"),
+            figure(plots.rates(results), "rates"),
             _rates(results),
             "<h2>Where the weights come from</h2>",
             _origins(results),
             "<h2>What to keep in mind</h2>",
-            _list(caveats(results)),
+            bullets(caveats(results)),
             "<h2>How it was measured</h2>",
-            _list(_conditions(results)),
+            bullets(_conditions(results)),
             f"<pre>{escape(results['command'])}</pre>" if results["command"] else "",
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>headstart: initialisations compared</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
+    return document("headstart: initialisations compared", body)
 
 
 def _cards(results: Results) -> str:
@@ -95,8 +57,7 @@ def _cards(results: Results) -> str:
     if results["threshold"] is not None:
         cards.append((f"{results['threshold']:.3f}", "final loss of the tuned default"))
     cards.append((f"{results['parameters']:,}", "parameters of the target"))
-    inner = "".join(f'<div class="card"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in cards)
-    return f'<div class="cards">{inner}</div>'
+    return boxes(cards)
 
 
 def _scores(results: Results) -> str:
@@ -108,12 +69,12 @@ def _scores(results: Results) -> str:
             [
                 ("text", _name(results, name)),
                 ("", fold(m)),
-                ("", _or_dash(m["speedup"]["ci95"], lambda ci: " to ".join(map(times, ci)))),
+                ("", or_dash(m["speedup"]["ci95"], lambda ci: " to ".join(map(times, ci)))),
                 ("", _steps(results, name)),
-                ("best" if finals and final["mean"] == min(finals) else "", _or_dash(final["mean"] and final, _spread)),
+                ("best" if finals and final["mean"] == min(finals) else "", or_dash(final["mean"] and final, _spread)),
                 ("", "–" if name == REFERENCE else _difference(m["difference"])),
-                ("", _or_dash(m["step0_loss"], "{:.2f}".format)),
-                ("", _or_dash(m["max_grad_norm"], "{:.1f}".format)),
+                ("", or_dash(m["step0_loss"], "{:.2f}".format)),
+                ("", or_dash(m["max_grad_norm"], "{:.1f}".format)),
             ]
         )
     head = (
@@ -123,7 +84,7 @@ def _scores(results: Results) -> str:
         "final loss\n± sd over seeds",
         "minus default\n95 %, paired",
     )
-    return _table([("text", "method"), *(("", h) for h in (*head, "loss at\nstep 0", "largest\ngradient"))], rows)
+    return table([("text", "method"), *(("", h) for h in (*head, "loss at\nstep 0", "largest\ngradient"))], rows)
 
 
 def _rates(results: Results) -> str:
@@ -132,9 +93,9 @@ def _rates(results: Results) -> str:
     for name, m in ranked(results):
         scale = f" (scale {m['scale']:g})" if m["scale"] not in (None, 1.0) else ""
         chosen = None if m["lr"] is None else f"{m['lr']:g}"
-        cells = [("best" if lr == chosen else "", _or_dash(m["lrs"][lr], "{:.3f}".format, "diverged")) for lr in grid]
+        cells = [("best" if lr == chosen else "", or_dash(m["lrs"][lr], "{:.3f}".format, "diverged")) for lr in grid]
         rows.append([("text", _name(results, name) + scale), *cells])
-    return _table([("text", "final loss at"), *(("", lr) for lr in grid)], rows)
+    return table([("text", "final loss at"), *(("", lr) for lr in grid)], rows)
 
 
 def _origins(results: Results) -> str:
@@ -145,14 +106,14 @@ def _origins(results: Results) -> str:
             [
                 ("text", _name(results, name)),
                 ("", str(len(m["donors"])) if m["donors"] else "none"),
-                ("", _or_dash(m["donor_cost"], "{:.2g}".format, "unknown")),
+                ("", or_dash(m["donor_cost"], "{:.2g}".format, "unknown")),
                 ("", f"{m['seconds']:.1f} s"),
-                ("", _or_dash(m["novelty"], lambda n: f"{n['distance']:.2f}")),
+                ("", or_dash(m["novelty"], lambda n: f"{n['distance']:.2f}")),
                 ("wide", escape(m["summary"] + (f" ({options})" if options else ""))),
             ]
         )
     head = ("donors", "FLOPs to\ntrain them", "time to\nmake one", "distance\nto donors")
-    methods = _table([("text", "method"), *(("", h) for h in head), ("wide", "what it does")], rows)
+    methods = table([("text", "method"), *(("", h) for h in head), ("wide", "what it does")], rows)
     donors = {d["name"]: d for m in results["methods"].values() for d in m["donors"]}
     if not donors:
         return methods
@@ -162,19 +123,19 @@ def _origins(results: Results) -> str:
             ("text", escape(str(d["license"]))),
             ("text", f"<code>{escape(d['revision'].removeprefix('sha256:')[:10])}</code>"),
             ("", f"{d['parameters']:,}"),
-            ("", _or_dash(d["loss"], "{:.3f}".format)),
-            ("", _or_dash(d["tokens"], "{:,}".format)),
+            ("", or_dash(d["loss"], "{:.3f}".format)),
+            ("", or_dash(d["tokens"], "{:,}".format)),
         ]
         for name, d in sorted(donors.items())
     ]
     named = [*(("text", h) for h in ("donor", "licence", "revision"))]
     counted = [*(("", h) for h in ("parameters", "held-out loss\nof its training", "tokens seen"))]
-    note = _note(
+    below = note(
         "Distance to donors: median over matrices of the relative distance to the nearest matrix of the same role and "
         "shape of a donor that the method used, as stored. 0 is a copy; unrelated weights of equal size are 1.4 apart. "
         "A dash: no donor, or as said here." + "".join(f" {line}." for line in _unmeasured(results))
     )
-    return methods + note + _table(named + counted, lines)
+    return methods + below + table(named + counted, lines)
 
 
 def _unmeasured(results: Results) -> list[str]:
@@ -242,28 +203,5 @@ def _difference(stats: dict[str, Any]) -> str:
     return f"{stats['mean']:+.3f}" + (f" ± {stats['ci95'][1] - stats['mean']:.3f}" if stats["ci95"] else "")
 
 
-def _or_dash(value: Any, form: Any, otherwise: str = "–") -> str:
-    return otherwise if value is None else escape(form(value))
-
-
 def _name(results: Results, name: str) -> str:
     return f'<span class="dot" style="background:{plots.colour(results, name)}"></span>{escape(name)}'
-
-
-def _figure(figure: Any, label: str) -> str:
-    return "" if figure is None else f"<figure>{plots.svg(figure, label)}</figure>"
-
-
-def _table(head: Sequence[tuple[str, str]], rows: Iterable[Sequence[tuple[str, str]]]) -> str:
-    """Cells are (class, text); the heads are plain text, the others HTML."""
-    top = "".join(f'<th class="{kind}">{escape(text)}</th>' for kind, text in head)
-    body = "\n".join("<tr>" + "".join(f'<td class="{k}">{t}</td>' for k, t in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-
-
-def _list(lines: Iterable[str]) -> str:
-    return "<ul>" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'

@@ -35,7 +35,7 @@ def test_the_wheel_holds_the_five_packages(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == set(PACKAGES)
-    modules = {str(p.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).glob("*.py")}
+    modules = {str(p.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).rglob("*.py")}
     assert modules <= set(names)
 
 
@@ -50,7 +50,7 @@ def test_imports_point_one_way() -> None:
     import ast
 
     for package, may in allowed.items():
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# What an axis counts. `heads` is heads x head_dim flattened, head by head; `kv_heads` likewise.
-AXES = ("residual", "heads", "kv_heads", "head_dim", "ffn", "vocab", "position", "experts", "other")
+# What an axis counts. `heads` is heads x head_dim flattened, head by head; `kv_heads` likewise;
+# `rank` is the inside of a LoRA pair.
+AXES = ("residual", "heads", "kv_heads", "head_dim", "ffn", "vocab", "position", "experts", "rank", "other")
 
 ROLES = (
     "embed", "head", "attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down",

@@ -1,0 +1,1 @@
+"""What trained weights look like: spectra, tails, similarity of layers, rows and columns."""
