@@ -1,0 +1,78 @@
+"""Power laws fitted by maximum likelihood (Clauset, Shalizi & Newman 2009, arXiv 0706.1062)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from zoo.errors import UserError
+
+LEAST = 10  # distinct values: fewer say nothing about a tail
+# Exponents beyond these are no fit: `powerlaw` with parameter_ranges={"alpha": [1.01, 20]}, less the 0.01 by which
+# it keeps away from the ends of a range.
+BOUNDS = (1.02, 19.99)
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """density(x) = (alpha - 1) / xmin * (x / xmin) ** -alpha for x >= xmin."""
+
+    alpha: float
+    xmin: float
+    distance: float  # Kolmogorov-Smirnov, between the law and the values >= xmin
+    tail: int  # how many values are >= xmin
+
+
+def fit_power_law(values: ArrayLike, candidates: int | None = None) -> PowerLaw:
+    """Continuous power law: alpha by maximum likelihood above each possible xmin, and the xmin whose law lies nearest
+    to the values above it. Positive values only are looked at; arithmetic is float64.
+
+    candidates: how many of the distinct values are tried as xmin, evenly spread over their ranks (None: all but the
+    two largest). The distance is that of Clauset's own code and of `powerlaw`: the largest |F(x) - share of values
+    below x| over the values x. An xmin whose alpha leaves BOUNDS is passed over while another is left.
+
+    Raises UserError for fewer than LEAST distinct positive values, and for NaN or infinity among them."""
+    flat = np.asarray(values, dtype=np.float64).ravel()
+    if not np.isfinite(flat).all():
+        raise UserError("a power law cannot be fitted to values with NaN or infinity among them; leave those out")
+    x, counts = np.unique(flat[flat > 0], return_counts=True)
+    if len(x) < LEAST:
+        raise UserError(f"{len(x)} distinct positive values are too few to fit a power law: give at least {LEAST}")
+    alphas, distances, starts, tails = scan(np.log(x), counts.astype(np.float64), candidates)
+    best = pick(alphas, distances)
+    return PowerLaw(float(alphas[best]), float(x[starts[best]]), float(distances[best]), round(float(tails[best])))
+
+
+def scan(
+    logs: NDArray[np.float64], weights: NDArray[np.float64], candidates: int | None = None, block: int = 64
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """The laws above every candidate xmin. logs [n]: logarithms of distinct values, ascending; weights [n]: how often
+    each occurs. Returns (alphas, distances, starts, tails), each [c]: exponent, KS distance, index of xmin in logs,
+    weight at and above it."""
+    last = len(logs) - 2
+    starts = (
+        np.arange(last)
+        if candidates is None
+        else np.unique(np.linspace(0, last - 1, min(candidates, last)).astype(int))
+    )
+    below = np.concatenate([[0.0], np.cumsum(weights)])  # below[i]: weight of the values before i
+    above = np.cumsum((weights * logs)[::-1])[::-1]  # weight times logarithm, at and after i
+    tails = below[-1] - below[starts]
+    alphas = 1 + tails / np.maximum(above[starts] - tails * logs[starts], 1e-300)
+    distances = np.empty(len(starts))
+    for i in range(0, len(starts), block):  # [block, values from the block's first xmin on] at a time
+        part, first = starts[i : i + block], starts[i]
+        ratio = np.maximum(logs[first:] - logs[part, None], 0)
+        law = -np.expm1((1 - alphas[i : i + block, None]) * ratio)
+        share = (below[first:-1] - below[part, None]) / tails[i : i + block, None]
+        inside = np.arange(first, len(logs)) >= part[:, None]
+        distances[i : i + block] = np.abs(law - share, out=law, where=inside).max(axis=1, where=inside, initial=0)
+    return alphas, distances, starts, tails
+
+
+def pick(alphas: NDArray[np.float64], distances: NDArray[np.float64]) -> int:
+    """Which of the laws that `scan` found is the fit: the nearest of those whose exponent lies in BOUNDS."""
+    usable = (alphas > BOUNDS[0]) & (alphas < BOUNDS[1])
+    return int(np.argmin(np.where(usable, distances, np.inf) if usable.any() else distances))
