@@ -1,7 +1,8 @@
 """From training runs to numbers: intervals over seeds, steps to a threshold, speed-ups, the tuned learning rate.
 
 A run is a dict {method, scale, seed, lr, steps: [s0, s1, …], losses: [held-out loss at each of them], max_grad_norm,
-diverged: step or None, init: {seconds, donors, novelty, novelty_note}}; `steps` begins with 0.
+diverged: step or None, grad_spikes, activation_rms: {start, end}, init: {seconds, donors, novelty, novelty_note}};
+`steps` begins with 0.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ def crossing(steps: Sequence[int], losses: Sequence[float], threshold: float | N
             share = (losses[i - 1] - threshold) / (losses[i - 1] - losses[i])
             return steps[i - 1] + share * (steps[i] - steps[i - 1])
     return None
+
+
+def spikes(norms: Sequence[float], window: int = 20, factor: float = 3.0) -> int:
+    """Steps whose gradient norm is more than `factor` times the median of the `window` norms before it."""
+    before = (norms[i - window : i] for i in range(window, len(norms)))
+    return sum(norm > factor * float(np.median(b)) for norm, b in zip(norms[window:], before, strict=True))
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
@@ -128,6 +135,8 @@ def _entry(
         "speedup": fast,
         "step0_loss": float(np.mean([r["losses"][0] for r in best])) if best else None,
         "max_grad_norm": max((r["max_grad_norm"] for r in best), default=None),
+        "grad_spikes": float(np.mean([r["grad_spikes"] for r in best])) if best else None,
+        "activation_rms": _mean_activations(best),
         "donors": init["donors"],
         "donor_cost": donor_cost(init["donors"]),
         "seconds": float(np.mean([r["init"]["seconds"] for r in runs])),
@@ -145,6 +154,13 @@ def _entry(
             if r["diverged"] is not None
         ],
     }
+
+
+def _mean_activations(runs: Sequence[Run]) -> dict[str, list[float]] | None:
+    """{start, end}: root mean square after the embedding and after each block, mean over seeds."""
+    if not runs:
+        return None
+    return {when: np.mean([r["activation_rms"][when] for r in runs], axis=0).tolist() for when in ("start", "end")}
 
 
 def donor_cost(donors: Sequence[dict[str, Any]]) -> float | None:

@@ -86,6 +86,19 @@ def evaluate(
     return sum(losses) / len(cut)
 
 
+@torch.no_grad()
+def activation_rms(model: nn.Module, tokens: Tensor, sequence: int = 64, limit: int = 8) -> list[float]:
+    """Root mean square of the residual stream after the embedding and after each block, [layers + 1], over at most
+    `limit` windows of int64 [N]. transformers gives the last one behind the final norm."""
+    training = model.training
+    model.eval()
+    cut = tokens.unfold(0, sequence, sequence)
+    cut = cut[torch.linspace(0, len(cut) - 1, min(limit, len(cut))).long()]
+    states = model(input_ids=cut.to(next(model.parameters()).device), output_hidden_states=True, use_cache=False)
+    model.train(training)
+    return [float(state.float().square().mean().sqrt()) for state in states.hidden_states]
+
+
 def train_steps(model: nn.Module, tokens: Tensor, training: Training) -> Iterator[Step]:
     """Trains `model` in place on int64 [N] and yields after every update. Stops by itself after `training.steps`, or
     after the first step whose loss or gradient is not finite (that update is not made; the Step says so)."""

@@ -36,7 +36,8 @@ def run(
     steps = [0, 50, 100][: len(losses)]
     return {
         "method": method, "scale": scale, "seed": seed, "lr": lr, "steps": steps, "losses": losses,
-        "max_grad_norm": 1.0 + seed, "diverged": diverged, "init": init,
+        "max_grad_norm": 1.0 + seed, "diverged": diverged, "init": init, "grad_spikes": seed,
+        "activation_rms": {"start": [1.0, 2.0], "end": [1.0, 3.0 + seed]},
     }  # fmt: skip
 
 
@@ -94,6 +95,7 @@ def test_scores_of_synthetic_curves() -> None:
     assert fast["speedup"]["mean"] == pytest.approx(100 / math.sqrt(expected[0] * expected[1]))
     assert fast["final_loss"]["mean"] == pytest.approx(1.1) and fast["max_grad_norm"] == 2.0
     assert fast["difference"]["mean"] == pytest.approx(-1.0)
+    assert fast["grad_spikes"] == 0.5 and fast["activation_rms"] == {"start": [1.0, 2.0], "end": [1.0, 3.5]}
     assert slow["steps_to_threshold"]["per_seed"] == [None, pytest.approx(97.5)]
     assert slow["steps_to_threshold"]["mean"] is None and slow["speedup"]["mean"] is None
 
@@ -116,6 +118,13 @@ def test_tuned_on_the_first_seeds() -> None:
     assert threshold == pytest.approx(3.2)  # the mean over both seeds
     assert methods["wild"]["final_loss"]["mean"] is None and methods["wild"]["speedup"]["mean"] is None
     assert methods["wild"]["diverged"] == [{"lr": 1e-3, "scale": 1.0, "seed": 1, "step": 60}]
+
+
+def test_spikes_stand_out_of_the_steps_before() -> None:
+    norms = [1.0] * 30 + [5.0] + [1.0] * 30 + [2.9] + [1.0] * 10
+    assert scores.spikes(norms) == 1
+    assert scores.spikes([2.0**i for i in range(15)]) == 0, "too few steps to say"
+    assert scores.spikes([1.0] * 20 + [4.0] * 40) == 10, "a new level is one no longer once it fills half the window"
 
 
 def test_everything_diverged() -> None:

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.lm import Training, evaluate, learning_rate, next_token_loss, reproducible, train_steps, windows
+from zoo.lm import (
+    Training,
+    activation_rms,
+    evaluate,
+    learning_rate,
+    next_token_loss,
+    reproducible,
+    train_steps,
+    windows,
+)
 
 
 class Bigram(nn.Module):
@@ -56,6 +65,25 @@ def test_losses_are_nats() -> None:
     with torch.no_grad():
         model.table[torch.arange(8), (torch.arange(8) + 1) % 8] = 50.0
     assert evaluate(model, CYCLE, sequence=10) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_activations_are_those_of_the_residual_stream() -> None:
+    from transformers import LlamaForCausalLM
+
+    from tests.tiny import config
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config(layers=3))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.full_like(model.model.embed_tokens.weight, 0.25))
+        for layer in model.model.layers[1:]:  # silent blocks leave the stream as it is
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    found = activation_rms(model, torch.randint(48, (500,)), sequence=32, limit=4)
+    assert len(found) == 4 and found[0] == pytest.approx(0.25)
+    assert found[1] == pytest.approx(found[2], rel=1e-6), "the second block is silent"
+    assert found[3] == pytest.approx(1.0, abs=1e-3), "the last one is behind the final norm"
+    assert model.training
 
 
 def test_evaluation_counts_every_token_once() -> None:
