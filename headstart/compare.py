@@ -27,6 +27,7 @@ from headstart.trials import (
     cut,
     given_of,
     missing_of,
+    name_of,
     options_of,
     read,
     replace_file,
@@ -226,7 +227,7 @@ def _dry_fit(setup: Setup, methods: Sequence[str], out: Path) -> None:
         options = [f"{key}={value}" for key, value in options_of(setup, method).items()]
         generate(
             setup.target,
-            cls.name,
+            name_of(method),
             out,
             zoo=setup.zoo,
             settings=options,

@@ -53,11 +53,27 @@ METHODS: dict[str, tuple[str, str]] = {
 
 
 def get(name: str) -> type[Sampler]:
-    """The sampler class called `name`. Raises UserError with the nearest name if there is none."""
-    if name not in METHODS:
+    """The sampler class called `name`, or `package.module.Class` for one of your own, which is imported. Raises UserError
+    with the nearest name if there is none."""
+    if name in METHODS:
+        module, attribute = METHODS[name]
+        return getattr(import_module(module), attribute)
+    if "." not in name:
         raise unknown("method", name, METHODS)
-    module, attribute = METHODS[name]
-    return getattr(import_module(module), attribute)
+    return _own(name)
+
+
+def _own(path: str) -> type[Sampler]:
+    from zoo.sampler import Sampler
+
+    module, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"method {path}: cannot be imported ({error}); write it as package.module.Class") from error
+    if not (isinstance(found, type) and issubclass(found, Sampler)):
+        raise UserError(f"method {path}: is no subclass of zoo.sampler.Sampler")
+    return found
 
 
 def describe() -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def _generate(setup: Setup, method: str, seed: int, scale: float, folder: Path) 
     start = time.perf_counter()
     generate(
         setup.target,
-        sampler_of(method).name,
+        name_of(method),
         folder,
         zoo=setup.zoo,
         settings=[f"{key}={value}" for key, value in options.items()],
@@ -156,8 +156,13 @@ def _generate(setup: Setup, method: str, seed: int, scale: float, folder: Path) 
     }
 
 
+def name_of(label: str) -> str:
+    """The name of a method without the options of a variant: normal of normal:scale=2."""
+    return label.partition(":")[0]
+
+
 def sampler_of(label: str) -> type[Sampler]:
-    return table.get(label.partition(":")[0])
+    return table.get(name_of(label))
 
 
 def variant(label: str) -> dict[str, str]:
@@ -224,7 +229,7 @@ def path_of(setup: Setup, job: Job, lr: float) -> Path:
     sampler = sampler_of(job.method)
     depends = {
         "target": setup.target,
-        "method": sampler.name,
+        "method": name_of(job.method),
         "settings": setup.settings.get(job.method, {}),
         "given": given_of(setup, job.method),
         "seed": job.seed,

@@ -34,6 +34,18 @@ def test_a_wrong_name_is_answered_with_the_nearest() -> None:
         methods.get("weight_selection")
 
 
+def test_a_method_of_ones_own_is_called_by_its_path() -> None:
+    from baselines.default import Default
+
+    assert methods.get("baselines.default.Default") is Default
+    with pytest.raises(UserError, match="no subclass of zoo.sampler.Sampler"):
+        methods.get("zoo.store.Zoo")
+    with pytest.raises(UserError, match="cannot be imported"):
+        methods.get("nowhere.at_all.Method")
+    with pytest.raises(UserError, match="cannot be imported"):
+        methods.get("baselines.default.Defualt")
+
+
 def test_names_of_the_contract_are_lazy() -> None:
     code = (
         "import sys, headstart; assert not {'torch', 'transformers'} & set(sys.modules);"
