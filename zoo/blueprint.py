@@ -22,6 +22,8 @@ from zoo.tensors import Metadata, Part, TensorSpec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from zoo.lora import Adapter
+
 __all__ = ["Blueprint", "meta_model", "to_disk"]
 
 
@@ -32,6 +34,7 @@ class Blueprint:
     config    the parsed config.json, None where there is none
     ties      name that is not on disk -> disk name of the tensor that it shares
     module    what `from_module` was given, whose classes know the default initialisation
+    adapter   where this is a LoRA adapter (`from_lora`): its config, its base and its pairs
     """
 
     specs: tuple[TensorSpec, ...]
@@ -39,6 +42,7 @@ class Blueprint:
     config: dict[str, Any] | None = None
     ties: dict[str, str] = field(default_factory=dict)
     module: nn.Module | None = field(default=None, repr=False, compare=False)
+    adapter: Adapter | None = field(default=None, repr=False)
 
     @classmethod
     def from_config(cls, source: str | Path | Mapping[str, Any]) -> Blueprint:
@@ -71,6 +75,19 @@ class Blueprint:
         ties = {name: first[id(p)] for name, p in every if name not in tensors}
         origin = {name: name for name in tensors}
         return replace(_assigned(module, tensors, origin, metadata, data, ties), module=module)
+
+    @classmethod
+    def from_lora(cls, base_config: str | Path | Mapping[str, Any], lora_config: Any) -> Blueprint:
+        """A LoRA adapter: A [rank, in] (role lora.a) and B [out, rank] (lora.b) of every target, float32, under the
+        names that PEFT gives them on disk; PEFT builds it on the meta device. `metadata` is the base's.
+
+        base_config: as for from_config. lora_config: a peft.LoraConfig, a dict of its options, an adapter's folder or
+        its adapter_config.json; how it initialises is left to the sampler. UserError besides those of from_config:
+        peft is not installed, a target that the base does not have, a rank above the smaller side of a target, a
+        quantised base, what is no plain LoRA of linear layers (DoRA, modules_to_save, embeddings)."""
+        from zoo.lora import from_lora
+
+        return from_lora(base_config, lora_config)
 
     @cached_property
     def _by_name(self) -> dict[str, TensorSpec]:
