@@ -46,29 +46,29 @@ def fit_power_law(values: ArrayLike, candidates: int | None = None) -> PowerLaw:
 
 
 def scan(
-    logs: NDArray[np.float64], weights: NDArray[np.float64], candidates: int | None = None, block: int = 64
+    logs: NDArray[np.float64], weights: NDArray[np.float64], candidates: int | None = None, block: int = 16
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
     """The laws above every candidate xmin. logs [n]: logarithms of distinct values, ascending; weights [n]: how often
     each occurs. Returns (alphas, distances, starts, tails), each [c]: exponent, KS distance, index of xmin in logs,
     weight at and above it."""
     last = len(logs) - 2
-    starts = (
-        np.arange(last)
-        if candidates is None
-        else np.unique(np.linspace(0, last - 1, min(candidates, last)).astype(int))
-    )
-    below = np.concatenate([[0.0], np.cumsum(weights)])  # below[i]: weight of the values before i
-    above = np.cumsum((weights * logs)[::-1])[::-1]  # weight times logarithm, at and after i
-    tails = below[-1] - below[starts]
+    starts = np.arange(last)
+    if candidates is not None and candidates < last:
+        starts = np.unique(np.linspace(0, last - 1, candidates).astype(int))
+    left = np.cumsum(weights[::-1])[::-1]  # weight at and after each value
+    above = np.cumsum((weights * logs)[::-1])[::-1]  # and weight times logarithm
+    tails = left[starts]
     alphas = 1 + tails / np.maximum(above[starts] - tails * logs[starts], 1e-300)
     distances = np.empty(len(starts))
     for i in range(0, len(starts), block):  # [block, values from the block's first xmin on] at a time
         part, first = starts[i : i + block], starts[i]
-        ratio = np.maximum(logs[first:] - logs[part, None], 0)
-        law = -np.expm1((1 - alphas[i : i + block, None]) * ratio)
-        share = (below[first:-1] - below[part, None]) / tails[i : i + block, None]
-        inside = np.arange(first, len(logs)) >= part[:, None]
-        distances[i : i + block] = np.abs(law - share, out=law, where=inside).max(axis=1, where=inside, initial=0)
+        survival = logs[first:] - logs[part, None]
+        np.maximum(survival, 0, out=survival)  # below a row's own xmin both survivals are 1
+        survival *= 1 - alphas[i : i + block, None]
+        np.exp(survival, out=survival)
+        tail = tails[i : i + block, None]
+        survival -= np.minimum(left[first:], tail) / tail
+        distances[i : i + block] = np.abs(survival, out=survival).max(axis=1)
     return alphas, distances, starts, tails
 
 
