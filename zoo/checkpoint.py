@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from zoo.errors import UserError, unknown
+from zoo.errors import NotFinite, UserError, unknown
 from zoo.safe import INDEX, PICKLES, Entry, inside, read_header, read_index, read_json
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Checkpoint:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor on the CPU, of the shape and dtype on disk (or cast to `dtype`); only its bytes are read.
-        Raises UserError where it holds NaN or infinity."""
+        Raises NotFinite where it holds NaN or infinity."""
         entry = self.entry(name)
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         try:
@@ -120,7 +120,7 @@ class Checkpoint:
             raise UserError(f"{self.folder / entry.file}: ends inside tensor {name!r}; fetch the file again")
         tensor = raw.view(entry.dtype).reshape(entry.shape)
         if not finite(tensor):
-            raise UserError(f"{self.folder}: tensor {name!r} holds NaN or infinity; use another checkpoint")
+            raise NotFinite(f"{self.folder}: tensor {name!r} holds NaN or infinity; use another checkpoint")
         return tensor if dtype is None else tensor.to(dtype)
 
     def vocabulary(self) -> dict[str, int] | None:

@@ -10,6 +10,10 @@ class UserError(Exception):
     """What is wrong, where, and what to do about it, in one line. The command line prints it and exits with 2."""
 
 
+class NotFinite(UserError):
+    """A tensor holds NaN or infinity."""
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a table: says which names would do, the nearest first."""
     names = sorted(known)

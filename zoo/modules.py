@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zoo.blueprint import Blueprint, to_disk
 from zoo.checkpoint import finite
-from zoo.errors import UserError, unknown
+from zoo.errors import NotFinite, UserError, unknown
 from zoo.store import Chosen, Donor, Zoo
 
 
@@ -52,13 +52,13 @@ class ModuleDonor(Donor):
         return Blueprint.from_module(self.module)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """As Checkpoint.read: a copy on the CPU. Raises UserError for an unknown name, NaN and infinity."""
+        """As Checkpoint.read: a copy on the CPU. Raises UserError for an unknown name, NotFinite as there."""
         tensors = _tensors(self.module)
         if name not in tensors:
             raise unknown(f"tensor of {self.name}", name, tensors)
         tensor = tensors[name].detach().cpu().clone()
         if not finite(tensor):
-            raise UserError(f"{self.name}: tensor {name!r} holds NaN or infinity; use another module")
+            raise NotFinite(f"{self.name}: tensor {name!r} holds NaN or infinity; use another module")
         return tensor if dtype is None else tensor.to(dtype)
 
 

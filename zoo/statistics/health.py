@@ -1,0 +1,286 @@
+"""Is this donor worth learning from? A check of its weights alone: no text, no forward pass.
+
+Trained matrices have structure: rows and columns of unequal energy, singular values that noise does not have. Where a
+model has none of it, it was never trained, or its values were put in random places.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zoo.checkpoint import Checkpoint
+from zoo.errors import NotFinite
+from zoo.statistics.row_column import cut
+from zoo.streams import stream
+from zoo.tensors import TensorSpec, split
+
+RARE = 1e-8  # p-value from which a matrix counts as structured: no false one among thousands of tests
+BEYOND = 8.0  # Tracy-Widom units above the edge, for the largest squared singular value: p about 1e-7
+LEAST = 8  # rows and columns: smaller matrices say nothing
+SILENT = 0.01  # of its siblings' output: a block that writes less is dead
+UNIFORM, NORMAL = 1.8, 3.0  # kurtoses of the laws that weights are initialised by lie between these
+
+# What a block's output is a product of: (roles, sites of norms).
+BLOCKS = {
+    "attention": (("attn.v", "attn.o"), ("attn", "attn.out")),
+    "MLP": (("mlp.gate", "mlp.up", "mlp.down"), ("mlp", "mlp.out")),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    kind: str  # untrained | permuted | dead | constant | non-finite
+    tensors: tuple[str, ...]  # names on disk
+    text: str  # one line
+
+
+def health(
+    donor: Checkpoint,
+    device: str = "cpu",
+    most: int = 1024,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[Finding]:
+    """What is wrong with a donor, nothing where it is healthy:
+
+    untrained   no matrix, of the model or of a whole layer, is anything but noise, and its values are distributed as
+                initialisations draw them: kurtosis from 1.8 (uniform) over truncated normals and orthogonal matrices
+                to 3 (normal), every gain the same. Matrices of zeros (o and down in some schemes) belong to it
+    permuted    the same noise, but values or gains of training: heavier tails than a normal, gains that differ. So look
+                entries that were shuffled, and entries that were drawn one by one from laws fitted to a trained model
+    dead        a block, attention or MLP, that writes less than 1 % of what its siblings in other layers write (by the
+                product of the RMS of its matrices and gains): it passes its input on
+    constant    matrices whose values are all the same
+    non-finite  tensors with NaN or infinity
+
+    A matrix is structured where, in at most `most` of its rows and columns (random ones), the shares of large entries
+    (above the median of |w|) differ between rows or between columns (chi-square against random places, p < 1e-8), or
+    where its largest singular value lies beyond the Marchenko-Pastur edge by more than 8 units of Tracy-Widom's law.
+    For that the entries are replaced by normal scores first, so that noise of any law has the same edge. Rows and
+    columns of zeros (padding) are left out, learned positions and matrices below 8 x 8 too.
+
+    Limits. Models whose initialisation has structure (mimetic, identity, fixed sinusoids as matrices) pass; so do
+    those that were trained where it is hardly seen but in one matrix of every layer. Shuffled entries of a model whose
+    gains are all one and whose values have no more kurtosis than a normal are called untrained: nothing tells them
+    apart. Embedding and head are judged with the model as a whole only: small ones can stay noise in good models.
+
+    Every tensor is read once, one in memory at a time; those of layers that look like noise twice. progress is called
+    with the bytes of each tensor. Reads whatever the blueprint knows of a Checkpoint, a module in memory too."""
+    tally = _Tally()
+    for spec in donor.blueprint.specs:
+        tally.look(donor, spec, device, most, seed)
+        if progress is not None:
+            progress(spec.numel * spec.dtype.itemsize)
+    noise = {layer: found for layer, found in tally.of_layer.items() if not any(m.structured for m in found)}
+    for found in noise.values():
+        for matrix in found:
+            scores = _normal_scores(_values(donor, matrix.spec, matrix.role, device, most, seed))
+            matrix.structured = beyond_edge(scores) > BEYOND
+            if matrix.structured:
+                break
+    noise = {layer: found for layer, found in noise.items() if not any(m.structured for m in found)}
+    structureless, whole = _structureless(tally, noise)
+    drawn_zero = tally.constant_zero if whole and structureless[0].kind == "untrained" else set()
+    dead = [] if drawn_zero else _dead(tally)
+    constant = tuple(sorted(tally.constant - drawn_zero - {name for f in dead for name in f.tensors}))
+    findings = []
+    if tally.not_finite:
+        findings.append(Finding("non-finite", tuple(tally.not_finite), f"NaN or infinity in {_list(tally.not_finite)}"))
+    if constant:
+        findings.append(Finding("constant", constant, f"all values are the same in {_list(constant)}"))
+    return [*findings, *structureless, *dead]
+
+
+def summary(findings: Iterable[Finding]) -> str:
+    """`fine`, or the kinds that were found."""
+    return ", ".join(dict.fromkeys(f.kind for f in findings)) or "fine"
+
+
+@dataclass
+class _Matrix:
+    spec: TensorSpec
+    role: str
+    structured: bool
+    kurtosis: float
+    margin: float  # what noise adds to the kurtosis of that many values
+
+
+@dataclass
+class _Tally:
+    """What one pass over a donor has seen."""
+
+    of_layer: dict[int | None, list[_Matrix]] = field(default_factory=dict)
+    trained_gains: set[int | None] = field(default_factory=set)  # layers with a norm whose gains differ
+    outputs: dict[tuple[int, str], tuple[float, str]] = field(default_factory=dict)  # layer, factor -> RMS, tensor
+    constant: set[str] = field(default_factory=set)
+    constant_zero: set[str] = field(default_factory=set)
+    not_finite: list[str] = field(default_factory=list)
+
+    def look(self, donor: Checkpoint, spec: TensorSpec, device: str, most: int, seed: int) -> None:
+        if not spec.numel or not spec.dtype.is_floating_point:
+            return
+        try:
+            tensor = donor.read(spec.name)
+        except NotFinite:
+            self.not_finite.append(spec.name)
+            return
+        tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        low, high = tensor.aminmax()
+        for role, values in split(spec, tensor).items():
+            self._count(spec, role, values, donor.blueprint.offset(spec))
+            if values.ndim > 1 and low < high and not any(axis == "position" for axis in spec.parts[0].axes):
+                matrix = _prepared(values, spec, role, device, most, seed)
+                if min(matrix.shape) >= LEAST:
+                    structured = min(uneven(matrix), uneven(matrix.mT)) < RARE
+                    margin = 6 * (24 / matrix.numel()) ** 0.5
+                    found = _Matrix(spec, role, structured, _kurtosis(matrix), margin)
+                    self.of_layer.setdefault(spec.layer, []).append(found)
+        if tensor.ndim > 1 and low == high:
+            self.constant.add(spec.name)
+            if low == 0:
+                self.constant_zero.add(spec.name)
+        if spec.role == "norm" and spec.kind == "weight" and low < high:
+            self.trained_gains.add(spec.layer)
+
+    def _count(self, spec: TensorSpec, role: str, values: Tensor, offset: float) -> None:
+        """The RMS of what a block's output is a product of; that of a layer's experts is their mean."""
+        if spec.layer is None or spec.kind != "weight":
+            return
+        factor = f"norm@{spec.site}" if role == "norm" else role
+        rms = torch.linalg.vector_norm(values + offset, dtype=torch.float64).item() / values.numel() ** 0.5
+        before, name = self.outputs.get((spec.layer, factor), (0.0, spec.name))
+        self.outputs[spec.layer, factor] = (before + rms, name)
+
+
+def uneven(matrix: Tensor) -> float:
+    """[m, n] -> p-value of the shares of large entries in the rows, were all entries in random places: chi-square of m
+    counts, whose values' law plays no part."""
+    m, n = matrix.shape
+    large = matrix.abs() > matrix.abs().median()
+    share = large.double().mean().item()
+    if not 0 < share < 1:
+        return 1.0
+    counts = large.sum(1).double()
+    statistic = ((counts - n * share) ** 2).sum().item() / (n * share * (1 - share))
+    half = torch.tensor([(m - 1) / 2, statistic / 2], dtype=torch.float64)
+    return torch.special.gammaincc(half[0], half[1]).item()
+
+
+def beyond_edge(matrix: Tensor) -> float:
+    """How far the largest squared singular value of a matrix [m, n] of standard normal entries, or what claims to be
+    one, lies above the Marchenko-Pastur edge, in units of Tracy-Widom's law (mean -1.2, deviation 1.3)."""
+    m, n = matrix.shape
+    gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
+    edge = m**0.5 + n**0.5
+    unit = edge * (m**-0.5 + n**-0.5) ** (1 / 3)
+    return (torch.linalg.eigvalsh(gram)[-1].item() - edge**2) / unit
+
+
+def _normal_scores(matrix: Tensor) -> Tensor:
+    """Every value replaced by the normal quantile of its rank; equal values share one."""
+    values = matrix.flatten()
+    ordered = values.sort().values
+    rank = (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2
+    scores = torch.special.ndtri((rank + 0.5) / (len(values) + 1)).view_as(matrix)
+    return scores / scores.std(correction=0)
+
+
+def _kurtosis(matrix: Tensor) -> float:
+    square = (matrix - matrix.mean()).square()
+    return (square.square().mean() / square.mean() ** 2).item()
+
+
+def _values(donor: Checkpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
+    tensor = donor.read(spec.name)
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return _prepared(split(spec, tensor)[role], spec, role, device, most, seed)
+
+
+def _prepared(values: Tensor, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
+    """float64 [m, n]: random rows and columns of a matrix, without those of zeros."""
+    matrix = values.flatten(1)
+    matrix = matrix[matrix.any(1)]
+    matrix = cut(matrix, most, stream(seed, f"health/{spec.name}/{role}")).to(device, torch.float64)
+    return matrix[:, matrix.any(0)]
+
+
+def _structureless(tally: _Tally, noise: dict[int | None, list[_Matrix]]) -> tuple[list[Finding], bool]:
+    """The findings `untrained` and `permuted`, and whether they are about the whole model."""
+    if not noise:
+        return [], False
+    whole = len(noise) == len(tally.of_layer)
+    if whole:
+        groups = [list(noise)]
+    else:
+        layers = [layer for layer in noise if layer is not None]
+        marked = [layer for layer in layers if _marked(tally, noise[layer], {layer})]
+        groups = [marked, [layer for layer in layers if layer not in marked]]
+    findings = []
+    for group in filter(None, groups):
+        found = [m for layer in group for m in noise[layer]]
+        marked_by_training = _marked(tally, found, tally.trained_gains if whole else set(group))
+        low, high = min(m.kurtosis for m in found), max(m.kurtosis for m in found)
+        what = f"all {len(found)} matrices" if whole else f"{_layers(group)}: the {len(found)} matrices"
+        about = f"(kurtosis {low:.1f} to {high:.1f}, no singular value beyond the edge of noise)"
+        text = (
+            f"values of training in random places: {what} are noise, though not that of an initialisation {about}; "
+            "they were shuffled, or drawn one by one"
+            if marked_by_training
+            else f"never trained: {what} are noise as an initialisation draws it {about}"
+        )
+        names = dict.fromkeys(m.spec.name for m in found)
+        findings.append(Finding("permuted" if marked_by_training else "untrained", tuple(names), text))
+    return findings, whole
+
+
+def _marked(tally: _Tally, found: list[_Matrix], layers: set[int | None]) -> bool:
+    """Whether values or gains are other than those that initialisations give."""
+    beyond = any(not UNIFORM - m.margin <= m.kurtosis <= NORMAL + m.margin for m in found)
+    return beyond or bool(layers & tally.trained_gains)
+
+
+def _dead(tally: _Tally) -> list[Finding]:
+    findings = []
+    layers = sorted({layer for layer, _ in tally.outputs})
+    for block, (roles, sites) in BLOCKS.items():
+        factors = [*roles, *(f"norm@{site}" for site in sites)]
+        output: dict[int, float] = {}
+        for layer in layers:
+            found = [tally.outputs[layer, f][0] for f in factors if (layer, f) in tally.outputs]
+            if all((layer, roles[i]) in tally.outputs for i in (-2, -1)):
+                output[layer] = torch.tensor(found, dtype=torch.float64).prod().item()
+        alive = [o for o in output.values() if o]
+        typical = statistics.median(alive) if alive else 1.0
+        for layer, o in output.items():
+            if o <= SILENT * typical:
+                names = _culprits(tally, layer, factors)
+                text = f"layer {layer}: its {block} writes {o / typical:.1g} of what others do: {_list(names)}"
+                findings.append(Finding("dead", names, text))
+    return sorted(findings, key=lambda f: f.text)
+
+
+def _culprits(tally: _Tally, layer: int, factors: list[str]) -> tuple[str, ...]:
+    """Of a block that writes too little, the tensors that are the smallest beside their siblings."""
+    ratio = {}
+    for factor in factors:
+        if (layer, factor) in tally.outputs:
+            siblings = [rms for (_, f), (rms, _) in tally.outputs.items() if f == factor and rms]
+            rms, name = tally.outputs[layer, factor]
+            ratio[name] = rms / (statistics.median(siblings) if siblings else 1.0)
+    least = min(ratio.values())
+    return tuple(name for name, r in ratio.items() if r <= max(10 * least, SILENT))
+
+
+def _list(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _layers(layers: Iterable[int | None]) -> str:
+    numbers = sorted(layer for layer in layers if layer is not None)
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
