@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from headstart import methods
 from tests.zoo.architectures import LISTED
@@ -113,7 +114,7 @@ def test_pissa_is_the_best_approximation_of_its_rank_and_olora_has_orthonormal_c
     for pair in blueprint.adapter.pairs:
         weight = dict(model.named_parameters())[f"{pair.module}.weight"].detach().double()
         best = torch.linalg.svdvals(weight)[pair.rank :].square().sum().sqrt()
-        for found, error in ((pissa, 1e-5), (fast, 1e-2)):
+        for found, error in ((pissa, 1e-5), (fast, 0.05)):  # it takes no more directions than it needs
             rest = weight - pair.scaling * found[pair.b].double() @ found[pair.a].double()
             assert rest.norm() == pytest.approx(best.item(), rel=error)
         torch.testing.assert_close(olora[pair.b].mT @ olora[pair.b], torch.eye(pair.rank), atol=1e-5, rtol=0)
@@ -145,7 +146,7 @@ def test_transposed_weights_are_read_as_the_layer_uses_them() -> None:
     assert blueprint.adapter is not None
     pair: Pair = blueprint.adapter.pairs[0]
     weight = base_weight(zoo_of({"base": model}).donors[0], pair)
-    layer, x = model.get_submodule(pair.module), torch.randn(3, pair.columns)
+    layer, x = cast(Conv1D, model.get_submodule(pair.module)), torch.randn(3, pair.columns)
     assert tuple(weight.shape) == (pair.rows, pair.columns)
     torch.testing.assert_close(x @ weight.mT + layer.bias, layer(x))
 
@@ -160,5 +161,5 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
         methods.get("gaussian")().fit(None, Blueprint.from_config(LISTED["llama"]))
     with pytest.raises(UserError, match="not fitted"):
         dict(methods.get("olora")().sample(adapter))
-    assert issubclass(methods.get("pissa"), LoraSampler) and methods.get("pissa")().compensated
-    assert not methods.get("orthogonal")().compensated
+    changes = {name: method.compensated for name in NAMES if isinstance(method := methods.get(name)(), LoraSampler)}
+    assert changes == {name: name in ("pissa", "olora") for name in NAMES}
