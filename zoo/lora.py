@@ -69,6 +69,11 @@ class LoraSampler(Sampler):
     def compensated(self) -> bool:
         return False
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether `fit` or `sample` need the weights of the base; else its config is enough."""
+        return self.compensated
+
 
 def from_lora(base_config: str | Path | Mapping[str, Any], lora_config: Any) -> Blueprint:
     """See Blueprint.from_lora."""
