@@ -86,7 +86,7 @@ def tracy_widom_edge(rows: int, columns: int, std: float) -> float:
     Johnstone (2001, Annals of Statistics 29), which are good from ten rows and columns on."""
     small, large = sorted((rows, columns))
     centre = math.sqrt(max(large - 1, 1)) + math.sqrt(small)
-    width = (centre * (1 / math.sqrt(max(large - 1, 1)) + 1 / math.sqrt(small)) ** 3) ** (1 / 3)
+    width = centre * (1 / math.sqrt(max(large - 1, 1)) + 1 / math.sqrt(small)) ** (1 / 3)
     return std * math.sqrt(centre**2 + TRACY_WIDOM * width)
 
 
