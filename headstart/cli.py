@@ -10,6 +10,7 @@ import typer
 from headstart.terminal import (
     Device,
     Dtype,
+    cell,
     command_line,
     print_json,
     print_rows,
@@ -100,7 +101,7 @@ def zoo_add(
         from zoo.add import add
 
         rows = add(sources, zoo, revision=revision, plan=plan, shard=shard_of(shard), quiet=quiet)
-        columns = ["name", "state", "revision", "license", "tensors", "read", "download", "write"]
+        columns = ["name", "state", "health", "revision", "license", "tensors", "read", "download", "write"]
         print_rows(columns, rows, as_json)
 
 
@@ -422,7 +423,7 @@ def evaluate(
             print_json(results)
         else:
             rows = [
-                [task, metric, str(scores["samples"]), f"{value['mean']:.4f}", f"{value['stderr']:.4f}"]
+                [task, metric, cell(scores["samples"]), *("-" if v is None else f"{v:.4f}" for v in value.values())]
                 for task, scores in results["tasks"].items()
                 for metric, value in scores["metrics"].items()
             ]

@@ -1,0 +1,204 @@
+"""lm-eval's view of a model in memory, and the run of its tasks. Imports lm-eval, so it is imported where it is used.
+
+Small models bring cases that lm-eval leaves to an assertion: tokenizers that lack characters, contexts of a hundred
+tokens, no token to begin with. Here they are counted, or refused in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import numpy as np
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from zoo.errors import UserError, unknown
+from zoo.streams import stream_seed
+
+BOOTSTRAPS = 1000  # resamplings behind the standard error of what is no mean, such as a perplexity
+GATED = "https://huggingface.co/datasets/"
+
+
+class Scorer(HFLM):
+    """A model and its tokenizer. After a run, `lacking[task]` counts the characters that the tokenizer does not have,
+    and `cut[task]` the requests that are longer than the context and lost their beginnings."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 16, quiet: bool = True) -> None:
+        first = _first_token(tokenizer, model)
+        with _silence(quiet):
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=first)
+        self.quiet = quiet
+        self.characters = Characters(tokenizer)
+        self.lacking: Counter[str] = Counter()
+        self.cut: Counter[str] = Counter()
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding says the same) of each request (context, continuation). A
+        continuation of which the tokenizer has no character has no tokens, and is certain."""
+        encoded = [(request.args, *self.encode(*request.args)) for request in requests]
+        for request, (_, context, continuation) in zip(requests, encoded, strict=True):
+            self._check(request.task_name, context, continuation)
+        texts = {(request.task_name, text) for request in requests for text in request.args}
+        for task, text in texts:
+            self.lacking[task] += self.characters.lacking(text)
+        scored = [request for request in encoded if request[2]]
+        answers = iter(self._loglikelihood_tokens(scored, disable_tqdm=self.quiet) if scored else ())
+        return [next(answers) if continuation else (0.0, True) for _, _, continuation in encoded]
+
+    def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both, as lm-eval splits them; at least one token comes before the continuation."""
+        if not context:
+            return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+        ids, following = self._encode_pair(context, continuation)
+        return ids or [self.prefix_token_id], following
+
+    def _check(self, task: str, context: list[int], continuation: list[int]) -> None:
+        vocab = self.model.get_input_embeddings().num_embeddings
+        if (largest := max(context + continuation)) >= vocab:
+            raise UserError(
+                f"{task}: the tokenizer makes id {largest}, and the model has {vocab} tokens; put the tokenizer that "
+                "belongs to the model into its folder"
+            )
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"{task}: an answer of {len(continuation)} tokens does not fit the model's context of "
+                f"{self.max_length}; leave this task out"
+            )
+        self.cut[task] += len(context) + len(continuation) > self.max_length + 1
+
+
+class Characters:
+    """Which characters a tokenizer lacks: they become its unknown token, or nothing at all."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.lacks: dict[str, bool] = {}
+
+    def lacking(self, text: str) -> int:
+        return sum(n for character, n in Counter(text).items() if self._lacks(character))
+
+    def _lacks(self, character: str) -> bool:
+        if character not in self.lacks:
+            alone, between, without = (
+                self.tokenizer.encode(text, add_special_tokens=False) for text in (character, f"a{character}a", "aa")
+            )
+            self.lacks[character] = self.tokenizer.unk_token_id in alone or between == without
+        return self.lacks[character]
+
+
+def _first_token(tokenizer: Any, model: Any) -> int:
+    """What stands before a text that nothing precedes: the token that begins or ends texts, else a line break, else
+    what the config says."""
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    known = (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        newline[0] if len(newline) == 1 and newline[0] != tokenizer.unk_token_id else None,
+        model.config.bos_token_id,
+    )
+    return next((token for token in known if token is not None), 0)
+
+
+def find_tasks(names: Sequence[str]) -> TaskManager:
+    """An index of lm-eval's tasks that has `names`. UserError for a name that it does not know.
+
+    The whole index takes some twenty seconds to read, so the folders whose names begin these are looked at first."""
+    root = Path(lm_eval.tasks.__file__).parent
+    near = [str(p) for p in sorted(root.iterdir()) if p.is_dir() and any(name.startswith(p.name) for name in names)]
+    manager = TaskManager(include_defaults=False, include_path=near or None)
+    if set(names) <= set(manager.all_subtasks):
+        return manager
+    manager = TaskManager()
+    for name in names:
+        if name not in manager.all_tasks:
+            raise unknown("task of lm-eval", name, manager.all_tasks)
+    return manager
+
+
+def run_tasks(
+    lm: Scorer, manager: TaskManager, tasks: Sequence[str | dict[str, Any]], limit: int | None = None, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """name -> {samples, metrics: {name: {mean, stderr}}} of lm-eval's names and of `local_task`s. stderr is None where
+    lm-eval has none; samples is None for a group. UserError: the data of a task cannot be had."""
+    for draws in (random.seed, np.random.seed, torch.manual_seed):
+        draws(stream_seed(seed, "evaluate") % 2**32)  # for tasks that draw questions or examples
+    with _silence(lm.quiet):
+        loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+        for task in tasks:
+            for kind, found in _load(manager, task).items():
+                loaded[kind] |= found
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=seed)
+        results = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+    counts = results["n-samples"]
+    scores = {**results["results"], **results.get("groups", {})}
+    return {
+        name: {"samples": counts[name]["effective"] if name in counts else None, "metrics": _metrics(entry)}
+        for name, entry in scores.items()
+    }
+
+
+def _metrics(entry: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """lm-eval writes `acc,none`: the metric and the filter of the answers behind it."""
+    found = {}
+    for key, value in entry.items():
+        metric, comma, kept = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = entry.get(f"{metric}_stderr,{kept}")
+        name = metric if kept == "none" else f"{metric} ({kept})"
+        found[name] = {"mean": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
+    return found
+
+
+def _load(manager: TaskManager, task: str | dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(manager.load([task]))
+    except ImportError as error:
+        raise UserError(f"{task}: {_line(error)}; install what it asks for") from error
+    except OSError as error:  # no network, no such data set, one that is gated
+        if "gated" in str(error):
+            where = str(error).split("'")[1] if "'" in str(error) else ""
+            raise UserError(
+                f"{task}: its data are gated; accept their terms on {GATED}{where} and log in with `hf auth login`"
+            ) from error
+        raise UserError(
+            f"{task}: its data cannot be had ({_line(error)}); check the network, or give a local .jsonl"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _silence(quiet: bool) -> Iterator[None]:
+    """lm-eval prints to stdout, warns of what is meant, and has bars that only the end of stderr stops."""
+    logger, before = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork a pool for every perplexity
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(open(os.devnull, "w")) if quiet else sys.stderr
+        stack.enter_context(contextlib.redirect_stdout(target))
+        stack.enter_context(contextlib.redirect_stderr(target))
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            if before is None:
+                del os.environ["DISABLE_MULTIPROC"]
+            else:
+                os.environ["DISABLE_MULTIPROC"] = before

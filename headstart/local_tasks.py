@@ -1,0 +1,201 @@
+"""Questions in local JSONL files as lm-eval tasks: what a file asks is told from the keys of its lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import UserError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Files whose lines have `keys` (and may have others). `row` checks a line and gives what lm-eval is to see of it,
+    ValueError for one that cannot be asked; `task` is lm-eval's description of the task."""
+
+    asks: str
+    keys: tuple[str, ...]
+    row: Callable[[Row], Row]
+    task: dict[str, Any]
+
+
+def _metrics(**higher_is_better: bool) -> list[dict[str, Any]]:
+    aggregation = {"perplexity": "perplexity"}
+    return [
+        {"metric": name, "aggregation": aggregation.get(name, "mean"), "higher_is_better": higher}
+        for name, higher in higher_is_better.items()
+    ]
+
+
+def _choices(row: Row) -> Row:
+    """lm-eval asks ARC and PIQA as `Question: …\\nAnswer:`; such files end before the answer's cue."""
+    query = _text(row, "query")
+    if query.startswith("Question:") and not query.endswith("Answer:"):
+        query = f"{query.rstrip()}\nAnswer:"
+    choices = _texts(row, "choices")
+    return {"query": query, "choices": choices, "gold": _gold(row, len(choices))}
+
+
+def _contexts(row: Row) -> Row:
+    contexts = _texts(row, "context_options")
+    return {"contexts": contexts, "continuation": _text(row, "continuation"), "gold": _gold(row, len(contexts))}
+
+
+def _minimal_pair(row: Row) -> Row:
+    return {"sentences": [_text(row, "sentence_good"), _text(row, "sentence_bad")]}
+
+
+def _last_word(row: Row) -> Row:
+    return {"context": _text(row, "context"), "target": " " + _text(row, "continuation").lstrip()}
+
+
+# As lm-eval asks them: an answer follows its question after one space, acc_norm divides by an answer's characters.
+FORMATS = (
+    Format(
+        "which of several answers follows a question (HellaSwag, ARC, PIQA, OpenBookQA, COPA)",
+        ("query", "choices", "gold"),
+        _choices,
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": "query",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "metric_list": _metrics(acc=True, acc_norm=True),
+        },
+    ),
+    Format(
+        "after which of several beginnings an end is likelier (Winogrande)",
+        ("context_options", "continuation", "gold"),
+        _contexts,
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": "gold",  # a number: lm-eval then takes the choices for contexts
+            "doc_to_choice": "contexts",
+            "doc_to_target": "continuation",
+            "metric_list": _metrics(acc=True),
+        },
+    ),
+    Format(
+        "which of two sentences is likelier (BLiMP)",
+        ("sentence_good", "sentence_bad"),
+        _minimal_pair,
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": "",
+            "doc_to_choice": "sentences",
+            "doc_to_target": 0,
+            "metric_list": _metrics(acc=True),
+        },
+    ),
+    Format(
+        "whether the next word is foreseen (LAMBADA)",
+        ("context", "continuation"),
+        _last_word,
+        {
+            "output_type": "loglikelihood",
+            "doc_to_text": "context",
+            "doc_to_target": "target",
+            "metric_list": _metrics(acc=True, perplexity=False),
+        },
+    ),
+)
+
+
+def is_file(task: str) -> bool:
+    """Whether a task is meant as a path; else it is a name that lm-eval may know."""
+    return task.endswith((".jsonl", ".json")) or "/" in task or "\\" in task or Path(task).exists()
+
+
+def question_files(tasks: Sequence[str]) -> dict[str, Path]:
+    """Name of the task -> file, of the tasks that are paths; a folder stands for its .jsonl files. UserError: no such
+    file, two of one name."""
+    found: dict[str, Path] = {}
+    for task in filter(is_file, tasks):
+        path = Path(task)
+        if not path.exists():
+            raise UserError(f"{task}: no such file of questions; give a .jsonl, a folder of them, or lm-eval's name")
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{task}: has no .jsonl; give a folder of question files, or a file")
+        for file in files:
+            if file.name in found:
+                raise UserError(f"{file}: {found[file.name]} has the same name; results go by it, so rename one")
+            found[file.name] = file
+    return found
+
+
+def read_questions(path: Path) -> tuple[Format, list[Row]]:
+    """The format of a file and its questions as lm-eval is to see them. UserError: not JSON lines, keys of no known
+    format, an answer that is none of the choices; with the line."""
+    lines = [(n, line) for n, line in enumerate(_decoded(path).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: holds no questions; give a file of one JSON object per line")
+    parsed = [(n, _parse(path, n, line)) for n, line in lines]
+    keys = set(parsed[0][1])
+    format = next((f for f in FORMATS if keys.issuperset(f.keys)), None)
+    if format is None:
+        known = "; ".join("{" + ", ".join(f.keys) + "}" for f in FORMATS)
+        raise UserError(f"{path}: its lines have the keys {', '.join(sorted(keys)) or 'none'}; known are {known}")
+    rows = []
+    for n, line in parsed:
+        try:
+            rows.append(format.row(line))
+        except (KeyError, ValueError) as error:
+            reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path}: line {n} {reason}; mend or remove it") from error
+    return format, rows
+
+
+def local_task(name: str, path: Path) -> dict[str, Any]:
+    """The file as the description of an lm-eval task. Its questions stay in memory: no cache is written."""
+    format, rows = read_questions(path)
+
+    def questions(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list(rows)}
+
+    return {"task": name, "custom_dataset": questions, "test_split": "test", "num_fewshot": 0, **format.task}
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); give a file of JSON lines") from error
+
+
+def _parse(path: Path, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {number} is no JSON ({error.msg}); give one JSON object per line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path}: line {number} is no JSON object; give one per line")
+    return row
+
+
+def _text(row: Row, key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"has {value!r:.60} as {key}, not a text")
+    return value
+
+
+def _texts(row: Row, key: str) -> list[str]:
+    value = row[key]
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) and v.strip() for v in value):
+        raise ValueError(f"has {value!r:.60} as {key}, not a list of texts")
+    return value
+
+
+def _gold(row: Row, choices: int) -> int:
+    value = row["gold"]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < choices:
+        raise ValueError(f"has {value!r:.60} as gold, not a number from 0 to {choices - 1}")
+    return value
