@@ -1,0 +1,108 @@
+"""Which projections of a model stand out: the qualitative characterisation of arXiv 2509.00046."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from zoo.errors import UserError, unknown
+from zoo.safe import read_json
+from zoo.statistics.similarity import PROJECTIONS, stacks, study
+from zoo.store import Donor, record
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The reference weight RW, the projections whose distances to it are no power law (Func = Gaussian), and all
+    others (Func = Pareto), RW among neither."""
+
+    rank: int  # how many singular values were compared
+    reference: str | None  # of PROJECTIONS; None where no pair stands out
+    gaussian: tuple[str, ...]
+    pareto: tuple[str, ...]
+    undifferentiated: bool  # no pair stands out: all projections are one Pareto group
+    source: dict[str, Any] = field(default_factory=dict)  # which model this was read from
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "reference": self.reference,
+            "gaussian": list(self.gaussian),
+            "pareto": list(self.pareto),
+            "undifferentiated": self.undifferentiated,
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        return cls(
+            int(values["rank"]),
+            values["reference"],
+            tuple(values["gaussian"]),
+            tuple(values["pareto"]),
+            bool(values["undifferentiated"]),
+            dict(values.get("source") or {}),
+        )
+
+
+def group(rows: Sequence[dict[str, Any]], rank: int, source: dict[str, Any] | None = None) -> Grouping:
+    """rows: of `zoo.statistics.similarity.study`. RW is the projection with most partners whose distances to it are
+    "not a power law" (the first in PROJECTIONS of those with as many [R]); a projection's distances to itself say
+    nothing of RW, and an undecided pair counts as a power law [R]. No such pair: one Pareto group [R]."""
+    known = [role for role in PROJECTIONS if any(role in (row["a"], row["b"]) for row in rows)]
+    partners: dict[str, set[str]] = {role: set() for role in known}
+    for row in rows:
+        if row["verdict"] == "not a power law" and row["a"] != row["b"]:
+            partners[row["a"]].add(row["b"])
+            partners[row["b"]].add(row["a"])
+    reference = max(known, key=lambda role: len(partners[role]), default=None)
+    if reference is None or not partners[reference]:
+        return Grouping(rank, None, (), tuple(known), True, source or {})
+    gaussian = tuple(role for role in known if role in partners[reference])
+    pareto = tuple(role for role in known if role not in (reference, *gaussian))
+    return Grouping(rank, reference, gaussian, pareto, False, source or {})
+
+
+def characterise(
+    donor: Donor, rank: int = 16, bootstraps: int = 200, seed: int = 0, device: str = "cpu", quiet: bool = True
+) -> Grouping:
+    """The grouping of a donor by its `rank` largest singular values (fewer where its matrices are smaller). Raises
+    UserError as `zoo.statistics.similarity.stacks`."""
+    with tqdm(desc=f"spectra of {donor.name}", unit="tensor", disable=quiet) as bar:
+        found = stacks(donor, [rank], device, bar.update)
+    rank = next(iter(found.values())).shape[1]
+    with tqdm(desc="distances between layers", total=len(found) * (len(found) + 1) // 2, disable=quiet) as bar:
+        return group(study(found, rank, bootstraps, seed, bar.update), rank, record(donor))
+
+
+def read_grouping(path: Path, model: str | None = None, rank: int | None = None) -> Grouping:
+    """The grouping of a model in an analysis.json of `headstart analyze`; rank None: the smallest one there.
+
+    Raises UserError: no such file, no analysis, an unknown model or rank, several models and none named, a model that
+    could not be grouped."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `headstart analyze` writes analysis.json")
+    models = read_json(path).get("models")
+    if not isinstance(models, dict) or not models:
+        raise UserError(f"{path}: is no analysis; give the analysis.json that `headstart analyze` wrote")
+    if model is None and len(models) > 1:
+        raise UserError(f"{path}: holds {len(models)} models; name one as {path}#NAME: {', '.join(sorted(models))}")
+    if model is not None and model not in models:
+        raise unknown(f"model in {path}", model, models)
+    name = model or next(iter(models))
+    found = models[name].get("grouping") if isinstance(models[name], dict) else None
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path}: has no grouping of {name}; analyze it again")
+    if "why" in found:
+        raise UserError(f"{path}: {name} could not be grouped: {found['why']}")
+    if rank is not None and str(rank) not in found:
+        raise unknown(f"rank in {path}", str(rank), found)
+    try:
+        grouping = Grouping.from_json(found[str(rank) if rank is not None else min(found, key=int)])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the grouping of {name} is damaged ({error!r}); analyze it again") from error
+    return grouping

@@ -1,0 +1,177 @@
+"""How alike the layers of a donor are: cosine distances between singular values (arXiv 2509.00046).
+
+SV: the largest r singular values of one projection in one layer, descending. MSV: those of all layers, [L, r].
+DSV: 1 - cos of all pairs of layers, of one projection or of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import eigvalsh_tridiagonal
+from scipy.stats import skew
+from torch import Tensor
+
+from zoo.errors import UserError, unknown
+from zoo.statistics.goodness import Sample, goodness
+from zoo.statistics.power_law import LEAST
+from zoo.statistics.spectra import top_singular_values
+from zoo.store import Donor
+from zoo.streams import stream, stream_seed
+from zoo.tensors import TensorSpec, split
+
+PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+FEWEST = 3  # layers
+SAME = 1e-12  # distances below are those of a layer to itself [R]
+SPIKES = 0.78  # Pareto exponent of how many spikes a matrix of the null model has: that of the published fit
+
+
+def stacks(
+    donor: Donor, ranks: Sequence[int], device: str = "cpu", progress: Callable[[int], None] | None = None
+) -> dict[str, Tensor]:
+    """projection -> MSV [L, r] float64 on the CPU, layers in ascending order; r is the largest of `ranks`, or the
+    smallest side of any of these matrices where that is less (singular value vectors of unlike length have no cosine).
+    Projections that the architecture lacks are missing, and so are experts and whatever fewer than three layers have.
+    One tensor is read at a time; fused ones are split. `progress` is told of every tensor.
+
+    Raises UserError for a donor with no recognisable projections or fewer than three layers, before anything is read,
+    and for a constant or non-finite matrix."""
+    specs = _specs(donor)
+    rank = min(max(ranks), *(min(p.shape) for spec in specs for p in spec.parts if p.role in PROJECTIONS))
+    found: dict[str, list[Tensor]] = {role: [] for role in PROJECTIONS}
+    for spec in specs:
+        for role, matrix in split(spec, donor.read(spec.name, torch.float32)).items():
+            if role in PROJECTIONS:
+                if matrix.min() == matrix.max():
+                    what = f"{spec.name!r} ({role})" if len(spec.parts) > 1 else repr(spec.name)
+                    raise UserError(f"{donor.name}: {what} is constant and has no spectrum; use another checkpoint")
+                found[role].append(top_singular_values(matrix.to(device), rank).cpu())
+        if progress is not None:
+            progress(1)
+    return {role: torch.stack(rows) for role, rows in found.items() if len(rows) >= FEWEST}
+
+
+def null_stacks(shapes: dict[str, list[tuple[int, int]]], rank: int, kind: str, seed: int) -> dict[str, Tensor]:
+    """What `stacks` gives, for random matrices of the shapes [rows, columns] of each projection's layers, all drawn
+    independently: no learning at all.
+
+    kind gaussian: independent normal entries (drawn as the bidiagonal matrix of chi variables that has the same
+    singular values, Silverstein 1985, so that no matrix is made). kind spikes: such a matrix with k spikes of rank one
+    in random directions, k = floor(U^(-1/0.78)) at most the smaller side, each U(1, 4) times sqrt(rows) +
+    sqrt(columns), the edge of the noise."""
+    if kind not in NULLS:
+        raise unknown("kind of random matrices", kind, NULLS)
+    found = {}
+    for role, sizes in shapes.items():
+        names = [f"similarity/{kind}/{role}/{layer}" for layer in range(len(sizes))]
+        rows = [NULLS[kind](*size, rank, seed, name) for size, name in zip(sizes, names, strict=True)]
+        found[role] = torch.stack(rows)
+    return found
+
+
+def distances(a: Tensor, b: Tensor | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """DSV of a [L, r] with b [M, r]: (values [n], pairs [n, 2] of rows). b None: of a with itself, l < m. Distances
+    below 1e-12 are dropped [R]."""
+    x = a / a.norm(dim=1, keepdim=True)
+    y = x if b is None else b / b.norm(dim=1, keepdim=True)
+    # Half the squared distance of unit vectors is 1 - cos, without its cancellation.
+    values = 0.5 * (x[:, None] - y[None]).square().sum(-1)
+    kept = values >= SAME
+    if b is None:
+        kept &= torch.ones_like(kept).triu(1)
+    return values[kept].numpy(), kept.nonzero().numpy()
+
+
+def study(
+    stacks: dict[str, Tensor],
+    rank: int,
+    bootstraps: int = 200,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per unordered pair of projections, in the order of PROJECTIONS, of the distances of their first `rank`
+    singular values: {a, b, n, skewness, ccdf, histogram} and what `zoo.statistics.goodness` says of a power law:
+    {alpha, xmin, tail, distance, p, p_pairs, alpha_ci95, ratios, verdict, why}; all but the last two are None (ratios:
+    empty) where there are fewer than ten distinct distances.
+
+    ccdf: at most 60 [x, share of distances >= x]; histogram: [left, right, count]. Nothing is corrected for the number
+    of pairs: of 28 true power laws, one to three are expected to be rejected at p <= 0.1. `progress` is told of every
+    pair."""
+    known = [role for role in PROJECTIONS if role in stacks]
+    rows = []
+    for i, a in enumerate(known):
+        for b in known[i:]:
+            one, other = stacks[a][:, :rank], stacks[b][:, :rank]
+            values, pairs = distances(one, None if a == b else other)
+            if len(one) != len(other):  # then rows of the two are not the same layers
+                pairs = pairs + np.array([0, len(one)])
+            rng = np.random.default_rng(stream_seed(seed, f"similarity/{a}/{b}/{rank}"))
+            rows.append({"a": a, "b": b} | _row(Sample.of(values, pairs), bootstraps, rng))
+            if progress is not None:
+                progress(1)
+    return rows
+
+
+def _row(sample: Sample, bootstraps: int, rng: np.random.Generator) -> dict[str, Any]:
+    x, n = sample.values, len(sample.values)
+    row: dict[str, Any] = {"n": n, "skewness": float(skew(x)) if n > 2 and x[0] < x[-1] else None}
+    shown = np.unique(np.geomspace(1, n, min(n, 60)).astype(int)) if n else np.array([], int)
+    row["ccdf"] = [[float(x[n - k]), k / n] for k in shown[::-1]]  # dense in the tail
+    row["histogram"] = _histogram(x) if n else []
+    if len(np.unique(x)) < LEAST:
+        nothing = dict.fromkeys(("alpha", "xmin", "tail", "distance", "p", "p_pairs", "alpha_ci95"))
+        why = f"{n} distances of {sample.layers} layers are too few to fit anything"
+        return row | nothing | {"ratios": {}, "verdict": "undecided", "why": why}
+    return row | goodness(sample, bootstraps, rng)
+
+
+def _histogram(x: NDArray[np.float64]) -> list[list[float]]:
+    counts, edges = np.histogram(x, bins=min(30, max(1, len(x) // 5)))
+    return [[float(edges[i]), float(edges[i + 1]), int(count)] for i, count in enumerate(counts)]
+
+
+def _specs(donor: Donor) -> list[TensorSpec]:
+    """Tensors that hold projections, by layer."""
+    found = [
+        spec
+        for spec in donor.blueprint.specs
+        if spec.kind == "weight" and spec.expert is None and spec.layer is not None
+        if any(part.role in PROJECTIONS for part in spec.parts)
+    ]
+    if not found:
+        hint = "give a decoder language model, such as a Llama"
+        raise UserError(f"{donor.name}: has no recognisable projections (query, key, value, output, MLP); {hint}")
+    layers = {spec.layer for spec in found}
+    if len(layers) < FEWEST:
+        few = f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+        raise UserError(f"{donor.name}: distances between layers need at least {FEWEST} layers, it has {few}")
+    return sorted(found, key=lambda spec: -1 if spec.layer is None else spec.layer)
+
+
+def _gaussian(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:
+    rng = np.random.default_rng(stream_seed(seed, name))
+    long, short = max(rows, columns), min(rows, columns)
+    diagonal = np.sqrt(rng.chisquare(long - np.arange(short)))
+    beside = np.sqrt(rng.chisquare(short - 1 - np.arange(short - 1)))
+    squares = diagonal**2
+    squares[1:] += beside**2
+    first = short - min(rank, short)
+    values = eigvalsh_tridiagonal(squares, diagonal[:-1] * beside, select="i", select_range=(first, short - 1))
+    return torch.from_numpy(np.sqrt(np.maximum(values, 0))[::-1].copy())
+
+
+def _spikes(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:
+    generator = stream(seed, name)
+    uniform = 1 - torch.rand(1, generator=generator, dtype=torch.float64).item()
+    count = int(min(uniform ** (-1 / SPIKES), rows, columns))
+    strengths = (1 + 3 * torch.rand(count, generator=generator)) * (rows**0.5 + columns**0.5)
+    left = torch.nn.functional.normalize(torch.randn(rows, count, generator=generator), dim=0)
+    right = torch.nn.functional.normalize(torch.randn(columns, count, generator=generator), dim=0)
+    noise = torch.randn(rows, columns, generator=generator)
+    return top_singular_values(noise.addmm_(left * strengths, right.mT), rank)
+
+
+NULLS = {"gaussian": _gaussian, "spikes": _spikes}
