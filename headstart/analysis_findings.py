@@ -1,0 +1,298 @@
+"""What an analysis found, in words, each claim beside what chance alone would give."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+Results = dict[str, Any]
+Model = dict[str, Any]
+
+LEVEL = 0.05  # of the false discovery rate
+FALSE = f"at most {LEVEL:.0%} of the discoveries are false"
+POWER_LAW, NOT, OPEN = "power law", "not a power law", "undecided"
+BEYOND, NOT_BEYOND, UNKNOWN = "beyond chance", "not beyond chance", "cannot be told"
+TESTS = {"row_spread": "row energies", "column_spread": "column energies", "row_correlation": "row correlation"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that could be said of a donor, and whether it may be."""
+
+    what: str
+    here: str
+    chance: str
+    verdict: str  # BEYOND | NOT_BEYOND | UNKNOWN
+
+
+def discoveries(p_values: Sequence[float | None], level: float = LEVEL) -> list[bool]:
+    """Which tests are significant at a false discovery rate of `level` (Benjamini & Hochberg 1995): the k smallest
+    p-values, k the largest number with p_(k) <= level k / m. A test without p-value is none of the m."""
+    known = sorted(p for p in p_values if p is not None)
+    passed = [p for k, p in enumerate(known, 1) if p <= level * k / len(known)]
+    bound = max(passed, default=-1.0)
+    return [p is not None and p <= bound for p in p_values]
+
+
+def kurtosis_p(kurtosis: float, count: int) -> float:
+    """One-sided p-value of a kurtosis above the normal law's 3, from its standard error sqrt(24 / n)."""
+    return 0.5 * math.erfc((kurtosis - 3) / math.sqrt(24 / count) / math.sqrt(2))
+
+
+def headline(results: Results) -> str:
+    """The one sentence on top."""
+    models = results["models"]
+    if len(models) == 1:
+        ((name, model),) = models.items()
+        return " ".join([_state(name, model), *_similarity_sentence(model)])
+    states = Counter(state(model) for model in models.values())
+    counts = ", ".join(f"{states[s]} {s}" for s in ("trained", "ailing", "not trained") if states[s])
+    compared = [m for m in models.values() if "why" not in m["dsv"] and not undecided(m, first_rank(m))]
+    if not compared:
+        return f"{len(models)} donors: {counts}. None has layers enough to tell what distances between them follow."
+    above = sum(_above_chance(m) for m in compared)
+    return (
+        f"{len(models)} donors: {counts}. In {above or 'none'} of the {len(compared)} that have layers enough to tell, "
+        "power laws between layers are more frequent than in random matrices."
+    )
+
+
+def lead(results: Results) -> str:
+    """What the page is, in two sentences."""
+    names = "a donor" if len(results["models"]) == 1 else f"{len(results['models'])} donors"
+    return (
+        f"What the weights of {names} look like, and beside every number what chance alone would give: what random "
+        "matrices do as well says nothing of learning."
+    )
+
+
+def state(model: Model) -> str:
+    """trained | ailing (something is wrong with it, or with a part) | not trained."""
+    kinds = {finding["kind"] for finding in findings(model)}
+    return "not trained" if "untrained" in kinds else "ailing" if kinds else "trained"
+
+
+def findings(model: Model) -> list[dict[str, Any]]:
+    return model["health"] if isinstance(model["health"], list) else []
+
+
+def _state(name: str, model: Model) -> str:
+    found = findings(model)
+    if any(finding["kind"] == "untrained" for finding in found):
+        return f"{name} looks as if it had never been trained."
+    risen, whole = risen_matrices(model)
+    trained = f"{name} is trained: {risen} of {whole} matrices hold directions that noise does not"
+    return f"{trained}, but {found[0]['text'].rstrip('.')}." if found else f"{trained}."
+
+
+def _similarity_sentence(model: Model) -> Iterator[str]:
+    if "why" in model["dsv"]:
+        return
+    rank = first_rank(model)
+    here, null = verdicts(model, rank)[POWER_LAW], verdicts(model, rank, "gaussian")[POWER_LAW]
+    pairs = len(model["dsv"][rank]["pairs"])
+    if undecided(model, rank):
+        layers = len(layers_of(model))
+        yield f"{layers} layers are too few to tell whether distances between them follow a power law."
+    elif here == 0:
+        yield f"No power law can be claimed between its layers (0 of {pairs} pairs of projections)."
+    elif here <= max(null, verdicts(model, rank, "spikes")[POWER_LAW]):
+        yield (
+            f"Power laws between its layers say nothing of learning: {here} of {pairs} pairs of projections follow "
+            f"one, and {null} of {pairs} do in random matrices."
+        )
+    else:
+        yield (
+            f"{here} of {pairs} pairs of projections follow a power law between layers; in random matrices {null} do."
+        )
+
+
+def claims(model: Model) -> Iterator[Claim]:
+    """Everything that one is tempted to say, with its control."""
+    if "why" not in model["marginals"]:
+        yield from _of_marginals(model)
+    if "why" not in model["spectra"]:
+        yield from _of_spectra(model)
+    if "why" not in model["dsv"]:
+        yield from (_of_similarity(model, rank) for rank in model["dsv"])
+    if "why" not in model["row_column"]:
+        yield from _of_rows(model)
+        yield from _of_couplings(model)
+
+
+def _of_marginals(model: Model) -> Iterator[Claim]:
+    known = [t for t in matrices(model["marginals"]) if t.get("kurtosis") is not None]
+    if not known:
+        return
+    heavy = sum(discoveries([kurtosis_p(t["kurtosis"], t["count"]) for t in known]))
+    yield Claim(
+        "Values have heavier tails than normal ones",
+        f"{heavy} of {len(known)} matrices; median kurtosis {median(t['kurtosis'] for t in known):.2f}",
+        f"kurtosis 3 for normal values; {FALSE}",
+        BEYOND if heavy else NOT_BEYOND,
+    )
+
+
+def _of_spectra(model: Model) -> Iterator[Claim]:
+    risen, whole = risen_matrices(model)
+    noise = [draw for draws in model["spectra"]["untrained"].values() for draw in draws if "why" not in draw]
+    false = sum(draw["outliers"] > 0 for draw in noise)
+    yield Claim(
+        "Singular values rise above the edge of noise (Marchenko-Pastur)",
+        f"{risen} of {whole} matrices",
+        f"{false} of {len(noise)} random matrices of the same shapes",
+        BEYOND if noise and risen / max(whole, 1) > max(false / len(noise), LEVEL) else NOT_BEYOND,
+    )
+    pairs = [(t, untrained(model, t)) for t in model["spectra"]["tensors"].values() if t.get("alpha") is not None]
+    pairs = [(t, draws) for t, draws in pairs if draws]
+    if not pairs:
+        return
+    below = sum(t["alpha"] < min(draws) for t, draws in pairs)
+    expected = sum(1 / (1 + len(draws)) for _, draws in pairs)
+    here, there = median(t["alpha"] for t, _ in pairs), median(a for _, draws in pairs for a in draws)
+    yield Claim(
+        "Spectra have heavier tails (a lower α) than noise",
+        f"α below that of all random matrices of its shape in {below} of {len(pairs)}; median α {here:.2f}",
+        f"{expected:.0f} of {len(pairs)} if weights were noise; median α {there:.2f}: noise gets an exponent too",
+        BEYOND if binomial_tail(below, len(pairs), expected / len(pairs)) < LEVEL else NOT_BEYOND,
+    )
+
+
+def _of_similarity(model: Model, rank: str) -> Claim:
+    pairs = model["dsv"][rank]["pairs"]
+    here = verdicts(model, rank)
+    null, spikes = verdicts(model, rank, "gaussian"), verdicts(model, rank, "spikes")
+    rejected = sum(discoveries([row.get("p") for row in pairs]))
+    control = max(null[POWER_LAW], spikes[POWER_LAW])
+    return Claim(
+        f"Distances between layers follow a power law (top {rank} singular values)",
+        f"{here[POWER_LAW]} of {len(pairs)} pairs do, {here[NOT]} do not, {here[OPEN]} undecided; goodness of fit "
+        f"rejected in {rejected} after correction for {len(pairs)} tests",
+        f"{null[POWER_LAW]} do in Gaussian matrices of the same shapes, {spikes[POWER_LAW]} with random spikes added",
+        UNKNOWN if undecided(model, rank) else BEYOND if here[POWER_LAW] > control else NOT_BEYOND,
+    )
+
+
+def _of_rows(model: Model) -> Iterator[Claim]:
+    tensors = model["row_column"]["tensors"]
+    flags = row_column_discoveries(model)
+    for test, words in TESTS.items():
+        tested = [t for t in tensors if t.get(f"{test}_p") is not None]
+        if tested:
+            found = sum(flags[t["tensor"], t["role"], test] for t in tested)
+            yield Claim(
+                f"Rows and columns are more than their values: {words}",
+                f"{found} of {len(tested)} matrices",
+                f"none when a matrix's entries are shuffled; {FALSE}",
+                BEYOND if found else NOT_BEYOND,
+            )
+
+
+def _of_couplings(model: Model) -> Iterator[Claim]:
+    couplings = model["row_column"]["couplings"]
+    flags = discoveries([c["p"] for c in couplings])
+    for space in dict.fromkeys(c["space"] for c in couplings):
+        chosen = [(c, flag) for c, flag in zip(couplings, flags, strict=True) if c["space"] == space]
+        known = [c["correlation"] for c, _ in chosen if c["correlation"] is not None]
+        found = sum(flag for _, flag in chosen)
+        yield Claim(
+            f"Matrices that share a space are coupled: {space}",
+            f"{found} of {len(chosen)} couplings" + (f"; median correlation {median(known):+.2f}" if known else ""),
+            f"none when one side's units are shuffled; {FALSE}",
+            BEYOND if found else NOT_BEYOND,
+        )
+
+
+def tests(model: Model) -> str:
+    """How many tests stand behind the claims, and what was done about their number."""
+    marginals = len(matrices(model["marginals"]))
+    fits = 0 if "why" in model["dsv"] else sum(len(found["pairs"]) for found in model["dsv"].values())
+    rows = couplings = 0
+    if "why" not in model["row_column"]:
+        rows, couplings = len(row_column_discoveries(model)), len(model["row_column"]["couplings"])
+    return (
+        f"{marginals + fits + rows + couplings} tests stand behind this table: {marginals} of kurtosis, {fits} of "
+        f"power laws, {rows} of rows and columns, {couplings} of couplings. Where a number of matrices is called "
+        f"significant, the false discovery rate is held at {LEVEL:.0%} within each kind (Benjamini-Hochberg). Verdicts "
+        "on single pairs of projections are not corrected for each other: pairs share layers, so count them rather "
+        "than pick one."
+    )
+
+
+def row_column_discoveries(model: Model) -> dict[tuple[str, str, str], bool]:
+    """(tensor, role, test) -> significant, corrected for all of them."""
+    tensors = model["row_column"]["tensors"]
+    keys = [(t, test) for t in tensors for test in TESTS if t.get(f"{test}_p") is not None]
+    flags = discoveries([t[f"{test}_p"] for t, test in keys])
+    return {(t["tensor"], t["role"], test): flag for (t, test), flag in zip(keys, flags, strict=True)}
+
+
+def verdicts(model: Model, rank: str, null: str | None = None) -> Counter[str]:
+    found = model["dsv"][rank]
+    return Counter(row["verdict"] for row in (found["pairs"] if null is None else found["nulls"][null]))
+
+
+def undecided(model: Model, rank: str) -> bool:
+    """Whether most pairs of projections have too few distances for a verdict."""
+    return 2 * verdicts(model, rank)[OPEN] > len(model["dsv"][rank]["pairs"])
+
+
+def layers_of(model: Model) -> set[int]:
+    return {t["layer"] for t in matrices(model["marginals"]) if t["layer"] is not None}
+
+
+def first_rank(model: Model) -> str:
+    return min(model["dsv"], key=int)
+
+
+def matrices(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tensors of `marginals` that are matrices, not gains and biases."""
+    return [t for t in part.get("tensors", {}).values() if len(t["shape"]) > 1]
+
+
+def risen_matrices(model: Model) -> tuple[int, int]:
+    """How many matrices have singular values above what noise gives, and of how many."""
+    if "why" in model["spectra"]:
+        return 0, 0
+    known = [t for t in model["spectra"]["tensors"].values() if t.get("outliers") is not None]
+    return sum(t["outliers"] > 0 for t in known), len(known)
+
+
+def untrained(model: Model, tensor: dict[str, Any]) -> list[float]:
+    """The exponents of random matrices of a tensor's shape."""
+    rows, columns = tensor["shape"][0], math.prod(tensor["shape"][1:])
+    draws = model["spectra"]["untrained"].get(f"{rows}x{columns}", [])
+    return [draw["alpha"] for draw in draws if draw.get("alpha") is not None]
+
+
+def binomial_tail(successes: int, trials: int, chance: float) -> float:
+    """P(X >= successes)."""
+    terms: Iterable[float] = (
+        math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(successes, trials + 1)
+    )
+    return min(1.0, math.fsum(terms))
+
+
+def _above_chance(model: Model) -> bool:
+    rank = first_rank(model)
+    nulls = [verdicts(model, rank, null)[POWER_LAW] for null in model["dsv"][rank]["nulls"]]
+    return verdicts(model, rank)[POWER_LAW] > max(nulls)
+
+
+def advice(model: Model) -> list[str]:
+    """What the groupings say, one line per rank."""
+    lines = []
+    for rank, grouping in model["grouping"].items():
+        gaussian, pareto = (", ".join(grouping[kind]) or "none" for kind in ("gaussian", "pareto"))
+        lines.append(
+            f"Top {rank}: undifferentiated. No pair of projections is shown to be other than a power law, so all of "
+            "them form one Pareto group, and nothing sets them apart."
+            if grouping["undifferentiated"]
+            else f"Top {rank}: the reference weight is {grouping['reference']}. By Gaussian perturbations: {gaussian}. "
+            f"By Pareto perturbations: {pareto}."
+        )
+    return lines

@@ -1,0 +1,217 @@
+"""The parts of one donor's analysis, each beside what chance alone would give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.marginals import marginal
+from zoo.errors import UserError
+from zoo.statistics.grouping import group
+from zoo.statistics.health import health
+from zoo.statistics.row_column import row_column
+from zoo.statistics.signature import clustering_vector, std_vector
+from zoo.statistics.similarity import PROJECTIONS, null_stacks, stacks, study
+from zoo.statistics.spectra import spectrum
+from zoo.store import Donor, record
+from zoo.streams import stream
+from zoo.tensors import split
+
+NULLS = ("gaussian", "spikes")  # what the similarity of layers is compared with
+UNTRAINED = 3  # random matrices of each shape whose spectra are shown; one where they are large
+LARGE = 1 << 20  # entries
+
+Tick = Callable[[int], None]  # so many more tensors (or pairs) are done
+
+
+# keep(what, what it depends on, make): what `make` gives as JSON, or gave when it was made before.
+Keep = Callable[[str, list[Any], Callable[[Tick], Any]], Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One donor and how it is analyzed."""
+
+    donor: Donor
+    ranks: tuple[int, ...]  # ascending
+    bootstraps: int
+    seed: int
+    device: str
+    keep: Keep
+
+
+def parts(task: Task) -> Iterator[tuple[str, Any]]:
+    """(name, JSON) of every part. A part that a donor does not admit is {"why": the reason}."""
+    yield "health", _attempt(_health, task)
+    yield "marginals", _attempt(_marginals, task)
+    yield "spectra", _attempt(_spectra, task)
+    ranks, similarity = {}, _attempt(_similarity, task)
+    if "why" not in similarity:
+        ranks = {str(rank): min(rank, max(map(int, similarity))) for rank in task.ranks}
+    yield "ranks", ranks
+    yield "dsv", similarity
+    yield "grouping", similarity if "why" in similarity else _groupings(task, similarity)
+    yield "row_column", _attempt(_row_column, task)
+    yield "signature", _attempt(_signature, task)
+
+
+def _attempt(part: Callable[[Task], Any], task: Task) -> Any:
+    try:
+        return part(task)
+    except UserError as error:
+        return {"why": str(error)}
+
+
+def _health(task: Task) -> Any:
+    def make(tick: Tick) -> Any:
+        return [asdict(finding) for finding in health(task.donor, device=task.device, seed=task.seed)]
+
+    return task.keep("health", [task.donor.sha256, task.seed], make)
+
+
+def _marginals(task: Task) -> Any:
+    def make(tick: Tick) -> Any:
+        found = {}
+        for label, about, values in tensors(task, tick):
+            found[label] = about | _or_why(marginal, values.flatten())
+        families = [t["family"] for t in found.values() if len(t["shape"]) > 1 and t.get("family")]
+        return {"tensors": found, "shares": {f: families.count(f) / len(families) for f in sorted({*families})}}
+
+    return task.keep("marginals", [task.donor.sha256], make)
+
+
+def _spectra(task: Task) -> Any:
+    def make(tick: Tick) -> Any:
+        found, sizes = {}, set()
+        for label, about, values in tensors(task, tick):
+            if values.ndim > 1:
+                matrix = values.flatten(1)
+                found[label] = about | _or_why(spectrum, matrix)
+                sizes.add((matrix.shape[0], matrix.shape[1]))
+        return {"tensors": found, "untrained": {f"{m}x{n}": _untrained(task, m, n) for m, n in sorted(sizes)}}
+
+    return task.keep("spectra", [task.donor.sha256, task.seed], make)
+
+
+def _untrained(task: Task, rows: int, columns: int) -> list[dict[str, Any]]:
+    """The spectra of standard normal matrices of a shape."""
+
+    def make(tick: Tick) -> Any:
+        draws = UNTRAINED if rows * columns <= LARGE else 1
+        names = [f"analyze/untrained/{rows}x{columns}/{i}" for i in range(draws)]
+        noise = (torch.randn(rows, columns, generator=stream(task.seed, name)) for name in names)
+        return [_or_why(spectrum, matrix.to(task.device)) for matrix in noise]
+
+    return task.keep("untrained", [rows, columns, task.seed], make)
+
+
+def _similarity(task: Task) -> Any:
+    stacked = _stacks(task)
+    width = min(stack.shape[1] for stack in stacked.values())
+    sizes = {role: shape for role, shape in shapes(task.donor).items() if role in stacked}
+    found = {}
+    for rank in sorted({min(rank, width) for rank in task.ranks}):
+        depends_on = [task.donor.sha256, max(task.ranks), rank, task.bootstraps, task.seed]
+        pairs = task.keep("pairs", depends_on, partial(study, stacked, rank, task.bootstraps, task.seed))
+        found[str(rank)] = {"pairs": pairs, "nulls": {kind: _null(task, kind, sizes, rank) for kind in NULLS}}
+    return found
+
+
+def _stacks(task: Task) -> dict[str, Tensor]:
+    def make(tick: Tick) -> Any:
+        return _lists(stacks(task.donor, task.ranks, device=task.device, progress=tick))
+
+    return _tensors(task.keep("stacks", [task.donor.sha256, max(task.ranks)], make))
+
+
+def _null(task: Task, kind: str, sizes: dict[str, list[tuple[int, int]]], rank: int) -> Any:
+    """The same study of random matrices; donors of the same shapes share it."""
+    most = max(task.ranks)
+    depends_on = [kind, sizes, most, task.seed]
+
+    def draw(tick: Tick) -> Any:
+        smallest = min(side for shape in sizes.values() for size in shape for side in size)
+        return _lists(null_stacks(sizes, min(most, smallest), kind, task.seed))
+
+    def make(tick: Tick) -> Any:
+        return study(_tensors(task.keep(f"{kind}-stacks", depends_on, draw)), rank, task.bootstraps, task.seed, tick)
+
+    return task.keep(f"{kind}-pairs", [*depends_on, rank, task.bootstraps], make)
+
+
+def _groupings(task: Task, similarity: dict[str, Any]) -> dict[str, Any]:
+    source = record(task.donor)
+    return {rank: group(found["pairs"], int(rank), source).to_json() for rank, found in similarity.items()}
+
+
+def _row_column(task: Task) -> Any:
+    def make(tick: Tick) -> Any:
+        return row_column(task.donor, seed=task.seed, device=task.device, progress=tick)
+
+    return task.keep("row-column", [task.donor.sha256, task.seed], make)
+
+
+def _signature(task: Task) -> Any:
+    found: dict[str, Any] = {"std": task.keep("std", [task.donor.sha256], lambda tick: std_vector(task.donor))}
+    try:
+        stacked = {name: stack[:, : task.ranks[0]] for name, stack in _stacks(task).items()}
+    except UserError:
+        return found
+    depends_on = [task.donor.sha256, task.ranks[0]]
+    return found | {"clustering": task.keep("clustering", depends_on, lambda tick: clustering_vector(stacked))}
+
+
+def tensors(task: Task, tick: Tick) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
+    """(label, {role, layer, shape}, values in float32 on the device) of every tensor of the donor, one at a time;
+    fused ones are split, and the labels of their parts end with the role."""
+    for spec in task.donor.blueprint.specs:
+        if spec.numel and spec.dtype.is_floating_point:
+            logical = split(spec, task.donor.read(spec.name, torch.float32).to(task.device))
+            for part in spec.parts:
+                label = spec.name if len(spec.parts) == 1 else f"{spec.name} [{part.role}]"
+                role = part.role if spec.kind == "weight" else f"{part.role} bias"
+                values = logical[part.role]
+                yield label, {"role": role, "layer": spec.layer, "shape": list(values.shape)}, values
+        tick(1)
+
+
+def shapes(donor: Donor) -> dict[str, list[tuple[int, int]]]:
+    """projection -> [rows, columns] of its matrix in every layer."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for spec in sorted(donor.blueprint.specs, key=lambda s: -1 if s.layer is None else s.layer):
+        for part in spec.parts:
+            if spec.kind == "weight" and spec.expert is None and spec.layer is not None and part.role in PROJECTIONS:
+                found.setdefault(part.role, []).append((part.shape[0], part.shape[1]))
+    return {role: found[role] for role in PROJECTIONS if role in found}
+
+
+def _or_why(measure: Callable[[Tensor], dict[str, Any]], values: Tensor) -> dict[str, Any]:
+    """What a measurement of one tensor says; a constant one, say, does not spoil those of the others."""
+    try:
+        return measure(values)
+    except UserError as error:
+        return {"why": str(error)}
+
+
+def _lists(stacked: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: stack.tolist() for name, stack in stacked.items()}
+
+
+def _tensors(stacked: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in stacked.items()}
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy and torch as JSON knows them; None for what is not finite."""
+    return json.loads(json.dumps(value, default=_number), parse_constant=lambda _: None)
+
+
+def _number(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value) if isinstance(value, Path) else list(value)
