@@ -34,7 +34,7 @@ class PeftInit(LoraSampler):
         raise NotImplementedError
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        pairs_of(blueprint, self.name)
+        self.check(blueprint)
         require_peft()
         return self
 
@@ -88,11 +88,12 @@ class Orthogonal(PeftInit):
     def init(self) -> str:
         return "orthogonal"
 
-    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        odd = next((p for p in pairs_of(blueprint, self.name) if p.rank % 2), None)
+    def check(self, blueprint: Blueprint) -> tuple[Pair, ...]:
+        pairs = super().check(blueprint)
+        odd = next((p for p in pairs if p.rank % 2), None)
         if odd is not None:
             raise UserError(f"orthogonal needs an even rank, and {odd.module} has {odd.rank}; give {odd.rank + 1}")
-        return super().fit(zoo, blueprint)
+        return pairs
 
 
 @dataclass(kw_only=True)
@@ -165,11 +166,12 @@ class OLoRA(FromBase):
     def init(self) -> str:
         return "olora"
 
-    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        lying = next((p for p in pairs_of(blueprint, self.name) if p.transposed), None)
+    def check(self, blueprint: Blueprint) -> tuple[Pair, ...]:
+        pairs = super().check(blueprint)
+        lying = next((p for p in pairs if p.transposed), None)
         if lying is not None:
             raise UserError(f"olora: {lying.module} is a Conv1D, which PEFT's olora takes for its transpose; use pissa")
-        return super().fit(zoo, blueprint)
+        return pairs
 
 
 def initialised(init: bool | str, pair: Pair, weight: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,13 +13,17 @@ if TYPE_CHECKING:
 def text(record: dict[str, Any], method: type[Sampler], blueprint: Blueprint, bases: list[str]) -> str:
     """README.md from what headstart.json holds (`record`), the sampler's class, the target's blueprint and the hub ids
     of donors."""
-    sections = [_front_matter(record, bases), _body(record, method, blueprint), _donors(record), _caveats(record)]
+    donors = record["donors"]
+    sections = [front_matter(donors, bases), _body(record, method, blueprint), donors_table(donors), caveats(donors)]
     return "\n".join(section for section in sections if section)
 
 
-def _front_matter(record: dict[str, Any], bases: list[str]) -> str:
-    lines = ["---", "library_name: transformers", "tags:", "- headstart", "- initialization"]
-    licenses = sorted({d["license"] or "unknown" for d in record["donors"]})
+def front_matter(
+    donors: list[dict[str, Any]], bases: list[str], library: str = "transformers", tags: Sequence[str] = ()
+) -> str:
+    """What the hub reads: the licences of the donors, and the hub ids `bases` of what this was made from."""
+    lines = ["---", f"library_name: {library}", "tags:", "- headstart", "- initialization", *[f"- {t}" for t in tags]]
+    licenses = sorted({d["license"] or "unknown" for d in donors})
     if len(licenses) == 1:
         lines.insert(1, f"license: {_license_id(licenses[0])}")
     elif licenses:
@@ -41,8 +46,6 @@ def _body(record: dict[str, Any], method: type[Sampler], blueprint: Blueprint) -
             f" A {meta.architecture} of {meta.layers} layers, width {meta.width}, {meta.heads} query and"
             f" {meta.kv_heads} key-value heads of {meta.head_dim}, FFN {meta.ffn}, vocabulary {meta.vocab}:"
         )
-    rows = [f"| {key} | {value} |" for key, value in record["options"].items()]
-    options = "\n".join(["", "| option | value |", "|---|---|", *rows, ""]) if rows else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     counts = record["tensors"]
     return f"""# Initial weights by {record["method"]}
@@ -53,24 +56,29 @@ These are weights to start training from, **not a trained model**.{shape} {recor
 {record["command"]}
 ```
 
-- Method: `{record["method"]}`, {method.summary} ({_link(method.reference)}).
+- Method: `{record["method"]}`, {method.summary} ({link(method.reference)}).
 - Seed {record["seed"]}; {counts["sampled"]} tensors from the method, {counts["defaulted"]} by default initialisation.
 - Made with {versions}.
-{options}"""
+{option_table(record["options"])}"""
 
 
-def _link(reference: str) -> str:
+def option_table(options: dict[str, Any]) -> str:
+    rows = [f"| {key} | {value} |" for key, value in options.items()]
+    return "\n".join(["", "| option | value |", "|---|---|", *rows, ""]) if rows else ""
+
+
+def link(reference: str) -> str:
     if reference[:4].isdigit():
         return f"[arXiv:{reference}](https://arxiv.org/abs/{reference})"
     return f"[{reference}](https://github.com/{reference})" if reference.count("/") == 1 else reference
 
 
-def _donors(record: dict[str, Any]) -> str:
-    if not record["donors"]:
+def donors_table(donors: list[dict[str, Any]]) -> str:
+    if not donors:
         return ""
     rows = "\n".join(
-        f"| {d['name']} | {d['revision'] or '-'} | {d['license'] or 'unknown'} | `{d['sha256'][:16]}` |"
-        for d in record["donors"]
+        f"| {d['name']} | {d['revision'] or '-'} | {d['license'] or 'unknown'} | {_short(d['sha256'])} |"
+        for d in donors
     )
     return f"""## Donors
 
@@ -80,10 +88,14 @@ def _donors(record: dict[str, Any]) -> str:
 """
 
 
-def _caveats(record: dict[str, Any]) -> str:
+def _short(sha256: str | None) -> str:
+    return f"`{sha256[:16]}`" if sha256 else "-"
+
+
+def caveats(donors: list[dict[str, Any]]) -> str:
     lines = ["- Train it before you use it, and compare it with the default initialisation at a tuned learning rate."]
-    if record["donors"]:
+    if donors:
         lines.append("- The weights derive from the donors above; their licences and the data they learned from apply.")
-    if any(d["license"] in (None, "unknown") for d in record["donors"]):
+    if any(d["license"] in (None, "unknown") for d in donors):
         lines.append("- The licence of at least one donor is not known.")
     return "\n".join(["## Before you use it", "", *lines, ""])

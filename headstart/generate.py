@@ -72,7 +72,7 @@ def generate(
     where the method lacks something or does not fit, and leaves nothing behind when it fails later.
     """
     out = Path(out)
-    cls = methods.get(method)
+    cls = methods.of_models(method)
     words = {"zoo": zoo, "donor": donor, "model": model, "seed": seed, "dtype": dtype, "tokenizer": tokenizer}
     for key in ("donor", "model"):
         if words[key] is not None and key not in _fields(cls):

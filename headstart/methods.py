@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zoo.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from zoo.lora import LoraSampler
     from zoo.sampler import Sampler
 
 METHODS: dict[str, tuple[str, str]] = {
@@ -52,15 +53,36 @@ METHODS: dict[str, tuple[str, str]] = {
 }
 
 
+LORA = ("pareto", "peft-default", "pissa", "olora", "orthogonal", "gaussian")  # fill adapters, not models
+
+
 def get(name: str) -> type[Sampler]:
-    """The sampler class called `name`, or `package.module.Class` for one of your own, which is imported. Raises UserError
-    with the nearest name if there is none."""
+    """The sampler class called `name`, or `package.module.Class` for one of your own, which is imported. Raises
+    UserError with the nearest name if there is none."""
     if name in METHODS:
         module, attribute = METHODS[name]
         return getattr(import_module(module), attribute)
     if "." not in name:
         raise unknown("method", name, METHODS)
     return _own(name)
+
+
+def of_models(name: str) -> type[Sampler]:
+    """`get` for what fills models. UserError besides for a LoRA method, with the command that takes it."""
+    cls = get(name)
+    if cls.family == "lora":
+        raise UserError(f"{name} fills LoRA adapters, not models: use `headstart lora --base MODEL --method {name}`")
+    return cls
+
+
+def of_adapters(name: str) -> type[LoraSampler]:
+    """`get` for what fills LoRA adapters. UserError besides for any other method, with the names of those that do."""
+    from zoo.lora import LoraSampler
+
+    cls = get(name)
+    if not issubclass(cls, LoraSampler):
+        raise UserError(f"{name} fills models, not LoRA adapters: choose from {', '.join(LORA)}")
+    return cls
 
 
 def _own(path: str) -> type[Sampler]:

@@ -162,7 +162,7 @@ def name_of(label: str) -> str:
 
 
 def sampler_of(label: str) -> type[Sampler]:
-    return table.get(name_of(label))
+    return table.of_models(name_of(label))
 
 
 def variant(label: str) -> dict[str, str]:

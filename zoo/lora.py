@@ -65,6 +65,10 @@ class LoraSampler(Sampler):
 
     base: str | None = option(None, "the donor that is adapted, else the zoo's first")
 
+    def check(self, blueprint: Blueprint) -> tuple[Pair, ...]:
+        """The pairs of the blueprint. UserError where this method cannot fill them; reads no weights."""
+        return pairs_of(blueprint, self.name)
+
     @property
     def compensated(self) -> bool:
         return False
@@ -183,6 +187,24 @@ def compensation(weight: Tensor, pair: Pair, a: Tensor, b: Tensor) -> Tensor:
     """W - scaling B A for a weight as on disk (transposed where the pair says so), float32, of the weight's shape."""
     change = (pair.scaling * b.float()) @ a.float()
     return weight.float() - (change.mT if pair.transposed else change)
+
+
+def refuse_shared(adapter: Adapter) -> None:
+    """UserError where a weight that the adapter adapts has a second use (a head tied to the embedding): changing it for
+    the one would change the other."""
+    shared = set(adapter.base.ties.values())
+    wrong = next((pair for pair in adapter.pairs if pair.weight in shared), None)
+    if wrong is not None:
+        raise UserError(
+            f"{wrong.module} shares {wrong.weight} with another layer, which this method would change as well; "
+            "leave it out of the targets"
+        )
+
+
+def change_norm(pair: Pair, a: Tensor, b: Tensor) -> float:
+    """||scaling B A||_F by the Gram matrices of both, without the product."""
+    a, b = a.double(), b.double()
+    return pair.scaling * float(((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0).sqrt())
 
 
 def require_peft() -> Any:
