@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 CANDIDATES = 60  # of xmin, in the replicates and in the fit that they are compared with
 LEVEL = 0.1  # a power law is rejected at or below this p, as published
 BETTER = 0.05  # and so it is where another law's likelihood is higher at this p (Holm over the laws)
+CACHE = 1 << 15  # values of replicates that are worked on at a time
 TAIL = 50  # fewer values above xmin could not reject anything
 
 
@@ -52,7 +53,7 @@ def goodness(sample: Sample, bootstraps: int, rng: np.random.Generator) -> dict[
     published: independent values, from the law with the share of the tail, else from the values below xmin. `p` keeps
     what the layers do to each other: values above xmin are moved onto the law, keeping their ranks, and the distance
     of layers l and m gets the weight u_l u_m v_lm, with u ~ Gamma of mean 1 and variance `sharing` per layer and v ~
-    Poisson(1) per pair (`sharing` is 0 where layers do not matter, and all but 1 where they are all that matters).
+    Exp(1) per pair (`sharing` is 0 where layers do not matter, and all but 1 where they are all that matters).
     Plain resampling of layers triples the variance where they do not matter, and the bias-corrected bootstrap of Babu
     & Rao (2004), whose replicates do not share the search for the nearest law, rejected nothing at all in trials.
 
@@ -151,35 +152,35 @@ def _by_layer(terms: Array, pairs: NDArray[np.int64]) -> float:
 
 def _bootstrap(sample: Sample, bootstraps: int, rng: np.random.Generator) -> tuple[float, float, tuple[float, float]]:
     """(p, p_pairs, alpha_ci95)."""
-    logs, n = np.log(sample.values), len(sample.values)
-    alpha, distance, start = _nearest(logs, np.ones(n))
-    tail = n - start
-    ranks = (np.arange(tail) + 0.5) / tail
-    moved = np.concatenate([logs[:start], logs[start] - np.log1p(-ranks) / (alpha - 1)])
+    logs, n = np.log(sample.values)[None], len(sample.values)
+    (alpha,), (distance,), (start,) = _nearest(logs, np.ones((1, n)))
+    ranks = (np.arange(n - start) + 0.5) / (n - start)
+    moved = np.concatenate([logs[0, :start], logs[0, start] - np.log1p(-ranks) / (alpha - 1)])[None]
     _, index = np.unique(sample.pairs, return_inverse=True)
     first, second = index.reshape(sample.pairs.shape).T
     variance = sharing(sample.pairs)
     farther, farther_pairs, alphas = [], [], []
-    for _ in range(bootstraps):
-        u = rng.gamma(1 / variance, variance, sample.layers) if variance > 1e-6 else np.ones(sample.layers)
-        weights = u[first] * np.where(first == second, 1.0, u[second]) * rng.poisson(1.0, n)
-        kept = weights > 1e-9
-        if kept.sum() >= 4:
-            farther.append(_nearest(moved[kept], weights[kept])[1] >= distance)
-            alphas.append(_nearest(logs[kept], weights[kept])[0])
-        drawn = logs[start] + rng.exponential(1 / (alpha - 1), n)
+    most = max(1, CACHE // n)  # replicates at a time
+    for b in [most] * (bootstraps // most) + [bootstraps % most] * (bootstraps % most > 0):
+        u = rng.gamma(1 / variance, variance, (b, sample.layers)) if variance > 1e-6 else np.ones((b, sample.layers))
+        weights = u[:, first] * np.where(first == second, 1.0, u[:, second]) * rng.exponential(size=(b, n))
+        farther.append(_nearest(moved, weights)[1] >= distance)
+        alphas.append(_nearest(logs, weights)[0])
+        drawn = logs[0, start] + rng.exponential(1 / (alpha - 1), (b, n))
         if start:
-            drawn = np.where(rng.random(n) < tail / n, drawn, logs[rng.integers(0, start, n)])
-        farther_pairs.append(_nearest(np.sort(drawn), np.ones(n))[1] >= distance)
-    low, high = np.quantile(alphas, [0.025, 0.975])
-    return float(np.mean(farther)), float(np.mean(farther_pairs)), (float(low), float(high))
+            drawn = np.where(rng.random((b, n)) < 1 - start / n, drawn, logs[0, rng.integers(0, start, (b, n))])
+        farther_pairs.append(_nearest(np.sort(drawn), np.ones((b, n)))[1] >= distance)
+    low, high = np.quantile(np.concatenate(alphas), [0.025, 0.975])
+    p, p_pairs = (float(np.concatenate(f).mean()) for f in (farther, farther_pairs))
+    return p, p_pairs, (float(low), float(high))
 
 
-def _nearest(logs: Array, weights: Array) -> tuple[float, float, int]:
-    """(alpha, distance, index of xmin) of weighted values in ascending order."""
-    alphas, distances, starts, _ = scan(logs, weights, CANDIDATES)
+def _nearest(logs: Array, weights: Array) -> tuple[Array, Array, NDArray[np.int64]]:
+    """(alpha [b], distance [b], index of xmin [b]) of weighted samples; logs [b, n] or [1, n] ascending."""
+    alphas, distances, starts = scan(logs, weights, CANDIDATES)
     best = pick(alphas, distances)
-    return float(alphas[best]), float(distances[best]), int(starts[best])
+    rows = np.arange(len(best))
+    return alphas[rows, best], distances[rows, best], starts[best]
 
 
 def _holm(p: dict[str, float]) -> dict[str, float]:

@@ -40,39 +40,38 @@ def fit_power_law(values: ArrayLike, candidates: int | None = None) -> PowerLaw:
     x, counts = np.unique(flat[flat > 0], return_counts=True)
     if len(x) < LEAST:
         raise UserError(f"{len(x)} distinct positive values are too few to fit a power law: give at least {LEAST}")
-    alphas, distances, starts, tails = scan(np.log(x), counts.astype(np.float64), candidates)
-    best = pick(alphas, distances)
-    return PowerLaw(float(alphas[best]), float(x[starts[best]]), float(distances[best]), round(float(tails[best])))
+    alphas, distances, starts = scan(np.log(x)[None], counts.astype(np.float64)[None], candidates)
+    best = pick(alphas, distances)[0]
+    start = starts[best]
+    return PowerLaw(float(alphas[0, best]), float(x[start]), float(distances[0, best]), int(counts[start:].sum()))
 
 
 def scan(
-    logs: NDArray[np.float64], weights: NDArray[np.float64], candidates: int | None = None, block: int = 16
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-    """The laws above every candidate xmin. logs [n]: logarithms of distinct values, ascending; weights [n]: how often
-    each occurs. Returns (alphas, distances, starts, tails), each [c]: exponent, KS distance, index of xmin in logs,
-    weight at and above it."""
-    last = len(logs) - 2
+    logs: NDArray[np.float64], weights: NDArray[np.float64], candidates: int | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """The laws above every candidate xmin, for many samples at once. logs [b, n], or [1, n] for all: logarithms of
+    values, ascending; weights [b, n]: how often each occurs. Returns (alphas [b, c], KS distances [b, c], starts [c]),
+    starts being the indices of xmin in logs."""
+    last = logs.shape[1] - 2
     starts = np.arange(last)
     if candidates is not None and candidates < last:
         starts = np.unique(np.linspace(0, last - 1, candidates).astype(int))
-    left = np.cumsum(weights[::-1])[::-1]  # weight at and after each value
-    above = np.cumsum((weights * logs)[::-1])[::-1]  # and weight times logarithm
-    tails = left[starts]
-    alphas = 1 + tails / np.maximum(above[starts] - tails * logs[starts], 1e-300)
-    distances = np.empty(len(starts))
-    for i in range(0, len(starts), block):  # [block, values from the block's first xmin on] at a time
-        part, first = starts[i : i + block], starts[i]
-        survival = logs[first:] - logs[part, None]
-        np.maximum(survival, 0, out=survival)  # below a row's own xmin both survivals are 1
-        survival *= 1 - alphas[i : i + block, None]
+    left = np.cumsum(weights[:, ::-1], axis=1)[:, ::-1]  # weight at and after each value
+    above = np.cumsum((weights * logs)[:, ::-1], axis=1)[:, ::-1]  # and weight times logarithm
+    tails = left[:, starts]
+    alphas = 1 + tails / np.maximum(above[:, starts] - tails * logs[:, starts], 1e-300)
+    distances = np.empty_like(alphas)
+    for i, start in enumerate(starts):
+        survival = logs[:, start:] - logs[:, start, None]
+        survival = survival * (1 - alphas[:, i, None])
         np.exp(survival, out=survival)
-        tail = tails[i : i + block, None]
-        survival -= np.minimum(left[first:], tail) / tail
-        distances[i : i + block] = np.abs(survival, out=survival).max(axis=1)
-    return alphas, distances, starts, tails
+        survival -= left[:, start:] / tails[:, i, None]
+        distances[:, i] = np.abs(survival, out=survival).max(axis=1)
+    return alphas, distances, starts
 
 
-def pick(alphas: NDArray[np.float64], distances: NDArray[np.float64]) -> int:
-    """Which of the laws that `scan` found is the fit: the nearest of those whose exponent lies in BOUNDS."""
+def pick(alphas: NDArray[np.float64], distances: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which of the laws [b, c] that `scan` found are the fits [b]: the nearest whose exponent lies in BOUNDS."""
     usable = (alphas > BOUNDS[0]) & (alphas < BOUNDS[1])
-    return int(np.argmin(np.where(usable, distances, np.inf) if usable.any() else distances))
+    usable |= ~usable.any(axis=1, keepdims=True)
+    return np.where(usable, distances, np.inf).argmin(axis=1)
