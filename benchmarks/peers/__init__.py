@@ -1,0 +1,1 @@
+"""Published generators of weights, rebuilt at small scale: what `diffusion` is measured beside."""

@@ -1,0 +1,500 @@
+"""SANE (2406.09997), rebuilt small: rows as tokens, a transformer autoencoder, kernel densities over latents.
+
+    python -m benchmarks.peers.sane --zoo DIR --out DIR --seconds 300 --parameters 2600000
+
+Every matrix is cut into its rows and every row into tokens of one size, zero-padded under a mask; a token's position is
+(token, tensor, row). README.md says what is from the paper, what is smaller and what is reconstructed.
+
+Letters: N tokens, T token size, R latent size, W window, B batch, M anchors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoencoder.loading import load_component
+from benchmarks.peers import training
+from benchmarks.peers.weights import (
+    Rebuilt,
+    Weights,
+    finish,
+    modelled,
+    nearest_layer,
+    place,
+    read,
+    rebuilt,
+    records,
+)
+from zoo.blueprint import Blueprint
+from zoo.errors import UserError
+from zoo.sampler import Sampler, option
+from zoo.store import Donor, Zoo
+from zoo.streams import stream
+from zoo.units import require_unit_target
+
+PEER = "sane"
+ANCHORS = "anchors.safetensors"
+DECODED = 64  # windows that are decoded at once: fixed, so that results depend on the seed alone
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """As published where README.md does not say otherwise. rate: token size over latent size."""
+
+    rate: float = 288 / 128
+    window: int = 64
+    batch: int = 8
+    layers: int = 2  # of the encoder, and of the decoder
+    lr: float = 1e-3
+    gamma: float = 0.05  # weight of the contrastive loss
+    temperature: float = 0.1
+    noise: float = 0.1  # multiplicative, on both views
+    permutations: int = 5  # of every donor, for the first view; 0: none
+    coordinates: str = "canonical"
+    token: int | None = None  # None: the widest residual stream of the zoo
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    values: Tensor  # [N, T], 0 where there is padding
+    mask: Tensor  # bool [N, T]
+    positions: Tensor  # int64 [N, 3]: token, tensor, row
+
+
+def tokenise(blueprint: Blueprint, tensors: Mapping[str, Tensor], size: int) -> Tokens:
+    """Row by row; a vector (a norm's gain) is one row. The inverse is `detokenise`."""
+    values, masks, positions = [], [], []
+    for index, spec in enumerate(blueprint.specs):
+        rows = tensors[spec.name].reshape(-1, spec.shape[-1])
+        parts = math.ceil(rows.shape[1] / size)
+        padded = F.pad(rows, (0, parts * size - rows.shape[1]))
+        mask = F.pad(torch.ones_like(rows, dtype=torch.bool), (0, parts * size - rows.shape[1]))
+        values.append(padded.reshape(-1, size))
+        masks.append(mask.reshape(-1, size))
+        row = torch.arange(len(rows)).repeat_interleave(parts)
+        positions.append(torch.stack([torch.full_like(row, index), row], dim=1))
+    place_in = torch.cat(positions)
+    whole = torch.cat([torch.arange(len(place_in))[:, None], place_in], dim=1)
+    return Tokens(torch.cat(values), torch.cat(masks), whole)
+
+
+def detokenise(blueprint: Blueprint, values: Tensor) -> dict[str, Tensor]:
+    """Tokens [N, T] of a blueprint's tensors -> the tensors."""
+    out, start = {}, 0
+    for spec in blueprint.specs:
+        rows, length = spec.numel // spec.shape[-1], spec.shape[-1]
+        count = rows * math.ceil(length / values.shape[1])
+        out[spec.name] = values[start : start + count].reshape(rows, -1)[:, :length].reshape(spec.shape)
+        start += count
+    return out
+
+
+class TokenAutoencoder(ModelMixin, ConfigMixin):
+    """token: T; latent: R; hidden: width of the transformers; positions: rows of the three tables of position
+    embeddings; window: W, which the projection head of the contrastive loss is made for."""
+
+    @register_to_config
+    def __init__(self, token: int, latent: int, hidden: int, layers: int, positions: list[int], window: int) -> None:
+        super().__init__()
+        self.into, self.compress = nn.Linear(token, hidden), nn.Linear(hidden, latent)
+        self.expand, self.out = nn.Linear(latent, hidden), nn.Linear(hidden, token)
+        self.encoder, self.decoder = _transformer(hidden, layers), _transformer(hidden, layers)
+        self.tables = nn.ModuleList([nn.Embedding(n, hidden // 2) for n in positions])
+        self.projection = nn.Sequential(
+            nn.Linear(latent * window, 30, bias=False), nn.LayerNorm(30), nn.ReLU(),
+            nn.Linear(30, 30, bias=False), nn.LayerNorm(30), nn.ReLU(),
+        )  # fmt: skip
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for name, p in self.named_parameters():
+            if name.endswith(("out_proj.weight", "linear2.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers))
+
+    def _where(self, positions: Tensor) -> Tensor:
+        """int64 [..., 3] -> [..., hidden]; positions beyond those seen are the last one seen."""
+        token, tensor, row = (
+            table(p.clamp(max=size - 1))
+            for table, size, p in zip(self.tables, self.config["positions"], positions.unbind(-1), strict=True)
+        )
+        return torch.cat([token + tensor, row], dim=-1)
+
+    def encode(self, values: Tensor, positions: Tensor) -> Tensor:
+        """[B, W, T], int64 [B, W, 3] -> [B, W, R]"""
+        return self.compress(self.encoder(self.into(values) + self._where(positions)))
+
+    def decode(self, latents: Tensor, positions: Tensor) -> Tensor:
+        """[B, W, R], int64 [B, W, 3] -> [B, W, T]"""
+        return self.out(self.decoder(self.expand(latents) + self._where(positions)))
+
+
+def _transformer(hidden: int, layers: int) -> nn.TransformerEncoder:
+    block = nn.TransformerEncoderLayer(
+        hidden, 4, 4 * hidden, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True, bias=False
+    )
+    return nn.TransformerEncoder(block, layers, norm=nn.LayerNorm(hidden, bias=False), enable_nested_tensor=False)
+
+
+def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """NT-Xent (2002.05709) of two views [B, C]: a scalar."""
+    z = F.normalize(torch.cat([one, other]), dim=1)
+    similarity = z @ z.T / temperature
+    similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+    count = len(one)
+    partner = torch.cat([torch.arange(count, 2 * count), torch.arange(count)]).to(z.device)
+    return F.cross_entropy(similarity, partner)
+
+
+def statistics(donors: list[Weights]) -> dict[str, list[float]]:
+    """ "role/place" -> [mean, deviation] over the zoo: the layer-wise standardisation of the paper, where layers of
+    models of several depths are matched by `place`."""
+    sums: dict[str, list[Tensor]] = {}
+    for donor in donors:
+        for spec in donor.blueprint.specs:
+            sums.setdefault(_key(spec, donor.metadata.layers), []).append(donor.tensors[spec.name].flatten().double())
+    found = {}
+    for key, parts in sums.items():
+        values = torch.cat(parts)
+        std = float(values.std(correction=0))
+        found[key] = [float(values.mean()), std if std > 1e-6 else 1.0]
+    return found
+
+
+def _key(spec: Any, layers: int) -> str:
+    return f"{spec.role}{'.' + spec.site if spec.site else ''}/{place(spec, layers)}"
+
+
+def standardised(
+    blueprint: Blueprint, tensors: Mapping[str, Tensor], known: Mapping[str, list[float]], inverse: bool = False
+) -> dict[str, Tensor]:
+    """Every tensor by the statistics of its key (of the middle, where the zoo has none in that place)."""
+    assert blueprint.metadata is not None
+    out = {}
+    for spec in blueprint.specs:
+        key = _key(spec, blueprint.metadata.layers)
+        others = (f"{key.split('/')[0]}/{where}" for where in ("middle", "last", "first"))
+        mean, std = known[key if key in known else next(o for o in others if o in known)]
+        t = tensors[spec.name]
+        out[spec.name] = t * std + mean if inverse else (t - mean) / std
+    return out
+
+
+def permuted(weights: Weights, rng: torch.Generator) -> dict[str, Tensor]:
+    """An equivalent donor: neurons of every layer, and its groups of heads, in random order."""
+    meta, out = weights.metadata, dict(weights.tensors)
+    orders: dict[tuple[int, str], Tensor] = {}
+    for layer in range(meta.layers):
+        groups = torch.randperm(meta.kv_heads, generator=rng)
+        orders[layer, "ffn"] = torch.randperm(meta.ffn, generator=rng)
+        for axis, heads in (("heads", meta.heads), ("kv_heads", meta.kv_heads)):
+            size = heads // meta.kv_heads * meta.head_dim
+            orders[layer, axis] = (groups[:, None] * size + torch.arange(size)).flatten()
+    for spec in weights.blueprint.specs:
+        if spec.layer is None:
+            continue
+        for dim, axis in enumerate(spec.parts[0].axes):
+            if (spec.layer, axis) in orders:
+                out[spec.name] = out[spec.name].index_select(dim, orders[spec.layer, axis])
+    return out
+
+
+def windows(count: int, content: int, halo: int) -> list[tuple[int, int, int, int]]:
+    """(start, stop, first, last) for every window of a sequence: tokens start..stop go through the model, of which
+    first..last are kept. Haloing: content with `halo` neighbours on either side, or all on one side at the ends."""
+    length = min(content + 2 * halo, count)
+    found = []
+    for first in range(0, count, content):
+        last = min(first + content, count)
+        start = min(max(0, first - halo), count - length)
+        found.append((start, start + length, first, last))
+    return found
+
+
+@torch.no_grad()
+def haloed(model: TokenAutoencoder, what: str, inputs: Tensor, positions: Tensor) -> Tensor:
+    """`encode` or `decode` of a whole sequence, window by window: [N, .] -> [N, .] on the CPU."""
+    window = model.config["window"]
+    parts = windows(len(inputs), window // 2, window // 4)
+    out, device = [], model.device
+    for at in range(0, len(parts), DECODED):
+        some = parts[at : at + DECODED]
+        x = torch.stack([inputs[a:b] for a, b, _, _ in some]).to(device)
+        made = getattr(model, what)(x, torch.stack([positions[a:b] for a, b, _, _ in some]).to(device)).cpu()
+        out += [y[first - a : last - a] for y, (a, _, first, last) in zip(made, some, strict=True)]
+    return torch.cat(out)
+
+
+def train(
+    zoo: str | Path,
+    out: str | Path,
+    seconds: float | None = None,
+    steps: int | None = None,
+    parameters: int = 2_500_000,
+    seed: int = 0,
+    resume: bool = False,
+    quiet: bool = True,
+    device: str = "cpu",
+    **settings: Any,
+) -> Path:
+    """Trains the autoencoder and encodes the donors, which are the anchors; writes both to `out`.
+
+    parameters: at most so many; settings: fields of `Recipe`. An interrupted run is continued with resume=True; under
+    `steps` to the same bytes. Raises UserError for an unusable zoo, too few parameters, or an `out` that exists."""
+    out, opened = Path(out), Zoo.open(zoo)
+    recipe, budget = Recipe(seed=seed, **settings), training.Budget(steps, seconds)
+    known = training.identity_of(PEER, asdict(recipe) | asdict(budget) | {"parameters": parameters}, opened)
+    if training.begin(out, resume, known):
+        return out
+    donors = read(opened, recipe.coordinates, quiet)
+    size = recipe.token or max(d.metadata.width for d in donors)
+    stats = statistics(donors)
+    plain = [_tokens(d.blueprint, d.tensors, stats, size) for d in donors]
+    views = [
+        [_tokens(d.blueprint, permuted(d, stream(seed, f"{d.name} {i}")), stats, size)
+         for i in range(recipe.permutations)] or [own]
+        for d, own in zip(donors, plain, strict=True)
+    ]  # fmt: skip
+    window = min(recipe.window, *(len(t.values) for t in plain)) // 4 * 4
+    fixed = dict(
+        token=size,
+        latent=max(1, round(size / recipe.rate)),
+        layers=recipe.layers,
+        positions=[int(max(t.positions[:, i].max() for t in plain)) + 1 for i in range(3)],
+        window=window,
+    )
+    model = _sized(fixed, parameters, seed).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=3e-9)
+    share = torch.tensor([float(len(t.values)) for t in plain])
+
+    def loss(step: int) -> Tensor:
+        rng = stream(seed, f"step {step}")
+        picks = torch.multinomial(share, recipe.batch, True, generator=rng).tolist()
+        one, other = [], []
+        for pick in picks:
+            own, again = plain[pick], views[pick]
+            start = int(torch.randint(len(own.values) - window + 1, (1,), generator=rng))
+            which = again[int(torch.randint(len(again), (1,), generator=rng))]
+            cut = slice(start, start + window)
+            one.append((which.values[cut], which.mask[cut], which.positions[cut]))
+            other.append((own.values[cut], own.mask[cut], own.positions[cut]))
+        values, mask, positions = (torch.stack(parts) for parts in zip(*one, *other, strict=True))
+        values = values * (1 + recipe.noise * torch.randn(values.shape, generator=rng))
+        values, mask, positions = values.to(device), mask.to(device), positions.to(device)
+        latents = model.encode(values, positions)
+        wrong = F.mse_loss(mask * model.decode(latents, positions), values)
+        told = model.projection(latents.flatten(1))
+        first, second = told.chunk(2)
+        return recipe.gamma * contrast(first, second, recipe.temperature) + (1 - recipe.gamma) * wrong
+
+    state = out / "autoencoder.state"
+    outcome = training.run(
+        model, optimizer, loss, lambda spent: one_cycle(recipe.lr, spent), budget, state, known, PEER, quiet
+    )
+    model.eval().cpu()
+    model.save_pretrained(out)
+    latents = {d.name: haloed(model, "encode", t.values, t.positions) for d, t in zip(donors, plain, strict=True)}
+    save_file(latents, out / ANCHORS)
+    spread = torch.cat(list(latents.values())).std(0).square().mean().sqrt()
+    content = {
+        "peer": PEER, "identity": known, "recipe": asdict(recipe), "statistics": stats,
+        "donors": records(opened, donors), "anchors": {d.name: d.blueprint.config for d in donors},
+        "parameters": training.parameters(model), "training": {"autoencoder": outcome.to_json()},
+        "latent_deviation": float(spread),
+    }  # fmt: skip
+    training.write_record(out, content)
+    state.unlink()
+    return out
+
+
+def one_cycle(peak: float, spent: float) -> float:
+    """torch's OneCycleLR as a function of the share of the budget: cosine up over 0.3 of it, and down."""
+    low, end = peak / 25, peak / 25 / 1e4
+    start, stop, share = (low, peak, spent / 0.3) if spent < 0.3 else (peak, end, (spent - 0.3) / 0.7)
+    return stop + (start - stop) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _tokens(blueprint: Blueprint, tensors: Mapping[str, Tensor], stats: Mapping[str, list[float]], size: int) -> Tokens:
+    return tokenise(blueprint, standardised(blueprint, tensors, stats), size)
+
+
+def _sized(fixed: dict[str, Any], parameters: int, seed: int) -> TokenAutoencoder:
+    def count(hidden: int) -> int:
+        with torch.device("meta"):
+            return training.parameters(TokenAutoencoder(hidden=hidden, **fixed))
+
+    hidden = training.widest(count, parameters, 8, 16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TokenAutoencoder(hidden=hidden, **fixed)
+
+
+def _load(model: str | None) -> tuple[TokenAutoencoder, dict[str, Any], Path]:
+    folder, content = training.open_record(model, PEER)
+    coder = load_component(
+        TokenAutoencoder, folder, "config.json", f"train one with `python -m benchmarks.peers.{PEER}`"
+    )
+    return coder.eval(), content, folder
+
+
+def reconstruct(model: str | Path, donor: str | Donor, zoo: Zoo, device: str = "cpu") -> Rebuilt:
+    """A donor of the zoo through the autoencoder, in the coordinates that it was trained in."""
+    coder, content, _ = _load(str(model))
+    coordinates = content["recipe"]["coordinates"]
+    name = donor if isinstance(donor, str) else donor.name
+    weights = next(w for w in read(zoo, coordinates) if w.name == name)
+    return through(coder.to(device), content, weights)
+
+
+def through(coder: TokenAutoencoder, content: Mapping[str, Any], weights: Weights) -> Rebuilt:
+    """`reconstruct`, with everything loaded."""
+    size, stats = coder.config["token"], content["statistics"]
+
+    tokens = _tokens(weights.blueprint, weights.tensors, stats, size)
+    latents = haloed(coder, "encode", tokens.values, tokens.positions)
+    made = detokenise(weights.blueprint, haloed(coder, "decode", latents, tokens.positions))
+    made = standardised(weights.blueprint, made, stats, inverse=True)
+    return rebuilt(weights, made, latents.numel(), content["recipe"]["coordinates"])
+
+
+def correspondence(target: Blueprint, anchor: Blueprint, size: int) -> Tensor:
+    """int64 [N]: for every token of the target, the token of the anchor that it is drawn like: the same role at the
+    nearest relative depth, the same row (counted round where the target has more), the same piece of the row (or the
+    last) [R]."""
+    assert target.metadata is not None and anchor.metadata is not None
+    starts, at = {}, 0
+    for spec in anchor.specs:
+        starts[spec.name] = at
+        at += spec.numel // spec.shape[-1] * math.ceil(spec.shape[-1] / size)
+    found = []
+    for spec in target.specs:
+        layer = spec.layer
+        if layer is not None:
+            layer = nearest_layer(layer, target.metadata.layers, anchor.metadata.layers)
+        alike = [s for s in anchor.specs if (s.role, s.layer, s.site) == (spec.role, layer, spec.site)]
+        if not alike:
+            raise UserError(
+                f"{PEER}: the anchors have no tensor like {spec.name!r}; use a target of the zoo's architecture"
+            )
+        source = alike[0]
+        rows, parts = (spec.numel // spec.shape[-1], math.ceil(spec.shape[-1] / size))
+        source_rows, source_parts = (source.numel // source.shape[-1], math.ceil(source.shape[-1] / size))
+        row = torch.arange(rows)[:, None] % source_rows
+        piece = torch.arange(parts).clamp(max=source_parts - 1)
+        found.append((starts[source.name] + row * source_parts + piece).flatten())
+    return torch.cat(found)
+
+
+@dataclass(kw_only=True)
+class SANE(Sampler):
+    """Every token's latent is drawn from a kernel density over the anchors' latents of the corresponding token, and
+    the sequence decoded with halos. Anchors: the donors as wide as the target, or the widest ones [R]."""
+
+    name: ClassVar[str] = "benchmarks.peers.sane.SANE"
+    family: ClassVar[str] = "generative"
+    summary: ClassVar[str] = (
+        "SANE: row tokens through a transformer autoencoder, a kernel density over anchors' latents"
+    )
+    reference: ClassVar[str] = "2406.09997"
+    needs: ClassVar[tuple[str, ...]] = ("model",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"mode": ("token", "individual", "joint")}
+
+    model: str | None = option(None, "folder of a trained SANE")
+    mode: str = option("token", "what is drawn as one: a token's latent, every number of it, or a whole anchor")
+    bandwidth: float = option(0.2, "deviation of the normal kernel", least=0.0)
+    candidates: int = option(1, "models drawn, of which the best on the text is kept (sub-sampling); 1: none", least=1)
+    text: str | None = option(None, "file that candidates are measured on (only where there are several)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._coder: TokenAutoencoder | None = None
+        self._content: dict[str, Any] = {}
+        self._anchors: dict[str, Tensor] = {}
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        require_unit_target(blueprint, "target")
+        if self.candidates > 1 and self.text is None:
+            raise UserError(f"{PEER}: several candidates are told apart on a text; give --set text=FILE")
+        self._open()
+        return self
+
+    def _open(self) -> None:
+        self._coder, self._content, folder = _load(self.model)
+        self._coder.to(self.device)
+        self._anchors = load_file(folder / ANCHORS)
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self._coder is None:
+            raise RuntimeError("sane: call fit before sample")
+        if self.candidates == 1:
+            yield from self._draw(blueprint, seed, 0)
+            return
+        from benchmarks.peers.scoring import text_loss
+
+        assert self.text is not None
+        losses = [text_loss(blueprint, dict(self._draw(blueprint, seed, i)), self.text) for i in range(self.candidates)]
+        yield from self._draw(blueprint, seed, min(range(len(losses)), key=lambda i: losses[i]))
+
+    def _draw(self, blueprint: Blueprint, seed: int, candidate: int) -> Iterator[tuple[str, Tensor]]:
+        assert self._coder is not None
+        size, coordinates = self._coder.config["token"], self._content["recipe"]["coordinates"]
+        target = modelled(blueprint, coordinates)
+        latents = self._latents(target, size, stream(seed, f"{PEER} {candidate}"))
+        positions = tokenise(target, {s.name: torch.zeros(s.shape) for s in target.specs}, size).positions
+        tokens = haloed(self._coder, "decode", latents, positions)
+        tensors = standardised(target, detokenise(target, tokens), self._content["statistics"], inverse=True)
+        yield from finish(tensors.items(), blueprint, coordinates)
+
+    def _latents(self, target: Blueprint, size: int, rng: torch.Generator) -> Tensor:
+        """[N, R] of the target, drawn in the option's mode."""
+        assert target.metadata is not None
+        coordinates = self._content["recipe"]["coordinates"]
+        shapes = {n: modelled(Blueprint.from_config(c), coordinates) for n, c in self._content["anchors"].items()}
+        widths = {name: b.metadata.width for name, b in shapes.items() if b.metadata is not None}
+        enough = min(target.metadata.width, max(widths.values()))
+        chosen = sorted(name for name, width in widths.items() if width >= enough)
+        anchors = torch.stack([self._anchors[n][correspondence(target, shapes[n], size)] for n in chosen])  # [M, N, R]
+        return kernel_draw(anchors, self.mode, self.bandwidth, rng)
+
+    def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
+        """The donors that it learned from, not those of `zoo`."""
+        return list(self._content["donors"])
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._open()
+
+
+def kernel_draw(anchors: Tensor, mode: str, bandwidth: float, rng: torch.Generator) -> Tensor:
+    """[M, N, R] -> [N, R]: one draw from normal kernel densities over the anchors, independent between tokens (mode
+    token), between all numbers (individual), or of the whole sequence (joint)."""
+    count, tokens, latent = anchors.shape
+    shape = {"token": (tokens, 1), "individual": (tokens, latent), "joint": (1, 1)}[mode]
+    pick = torch.randint(count, shape, generator=rng).expand(tokens, latent)
+    return anchors.gather(0, pick[None])[0] + bandwidth * torch.randn(tokens, latent, generator=rng)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_arguments(parser)
+    given = vars(parser.parse_args())
+    began = time.perf_counter()
+    print(train(**given, quiet=False), f"{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

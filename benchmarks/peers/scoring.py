@@ -1,0 +1,42 @@
+"""What a model of given tensors is worth on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.blueprint import Blueprint
+from zoo.lm import evaluate
+from zoo.text import encode_corpus
+
+WINDOWS, SEQUENCE = 64, 64
+
+
+def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A transformers model of a config with these tensors, float32, ready to be evaluated."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    parsed = AutoConfig.for_model(**config)
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
+    missing, unknown = model.load_state_dict(dict(tensors), strict=False)
+    lost = set(missing) - set(model.all_tied_weights_keys)
+    if lost or unknown:
+        raise ValueError(f"tensors and config disagree: {sorted(lost)[:3]} missing, {list(unknown)[:3]} unknown")
+    model.tie_weights()
+    return model.eval()
+
+
+def loss_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor, windows: int = WINDOWS) -> float:
+    """Nats per token on int64 [N], in windows of 64."""
+    return evaluate(build(config, tensors), tokens, SEQUENCE, limit=windows)
+
+
+def text_loss(blueprint: Blueprint, tensors: Mapping[str, Tensor], text: str | Path) -> float:
+    """Nats per token on a file that is read as bytes."""
+    assert blueprint.config is not None and blueprint.metadata is not None
+    return loss_of(blueprint.config, tensors, encode_corpus(text, None, blueprint.metadata.vocab))

@@ -1,0 +1,186 @@
+"""Training under a budget of steps or of wall-clock, resumable: what both peers share."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from autoencoder.loading import local_folder
+from zoo.errors import UserError
+from zoo.progress import interruptible, load_state, restore_training, save_state, training_tensors
+from zoo.safe import read_json
+from zoo.store import Zoo
+
+RECORD = "peer.json"  # of a finished peer: written last
+SAVE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one is given. A run of so many steps is a function of its seed; one of so many seconds takes as many
+    steps as the machine makes in them (time before an interruption counts), and its schedule follows the clock."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise UserError("a peer is trained for --steps or for --seconds: give one of the two")
+        if min(self.steps or 1, self.seconds or 1) <= 0:
+            raise UserError("a peer's budget is positive: give at least one step, or more than no seconds")
+
+    def part(self, share: float) -> Budget:
+        if self.steps is not None:
+            return Budget(steps=max(1, round(share * self.steps)))
+        assert self.seconds is not None
+        return Budget(seconds=share * self.seconds)
+
+    def spent(self, step: int, elapsed: float) -> float:
+        """The share of the budget that is used, 1 where it is over."""
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        assert self.seconds is not None
+        return min(1.0, elapsed / self.seconds)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    steps: int
+    seconds: float
+    losses: tuple[float, ...]  # mean over the first and the last tenth of the steps
+
+    def to_json(self) -> dict[str, Any]:
+        return {"steps": self.steps, "seconds": self.seconds, "loss": list(self.losses)}
+
+
+def run(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[int], Tensor],
+    rate: Callable[[float], float],
+    budget: Budget,
+    state: Path,
+    identity: str,
+    label: str,
+    quiet: bool = True,
+    after: Callable[[], None] = lambda: None,
+    extra: Callable[[], dict[str, Tensor]] = dict,
+    restore: Callable[[Mapping[str, Tensor], int], None] = lambda tensors, step: None,
+) -> Outcome:
+    """Trains `model` in place. loss(step) is a function of (seed, step); rate(spent) the learning rate; `after` runs
+    after every update; extra and restore keep what else belongs to the state. Whatever lies in `state` is continued
+    (UserError if it is of another run); Ctrl-C saves and raises KeyboardInterrupt."""
+    step, elapsed, history = 0, 0.0, [float("nan")] * 0
+    if state.is_file():
+        tensors, step = load_state(state, identity)
+        restore_training(tensors, model, optimizer)
+        restore(tensors, step)
+        elapsed, history = float(tensors["elapsed"]), tensors["history"].tolist()
+
+    def save() -> None:
+        kept = {"elapsed": torch.tensor(elapsed, dtype=torch.float64), "history": torch.tensor(history)}
+        save_state(state, training_tensors(model, optimizer) | extra() | kept, step, identity)
+
+    saved = elapsed
+    with interruptible() as interrupted, tqdm(total=100, desc=label, unit="%", disable=quiet) as bar:
+        while (spent := budget.spent(step, elapsed)) < 1.0:
+            if interrupted() or elapsed - saved > SAVE_SECONDS:
+                saved = elapsed
+                save()
+                if interrupted():
+                    raise KeyboardInterrupt
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = rate(spent)
+            value = loss(step)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            after()
+            history.append(float(value.detach()))
+            step, elapsed = step + 1, elapsed + time.perf_counter() - began
+            bar.update(round(100 * budget.spent(step, elapsed)) - bar.n)
+    save()
+    tenth = max(1, len(history) // 10)
+    means = tuple(float(torch.tensor(part).mean()) for part in (history[:tenth], history[-tenth:]))
+    return Outcome(step, elapsed, means)
+
+
+def identity_of(peer: str, settings: Mapping[str, Any], zoo: Zoo) -> str:
+    """What a run is a function of."""
+    known = [peer, dict(settings), sorted(d.sha256 for d in zoo.donors)]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def begin(out: Path, resume: bool, identity: str) -> bool:
+    """Makes the folder of a run; True where it is already finished. UserError for a folder that holds something and is
+    not to be resumed, or a peer of other settings."""
+    if out.is_dir() and any(out.iterdir()):
+        if not resume:
+            raise UserError(f"{out}: exists and is not empty; give another folder, or resume")
+        if (out / RECORD).is_file():
+            if read_json(out / RECORD).get("identity") != identity:
+                raise UserError(f"{out}: holds a peer of other settings or another zoo; give another folder")
+            return True
+    out.mkdir(parents=True, exist_ok=True)
+    return False
+
+
+def write_record(out: Path, content: Mapping[str, Any]) -> None:
+    partial = out / f".{RECORD}.part"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(out / RECORD)
+
+
+def open_record(model: str | None, peer: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the record of a trained peer. UserError where there is none."""
+    how = f"train one with `python -m benchmarks.peers.{peer}`"
+    if model is None:
+        raise UserError(f"{peer}: needs a trained model; give --model DIR ({how})")
+    folder = local_folder(model, f"a trained {peer}")
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder}: holds no finished {peer}; {how}")
+    content = read_json(folder / RECORD)
+    if content.get("peer") != peer:
+        raise UserError(f"{folder}: holds {content.get('peer')}, not {peer}; {how}")
+    return folder, content
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def widest(count: Callable[[int], int], budget: int, step: int, least: int) -> int:
+    """The largest multiple of `step` from `least` on whose parameter count is within the budget."""
+    if count(least) > budget:
+        raise UserError(f"{budget} parameters are too few: the smallest model has {count(least)}; give more")
+    width = least
+    while count(width + step) <= budget:
+        width += step
+    return width
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `train`, which both peers have."""
+    parser.add_argument("--zoo", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--parameters", type=int, default=2_500_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--coordinates", choices=("raw", "canonical"), default=argparse.SUPPRESS)
+    parser.add_argument("--rate", type=float, default=argparse.SUPPRESS)
+    parser.add_argument("--lr", type=float, default=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true")

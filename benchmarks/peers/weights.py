@@ -1,0 +1,164 @@
+"""Donors as the peers see them: named tensors, raw or in canonical coordinates, and back to checkpoints.
+
+`raw`: as stored. `canonical`: after the exact symmetries of `zoo/canonical.py`, aligned across donors, the head untied
+and the readers times sqrt(width), as `zoo/units.py` keeps them. Both peers read and write through here, so that what
+they are given of our coordinates is one word.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.aligned import Aligned, align, known_loss
+from zoo.blueprint import Blueprint
+from zoo.canonical import tie
+from zoo.decoder import read_decoder, write_decoder
+from zoo.errors import UserError
+from zoo.store import Donor, Zoo, record
+from zoo.tensors import Metadata, TensorSpec
+from zoo.units import require_unit_target, scatter
+
+COORDINATES = ("raw", "canonical")
+READERS = {"head", "attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A donor: float32 tensors by name, in the order of the blueprint's specs, and the blueprint that they fill."""
+
+    name: str
+    blueprint: Blueprint
+    tensors: Mapping[str, Tensor]
+    loss: float | None
+
+    @property
+    def metadata(self) -> Metadata:
+        assert self.blueprint.metadata is not None
+        return self.blueprint.metadata
+
+
+def read(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list[Weights]:
+    """The donors that a Llama-like target can be made from (the others are named on stderr); all are in memory.
+    Raises UserError where there is none."""
+    if coordinates == "canonical":
+        return [canonical(aligned, zoo.donor(aligned.name)) for aligned in align(zoo, quiet)]
+    found = []
+    for donor in zoo.donors:
+        try:
+            require_unit_target(donor.blueprint, donor.name)
+        except UserError as error:
+            if not quiet:
+                print(f"left out: {error}", file=sys.stderr)
+            continue
+        tensors = {spec.name: donor.read(spec.name).float() for spec in donor.blueprint.specs}
+        found.append(Weights(donor.name, donor.blueprint, tensors, known_loss(donor.facts)))
+    if not found:
+        raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")
+    return found
+
+
+def canonical(aligned: Aligned, donor: Donor, units: Mapping[str, Tensor] | None = None) -> Weights:
+    """A donor in canonical coordinates; `units` instead of its own where they are given."""
+    blueprint = modelled(donor.blueprint, "canonical")
+    decoder = scatter(dict(aligned.units if units is None else units), aligned.metadata)
+    tensors = dict(_scaled(write_decoder(decoder, blueprint), blueprint, 1))
+    return Weights(aligned.name, blueprint, tensors, known_loss(aligned.facts))
+
+
+def untied(blueprint: Blueprint) -> Blueprint:
+    """The blueprint with a head of its own."""
+    if not blueprint.ties:
+        return blueprint
+    assert blueprint.config is not None
+    return Blueprint.from_config(blueprint.config | {"tie_word_embeddings": False})
+
+
+def modelled(blueprint: Blueprint, coordinates: str) -> Blueprint:
+    """The tensors that a peer learns and fills: all, or in canonical coordinates a head of its own and no norms, whose
+    gains are all one there. `finish` makes the tensors of the blueprint of them."""
+    if coordinates == "raw":
+        return blueprint
+    loose = untied(blueprint)
+    return replace(loose, specs=tuple(spec for spec in loose.specs if spec.role != "norm"))
+
+
+def finish(
+    tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, coordinates: str
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of `modelled(blueprint)` -> those of the blueprint. A tied target in canonical coordinates gets
+    the embedding and the final gain of `zoo.canonical.tie`."""
+    if coordinates == "raw":
+        yield from tensors
+        return
+    loose = untied(blueprint)
+    ones = ((spec.name, torch.ones(spec.shape)) for spec in loose.specs if spec.role == "norm")
+    plain = _scaled(itertools.chain(tensors, ones), loose, -1)
+    if loose is blueprint:
+        yield from plain
+        return
+    held = dict(plain)
+    yield from write_decoder(tie(read_decoder(loose, held.__getitem__, where="target")), blueprint)
+
+
+def _scaled(tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, power: int) -> Iterator[tuple[str, Tensor]]:
+    assert blueprint.metadata is not None
+    factor = math.sqrt(blueprint.metadata.width) ** power
+    for name, tensor in tensors:
+        yield name, tensor * factor if blueprint[name].role in READERS else tensor
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A donor through an autoencoder: a checkpoint's config and tensors, the donor's own in the same coordinates, and
+    how many numbers were kept of it."""
+
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    own: Mapping[str, Tensor]
+    numbers: int
+
+    @property
+    def error(self) -> float:
+        """Root of sum |rebuilt - own|^2 / sum |own|^2 over all matrices."""
+        own = {name: t.double() for name, t in self.own.items() if t.ndim > 1}
+        wrong = sum(float((self.tensors[name] - t).square().sum()) for name, t in own.items())
+        return math.sqrt(wrong / sum(float(t.square().sum()) for t in own.values()))
+
+    @property
+    def rate(self) -> float:
+        """Numbers in the donor's matrices per number kept."""
+        return sum(t.numel() for t in self.own.values() if t.ndim > 1) / self.numbers
+
+
+def rebuilt(weights: Weights, made: Mapping[str, Tensor], numbers: int, coordinates: str) -> Rebuilt:
+    """made: the tensors that an autoencoder made of the donor's."""
+    assert weights.blueprint.config is not None
+    loose = Blueprint.from_config(weights.blueprint.config)
+    tensors, own = (dict(finish(t.items(), loose, coordinates)) for t in (made, weights.tensors))
+    return Rebuilt(weights.blueprint.config, tensors, own, numbers)
+
+
+def records(zoo: Zoo, weights: Iterable[Weights]) -> list[dict[str, Any]]:
+    """What is kept of the donors that something was learned from."""
+    return [record(zoo.donor(w.name)) for w in weights]
+
+
+def place(spec: TensorSpec, layers: int) -> str:
+    """Which third of the depth a tensor belongs to; tensors of different models of one role and place share their
+    statistics."""
+    if spec.layer is None:
+        return "outside"
+    return ("first", "middle", "last")[0 if spec.layer == 0 else 2 if spec.layer == layers - 1 else 1]
+
+
+def nearest_layer(index: int, layers: int, of: int) -> int:
+    """The layer of a model of depth `of` at the relative depth of layer `index` of `layers`."""
+    return 0 if layers == 1 else round(index * (of - 1) / (layers - 1))
