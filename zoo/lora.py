@@ -87,6 +87,7 @@ def from_lora(base_config: str | Path | Mapping[str, Any], lora_config: Any) -> 
     model = meta_model(parse(data, where), where)
     base = Blueprint.from_config(data)
     config = copy.deepcopy(lora_config_of(lora_config))
+    named = config.base_model_name_or_path or (str(base_config) if isinstance(base_config, str | Path) else None)
     config.init_lora_weights = True  # the sampler's business; PEFT would want weights for some
     _check_targets(model, config.target_modules, where)
     try:
@@ -94,7 +95,10 @@ def from_lora(base_config: str | Path | Mapping[str, Any], lora_config: Any) -> 
             adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:  # what PEFT says of a combination of settings that no check above knows
         raise UserError(f"{where}: PEFT cannot adapt it: {' '.join(str(error).split())[:300]}") from error
-    return described(adapted, base)
+    blueprint = described(adapted, base)
+    assert blueprint.adapter is not None
+    blueprint.adapter.config["base_model_name_or_path"] = named  # PEFT puts what the hollow model is called
+    return blueprint
 
 
 def described(model: PeftModel, base: Blueprint, adapter_name: str = "default") -> Blueprint:
@@ -110,7 +114,6 @@ def described(model: PeftModel, base: Blueprint, adapter_name: str = "default") 
     if config.peft_type != peft.PeftType.LORA:
         raise UserError(f"adapter {adapter_name!r} is of type {config.peft_type.value}; only LoRA is filled here")
     inner = model.get_base_model()
-    state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     specs: list[TensorSpec] = []
     pairs: list[Pair] = []
     for module, layer in inner.named_modules():
@@ -118,8 +121,6 @@ def described(model: PeftModel, base: Blueprint, adapter_name: str = "default") 
             _refuse_variants(module, layer, adapter_name)
             pair = _pair(module, layer, adapter_name, inner, base)
             of = base[pair.weight]
-            if tuple(state[pair.a].shape) != (pair.rank, pair.columns):
-                raise UserError(f"{module}: its A is {list(state[pair.a].shape)}; only plain LoRA is filled here")
             out, into = _axes(of)
             a = Part("lora.a", ("rank", into), (pair.rank, pair.columns))
             b = Part("lora.b", (out, "rank"), (pair.rows, pair.rank))
@@ -129,9 +130,13 @@ def described(model: PeftModel, base: Blueprint, adapter_name: str = "default") 
             ]
             pairs.append(pair)
     _check_ranks(pairs)
+    state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     more = sorted(set(state) - {spec.name for spec in specs})
     if more:
         raise UserError(f"the adapter trains {more[0]} besides its pairs; leave modules_to_save and its like out")
+    odd = next((s for s in specs if tuple(state[s.name].shape) != s.shape), None)
+    if odd is not None:
+        raise UserError(f"{odd.name} is {list(state[odd.name].shape)} to PEFT, not {list(odd.shape)}: no plain LoRA")
     adapter = Adapter(_as_json(config, inner), base, tuple(pairs))
     return Blueprint(tuple(specs), base.metadata, adapter=adapter)
 
