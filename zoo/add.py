@@ -14,6 +14,7 @@ from zoo.checkpoint import Checkpoint, check_against_blueprint
 from zoo.errors import UserError
 from zoo.manifest import MANIFEST, ROWS, joined, measure, rows, write_rows
 from zoo.sources import Source, Stamps, count_tensors, obtain, resolve
+from zoo.statistics.health import Finding, health, summary
 from zoo.store import RECORD, content_hash, file_hash, read_record, write_record
 from zoo.writer import writing
 
@@ -34,9 +35,11 @@ def add(
     sources: folders and hub ids `org/name[@revision]`; revision: for the hub ids without one. shard (i, n): only
     sources[i::n], for n processes side by side. plan: only say what would be done.
 
-    Returns for each source {source, name, revision, license, state, tensors, read, download, write}; the last three
-    in bytes, `state` is new or present for a plan, added or present otherwise. revision is the commit of a hub
-    source and `sha256:<content hash>` of a folder (None in the plan of one that has not been read).
+    Returns for each source {source, name, revision, license, state, tensors, read, download, write, health}; read,
+    download and write in bytes, `state` is new or present for a plan, added or present otherwise. revision is the
+    commit of a hub source and `sha256:<content hash>` of a folder (None in the plan of one that has not been read).
+    health is `fine` or the kinds of `zoo.statistics.health`, each with a line on stderr: a word, no refusal. It is
+    None where nothing was added.
 
     All sources are resolved before the first is copied. A donor appears in models/ by a rename, complete; an
     interrupted add leaves a hidden folder there, which the next one goes on with. Adding again changes nothing, and
@@ -89,6 +92,7 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
         "read": 0 if idle else source.size,
         "download": 0 if idle else source.download,
         "write": sum(source.files[f].size for f in missing),
+        "health": None,
     }
 
 
@@ -117,7 +121,9 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
             _restore(home, checkpoint, read_record(home))
         return _summary(source, home, "present", download)
 
-    total = source.size + sum(e.nbytes for e in checkpoint.entries.values())
+    weights = sum(e.nbytes for e in checkpoint.entries.values())
+    share = weights / max(1, checkpoint.blueprint.parameters)  # bytes of a value
+    total = source.size + 2 * weights  # measured, copied, examined
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=quiet))
         measures = {}
@@ -135,6 +141,7 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
             return _summary(source, home, "present", download)
         stack.enter_context(_removed_on_error(staging))
         _stage(staging, checkpoint, stamps, bar.update)
+        findings = health(checkpoint, progress=lambda values: bar.update(values * share))
         stack.enter_context(_lock(models / LOCK))
         name = next((n for n in source.names if not (models / n).exists()), None)
         if name is None:
@@ -143,7 +150,10 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
         record = {"source": source.given, "revision": revision, "license": source.license}
         write_record(staging, {**record, "sha256": sha256, "files": stamps})
         home = staging.rename(models / name)
-    return _summary(source, home, "added", download)
+    if not quiet:
+        for finding in findings:
+            print(f"{name}: {finding.text}", file=sys.stderr)
+    return _summary(source, home, "added", download, findings)
 
 
 def _home(models: Path, source: Source, revision: str | None) -> Path | None:
@@ -215,7 +225,9 @@ def _room(models: Path, need: int) -> None:
         raise UserError(f"{models}: {need} bytes are needed and {free} are free; make room or choose another place")
 
 
-def _summary(source: Source, home: Path, state: str, download: int) -> dict[str, Any]:
+def _summary(
+    source: Source, home: Path, state: str, download: int, findings: list[Finding] | None = None
+) -> dict[str, Any]:
     record = read_record(home)
     weights = sum(1 for _ in Checkpoint.open(home).entries)
     return {
@@ -228,6 +240,7 @@ def _summary(source: Source, home: Path, state: str, download: int) -> dict[str,
         "read": source.size,
         "download": download,
         "write": source.size if state == "added" else 0,
+        "health": findings if findings is None else summary(findings),
     }
 
 

@@ -284,3 +284,19 @@ def test_the_real_checkpoints(tmp_path: Path, shared_data: Path) -> None:
     problems = verify(tmp_path / "zoo")
     assert len(problems) == len(sources)
     assert all(any(p.startswith(f"{name}: ") and repr(tensor) in p for p in problems) for name, tensor in broken)
+
+
+def test_the_health_of_what_is_added(
+    tmp_path: Path, tiny_llama: Make, shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for a donor that was never trained, none for one that was, and nobody is refused or asked twice."""
+    sources = [str(tiny_llama(tmp_path / "fresh")), str(shared_data / "models" / "stories260K")]
+    assert [d["health"] for d in add(sources, tmp_path / "plan", plan=True)] == [None, None]
+    capsys.readouterr()
+    assert [d["health"] for d in add(sources, tmp_path / "zoo")] == ["untrained", "fine"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
+    assert len(lines) == 1 and lines[0].startswith("fresh: never trained: all 15 matrices")
+    assert [(d["state"], d["health"]) for d in add(sources, tmp_path / "zoo")] == [("present", None)] * 2
+    assert "never trained" not in capsys.readouterr().err
+    add(sources[:1], tmp_path / "quiet", quiet=True)
+    assert capsys.readouterr().err == ""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoo.checkpoint import Checkpoint
 from zoo.errors import NotFinite
+from zoo.statistics.noise import beyond_edge, kurtosis, normal_scores, uneven
 from zoo.statistics.row_column import cut
 from zoo.streams import stream
 from zoo.tensors import TensorSpec, split
@@ -42,7 +43,7 @@ class Finding:
 def health(
     donor: Checkpoint,
     device: str = "cpu",
-    most: int = 1024,
+    most: int = 512,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Finding]:
@@ -70,16 +71,16 @@ def health(
     apart. Embedding and head are judged with the model as a whole only: small ones can stay noise in good models.
 
     Every tensor is read once, one in memory at a time; those of layers that look like noise twice. progress is called
-    with the bytes of each tensor. Reads whatever the blueprint knows of a Checkpoint, a module in memory too."""
+    with the number of values of each tensor."""
     tally = _Tally()
     for spec in donor.blueprint.specs:
         tally.look(donor, spec, device, most, seed)
         if progress is not None:
-            progress(spec.numel * spec.dtype.itemsize)
+            progress(spec.numel)
     noise = {layer: found for layer, found in tally.of_layer.items() if not any(m.structured for m in found)}
     for found in noise.values():
         for matrix in found:
-            scores = _normal_scores(_values(donor, matrix.spec, matrix.role, device, most, seed))
+            scores = normal_scores(_values(donor, matrix.spec, matrix.role, device, most, seed))
             matrix.structured = beyond_edge(scores) > BEYOND
             if matrix.structured:
                 break
@@ -130,21 +131,21 @@ class _Tally:
             self.not_finite.append(spec.name)
             return
         tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-        low, high = tensor.aminmax()
         for role, values in split(spec, tensor).items():
             self._count(spec, role, values, donor.blueprint.offset(spec))
-            if values.ndim > 1 and low < high and not any(axis == "position" for axis in spec.parts[0].axes):
+            low, high = values.aminmax()
+            if values.ndim > 1 and low == high:
+                self.constant.add(spec.name)
+                if low == 0:
+                    self.constant_zero.add(spec.name)
+            elif values.ndim > 1 and "position" not in spec.parts[0].axes:
                 matrix = _prepared(values, spec, role, device, most, seed)
                 if min(matrix.shape) >= LEAST:
                     structured = min(uneven(matrix), uneven(matrix.mT)) < RARE
                     margin = 6 * (24 / matrix.numel()) ** 0.5
-                    found = _Matrix(spec, role, structured, _kurtosis(matrix), margin)
+                    found = _Matrix(spec, role, structured, kurtosis(matrix), margin)
                     self.of_layer.setdefault(spec.layer, []).append(found)
-        if tensor.ndim > 1 and low == high:
-            self.constant.add(spec.name)
-            if low == 0:
-                self.constant_zero.add(spec.name)
-        if spec.role == "norm" and spec.kind == "weight" and low < high:
+        if spec.role == "norm" and spec.kind == "weight" and tensor.min() < tensor.max():
             self.trained_gains.add(spec.layer)
 
     def _count(self, spec: TensorSpec, role: str, values: Tensor, offset: float) -> None:
@@ -152,47 +153,9 @@ class _Tally:
         if spec.layer is None or spec.kind != "weight":
             return
         factor = f"norm@{spec.site}" if role == "norm" else role
-        rms = torch.linalg.vector_norm(values + offset, dtype=torch.float64).item() / values.numel() ** 0.5
+        rms = torch.linalg.vector_norm(values + offset if offset else values, dtype=torch.float64).item() / values.numel() ** 0.5
         before, name = self.outputs.get((spec.layer, factor), (0.0, spec.name))
         self.outputs[spec.layer, factor] = (before + rms, name)
-
-
-def uneven(matrix: Tensor) -> float:
-    """[m, n] -> p-value of the shares of large entries in the rows, were all entries in random places: chi-square of m
-    counts, whose values' law plays no part."""
-    m, n = matrix.shape
-    large = matrix.abs() > matrix.abs().median()
-    share = large.double().mean().item()
-    if not 0 < share < 1:
-        return 1.0
-    counts = large.sum(1).double()
-    statistic = ((counts - n * share) ** 2).sum().item() / (n * share * (1 - share))
-    half = torch.tensor([(m - 1) / 2, statistic / 2], dtype=torch.float64)
-    return torch.special.gammaincc(half[0], half[1]).item()
-
-
-def beyond_edge(matrix: Tensor) -> float:
-    """How far the largest squared singular value of a matrix [m, n] of standard normal entries, or what claims to be
-    one, lies above the Marchenko-Pastur edge, in units of Tracy-Widom's law (mean -1.2, deviation 1.3)."""
-    m, n = matrix.shape
-    gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
-    edge = m**0.5 + n**0.5
-    unit = edge * (m**-0.5 + n**-0.5) ** (1 / 3)
-    return (torch.linalg.eigvalsh(gram)[-1].item() - edge**2) / unit
-
-
-def _normal_scores(matrix: Tensor) -> Tensor:
-    """Every value replaced by the normal quantile of its rank; equal values share one."""
-    values = matrix.flatten()
-    ordered = values.sort().values
-    rank = (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2
-    scores = torch.special.ndtri((rank + 0.5) / (len(values) + 1)).view_as(matrix)
-    return scores / scores.std(correction=0)
-
-
-def _kurtosis(matrix: Tensor) -> float:
-    square = (matrix - matrix.mean()).square()
-    return (square.square().mean() / square.mean() ** 2).item()
 
 
 def _values(donor: Checkpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
@@ -203,9 +166,8 @@ def _values(donor: Checkpoint, spec: TensorSpec, role: str, device: str, most: i
 
 def _prepared(values: Tensor, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
     """float64 [m, n]: random rows and columns of a matrix, without those of zeros."""
-    matrix = values.flatten(1)
+    matrix = cut(values.flatten(1), most, stream(seed, f"health/{spec.name}/{role}")).to(device, torch.float64)
     matrix = matrix[matrix.any(1)]
-    matrix = cut(matrix, most, stream(seed, f"health/{spec.name}/{role}")).to(device, torch.float64)
     return matrix[:, matrix.any(0)]
 
 
@@ -215,23 +177,23 @@ def _structureless(tally: _Tally, noise: dict[int | None, list[_Matrix]]) -> tup
         return [], False
     whole = len(noise) == len(tally.of_layer)
     if whole:
-        groups = [list(noise)]
+        groups: list[list[int | None]] = [list(noise)]
     else:
         layers = [layer for layer in noise if layer is not None]
-        marked = [layer for layer in layers if _marked(tally, noise[layer], {layer})]
+        marked: list[int | None] = [layer for layer in layers if _marked(tally, noise[layer], {layer})]
         groups = [marked, [layer for layer in layers if layer not in marked]]
     findings = []
     for group in filter(None, groups):
         found = [m for layer in group for m in noise[layer]]
         marked_by_training = _marked(tally, found, tally.trained_gains if whole else set(group))
-        low, high = min(m.kurtosis for m in found), max(m.kurtosis for m in found)
-        what = f"all {len(found)} matrices" if whole else f"{_layers(group)}: the {len(found)} matrices"
-        about = f"(kurtosis {low:.1f} to {high:.1f}, no singular value beyond the edge of noise)"
+        kurtoses = sorted({f"{m.kurtosis:.1f}" for m in found}, key=float)
+        span = " to ".join(dict.fromkeys([kurtoses[0], kurtoses[-1]]))
+        what = f"all {len(found)} matrices" if whole else f"{_layers(group)}: {len(found)} matrices"
+        about = f"spectra inside the Marchenko-Pastur edge, kurtosis {span}"
         text = (
-            f"values of training in random places: {what} are noise, though not that of an initialisation {about}; "
-            "they were shuffled, or drawn one by one"
+            f"structure gone: {what} are noise of other than initial values ({about}), as if shuffled or drawn anew"
             if marked_by_training
-            else f"never trained: {what} are noise as an initialisation draws it {about}"
+            else f"never trained: {what} are noise as an initialisation draws it ({about})"
         )
         names = dict.fromkeys(m.spec.name for m in found)
         findings.append(Finding("permuted" if marked_by_training else "untrained", tuple(names), text))

@@ -7,6 +7,7 @@ unit strongly is read strongly. Entries in random places, as an initialisation d
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -201,6 +202,6 @@ def _residual(metadata: Metadata, energies: Energies) -> Iterator[Space]:
 
 
 def _hidden(line: list[tuple[str, Tensor, Tensor]]) -> Iterator[Space]:
-    for (a, rows, _), (b, _, columns) in zip(line, line[1:], strict=False):
+    for (a, rows, _), (b, _, columns) in itertools.pairwise(line):
         if len(rows) == len(columns):
             yield None, None, "hidden", a, b, rows, columns

@@ -1,0 +1,48 @@
+"""Is a matrix noise, whatever its entries' law? Tests that ask about places only, and the kurtosis, which asks about
+the law only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.statistics.spectra import marchenko_pastur, top_singular_values
+
+
+def uneven(matrix: Tensor) -> float:
+    """[m, n] -> p-value of the rows' shares of large entries (above the median of |w|), were all entries in random
+    places: chi-square of m counts, in which the law of the entries plays no part."""
+    m, n = matrix.shape
+    large = matrix.abs() > matrix.abs().median()
+    share = large.double().mean().item()
+    if not 0 < share < 1:
+        return 1.0
+    counts = large.sum(1).double()
+    statistic = ((counts - n * share) ** 2).sum().item() / (n * share * (1 - share))
+    half = torch.tensor([(m - 1) / 2, statistic / 2], dtype=torch.float64)
+    return torch.special.gammaincc(half[0], half[1]).item()
+
+
+def beyond_edge(matrix: Tensor) -> float:
+    """How far the largest squared singular value of a matrix of standard normal entries, or of what is tested for
+    being one, lies above the Marchenko-Pastur edge, in units of Tracy-Widom's law (mean -1.2, deviation 1.3)."""
+    m, n = matrix.shape
+    edge = marchenko_pastur(m, n, 1.0)[1]
+    unit = edge * (m**-0.5 + n**-0.5) ** (1 / 3)
+    return (top_singular_values(matrix, 1).item() ** 2 - edge**2) / unit
+
+
+def normal_scores(matrix: Tensor) -> Tensor:
+    """float64: every value replaced by the normal quantile of its rank, and equal values by the same. Of entries in
+    random places that makes standard normal noise, however heavy their tails were."""
+    values = matrix.flatten()
+    ordered = values.sort().values
+    rank = (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2
+    scores = torch.special.ndtri((rank + 0.5) / (len(values) + 1)).view_as(matrix)
+    return scores / scores.std(correction=0)
+
+
+def kurtosis(matrix: Tensor) -> float:
+    """The plain one, 3 for a normal."""
+    square = (matrix - matrix.mean()).square()
+    return (square.square().mean() / square.mean() ** 2).item()
