@@ -22,7 +22,7 @@ from baselines.pareto_generator import (
     perturbed,
 )
 from zoo.errors import UserError
-from zoo.lora import LoraSampler, Pair, base_donor, pairs_of
+from zoo.lora import LoraSampler, Pair, base_donor, change_norm, pairs_of
 from zoo.sampler import option
 from zoo.single import kept, reopen, single
 from zoo.statistics.grouping import Grouping, characterise, read_grouping
@@ -120,7 +120,7 @@ class Pareto(LoraSampler):
         return known if not source or any(d["sha256"] == source["sha256"] for d in known) else [*known, source]
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
-        pairs_of(blueprint, self.name)
+        self.check(blueprint)
         names = []
         if self.reference_model is None or self.strategy == "both_small":
             names.append(base_donor(zoo, self.base, self.name).name)
@@ -223,12 +223,6 @@ def first_role(blueprint: Blueprint, pair: Pair) -> str:
     """The projection that a pair goes by: the first of those fused in the weight that it adapts."""
     assert blueprint.adapter is not None
     return blueprint.adapter.base[pair.weight].parts[0].role
-
-
-def change_norm(pair: Pair, a: Tensor, b: Tensor) -> float:
-    """||scaling B A||_F by the Gram matrices of both, without the product."""
-    a, b = a.double(), b.double()
-    return pair.scaling * float(((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0).sqrt())
 
 
 def announce(grouping: Grouping) -> None:

@@ -264,15 +264,17 @@ def test_a_reference_reduced_to_its_analysis_gives_the_same_bytes(
     """As `headstart analyze` writes it, of a model whose spectra differ; and where two are analyzed, by name."""
     folder = apart(tiny_llama(tmp_path / "model", num_hidden_layers=6, hidden_size=64, num_key_value_heads=4))
     blueprint = adapter(bases["llama"])
-    analyze(tmp_path / "analysis", donor=str(folder), ranks=(4, 8), bootstraps=10, quiet=True)
+    analyze(tmp_path / "analysis", donor=str(folder), ranks=(8, 256), bootstraps=10, quiet=True)
     analysis = tmp_path / "analysis" / "analysis.json"
-    made = {}
-    for given in (folder, analysis, f"{analysis}#model"):
-        with caplog.at_level(logging.INFO, logger="baselines.pareto"):
-            made[str(given)] = Pareto(reference_model=str(given), bootstraps=10, reference_rank=4).fit(None, blueprint)
-    of_model, *of_analysis = made.values()
+
+    def fitted(given: object, rank: int) -> Pareto:
+        return Pareto(reference_model=str(given), bootstraps=10, reference_rank=rank).fit(None, blueprint)
+
+    with caplog.at_level(logging.INFO, logger="baselines.pareto"):
+        of_model, *of_analysis = (fitted(given, 8) for given in (folder, analysis, f"{analysis}#model"))
     assert not of_model.grouping.undifferentiated
     assert f"reference weight {of_model.grouping.reference}" in caplog.text
+    assert fitted(analysis, 256).grouping == fitted(folder, 256).grouping  # of rank 64: the matrices have no more
     for sampler in of_analysis:
         assert sampler.grouping == of_model.grouping
         assert same(drawn(sampler, blueprint), drawn(of_model, blueprint))

@@ -99,10 +99,12 @@ def read_grouping(path: Path, model: str | None = None, rank: int | None = None)
         raise UserError(f"{path}: has no grouping of {name}; analyze it again")
     if "why" in found:
         raise UserError(f"{path}: {name} could not be grouped: {found['why']}")
-    if rank is not None and str(rank) not in found:
-        raise unknown(f"rank in {path}", str(rank), found)
+    used = str(rank) if rank is not None else min(found, key=int)
+    used = str((models[name].get("ranks") or {}).get(used, used))  # fewer where the model's matrices are smaller
+    if used not in found:
+        raise unknown(f"rank in {path}", used, found)
     try:
-        grouping = Grouping.from_json(found[str(rank) if rank is not None else min(found, key=int)])
+        grouping = Grouping.from_json(found[used])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: the grouping of {name} is damaged ({error!r}); analyze it again") from error
     return grouping
