@@ -28,7 +28,8 @@ SAVE_SECONDS = 20.0
 @dataclass(frozen=True)
 class Budget:
     """Exactly one is given. A run of so many steps is a function of its seed; one of so many seconds takes as many
-    steps as the machine makes in them (time before an interruption counts), and its schedule follows the clock."""
+    steps as the machine makes in them (time before an interruption counts), and its schedule follows the clock.
+    Seconds are those of `clock`."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -51,6 +52,13 @@ class Budget:
             return min(1.0, step / self.steps)
         assert self.seconds is not None
         return min(1.0, elapsed / self.seconds)
+
+
+def clock(device: torch.device | str = "cpu") -> float:
+    """Seconds of wall-clock; on the CPU with one thread, of that thread's work, which is the same where nothing else
+    runs and fair where something does."""
+    alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,8 @@ def run(
     """Trains `model` in place. loss(step) is a function of (seed, step); rate(spent) the learning rate; `after` runs
     after every update; extra and restore keep what else belongs to the state. Whatever lies in `state` is continued
     (UserError if it is of another run); Ctrl-C saves and raises KeyboardInterrupt."""
-    step, elapsed, history = 0, 0.0, [float("nan")] * 0
+    step, elapsed = 0, 0.0
+    history: list[float] = []
     if state.is_file():
         tensors, step = load_state(state, identity)
         restore_training(tensors, model, optimizer)
@@ -91,7 +100,7 @@ def run(
         kept = {"elapsed": torch.tensor(elapsed, dtype=torch.float64), "history": torch.tensor(history)}
         save_state(state, training_tensors(model, optimizer) | extra() | kept, step, identity)
 
-    saved = elapsed
+    saved, device = elapsed, next(model.parameters()).device
     with interruptible() as interrupted, tqdm(total=100, desc=label, unit="%", disable=quiet) as bar:
         while (spent := budget.spent(step, elapsed)) < 1.0:
             if interrupted() or elapsed - saved > SAVE_SECONDS:
@@ -99,7 +108,7 @@ def run(
                 save()
                 if interrupted():
                     raise KeyboardInterrupt
-            began = time.perf_counter()
+            began = clock(device)
             for group in optimizer.param_groups:
                 group["lr"] = rate(spent)
             value = loss(step)
@@ -109,7 +118,7 @@ def run(
             optimizer.step()
             after()
             history.append(float(value.detach()))
-            step, elapsed = step + 1, elapsed + time.perf_counter() - began
+            step, elapsed = step + 1, elapsed + clock(device) - began
             bar.update(round(100 * budget.spent(step, elapsed)) - bar.n)
     save()
     tenth = max(1, len(history) // 10)

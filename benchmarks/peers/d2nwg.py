@@ -1,0 +1,416 @@
+"""D2NWG (2402.18153), rebuilt small: chunks of flattened weights, a VAE on chunks, a UNet on its latents.
+
+    python -m benchmarks.peers.d2nwg --zoo DIR --out DIR --seconds 300 --parameters 2600000
+
+Every layer is flattened, zero-padded and cut into chunks. README.md says what is from the paper, what is smaller and
+what is reconstructed.
+
+Letters: N chunks, C chunk size, Z channels and S side of a latent, F features of a condition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoencoder.loading import load_component
+from benchmarks.peers import training
+from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, rebuilt, records
+from diffusion.conditions import MODEL_FEATURES, PERIODS, model_features
+from zoo.blueprint import Blueprint
+from zoo.sampler import Sampler, option
+from zoo.store import Donor, Zoo
+from zoo.streams import stream
+from zoo.tensors import TensorSpec
+from zoo.units import require_unit_target
+
+PEER = "d2nwg"
+TIMES = 1024
+SCHEDULE: dict[str, Any] = dict(
+    num_train_timesteps=TIMES, beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear"
+)
+FEATURES = MODEL_FEATURES + 3 + 2 * 7 + 2 * len(PERIODS)
+AT_ONCE = 256  # chunks: bounds memory, and is fixed, so that results depend on the seed alone
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """As published where README.md does not say otherwise. rate: chunk size over latent size; share: of parameters and
+    budget for the VAE; chunk None: the largest power of two whose linear maps leave 40 % of the VAE to convolutions."""
+
+    rate: float = 2864 / 1024
+    share: float = 0.4
+    batch: int = 64
+    lr: float = 1.115e-3  # of the VAE
+    kl: float = 1e-6
+    lr_unet: float = 1e-3
+    warmup: float = 0.05
+    ema: float = 0.9999
+    coordinates: str = "raw"
+    chunk: int | None = None
+    seed: int = 0
+
+
+def groups(blueprint: Blueprint) -> list[tuple[int, int | None, list[TensorSpec]]]:
+    """[(kind, layer, tensors)]: what is flattened together: each block (kind 1), what is stored before the blocks
+    (kind 0: the embedding) and after them (kind 2: final norm, head)."""
+    found: list[tuple[int, int | None, list[TensorSpec]]] = []
+    seen = False
+    for spec in blueprint.specs:
+        seen = seen or spec.layer is not None
+        key = (1, spec.layer) if spec.layer is not None else (2 if seen else 0, None)
+        if not found or found[-1][:2] != key:
+            found.append((*key, []))
+        found[-1][2].append(spec)
+    return found
+
+
+def cut(blueprint: Blueprint, tensors: Mapping[str, Tensor], size: int) -> Tensor:
+    """[N, C]: every group flattened and zero-padded to whole chunks. The inverse is `uncut`."""
+    parts = []
+    for _, _, specs in groups(blueprint):
+        flat = torch.cat([tensors[spec.name].flatten() for spec in specs])
+        parts.append(F.pad(flat, (0, -len(flat) % size)).view(-1, size))
+    return torch.cat(parts)
+
+
+def uncut(blueprint: Blueprint, chunks: Tensor) -> dict[str, Tensor]:
+    """Chunks [N, C] -> tensors by name."""
+    out, start = {}, 0
+    for _, _, specs in groups(blueprint):
+        sizes = [spec.numel for spec in specs]
+        count = -(-sum(sizes) // chunks.shape[1])
+        flat = chunks[start : start + count].flatten()[: sum(sizes)]
+        for spec, part in zip(specs, flat.split(sizes), strict=True):
+            out[spec.name] = part.reshape(spec.shape)
+        start += count
+    return out
+
+
+def conditions(blueprint: Blueprint, size: int, loss: float | None, most: int | None = None) -> Tensor:
+    """[N, F]: the model's metadata in place of a dataset's embedding [R], and where each chunk lies: kind of its
+    group, relative depth, place in the group as a share and as a number (at most `most`, the last one seen)."""
+    assert blueprint.metadata is not None
+    model, rows = model_features(blueprint.metadata, loss), []
+    for kind, layer, specs in groups(blueprint):
+        count = -(-sum(spec.numel for spec in specs) // size)
+        index = torch.arange(count)
+        depth = torch.full((count,), 0.5 if layer is None else layer / max(1, blueprint.metadata.layers - 1))
+        clamped = index if most is None else index.clamp(max=most)
+        turns = 2 * math.pi * clamped[:, None] / torch.tensor(PERIODS)
+        which = torch.eye(3)[kind].expand(count, 3)
+        shares = (_waves(depth), _waves(index / max(1, count - 1)))
+        rows.append(torch.cat([model.expand(count, -1), which, *shares, turns.sin(), turns.cos()], dim=1))
+    return torch.cat(rows)
+
+
+def _waves(share: Tensor) -> Tensor:
+    """[N] in [0, 1] -> [N, 7]"""
+    waves = [f(math.pi * w * share) for w in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
+    return torch.stack([2 * share - 1, *waves], dim=1)
+
+
+def side_of(chunk: int) -> int:
+    """Of the plane that a chunk becomes: 1.43 of its size, as published (2864 to 64 x 64), in multiples of 8."""
+    return max(8, 8 * round(math.sqrt(4096 / 2864 * chunk) / 8))
+
+
+class ChunkAutoencoder(ModelMixin, ConfigMixin):
+    """A linear map to a plane, a convolutional VAE with two halvings, a linear map back. channels: its width."""
+
+    @register_to_config
+    def __init__(self, chunk: int, latent: int, channels: int) -> None:
+        super().__init__()
+        self.side = side_of(chunk)
+        self.into, self.out = nn.Linear(chunk, self.side**2), nn.Linear(self.side**2, chunk)
+        self.vae = AutoencoderKL(
+            in_channels=1, out_channels=1, latent_channels=latent, norm_num_groups=8, layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(channels, channels, 2 * channels),
+        )  # fmt: skip
+
+    def encode(self, chunks: Tensor) -> Any:
+        """[N, C] -> a diagonal normal distribution of latents [N, Z, S, S]"""
+        plane = self.into(chunks).view(-1, 1, self.side, self.side)
+        return self.vae.encode(plane).latent_dist
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[N, Z, S, S] -> [N, C]"""
+        return self.out(self.vae.decode(latents).sample.flatten(1))
+
+
+class ChunkDenoiser(ModelMixin, ConfigMixin):
+    """A UNet whose input has a channel more, the embedded condition."""
+
+    @register_to_config
+    def __init__(self, latent: int, side: int, channels: int, features: int) -> None:
+        super().__init__()
+        self.condition = nn.Sequential(nn.Linear(features, 256), nn.SiLU(), nn.Linear(256, side**2))
+        self.unet = UNet2DModel(
+            sample_size=side, in_channels=latent + 1, out_channels=latent, layers_per_block=1, norm_num_groups=8,
+            block_out_channels=(channels, 2 * channels), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"), resnet_time_scale_shift="scale_shift",
+        )  # fmt: skip
+
+    def forward(self, noised: Tensor, times: Tensor, told: Tensor) -> Tensor:
+        """[N, Z, S, S], int64 [N], [N, F] -> the noise, [N, Z, S, S]"""
+        plane = self.condition(told).view(-1, 1, *noised.shape[2:])
+        return self.unet(torch.cat([noised, plane], dim=1), times).sample
+
+
+def train(
+    zoo: str | Path,
+    out: str | Path,
+    seconds: float | None = None,
+    steps: int | None = None,
+    parameters: int = 2_500_000,
+    seed: int = 0,
+    resume: bool = False,
+    quiet: bool = True,
+    device: str = "cpu",
+    **settings: Any,
+) -> Path:
+    """Trains the VAE, then the UNet on its latents; writes both to `out`.
+
+    parameters: at most so many in both; settings: fields of `Recipe`. An interrupted run is continued with
+    resume=True; under `steps` to the same bytes. Raises UserError for an unusable zoo, too few parameters, or an `out`
+    that exists."""
+    out, opened = Path(out), Zoo.open(zoo)
+    recipe, budget = Recipe(seed=seed, **settings), training.Budget(steps, seconds)
+    known = training.identity_of(PEER, asdict(recipe) | asdict(budget) | {"parameters": parameters}, opened)
+    if training.begin(out, resume, known):
+        return out
+    donors = read(opened, recipe.coordinates, quiet)
+    size = recipe.chunk or _chunk(recipe.share * parameters)
+    parts = [cut(d.blueprint, d.tensors, size) for d in donors]
+    chunks = torch.cat(parts)
+    scale = float(chunks.square().mean().sqrt())
+    chunks = (chunks / scale).to(device)
+    told = torch.cat([conditions(d.blueprint, size, d.loss) for d in donors]).to(device)
+    coder, first = _vae(out, chunks, recipe, round(recipe.share * parameters), budget, known, device, quiet)
+    rest = parameters - training.parameters(coder)
+    denoiser, spread, second = _unet(out, coder, chunks, told, recipe, rest, budget, known, device, quiet)
+    denoiser.save_pretrained(out / "unet")
+    content = {
+        "peer": PEER, "identity": known, "recipe": asdict(recipe), "donors": records(opened, donors),
+        "scale": scale, "latent_deviation": spread,
+        "features": [model_features(d.metadata, d.loss).tolist() for d in donors],
+        "best_loss": min((d.loss for d in donors if d.loss is not None), default=None),
+        "most_chunks": max(-(-sum(s.numel for s in g) // size) for d in donors for _, _, g in groups(d.blueprint)) - 1,
+        "parameters": training.parameters(coder) + training.parameters(denoiser),
+        "training": {"vae": first, "unet": second},
+    }  # fmt: skip
+    training.write_record(out, content)
+    for path in out.glob("*.state"):
+        path.unlink()
+    return out
+
+
+def _chunk(parameters: float) -> int:
+    sizes = [c for c in (64, 128, 256, 512, 1024, 2048) if 2 * c * side_of(c) ** 2 <= 0.6 * parameters]
+    return max(sizes, default=64)
+
+
+def _built(cls: type[Any], fixed: dict[str, Any], parameters: int, seed: int) -> Any:
+    def count(channels: int) -> int:
+        with torch.device("meta"):
+            return training.parameters(cls(channels=channels, **fixed))
+
+    channels = training.widest(count, parameters, 8, 8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cls(channels=channels, **fixed)
+
+
+def _vae(
+    out: Path,
+    chunks: Tensor,
+    recipe: Recipe,
+    parameters: int,
+    budget: training.Budget,
+    known: str,
+    device: str,
+    quiet: bool,
+) -> tuple[ChunkAutoencoder, dict[str, Any]]:
+    """The trained VAE and what its training was; what an earlier run has finished is read."""
+    if (out / "vae").is_dir():
+        return ChunkAutoencoder.from_pretrained(out / "vae").to(device).eval(), json.loads(
+            (out / "vae.json").read_text()
+        )
+    size = chunks.shape[1]
+    latent = max(1, round(size / recipe.rate / (side_of(size) // 4) ** 2))
+    model = _built(ChunkAutoencoder, {"chunk": size, "latent": latent}, parameters, recipe.seed).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, betas=(0.5, 0.9))
+
+    def loss(step: int) -> Tensor:
+        """Summed absolute error, 1000 times the mean squared error and the KL, over the chunk's size."""
+        rng = stream(recipe.seed, f"vae {step}")
+        x = chunks[torch.randint(len(chunks), (recipe.batch,), generator=rng).to(device)]
+        posterior = model.encode(x)
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
+        made = model.decode(posterior.mean + posterior.std * noise)
+        return (made - x).abs().mean() + (1000 * F.mse_loss(made, x) + recipe.kl * posterior.kl().mean()) / size
+
+    outcome = training.run(
+        model, optimizer, loss, lambda spent: recipe.lr, budget.part(recipe.share), out / "vae.state", known,
+        f"{PEER} vae", quiet,
+    )  # fmt: skip
+    (out / "vae.json").write_text(json.dumps(outcome.to_json()) + "\n")
+    model.eval().save_pretrained(out / ".vae")
+    os.replace(out / ".vae", out / "vae")
+    return model, outcome.to_json()
+
+
+def _unet(
+    out: Path, coder: ChunkAutoencoder, chunks: Tensor, told: Tensor, recipe: Recipe, parameters: int,
+    budget: training.Budget, known: str, device: str, quiet: bool,
+) -> tuple[ChunkDenoiser, float, dict[str, Any]]:  # fmt: skip
+    """The trained UNet (its moving average), the deviation of the latents, and what its training was."""
+    with torch.no_grad():
+        posteriors = [coder.encode(part) for part in chunks.split(AT_ONCE)]
+        mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
+        spread = float((mean.square() + std.square()).mean().sub(mean.mean().square()).sqrt())
+    fixed = {"latent": mean.shape[1], "side": mean.shape[2], "features": FEATURES}
+    model = _built(ChunkDenoiser, fixed, parameters, recipe.seed).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr_unet)
+    ema = EMAModel(model.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
+    schedule = DDPMScheduler(**SCHEDULE)
+
+    def loss(step: int) -> Tensor:
+        rng = stream(recipe.seed, f"unet {step}")
+        rows = torch.randint(len(mean), (recipe.batch,), generator=rng).to(device)
+        shape = (recipe.batch, *mean.shape[1:])
+        clean = (mean[rows] + std[rows] * torch.randn(shape, generator=rng).to(device)) / spread
+        noise = torch.randn(shape, generator=rng).to(device)
+        times = torch.randint(TIMES, (recipe.batch,), generator=rng).to(device)
+        return F.mse_loss(model(schedule.add_noise(clean, noise, times), times, told[rows]), noise)
+
+    def restore(tensors: Mapping[str, Tensor], step: int) -> None:
+        ema.optimization_step = step
+        for i, p in enumerate(ema.shadow_params):
+            p.copy_(tensors[f"ema.{i}"])
+
+    outcome = training.run(
+        model, optimizer, loss, lambda spent: recipe.lr_unet * min(1.0, (spent + 1e-3) / recipe.warmup),
+        budget.part(1 - recipe.share), out / "unet.state", known, f"{PEER} unet", quiet,
+        after=lambda: ema.step(model.parameters()),
+        extra=lambda: {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}, restore=restore,
+    )  # fmt: skip
+    ema.copy_to(model.parameters())
+    return model.eval(), spread, outcome.to_json()
+
+
+def _load(model: str | None) -> tuple[ChunkAutoencoder, ChunkDenoiser, dict[str, Any]]:
+    folder, content = training.open_record(model, PEER)
+    how = f"train one with `python -m benchmarks.peers.{PEER}`"
+    coder = load_component(ChunkAutoencoder, folder / "vae", "config.json", how)
+    return coder.eval(), load_component(ChunkDenoiser, folder / "unet", "config.json", how).eval(), content
+
+
+def reconstruct(model: str | Path, donor: str | Donor, zoo: Zoo, device: str = "cpu") -> Rebuilt:
+    """A donor of the zoo through the VAE (means of the latents), in the coordinates that it was trained in."""
+    coder, _, content = _load(str(model))
+    name = donor if isinstance(donor, str) else donor.name
+    weights = next(w for w in read(zoo, content["recipe"]["coordinates"]) if w.name == name)
+    return through(coder.to(device), content, weights)
+
+
+@torch.no_grad()
+def through(coder: ChunkAutoencoder, content: Mapping[str, Any], weights: Weights) -> Rebuilt:
+    """`reconstruct`, with everything loaded."""
+    chunks = cut(weights.blueprint, weights.tensors, coder.config["chunk"]) / content["scale"]
+    latents = torch.cat([coder.encode(part.to(coder.device)).mean for part in chunks.split(AT_ONCE)])
+    made = torch.cat([coder.decode(part) for part in latents.split(AT_ONCE)]).cpu() * content["scale"]
+    coordinates = content["recipe"]["coordinates"]
+    return rebuilt(weights, uncut(weights.blueprint, made), latents.numel(), coordinates)
+
+
+@dataclass(kw_only=True)
+class D2NWG(Sampler):
+    """Every chunk of the target is denoised on its own, told the target's metadata and where it lies, and decoded."""
+
+    name: ClassVar[str] = "benchmarks.peers.d2nwg.D2NWG"
+    family: ClassVar[str] = "generative"
+    summary: ClassVar[str] = "D2NWG: latent diffusion over chunks of flattened weights, a VAE and a UNet"
+    reference: ClassVar[str] = "2402.18153"
+    needs: ClassVar[tuple[str, ...]] = ("model",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"condition": ("true", "shuffled", "mean")}
+
+    model: str | None = option(None, "folder of a trained D2NWG")
+    steps: int = option(100, "denoising steps (DDIM)", least=1, most=1024)
+    loss: float | None = option(None, "quality asked for: held-out loss of the donors to imitate; none: the best")
+    condition: str = option("true", "true, or a control: a random donor's metadata, or the donors' mean")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._parts: tuple[ChunkAutoencoder, ChunkDenoiser, dict[str, Any]] | None = None
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        require_unit_target(blueprint, "target")
+        self._parts = _load(self.model)
+        return self
+
+    @torch.no_grad()
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self._parts is None:
+            raise RuntimeError(f"{PEER}: call fit before sample")
+        coder, denoiser, content = self._parts
+        coder, denoiser = coder.to(self.device), denoiser.to(self.device)
+        coordinates = content["recipe"]["coordinates"]
+        target = modelled(blueprint, coordinates)
+        told = self._told(target, content, coder.config["chunk"], seed)
+        side = denoiser.config["side"]
+        noise = torch.randn(len(told), denoiser.config["latent"], side, side, generator=stream(seed, PEER))
+        schedule = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+        schedule.set_timesteps(self.steps)
+        made = []
+        for x, condition in zip(noise.split(AT_ONCE), told.split(AT_ONCE), strict=True):
+            x, condition = x.to(self.device), condition.to(self.device)
+            for t in schedule.timesteps:
+                x = schedule.step(denoiser(x, t.to(x.device).expand(len(x)), condition), t, x).prev_sample
+            made.append(coder.decode(x * content["latent_deviation"]).cpu() * content["scale"])
+        yield from finish(uncut(target, torch.cat(made)).items(), blueprint, coordinates)
+
+    def _told(self, target: Blueprint, content: Mapping[str, Any], size: int, seed: int) -> Tensor:
+        loss = self.loss if self.loss is not None else content["best_loss"]
+        told = conditions(target, size, loss, content["most_chunks"])
+        known = torch.tensor(content["features"])
+        if self.condition == "shuffled":
+            told[:, :MODEL_FEATURES] = known[torch.randint(len(known), (1,), generator=stream(seed, "shuffled"))]
+        elif self.condition == "mean":
+            told[:, :MODEL_FEATURES] = known.mean(0)
+        return told
+
+    def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
+        """The donors that it learned from, not those of `zoo`."""
+        assert self._parts is not None
+        return list(self._parts[2]["donors"])
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._parts = _load(self.model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_arguments(parser)
+    given = vars(parser.parse_args())
+    began = time.perf_counter()
+    print(train(**given, quiet=False), f"{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
