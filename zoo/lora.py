@@ -114,22 +114,13 @@ def described(model: PeftModel, base: Blueprint, adapter_name: str = "default") 
     if config.peft_type != peft.PeftType.LORA:
         raise UserError(f"adapter {adapter_name!r} is of type {config.peft_type.value}; only LoRA is filled here")
     inner = model.get_base_model()
-    specs: list[TensorSpec] = []
-    pairs: list[Pair] = []
-    for module, layer in inner.named_modules():
-        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
-            _refuse_variants(module, layer, adapter_name)
-            pair = _pair(module, layer, adapter_name, inner, base)
-            of = base[pair.weight]
-            out, into = _axes(of)
-            a = Part("lora.a", ("rank", into), (pair.rank, pair.columns))
-            b = Part("lora.b", (out, "rank"), (pair.rows, pair.rank))
-            specs += [
-                TensorSpec(name, part.shape, torch.float32, (part,), of.layer, expert=of.expert)
-                for name, part in ((pair.a, a), (pair.b, b))
-            ]
-            pairs.append(pair)
+    layers = {n: m for n, m in inner.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.r}
+    for module, layer in layers.items():
+        _refuse_variants(module, layer, adapter_name)
+    on_disk = _disk_names(inner, layers)
+    pairs = [_pair(module, layer, adapter_name, on_disk.get(module), base) for module, layer in layers.items()]
     _check_ranks(pairs)
+    specs = [spec for pair in pairs for spec in _specs(pair, base[pair.weight])]
     state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     more = sorted(set(state) - {spec.name for spec in specs})
     if more:
@@ -221,11 +212,17 @@ def require_peft() -> Any:
     return peft
 
 
-def _pair(module: str, layer: Any, adapter: str, model: nn.Module, base: Blueprint) -> Pair:
-    name = f"{module}.weight"
-    if hasattr(model, "save_pretrained"):
-        name = next(iter(to_disk(model, {name: torch.empty(0, device="meta")})))  # type: ignore[arg-type]
-    name = base.ties.get(name, name)
+def _disk_names(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
+    """Module -> disk name of its weight, for those that are on disk what they are in memory."""
+    weights = {f"{module}.weight": layer.get_base_layer().weight for module, layer in layers.items()}
+    module_of = {id(weight): name.removesuffix(".weight") for name, weight in weights.items()}
+    renamed = to_disk(model, weights) if hasattr(model, "save_pretrained") else weights  # type: ignore[arg-type]
+    return {module_of[id(weight)]: name for name, weight in renamed.items() if id(weight) in module_of}
+
+
+def _pair(module: str, layer: Any, adapter: str, name: str | None, base: Blueprint) -> Pair:
+    """name: of the layer's weight on disk, None where there is none."""
+    name = base.ties.get(name or "", name or f"{module}.weight")
     if name not in base:
         raise UserError(f"{module}: {name} is not a tensor of the base on disk; adapt other modules")
     prefix = f"base_model.model.{module}"
@@ -244,10 +241,16 @@ def _pair(module: str, layer: Any, adapter: str, model: nn.Module, base: Bluepri
     )
 
 
-def _axes(spec: TensorSpec) -> tuple[str, str]:
-    """What the out and in axes of a base's weight count; `other` where fused parts differ."""
-    outs, ins = {p.axes[0] for p in spec.parts}, {p.axes[-1] for p in spec.parts}
-    return (outs.pop() if len(outs) == 1 else "other"), (ins.pop() if len(ins) == 1 else "other")
+def _specs(pair: Pair, of: TensorSpec) -> list[TensorSpec]:
+    """A and B for the base's weight `of`; an axis is `other` where the parts fused in that weight differ."""
+    outs, ins = {p.axes[0] for p in of.parts}, {p.axes[-1] for p in of.parts}
+    out, into = (axes.pop() if len(axes) == 1 else "other" for axes in (outs, ins))
+    a = Part("lora.a", ("rank", into), (pair.rank, pair.columns))
+    b = Part("lora.b", (out, "rank"), (pair.rows, pair.rank))
+    return [
+        TensorSpec(name, part.shape, torch.float32, (part,), of.layer, expert=of.expert)
+        for name, part in ((pair.a, a), (pair.b, b))
+    ]
 
 
 def _refuse_variants(module: str, layer: Any, adapter: str) -> None:
