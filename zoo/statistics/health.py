@@ -153,7 +153,8 @@ class _Tally:
         if spec.layer is None or spec.kind != "weight":
             return
         factor = f"norm@{spec.site}" if role == "norm" else role
-        rms = torch.linalg.vector_norm(values + offset if offset else values, dtype=torch.float64).item() / values.numel() ** 0.5
+        gains = values + offset if offset else values
+        rms = torch.linalg.vector_norm(gains, dtype=torch.float64).item() / gains.numel() ** 0.5
         before, name = self.outputs.get((spec.layer, factor), (0.0, spec.name))
         self.outputs[spec.layer, factor] = (before + rms, name)
 

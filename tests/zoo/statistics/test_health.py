@@ -95,6 +95,20 @@ def test_shuffled_entries_are_told_from_initial_ones(shared_data: Path, tmp_path
     assert layer.tensors and all(".1." in n for n in layer.tensors)
 
 
+@pytest.mark.parametrize("mark", ["heavy tails", "gains"])
+@torch.no_grad()
+def test_noise_of_trained_values_is_no_initialisation(mark: str) -> None:
+    """Either sign is enough: values that no scheme draws, in one matrix, or gains that are not all the same."""
+    torch.manual_seed(0)
+    model = llama()
+    if mark == "gains":
+        model.model.norm.weight.mul_(torch.linspace(0.5, 2, 48))
+    else:
+        model.model.layers[1].mlp.up_proj.weight.copy_(torch.distributions.Laplace(0, 0.02).sample((96, 48)))
+    (finding,) = health(zoo_of({"x": model}).donors[0])
+    assert finding.kind == "permuted" and finding.text.startswith("structure gone: all 23 matrices")
+
+
 def test_one_structured_matrix_is_enough(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "models" / "stories260K"
     assert changed(source, tmp_path / "a", lambda n, t: shuffle(t) if t.ndim > 1 and "down" not in n else t) == []
