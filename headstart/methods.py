@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +59,8 @@ LORA = ("pareto", "peft-default", "pissa", "olora", "orthogonal", "gaussian")  #
 
 
 def get(name: str) -> type[Sampler]:
-    """The sampler class called `name`, or `package.module.Class` for one of your own, which is imported. Raises
-    UserError with the nearest name if there is none."""
+    """The sampler class called `name`, or `package.module.Class` for one of your own, which is imported, from the
+    working directory too. Raises UserError with the nearest name if there is none."""
     if name in METHODS:
         module, attribute = METHODS[name]
         return getattr(import_module(module), attribute)
@@ -89,6 +91,8 @@ def _own(path: str) -> type[Sampler]:
     from zoo.sampler import Sampler
 
     module, _, attribute = path.rpartition(".")
+    if os.getcwd() not in sys.path:  # `python -m` has it there, the command does not; last, so that it hides nothing
+        sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
