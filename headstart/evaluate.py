@@ -15,6 +15,7 @@ from typing import Any
 
 from headstart.generate import language_model, versions
 from headstart.local_tasks import is_file, local_task, question_files
+from headstart.lora import BASE
 from zoo.checkpoint import Checkpoint
 from zoo.errors import UserError
 from zoo.hub import patiently
@@ -108,6 +109,8 @@ def locate(model: str | Path, base: str | Path | None, quiet: bool = True) -> tu
     except UserError as error:
         if base is not None:
             raise
+        if (adapter / BASE).is_dir():  # an adapter that came with its base, moved since
+            return _fetched(str(adapter / BASE), quiet), adapter
         raise UserError(f"{model}: its base {named!r} is not found ({error}); give it with --base MODEL") from error
 
 

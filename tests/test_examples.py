@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import json
 import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "mean_field_mlp.py"
+LORA = SCRIPT.with_name("lora_inits.py")
 
 
-def script() -> ModuleType:
+def script(path: Path = SCRIPT) -> ModuleType:
     """The script as a module, without running it."""
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module  # dataclasses look their module up
+    sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -111,3 +114,92 @@ def test_what_is_no_mnist_is_refused_in_a_line(tmp_path: Path, capsys: pytest.Ca
         assert script().main(["--mnist", str(path)]) == 2
         error = capsys.readouterr().err
         assert reason in error and error.count("\n") == 1
+
+
+def test_lora_inits_in_miniature(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("lm_eval")
+    example, work = script(LORA), tmp_path / "work"
+    readme = example.README.read_text()
+    words = ["--data", str(shared_data), "--work", str(work), "--quick"]
+    assert example.main(words) == 0
+    output = capsys.readouterr().out
+    found = json.loads((work / "lora_inits.json").read_text())
+    assert found["settings"]["seeds"] == [0, 1] and set(found["inits"]) == {"peft-default", "pareto, A_only"}
+    default, pareto = found["inits"].values()
+    for entry in (default, pareto):
+        assert entry["before"] == [pytest.approx(default["before"][0])] * 2  # B is zero: both begin at the base
+        assert entry["loss"]["mean"] == pytest.approx(np.mean(entry["losses"]))
+        assert entry["loss"]["mean"] < found["base"]["loss"] - 1
+    assert len({*default["losses"], *pareto["losses"]}) == 4
+    differences = [p - d for p, d in zip(pareto["losses"], default["losses"], strict=True)]
+    assert pareto["difference"]["mean"] == pytest.approx(np.mean(differences))
+    assert found["verdict"] in output and "| pareto, A_only | 0.01 |" in output
+    assert "reference weight" in output and "44" in output
+    assert example.README.read_text() == readme  # a miniature is not for the README
+
+    rows = (work / "runs.jsonl").read_text().splitlines()
+    assert len(rows) == 5 + 5
+    (work / "runs.jsonl").write_text("\n".join(rows[:-1]) + "\n" + rows[-1][:40])  # interrupted while writing a line
+    assert example.main(words) == 0
+    again = json.loads((work / "lora_inits.json").read_text())
+    assert len((work / "runs.jsonl").read_text().splitlines()) == 11
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+
+
+def test_lora_inits_statistics() -> None:
+    from scipy.stats import ttest_rel
+
+    example = script(LORA)
+    draws = np.random.default_rng(0)
+    ours, theirs = draws.normal(size=5) - 0.5, draws.normal(size=5)
+    cell = example.paired(ours, theirs)
+    reference = ttest_rel(ours, theirs)
+    assert cell["p"] == pytest.approx(reference.pvalue)
+    assert cell["ci95"] == pytest.approx(list(reference.confidence_interval()))
+    assert cell["d"] == pytest.approx(reference.statistic / np.sqrt(5))
+    assert example.paired([1.0], [2.0])["p"] is None and example.paired([1.0, 1.0], [1.0, 1.0])["p"] == 1.0
+    # Holm (1979): smallest times 4, next times 3, …, never decreasing
+    corrected = example.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert corrected == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert example.holm({"a": 0.02, "b": None}) == {"a": 0.04, "b": None}
+    table = example.published()
+    assert round(table["fisher_p"], 2) == 0.17
+    for row in table["rows"].values():
+        assert round(row["right"] / table["questions"], 4) == row["accuracy"]
+
+
+def figures(shift: float, noise: float) -> dict[str, Any]:
+    """What the example writes, where pareto ends `shift` from PEFT's default."""
+    example = script(LORA)
+    draws = np.random.default_rng(1)
+    default = 3 + 0.05 * draws.normal(size=5)
+    entries: dict[str, Any] = {}
+    for name in ("peft-default", "pareto, A_only"):
+        losses = list(default + (0 if name == "peft-default" else shift + noise * draws.normal(size=5)))
+        entries[name] = {
+            "method": name.split(",")[0], "lr": 0.01, "edge": False, "losses": losses,
+            "loss": example.interval(losses), "accuracies": {"PIQA": [0.5] * 5},
+            "accuracy": {"PIQA": example.interval([0.5] * 5)},
+        }  # fmt: skip
+    example.against(entries, ["PIQA"])
+    return {"inits": entries, "settings": {"seeds": [0, 1, 2, 3, 4]}}
+
+
+def test_lora_inits_says_what_its_figures_say() -> None:
+    verdict = script(LORA).verdict
+    assert verdict(figures(-0.1, 0.01)).startswith("The effect is there in the held-out loss of pareto, A_only")
+    none = verdict(figures(0.0, 0.01))
+    assert none.startswith("No effect is seen: over 5 seeds") and "no accuracy differs" in none
+    worse = verdict(figures(0.1, 0.01))
+    assert worse.startswith("No effect is seen") and "pareto, A_only ends above it" in worse
+
+
+def test_lora_inits_table_is_that_of_its_figures() -> None:
+    example = script(LORA)
+    if not example.RESULTS.exists():
+        pytest.skip("examples/lora_inits.json is not there")
+    found = json.loads(example.RESULTS.read_text())
+    text = example.README.read_text()
+    assert example.place(text, example.table(found)) == text
+    assert example.verdict(found) == found["verdict"]

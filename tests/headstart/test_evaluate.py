@@ -207,6 +207,19 @@ def test_an_adapter_is_scored_on_its_base(shared_data: Path, tmp_path: Path) -> 
     assert evaluate(again, tasks, limit=30, quiet=True)["tasks"] == found["tasks"]
 
 
+def test_an_adapter_of_ours_is_scored_on_the_base_that_came_with_it(shared_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from headstart.lora import lora
+
+    base, file = shared_data / "models" / "stories260K", str(shared_data / "eval" / "copa.jsonl")
+    lora(base, "olora", 4, tmp_path / "made", quiet=True)
+    moved = (tmp_path / "made").rename(tmp_path / "moved")
+    found = evaluate(moved, [file], quiet=True)
+    assert found["base"] == str(moved / "base")
+    assert found["tasks"] == evaluate(base, [file], quiet=True)["tasks"]  # base and adapter are the original together
+    assert evaluate(moved / "base", [file], quiet=True)["tasks"] != found["tasks"]
+
+
 def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base", vocab_size=256)
     other = make_llama(tmp_path / "other", vocab_size=256, hidden_size=48)
