@@ -21,7 +21,7 @@ from zoo.blueprint import Blueprint
 from zoo.errors import UserError
 from zoo.modules import zoo_of
 from zoo.single import Single, single
-from zoo.statistics.grouping import Grouping, characterise
+from zoo.statistics.grouping import Grouping
 
 pytest.importorskip("peft")
 
@@ -73,11 +73,18 @@ def adapter(base: Single, rank: int = 4, alpha: float = 8.0) -> Blueprint:
     return Blueprint.from_lora(base.path, {"r": rank, "lora_alpha": alpha, "target_modules": "all-linear"})
 
 
-def planted(grouping: Grouping = PAPER, base: Any = None, **options: Any) -> Pareto:
+def planted(grouping: Grouping = PAPER, **options: Any) -> Pareto:
     """A sampler that keeps this characterisation, as a saved one would."""
     sampler = Pareto(**options)
-    sampler.restore({"grouping": grouping.to_json(), "donors": [], "base": base}, {})
+    sampler.restore({"grouping": grouping.to_json(), "donors": [], "base": None}, {})
     return sampler
+
+
+def saved(folder: Path, grouping: Grouping) -> str:
+    """An analysis.json that holds nothing but this."""
+    path = folder / "analysis.json"
+    path.write_text(json.dumps({"models": {"m": {"grouping": {str(grouping.rank): grouping.to_json()}}}}))
+    return str(path)
 
 
 def drawn(sampler: Pareto, blueprint: Blueprint, seed: int = 0) -> dict[str, Tensor]:
@@ -182,13 +189,14 @@ def test_bytes_do_not_depend_on_order_and_survive_saving(
         specs=blueprint.specs[::-1],
         adapter=replace(blueprint.adapter, pairs=blueprint.adapter.pairs[::-1]),
     )
-    sampler = Pareto(strategy=strategy, bootstraps=10, reference_rank=4).fit(base, blueprint)
+    sampler = Pareto(strategy=strategy, reference_model=saved(tmp_path, PAPER)).fit(base, blueprint)
     tensors = drawn(sampler, blueprint)
     assert same(tensors, drawn(sampler, backwards))
     assert not same(tensors, drawn(sampler, blueprint, seed=1))
     sampler.save(tmp_path / "sampler")
     loaded = Pareto.load(tmp_path / "sampler")
-    assert loaded.grouping == sampler.grouping and loaded.donors == sampler.donors == ("llama",)
+    assert loaded.grouping == sampler.grouping == PAPER
+    assert loaded.donors == sampler.donors == (("llama",) if strategy == "both_small" else ())
     assert same(tensors, drawn(loaded, blueprint))
     assert loaded.compensated == (strategy == "both_compensated")
 
@@ -203,10 +211,9 @@ def test_both_small_keeps_its_cap_on_every_pair(
     uncapped = drawn(planted(ALIKE, strategy="both_compensated"), blueprint)
     ratios = sorted(change(pair, uncapped, base) for pair in blueprint.adapter.pairs)
     cap = (ratios[0] + ratios[-1]) / 2  # between: some pairs are above it and some below
-    sampler = Pareto(strategy="both_small", cap=cap, bootstraps=10, reference_rank=4).fit(base, blueprint)
-    sampler.save(tmp_path / "sampler")
     with caplog.at_level(logging.INFO, logger="baselines.pareto"):
-        tensors = drawn(planted(ALIKE, sampler.state()[0]["base"], strategy="both_small", cap=cap), blueprint)
+        options: dict[str, Any] = {"strategy": "both_small", "cap": cap, "reference_model": saved(tmp_path, ALIKE)}
+        tensors = drawn(Pareto(**options).fit(base, blueprint), blueprint)
     changed = 0
     for pair in blueprint.adapter.pairs:
         before, after = change(pair, uncapped, base), change(pair, tensors, base)
@@ -237,12 +244,13 @@ def test_a_reference_of_another_family_width_and_depth(
     blueprint = adapter(bases["gpt2"])
     options: dict[str, Any] = {"bootstraps": 10, "reference_rank": 8}
     sampler = Pareto(reference_model=str(reference), **options).fit(None, blueprint)
-    assert sampler.grouping == characterise(single(reference, quiet=True).only, rank=8, bootstraps=10)
-    assert sampler.donors == ()
+    assert sampler.donors == () and [d["name"] for d in sampler.provenance(None)] == ["reference"]
+    tensors = drawn(sampler, blueprint)
+    assert all(tensors[name].shape == blueprint[name].shape for name in blueprint.names)
     zoo = replace(bases["gpt2"], members=(*bases["gpt2"].members, single(reference, quiet=True).only))
     named = Pareto(reference_model="reference", **options)
     assert named.reads(zoo, blueprint) == ("reference",)
-    assert same(drawn(named.fit(zoo, blueprint), blueprint), drawn(sampler, blueprint))
+    assert same(drawn(named.fit(zoo, blueprint), blueprint), tensors)
     assert Pareto(reference_model="reference", strategy="both_small").reads(zoo, blueprint) == ("gpt2", "reference")
 
 
@@ -253,7 +261,7 @@ def test_without_a_reference_the_base_is_its_own_and_that_is_said(
     with caplog.at_level(logging.INFO, logger="baselines.pareto"):
         sampler = Pareto(bootstraps=10, reference_rank=4).fit(bases["llama"], blueprint)
     assert "the base is its own: llama" in caplog.text
-    assert sampler.grouping == characterise(bases["llama"].only, rank=4, bootstraps=10)
+    assert sampler.grouping.source["name"] == "llama" and sampler.donors == ("llama",)
 
 
 def test_a_reference_reduced_to_its_analysis_gives_the_same_bytes(
@@ -261,20 +269,21 @@ def test_a_reference_reduced_to_its_analysis_gives_the_same_bytes(
 ) -> None:
     from headstart.analyze import analyze
 
-    """As `headstart analyze` writes it, of a model whose spectra differ; and where two are analyzed, by name."""
-    folder = apart(tiny_llama(tmp_path / "model", num_hidden_layers=6, hidden_size=64, num_key_value_heads=4))
+    """As `headstart analyze` writes it, of a model whose spectra differ and whose matrices have fewer singular values
+    than were asked for."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "vocab_size": 16}
+    folder = apart(tiny_llama(tmp_path / "model", **small))
     blueprint = adapter(bases["llama"])
-    analyze(tmp_path / "analysis", donor=str(folder), ranks=(8, 256), bootstraps=10, quiet=True)
+    analyze(tmp_path / "analysis", donor=str(folder), ranks=(256,), bootstraps=10, quiet=True)
     analysis = tmp_path / "analysis" / "analysis.json"
-
-    def fitted(given: object, rank: int) -> Pareto:
-        return Pareto(reference_model=str(given), bootstraps=10, reference_rank=rank).fit(None, blueprint)
-
+    options: dict[str, Any] = {"bootstraps": 10, "reference_rank": 256}
     with caplog.at_level(logging.INFO, logger="baselines.pareto"):
-        of_model, *of_analysis = (fitted(given, 8) for given in (folder, analysis, f"{analysis}#model"))
+        of_model, *of_analysis = (
+            Pareto(reference_model=str(given), **options).fit(None, blueprint)
+            for given in (folder, analysis, f"{analysis}#model")
+        )
     assert not of_model.grouping.undifferentiated
     assert f"reference weight {of_model.grouping.reference}" in caplog.text
-    assert fitted(analysis, 256).grouping == fitted(folder, 256).grouping  # of rank 64: the matrices have no more
     for sampler in of_analysis:
         assert sampler.grouping == of_model.grouping
         assert same(drawn(sampler, blueprint), drawn(of_model, blueprint))
@@ -286,11 +295,9 @@ def test_a_reference_reduced_to_its_analysis_gives_the_same_bytes(
 def test_a_reference_that_tells_nothing_apart_is_warned_about(
     bases: dict[str, Single], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "analysis.json"
     for grouping, expected in ((ALIKE, True), (PAPER, False)):
         caplog.clear()
-        path.write_text(json.dumps({"models": {"m": {"grouping": {"16": grouping.to_json()}}}}))
-        sampler = Pareto(reference_model=str(path)).fit(None, adapter(bases["llama"]))
+        sampler = Pareto(reference_model=saved(tmp_path, grouping)).fit(None, adapter(bases["llama"]))
         assert sampler.grouping == grouping
         warned = [r for r in caplog.records if r.levelno == logging.WARNING and "undifferentiated" in r.message]
         assert bool(warned) == expected
