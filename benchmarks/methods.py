@@ -37,7 +37,8 @@ TARGET = {
     "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 STEPS, SEEDS, LRS, SCALES, BATCH = 200, (0, 1, 2), (2e-3, 5e-3, 1.2e-2), (1.0, 2.0, 4.0), 8
-ELSEWHERE = {"conv-covariance"}  # needs convolutions, which no language model of the zoo has
+# conv-covariance needs convolutions, which no language model of the zoo has; the LoRA methods fill adapters.
+ELSEWHERE = {"conv-covariance", *methods.LORA}
 
 
 def names() -> list[str]:

@@ -43,7 +43,8 @@ class Sampler(ABC):
     family: ClassVar[str]
     summary: ClassVar[str]  # one line
     reference: ClassVar[str]  # arXiv id or repository
-    needs: ClassVar[tuple[str, ...]] = ()  # of: donor (one), donors (several), model (a trained pipeline), text
+    # of: donor (one), donors (several), model (a trained pipeline), text; LoRA: base (its weights), reference
+    needs: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # the words that an option of few words may be
 
     device: str = "cpu"  # where the arithmetic runs; random numbers come from the CPU's streams, results go back there

@@ -231,3 +231,22 @@ def test_the_module_runs_as_accelerate_launches_it() -> None:
     command = [sys.executable, "-m", "headstart", "generate", "--target", "x", "--method", "defualt", "--out", "y"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr == "headstart: unknown method 'defualt': did you mean 'default'?\n"
+
+
+def test_lora_writes_an_adapter_plans_it_and_refuses_in_one_line(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    pytest.importorskip("peft")
+    base, out = tiny_llama(tmp_path / "base"), tmp_path / "adapter"
+    line = ("lora", "--base", base, "--rank", "4", "--out", out)
+    planned = headstart(*line, "--method", "pissa", "--plan")
+    assert planned.returncode == 0 and not out.exists()
+    assert json.loads(planned.stdout)["write"]["base"]["tensors"] == 20
+    refused = headstart(*line, "--method", "pissa", "--targets", "q_proj,nothing")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "'nothing'" in refused.stderr
+    wrong = headstart("generate", "--target", base, "--method", "pissa", "--out", out)
+    assert wrong.returncode == 2 and "headstart lora --base MODEL --method pissa" in wrong.stderr
+    done = headstart(*line, "--method", "gaussian", "--seed", "7")
+    assert done.returncode == 0 and done.stdout == "" and done.stderr.endswith(f"wrote {out}\n")
+    record = json.loads((out / "headstart.json").read_text())
+    assert record["seed"] == 7 and record["command"].startswith("headstart lora --base")

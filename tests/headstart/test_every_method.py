@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from headstart import methods
 from headstart.generate import configure, generate
+from headstart.lora import lora
 from zoo.blueprint import Blueprint
 from zoo.nursery import Recipe, train
 from zoo.sampler import Sampler
+from zoo.single import single
 from zoo.store import Zoo
 from zoo.text import python_reference
 
@@ -22,7 +25,8 @@ TARGET = {
     "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
     "max_position_embeddings": 64, "tie_word_embeddings": False,
 }  # fmt: skip
-ELSEWHERE = {"conv-covariance"}  # has no convolution here; tests/baselines/test_conv_covariance.py
+# There is no convolution here: tests/baselines/test_conv_covariance.py. The LoRA methods come at the end.
+ELSEWHERE = {"conv-covariance", *methods.LORA}
 METHODS = [name for name in methods.METHODS if name not in ELSEWHERE and "model" not in methods.get(name).needs]
 # Nothing is drawn where no row is missing and nothing grows: another seed gives the same weights.
 DETERMINISTIC = {"weight-selection", "subcloning", "pruning", "learned-pruning", "sliced", "hypercloning", "stacking"}
@@ -104,3 +108,59 @@ def test_a_plan_names_the_donors_that_the_method_reads(name: str, donors: Path, 
     fitted = sampler(name, text).fit(Zoo.open(donors), Blueprint.from_config(TARGET))
     assert set(fitted.donors) <= {d["name"] for d in plan["read"]["donors"]}
     assert len(methods.get(name).summary) <= 95
+
+
+@pytest.fixture(scope="module")
+def base(donors: Path) -> Path:
+    """The donor of three layers, fewer of which have no statistics."""
+    return next(d.folder for d in Zoo.open(donors).donors if d.blueprint.metadata.layers == 3)  # type: ignore[union-attr]
+
+
+LORA = ["pareto:strategy=both_small", "pareto:strategy=both_compensated", *methods.LORA]
+
+
+def lora_sampler(label: str) -> Sampler:
+    name, *settings = label.split(":")
+    return configure(methods.get(name), [*settings, *(["bootstraps=20"] if name == "pareto" else [])])
+
+
+@pytest.mark.parametrize("label", LORA)
+def test_a_seed_gives_an_adapter_the_same_bytes_fitted_anew_and_loaded(label: str, base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    zoo, blueprint = single(base), Blueprint.from_lora(base, {"r": 4, "target_modules": "all-linear"})
+    turned = replace(blueprint, adapter=replace(blueprint.adapter, pairs=blueprint.adapter.pairs[::-1]))  # type: ignore[union-attr,type-var]
+    one = lora_sampler(label).fit(zoo, blueprint)
+    first = dict(one.sample(blueprint, 0))
+    assert set(first) == set(blueprint.names)
+    assert all(t.shape == blueprint[k].shape and t.dtype == torch.float32 for k, t in first.items())
+    one.save(tmp_path)
+    again = dict(lora_sampler(label).fit(zoo, turned).sample(turned, 0))
+    loaded = dict(methods.load(tmp_path).sample(blueprint, 0))
+    for key, tensor in first.items():
+        assert torch.equal(tensor, again[key]) and torch.equal(tensor, loaded[key]), key
+    other = dict(one.sample(blueprint, 1))
+    same = all(torch.equal(tensor, other[key]) for key, tensor in first.items())
+    assert same == (label in ("pissa", "olora"))
+
+
+@pytest.mark.parametrize("label", LORA)
+def test_an_adapter_leaves_what_the_base_computes(label: str, base: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    name, *settings = label.split(":")
+    settings += ["bootstraps=20"] if name == "pareto" else []
+    plan = lora(base, name, 4, tmp_path / "out", settings=settings, plan=True)
+    assert isinstance(plan, dict) and not (tmp_path / "out").exists() and len(methods.get(name).summary) <= 95
+    out = lora(base, name, 4, tmp_path / "out", settings=settings, quiet=True)
+    assert isinstance(out, Path)
+    record = json.loads((out / "headstart.json").read_text())
+    assert [d["name"] for d in record["donors"]] == [d["name"] for d in plan["read"]["donors"]] == [base.name]
+    sizes = [path.stat().st_size for path in (out / "adapter_model.safetensors", *out.glob("base/*.safetensors"))]
+    assert plan["write"]["bytes"] == sum(sizes)
+    changed = record["changed_base"] is not None
+    assert changed == (label in ("pissa", "olora", "pareto:strategy=both_compensated"))
+    with torch.no_grad():
+        before = AutoModelForCausalLM.from_pretrained(base)(torch.arange(20)[None]).logits
+        loaded = AutoModelForCausalLM.from_pretrained(out / "base" if changed else base)
+        after = peft.PeftModel.from_pretrained(loaded, out)(torch.arange(20)[None]).logits
+    bound = 0.0 if record["step0"]["largest_change"] == 0 else 0.1 if label.endswith("both_small") else 1e-5
+    assert (after - before).abs().max() <= bound * before.abs().max()

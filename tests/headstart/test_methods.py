@@ -18,9 +18,19 @@ def test_every_method_describes_itself(name: str) -> None:
     cls = methods.get(name)
     assert issubclass(cls, Sampler)
     assert cls.name == name and cls.family and cls.summary and cls.reference
-    assert set(cls.needs) <= {"donor", "donors", "model", "text"}
+    assert set(cls.needs) <= {"donor", "donors", "model", "text", "base", "reference"}
     for row in cls.option_table():
         assert set(row) == {"name", "type", "default", "help"} and row["help"]
+
+
+def test_the_methods_for_adapters_are_those_of_their_family() -> None:
+    assert set(methods.LORA) == {name for name in methods.METHODS if methods.get(name).family == "lora"}
+    for name in methods.LORA:
+        assert methods.of_adapters(name) is methods.get(name)
+        with pytest.raises(UserError, match=f"headstart lora --base MODEL --method {name}"):
+            methods.of_models(name)
+    with pytest.raises(UserError, match="normal fills models, not LoRA adapters: choose from pareto, peft-default"):
+        methods.of_adapters("normal")
 
 
 def test_the_description_is_json() -> None:
@@ -38,7 +48,7 @@ def test_a_method_of_ones_own_is_called_by_its_path() -> None:
     from baselines.default import Default
 
     assert methods.get("baselines.default.Default") is Default
-    with pytest.raises(UserError, match="no subclass of zoo.sampler.Sampler"):
+    with pytest.raises(UserError, match=r"no subclass of zoo\.sampler\.Sampler"):
         methods.get("zoo.store.Zoo")
     with pytest.raises(UserError, match="cannot be imported"):
         methods.get("nowhere.at_all.Method")
@@ -49,7 +59,7 @@ def test_a_method_of_ones_own_is_called_by_its_path() -> None:
 def test_names_of_the_contract_are_lazy() -> None:
     code = (
         "import sys, headstart; assert not {'torch', 'transformers'} & set(sys.modules);"
-        "from headstart import Blueprint, samplers;"
+        "from headstart import Blueprint, initialize_lora_weights, samplers; assert callable(initialize_lora_weights);"
         "assert samplers.get('default')(scale=2.0).options() == {'scale': 2.0}; assert Blueprint.from_config"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
