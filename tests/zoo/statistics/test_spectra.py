@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import spectra as benchmark
 from zoo.checkpoint import Checkpoint
 from zoo.statistics.spectra import (
     marchenko_pastur,
@@ -196,3 +198,11 @@ def test_really_trained_matrices_leave_the_edge_of_noise(shared_data: Path) -> N
     noise = [spectrum(draw(*matrix.shape, seed=i)) for i, matrix in enumerate(inner.values())]
     assert sum(s["outliers"] > 0 for s in found) > 0.8 * len(found)
     assert sum(s["outliers"] > 0 for s in noise) == 0
+
+
+def test_the_benchmark_is_shown_as_committed_and_the_top_is_five_times_cheaper() -> None:
+    figures = json.loads(benchmark.RESULTS.read_text())
+    assert benchmark.table(figures["rows"]) in benchmark.RESULTS.with_name("README.md").read_text()
+    assert (figures["side"], figures["rank"]) == (4096, 256)
+    for row in figures["rows"]:
+        assert row["error"] < 1e-3 and row["seconds"]["svd"] > 5 * row["seconds"]["top"], row["matrix"]
