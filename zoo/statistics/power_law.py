@@ -47,11 +47,12 @@ def fit_power_law(values: ArrayLike, candidates: int | None = None) -> PowerLaw:
 
 
 def scan(
-    logs: NDArray[np.float64], weights: NDArray[np.float64], candidates: int | None = None
+    logs: NDArray[np.float64], weights: NDArray[np.float64], candidates: int | None = None, both: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     """The laws above every candidate xmin, for many samples at once. logs [b, n], or [1, n] for all: logarithms of
     values, ascending; weights [b, n]: how often each occurs. Returns (alphas [b, c], KS distances [b, c], starts [c]),
-    starts being the indices of xmin in logs."""
+    starts being the indices of xmin in logs. both: the distance to the share of values up to each value counts too, as
+    Kolmogorov and Smirnov have it, and not only that to the share of those below it."""
     last = logs.shape[1] - 2
     starts = np.arange(last)
     if candidates is not None and candidates < last:
@@ -66,7 +67,10 @@ def scan(
         survival = survival * (1 - alphas[:, i, None])
         np.exp(survival, out=survival)
         survival -= left[:, start:] / tails[:, i, None]
-        distances[:, i] = np.abs(survival, out=survival).max(axis=1)
+        distances[:, i] = np.abs(survival).max(axis=1)
+        if both:
+            survival += weights[:, start:] / tails[:, i, None]
+            distances[:, i] = np.maximum(distances[:, i], np.abs(survival, out=survival).max(axis=1))
     return alphas, distances, starts
 
 

@@ -94,12 +94,11 @@ def study(
 ) -> list[dict[str, Any]]:
     """One row per unordered pair of projections, in the order of PROJECTIONS, of the distances of their first `rank`
     singular values: {a, b, n, skewness, ccdf, histogram} and what `zoo.statistics.goodness` says of a power law:
-    {alpha, xmin, tail, distance, p, p_pairs, alpha_ci95, ratios, verdict, why}; all but the last two are None (ratios:
-    empty) where there are fewer than ten distinct distances.
+    {alpha, xmin, tail, distance, p, p_pairs, worth, alpha_ci95, ratios, verdict, why}; all but the last two are None
+    (ratios: empty) where there are fewer than ten distinct distances.
 
     ccdf: at most 60 [x, share of distances >= x]; histogram: [left, right, count]. Nothing is corrected for the number
-    of pairs: of 28 true power laws, one to three are expected to be rejected at p <= 0.1. `progress` is told of every
-    pair."""
+    of pairs: of 28 true power laws, one to three may be rejected at p <= 0.1. `progress` is told of every pair."""
     known = [role for role in PROJECTIONS if role in stacks]
     rows = []
     for i, a in enumerate(known):
@@ -122,7 +121,7 @@ def _row(sample: Sample, bootstraps: int, rng: np.random.Generator) -> dict[str,
     row["ccdf"] = [[float(x[n - k]), k / n] for k in shown[::-1]]  # dense in the tail
     row["histogram"] = _histogram(x) if n else []
     if len(np.unique(x)) < LEAST:
-        nothing = dict.fromkeys(("alpha", "xmin", "tail", "distance", "p", "p_pairs", "alpha_ci95"))
+        nothing = dict.fromkeys(("alpha", "xmin", "tail", "distance", "p", "p_pairs", "worth", "alpha_ci95"))
         why = f"{n} distances of {sample.layers} layers are too few to fit anything"
         return row | nothing | {"ratios": {}, "verdict": "undecided", "why": why}
     return row | goodness(sample, bootstraps, rng)

@@ -93,5 +93,5 @@ def _log_mass(a: float, rate: float) -> float:
 def _minimum(cost: Callable[[Array], float], start: tuple[float, float]) -> Array:
     bounds = [(-1e6, 1e6), (-25.0, 25.0)]  # the second is a logarithm; further out nothing changes
     return minimize(
-        cost, start, method="Nelder-Mead", bounds=bounds, options={"xatol": 1e-6, "fatol": 1e-10, "maxiter": 1000}
+        cost, start, method="Nelder-Mead", bounds=bounds, options={"xatol": 1e-4, "fatol": 1e-9, "maxiter": 1000}
     ).x
