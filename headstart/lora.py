@@ -313,9 +313,10 @@ def _auto_class(adapter: Adapter) -> str:
 def _plan(
     sampler: LoraSampler, source: Source, followed: Followed | None, blueprint: Blueprint, out: Path, dtype: str | None
 ) -> dict[str, Any]:
-    sources = [source] if source.folder is not None or sampler.reads_base else []
-    sources += [followed.source] if followed is not None and followed.source is not None else []
-    read = [{"name": lone_name(s), "tensors": count_tensors(s), "bytes": s.size} for s in sources]
+    sources = {lone_name(source): source} if source.folder is not None or sampler.reads_base else {}
+    if followed is not None and followed.source is not None:
+        sources[followed.name] = followed.source
+    read = [{"name": name, "tensors": count_tensors(s), "bytes": s.size} for name, s in sources.items()]
     if followed is not None and followed.analysis is not None:
         read.append({"name": str(followed.analysis), "tensors": 0, "bytes": followed.analysis.stat().st_size})
     assert blueprint.adapter is not None
@@ -336,7 +337,7 @@ def _plan(
         "method": sampler.name,
         "options": sampler.options(),
         "read": {"donors": read, "tensors": sum(r["tensors"] for r in read), "bytes": sum(r["bytes"] for r in read)},
-        "download": {"bytes": sum(s.download for s in sources)},
+        "download": {"bytes": sum(s.download for s in sources.values())},
         "write": {
             "folder": str(out),
             **{key: sum(part[key] for part in write.values()) for key in ("tensors", "parameters", "bytes")},

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import headstart
 from headstart import methods
@@ -20,11 +23,14 @@ from headstart.lora import initialize_lora_weights, lora
 from tests import tiny
 from tests.baselines.test_peft_inits import NAMES, model_of
 from tests.headstart.test_every_method import TARGET
+from tests.zoo.architectures import LISTED
+from tests.zoo.hub_server import Repo, files_of, serve
 from zoo.checkpoint import Checkpoint
 from zoo.errors import UserError
 
 peft = pytest.importorskip("peft")
 ARCHITECTURES = ["llama-gqa-tied", "llama", "gpt2", "gpt_neox", "qwen2", "qwen2-tied", "phi3"]
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS = torch.arange(12)[None]
 
 
@@ -297,6 +303,74 @@ def test_a_plan_counts_and_does_nothing(base: Path, tmp_path: Path) -> None:
     assert changed["write"]["base"]["bytes"] == whole.stat().st_size
     assert changed["write"]["bytes"] == adapter.stat().st_size + whole.stat().st_size
     assert changed["read"]["tensors"] == len(load_file(whole)) and changed["download"]["bytes"] == 0
+
+
+HUB_WORKER = """
+import json, sys
+from headstart.lora import lora
+out = {}
+for name, method, plan in (("planned", "pissa", True), ("near", "gaussian", False), ("whole", "pissa", False)):
+    found = lora("org/model@main", method, 4, sys.argv[1] + "/" + name, plan=plan, quiet=True)
+    print(json.dumps(found if plan else str(found)), flush=True)
+"""
+
+
+def test_of_a_hub_id_only_what_is_needed_is_fetched(base: Path, tmp_path: Path) -> None:
+    with serve() as hub:
+        hub.repos["org/model"] = Repo(files_of(base))
+        unset = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE")
+        env = {k: v for k, v in os.environ.items() if k not in unset and not k.lower().endswith("_proxy")}
+        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", HUB_WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        )
+        assert process.stdout is not None
+        weights = next(n for n in hub.repos["org/model"].files if n.endswith(".safetensors"))
+        size = len(hub.repos["org/model"].files[weights])
+        plan = json.loads(process.stdout.readline())
+        assert plan["download"]["bytes"] > size and plan["read"]["tensors"] == 20 == plan["write"]["base"]["tensors"]
+        assert json.loads(process.stdout.readline()) == str(tmp_path / "near")
+        commit = hub.repos["org/model"].commit
+        record = json.loads((tmp_path / "near" / "headstart.json").read_text())
+        assert record["donors"] == [{"name": "org/model", "revision": commit, "sha256": None, "license": "mit"}]
+        config = json.loads((tmp_path / "near" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "org/model" and config["revision"] == "main"
+        assert "base_model:\n- org/model" in (tmp_path / "near" / "README.md").read_text()
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    record = json.loads((tmp_path / "whole" / "headstart.json").read_text())
+    assert len(record["donors"][0]["sha256"]) == 64 and record["donors"][0]["revision"] == commit
+    before = logits(model(base))
+    after = logits(adapted(model(tmp_path / "whole" / "base"), tmp_path / "whole"))
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_a_reference_is_another_model_of_the_same_name_the_base_or_an_analysis(base: Path, tmp_path: Path) -> None:
+    few = ["bootstraps=10"]
+    deep = {**LISTED["gpt2"], "n_layer": 4}
+    other = tmp_path / "elsewhere" / "original"
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**deep)).save_pretrained(other)
+    out = written(base, "pareto", tmp_path / "out", reference=other, settings=few)
+    record = json.loads((out / "headstart.json").read_text())
+    one, two = record["donors"]
+    assert one["name"] == "original" and two["name"] == str(other.resolve()) and one["sha256"] != two["sha256"]
+    assert torch.equal(logits(adapted(model(base), out)), logits(model(base)))
+    with pytest.raises(UserError, match="layers"):  # the base has two, which are no statistics
+        lora(base, "pareto", 4, tmp_path / "none", settings=few)
+    itself = written(other, "pareto", tmp_path / "itself", reference=str(other), settings=few)
+    assert len(json.loads((itself / "headstart.json").read_text())["donors"]) == 1
+    plan = lora(base, "pareto", 4, tmp_path / "plan", reference=other, plan=True)
+    assert isinstance(plan, dict) and [d["name"] for d in plan["read"]["donors"]] == ["original", str(other.resolve())]
+    with pytest.raises(UserError, match="headstart analyze"):
+        lora(base, "pareto", 4, tmp_path / "none", reference=tmp_path / "analysis.json")
+    found = peft.get_peft_model(model(base), peft.LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
+    sampler = methods.get("pareto")(bootstraps=10)  # type: ignore[call-arg]
+    initialize_lora_weights(found, sampler, reference=model(other))  # type: ignore[arg-type]
+    state = peft.get_peft_model_state_dict(found)
+    for key, tensor in load_file(out / "adapter_model.safetensors").items():
+        torch.testing.assert_close(state[key], tensor)
+    assert sampler.options()["reference_model"] is None  # the caller's sampler stays as it was
 
 
 def test_a_reference_is_refused_by_methods_that_follow_none(base: Path, tmp_path: Path) -> None:
