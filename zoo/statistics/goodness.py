@@ -71,7 +71,7 @@ def goodness(sample: Sample, bootstraps: int, rng: np.random.Generator) -> dict[
     independent = max(LEAST // 2, round(worth(sample.pairs)))
     found["p"] = _replicates(sample, independent, bootstraps, rng)
     found["p_pairs"] = _replicates(sample, len(sample.values), bootstraps, rng)
-    found["alpha_ci95"] = _interval(sample, bootstraps, rng)
+    found["alpha_ci95"] = list(_interval(sample, bootstraps, rng))
     found["worth"] = independent
     found["ratios"] = ratios(sample, law.alpha, law.xmin)
     found["verdict"], found["why"] = verdict(found, len(sample.values))

@@ -99,7 +99,7 @@ def read_grouping(path: Path, model: str | None = None, rank: int | None = None)
         raise UserError(f"{path}: has no grouping of {name}; analyze it again")
     if "why" in found:
         raise UserError(f"{path}: {name} could not be grouped: {found['why']}")
-    used = str(rank) if rank is not None else min(found, key=int)
+    used = str(rank) if rank is not None else min(found, key=lambda key: (len(key), key))
     used = str((models[name].get("ranks") or {}).get(used, used))  # fewer where the model's matrices are smaller
     if used not in found:
         raise unknown(f"rank in {path}", used, found)

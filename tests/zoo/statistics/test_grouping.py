@@ -1,0 +1,101 @@
+"""The characterisation of a model by its pairs of projections, and its way through analysis.json."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from zoo.errors import UserError
+from zoo.single import single
+from zoo.statistics.grouping import Grouping, characterise, group, read_grouping
+from zoo.statistics.similarity import PROJECTIONS, stacks, study
+
+
+def rows(*others, verdict="not a power law"):
+    """All 28 pairs, power laws but for `others`."""
+    pairs = [(a, b) for i, a in enumerate(PROJECTIONS) for b in PROJECTIONS[i:]]
+    apart = {frozenset(p) for p in others}
+    return [{"a": a, "b": b, "verdict": verdict if frozenset((a, b)) in apart else "power law"} for a, b in pairs]
+
+
+def test_the_example_of_the_paper():
+    found = group(rows(("attn.v", "mlp.gate"), ("mlp.gate", "mlp.up"), ("mlp.gate", "mlp.down")), 16)
+    assert found.reference == "mlp.gate"
+    assert found.gaussian == ("attn.v", "mlp.up", "mlp.down")
+    assert found.pareto == ("attn.q", "attn.k", "attn.o")
+    assert not found.undifferentiated
+
+
+def test_the_first_of_equals_is_the_reference():
+    found = group(rows(("mlp.up", "attn.k"), ("attn.v", "mlp.down")), 16)
+    assert (found.reference, found.gaussian) == ("attn.k", ("mlp.up",))
+    assert found.pareto == ("attn.q", "attn.v", "attn.o", "mlp.gate", "mlp.down")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [rows(), rows(("attn.v", "mlp.gate"), verdict="undecided"), rows(("attn.v", "attn.v"))],
+    ids=["all power laws", "undecided", "a projection with itself"],
+)
+def test_nothing_stands_out(found):
+    assert group(found, 64) == Grouping(64, None, (), PROJECTIONS, True, {})
+
+
+def test_projections_that_a_model_lacks_are_in_no_group():
+    found = [row for row in rows(("attn.q", "mlp.up")) if "mlp.gate" not in (row["a"], row["b"])]
+    assert "mlp.gate" not in group(found, 16).pareto
+
+
+def test_json_keeps_everything():
+    found = group(rows(("attn.v", "mlp.gate")), 16, {"name": "a", "sha256": "b"})
+    assert Grouping.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_real_checkpoint_is_characterised_the_same_every_time(shared_data):
+    donor = single(shared_data / "models" / "stories260K", quiet=True).only
+    found = characterise(donor, bootstraps=15)
+    assert found == characterise(donor, bootstraps=15)
+    assert found.rank == 16
+    assert found.source["sha256"] == donor.sha256
+    groups = {*found.gaussian, *found.pareto} | ({found.reference} - {None})
+    assert groups == {*PROJECTIONS}
+    assert found.to_json() | {"source": {}} == group(study(stacks(donor, [16]), 16, 15), 16).to_json()
+    assert characterise(donor, rank=5000, bootstraps=1).rank == 32  # four key heads of eight rows
+
+
+def analysis(path, models):
+    path.write_text(json.dumps({"models": models}))
+    return path
+
+
+def test_reads_the_grouping_of_an_analysis(tmp_path):
+    one, two = group(rows(("attn.v", "mlp.gate")), 16), group(rows(), 64)
+    both = {"grouping": {"64": two.to_json(), "16": one.to_json()}, "ranks": {"16": 16, "64": 64, "256": 64}}
+    path = analysis(tmp_path / "analysis.json", {"a": both})
+    assert read_grouping(path) == one
+    assert read_grouping(path, "a", 64) == two
+    assert read_grouping(path, "a", 256) == two  # its matrices have no more
+    path = analysis(tmp_path / "analysis.json", {"a": both, "b": {"grouping": {"why": "has 2 layers"}}})
+    assert read_grouping(path, "a") == one
+    for model, rank, message in (
+        (None, None, "holds 2 models; name one as .*#NAME: a, b"),
+        ("c", None, "unknown model .*'c'"),
+        ("b", None, "b could not be grouped: has 2 layers"),
+        ("a", 32, "unknown rank .*'32'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_grouping(path, model, rank)
+
+
+def test_refuses_what_is_no_analysis(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_grouping(tmp_path / "none.json")
+    path = tmp_path / "other.json"
+    for text in ('{"a": 1}', "[1]", "{", '{"models": {}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"other\.json"):
+            read_grouping(path)
+    for model in ({}, 3, {"grouping": {"16": {"rank": 16}}}, {"grouping": {"x": {}}}):
+        with pytest.raises(UserError, match="analyze it again"):
+            read_grouping(analysis(path, {"a": model}))
