@@ -47,19 +47,18 @@ def top_singular_values(matrix: Tensor, rank: int) -> Tensor:
     back = forth.mT.contiguous()
     block = min(max(rank // 8, BLOCK[0]), BLOCK[1])
     most = side // 2 // block * block
-    generator = stream(0, "top-singular-values")
     basis, images = forth.new_empty(most, side), forth.new_empty(most, forth.shape[0])
     gram = torch.zeros(most, most, dtype=torch.float64, device=matrix.device)
-    grown = _noise(side, block, generator, forth)
+    grown = torch.randn(side, block, generator=stream(0, "top-singular-values")).to(matrix.device)
     done, checked, settled = 0, 0, None
     for size in range(block, most + 1, block):
-        for _ in range(2):  # once leaves what rounding adds to directions that are there already
+        # Once leaves what rounding adds to directions that are there already. Where the matrix has nothing new (equal
+        # values, low rank) the rounding itself is a random direction, and the second time makes it a good one.
+        for _ in range(2):
             grown = torch.linalg.qr(grown - basis[:done].mT @ (basis[:done] @ grown)).Q
         image = forth @ grown
         basis[done:size], images[done:size] = grown.mT, image.mT
         grown = back @ image
-        # Where the matrix has nothing more in the directions that were seen (low rank, equal values), go on at random.
-        grown = grown + 1e-6 * grown.norm() / math.sqrt(side * block) * _noise(side, block, generator, forth)
         done = size
         if done < 2 * rank or done - checked < rank / 2:
             continue
@@ -133,7 +132,3 @@ def spectrum(matrix: Tensor, values: Tensor | None = None) -> dict[str, Any]:
 
 def _roots(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
-
-
-def _noise(side: int, block: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(side, block, generator=generator).to(like.device)
