@@ -6,9 +6,12 @@
 
 DIR holds models/, corpora/ and eval/; --base, --reference, --corpus and --tasks name others. The corpus is cut into
 what is trained on (its first 80 %), text A, on which each initialisation's learning rate is chosen, and text B, on
-which all are compared. Per seed all initialisations see the same windows in the same order. `pareto` (2509.00046)
-follows --reference: by default a Llama of another lineage than the base, with other tokens and 3.6 times its weights,
-as the paper lets a small model follow a larger one of another family.
+which all are compared. Per seed all initialisations see the same windows in the same order.
+
+`pareto` (2509.00046) follows --reference: a model, or by default the characterisation that the paper gives as its
+example (gate is the reference weight; V, up and down are its partners), which is all that it takes from a model. Small
+references have too few layers to be told apart: babyllama-tok105 and three others of four or five layers come out
+as undifferentiated or nearly so, and then all pairs are drawn alike.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import json
 import math
 import os
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lora_report import PEFT, against, published, table, verdict
 from torch import Tensor
 
 from headstart import initialize_lora_weights, methods
@@ -41,15 +44,15 @@ from zoo.errors import UserError
 from zoo.lm import Training, evaluate, reproducible, train_steps
 from zoo.pool import Report, run_jobs
 from zoo.single import single
-from zoo.statistics.grouping import characterise
+from zoo.statistics.grouping import Grouping, characterise
 from zoo.streams import stream_seed
 from zoo.text import encode_corpus
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "lora_inits.json"
+SETTINGS = ("rank", "alpha", "steps", "batch_size", "sequence", "windows", "limit")
 README = HERE / "README.md"
 
-PEFT = "peft-default"
 INITS: dict[str, tuple[str, dict[str, Any]]] = {
     PEFT: ("peft-default", {}),
     "gaussian": ("gaussian", {}),
@@ -70,13 +73,8 @@ TASKS = {
     "PIQA": ("piqa.jsonl",),
     "BLiMP": tuple(f"blimp/{name}.jsonl" for name in BLIMP),
 }
-PUBLISHED = {
-    "source": "2509.00046",
-    "what": "SmolLM2-135M on GPQA-Diamond, the reference of pareto LLaMA3-8B",
-    "questions": 198,
-    "chance": 0.25,
-    "rows": {"before": {"accuracy": 0.2222, "right": 44}, "reshaped LoRA": {"accuracy": 0.2879, "right": 57}},
-}
+EXAMPLE = "published"  # as --reference: of V-gate, gate-up and gate-down the paper says that they are no power laws
+GATE = Grouping(16, "mlp.gate", ("attn.v", "mlp.up", "mlp.down"), ("attn.q", "attn.k", "attn.o"), False)
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,7 @@ class Setup:
 
     base: str
     reference: str  # the grouping of the reference, in the form of an analysis.json
+    reference_rank: int
     tokens: str  # .npy of the encoded corpus
     work: str
     contents: dict[str, Any]
@@ -110,11 +109,14 @@ class Job:
 
 def key(setup: Setup, job: Job) -> str:
     """A hash of all that a run depends on."""
-    depends: dict[str, Any] = {k: v for k, v in asdict(setup).items() if k in ("contents", "rank", "alpha", "steps")}
-    depends |= {"batch": setup.batch_size, "sequence": setup.sequence, "windows": setup.windows, "job": asdict(job)}
-    depends["init"] = None if job.init is None else INITS[job.init]
+    method, options = (None, {}) if job.init is None else INITS[job.init]
+    depends: dict[str, Any] = {name: getattr(setup, name) for name in SETTINGS if name != "limit"}
+    depends |= {"job": asdict(job), "method": method, "options": options, "base": setup.contents["base"]}
+    depends |= {"tokens": setup.contents["tokens"]}
+    if method == "pareto":
+        depends["reference"] = setup.contents["reference"]
     if job.scored:
-        depends |= {"tasks": setup.tasks, "limit": setup.limit}
+        depends |= {"tasks": setup.tasks, "questions": setup.contents["questions"], "limit": setup.limit}
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -142,7 +144,7 @@ def prepare(setup: Setup, job: Job) -> Any:
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(model, config)
     if method == "pareto":
-        options = options | {"reference_model": setup.reference}
+        options = options | {"reference_model": setup.reference, "reference_rank": setup.reference_rank}
     initialize_lora_weights(adapted, methods.get(method)(**options), seed=job.seed)  # type: ignore[arg-type]
     return adapted
 
@@ -230,35 +232,16 @@ def complete(setup: Setup, jobs: Sequence[Job], workers: int, what: str) -> dict
     """Runs what is not yet finished."""
     from tqdm import tqdm
 
+    path = Path(setup.work) / "runs.jsonl"
+    if path.exists() and not path.read_bytes().endswith(b"\n"):  # interrupted inside a line
+        with path.open("a") as f:
+            f.write("\n")
     done = finished(setup)
     missing = [job for job in jobs if key(setup, job) not in done]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=what, unit="run") as bar:
         run_jobs(partial(run, setup), missing, workers, bar.update)
     done = finished(setup)
     return {job: done[key(setup, job)] for job in jobs}
-
-
-def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
-    """values - others, seed by seed: {mean, std, ci95} by Student's t, the two-sided p of the paired t test, Cohen's d
-    of the differences."""
-    from scipy.special import stdtr
-
-    found = interval([x - y for x, y in zip(values, others, strict=True)])
-    n, std = len(values), found["std"]
-    if not std:  # one seed, or the same difference in all
-        return found | {"p": None if std is None or found["mean"] else 1.0, "d": None}
-    d = found["mean"] / std
-    return found | {"p": float(2 * stdtr(n - 1, -abs(d) * math.sqrt(n))), "d": d}
-
-
-def holm(ps: dict[str, float | None]) -> dict[str, float | None]:
-    """p-values corrected for their number (Holm); None stays None and counts."""
-    ordered = sorted((p, name) for name, p in ps.items() if p is not None)
-    corrected: dict[str, float | None] = dict.fromkeys(ps)
-    least = 0.0
-    for i, (p, name) in enumerate(ordered):
-        least = corrected[name] = max(least, min(1.0, p * (len(ps) - i)))
-    return corrected
 
 
 def tuned(runs: dict[Job, dict[str, Any]], init: str, lrs: Sequence[float]) -> tuple[float | None, dict[str, Any]]:
@@ -306,152 +289,6 @@ def compare(setup: Setup, inits: Sequence[str], lrs: Sequence[float], seeds: Seq
     return {"base": untouched, "inits": entries, "samples": samples, "seconds": round(sum(r["seconds"] for r in rows))}
 
 
-def against(entries: dict[str, Any], groups: Sequence[str]) -> None:
-    """Adds to every entry but PEFT's default what tells it from that: paired over seeds, Holm over initialisations."""
-    own = entries[PEFT]
-    others = [init for init, entry in entries.items() if init != PEFT and entry["losses"] and own["losses"]]
-    for init in others:
-        entry = entries[init]
-        entry["difference"] = paired(entry["losses"], own["losses"])
-        entry["gains"] = {g: paired(entry["accuracies"][g], own["accuracies"][g]) for g in groups}
-    for find in (lambda e: e["difference"], *(lambda e, g=g: e["gains"][g] for g in groups)):
-        corrected = holm({init: find(entries[init])["p"] for init in others})
-        for init, p in corrected.items():
-            find(entries[init])["holm"] = p
-
-
-def published() -> dict[str, Any]:
-    """The published table, with what chance says of it."""
-    from scipy.stats import binomtest, fisher_exact
-
-    n, rows = PUBLISHED["questions"], PUBLISHED["rows"]
-    right = [row["right"] for row in rows.values()]  # type: ignore[attr-defined]
-    fisher = float(fisher_exact([[r, n - r] for r in right])[1])
-    chance = float(binomtest(max(right), n, PUBLISHED["chance"]).pvalue)
-    return PUBLISHED | {"fisher_p": fisher, "chance_p": chance}
-
-
-def verdict(found: dict[str, Any]) -> str:
-    """One sentence, from the figures alone, on whether reshaping helps here."""
-    entries = {name: e for name, e in found["inits"].items() if e["method"] == "pareto" and "difference" in e}
-    if not entries:
-        return "Nothing was compared: no pareto run ended beside PEFT's default."
-
-    def significant(cell: dict[str, Any]) -> bool:
-        return cell["holm"] is not None and cell["holm"] < 0.05
-
-    lower = [n for n, e in entries.items() if significant(e["difference"]) and e["difference"]["mean"] < 0]
-    higher = [n for n, e in entries.items() if significant(e["difference"]) and e["difference"]["mean"] > 0]
-    moved = [
-        f"{group} ({name}, {cell['mean']:+.3f})"
-        for name, e in entries.items()
-        for group, cell in e["gains"].items()
-        if significant(cell)
-    ]
-    default = found["inits"][PEFT]["loss"]["mean"]
-    best = min(entries, key=lambda n: entries[n]["difference"]["mean"])
-    d = entries[best]["difference"]
-    seeds = len(found["settings"]["seeds"])
-    bounds = f", 95 % CI {d['ci95'][0]:+.4f} to {d['ci95'][1]:+.4f}" if d["ci95"] else ""
-    p = "" if d["holm"] is None else f", p = {d['holm']:.2g} after Holm"
-    nearest = f"the best of them, {best}, differs by {d['mean']:+.4f} nats ({d['mean'] / default:+.2%}{bounds}{p})"
-    if lower:
-        start = f"The effect is there in the held-out loss of {_list(lower)}: over {seeds} seeds {nearest}"
-    else:
-        start = (
-            f"No effect is seen: over {seeds} seeds no pareto strategy ends significantly below PEFT's default, each "
-        )
-        start += f"at its own learning rate; {nearest}"
-        start += f", so that a gain of more than {max(0.0, -d['ci95'][0]):.4f} nats is unlikely" if d["ci95"] else ""
-    worse = f", and {_list(higher)} {'ends' if len(higher) == 1 else 'end'} above it" if higher else ""
-    tasks = f"accuracy moves in {_list(moved)}" if moved else "no accuracy differs significantly"
-    peers = {name: e["loss"]["mean"] for name, e in found["inits"].items() if e["loss"] is not None}
-    spread = (max(peers.values()) - min(peers.values())) / default
-    return (
-        f"{start}{worse}; {tasks}; the {len(peers)} tuned inits lie within {spread:.1%} of each other, the lowest is "
-        f"{min(peers, key=lambda name: peers[name])}."
-    )
-
-
-def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def table(found: dict[str, Any]) -> str:
-    """The markdown of examples/README.md: settings, figures, what was published, the sentence."""
-    groups = list(found["settings"]["tasks"])
-    lines = [
-        f"| init | lr | loss on text B | against PEFT's default | p (Holm) | d | {' | '.join(groups)} |",
-        "|---|---|---|---|---|---|" + "---|" * len(groups),
-    ]
-    base = found["base"]
-    cells = " | ".join(f"{base['accuracy'][g]:.3f}" for g in groups)
-    lines.append(f"| none: the base as it is | – | {base['loss']:.3f} | – | – | – | {cells} |")
-    for name, entry in found["inits"].items():
-        if entry["loss"] is None:
-            lines.append(f"| {name} | – | diverged | – | – | – | {' | '.join('–' for _ in groups)} |")
-            continue
-        d = entry.get("difference")
-        cells = " | ".join(_accuracy(entry, g) for g in groups)
-        tests = (
-            "– | – | –"
-            if d is None
-            else f"{_interval(d, '+.4f')} | {_number(d['holm'], '.2g')} | {_number(d['d'], '+.1f')}"
-        )
-        rate = f"{entry['lr']:g}{' (edge)' if entry['edge'] else ''}"
-        lines.append(f"| {name} | {rate} | {_interval(entry['loss'], '.4f')} | {tests} | {cells} |")
-    p = found["published"]
-    rows = [f"| {name} | {row['accuracy']:.4f} | {row['right']} |" for name, row in p["rows"].items()]
-    chances = f"Fisher's exact p = {p['fisher_p']:.2f}; the better one against chance ({p['chance']:g}): p = "
-    blocks = [
-        _settings(found),
-        "\n".join(lines),
-        f"Published ({p['source']}; {p['what']}):",
-        "\n".join([f"| | accuracy | right of {p['questions']} |", "|---|---|---|", *rows]),
-        f"{chances}{p['chance_p']:.2f}.",
-        f"**{found['verdict']}**",
-    ]
-    return "\n\n".join(blocks)
-
-
-def _settings(found: dict[str, Any]) -> str:
-    """What was done, in words."""
-    s, model, reference = found["settings"], found["model"], found["reference"]
-    lrs = ", ".join(f"{lr:g}" for lr in s["lrs"])
-    questions = sum(n for n in found["samples"].values() if n is not None)
-    text = (
-        f"Base {model['name']} ({model['parameters']:,} weights), text {found['corpus']['name']}, rank {s['rank']}, "
-        f"alpha {s['alpha']}, all linear layers ({s['trained']:,} weights trained), {s['steps']} steps of "
-        f"{s['batch_size']} x {s['sequence']} tokens, learning rate chosen per init from {lrs} on text A, "
-        f"{len(s['seeds'])} seeds. Brackets and ± are 95 % intervals over seeds (Student's t); p is that of paired t "
-        f"tests with Holm's correction over the {len(found['inits']) - 1} other inits, d Cohen's; accuracies on the "
-        f"first {s['limit']} questions of each file ({questions} in all), * where they differ from PEFT's default at "
-        f"p < .05 likewise. Reference of pareto: {reference['name']} ({_grouping(reference)})."
-    )
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _interval(cell: dict[str, Any], form: str) -> str:
-    return f"{cell['mean']:{form}}" + (f" [{cell['ci95'][0]:{form}}, {cell['ci95'][1]:{form}}]" if cell["ci95"] else "")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
-
-
-def _accuracy(entry: dict[str, Any], group: str) -> str:
-    cell, gain = entry["accuracy"][group], entry.get("gains", {}).get(group)
-    half = f" ± {(cell['ci95'][1] - cell['ci95'][0]) / 2:.3f}" if cell["ci95"] else ""
-    return f"{cell['mean']:.3f}{half}" + ("*" if gain and gain["holm"] is not None and gain["holm"] < 0.05 else "")
-
-
-def _grouping(reference: dict[str, Any]) -> str:
-    found = reference["grouping"]
-    if found["undifferentiated"]:
-        return "undifferentiated"
-    return f"reference weight {found['reference']}, Gaussian counts for {_list(found['gaussian'])}"
-
-
 def place(text: str, content: str) -> str:
     """A README with `content` between its marks."""
     before, start, rest = text.partition("<!-- lora-inits -->\n")
@@ -463,13 +300,17 @@ def place(text: str, content: str) -> str:
 
 def characterised(reference: str, rank: int, bootstraps: int, path: Path) -> dict[str, Any]:
     """Reads the reference once and keeps its grouping in the form of an analysis.json, which pareto reads."""
-    donor = single(reference, quiet=True).only
-    asked = {"sha256": donor.sha256, "rank": rank, "bootstraps": bootstraps}
+    asked: dict[str, Any]
+    if reference == EXAMPLE:
+        asked, name, rank = {"name": EXAMPLE}, "the example of 2509.00046", GATE.rank
+    else:
+        donor = single(reference, quiet=True).only
+        asked, name = {"sha256": donor.sha256, "rank": rank, "bootstraps": bootstraps}, Path(reference).name
     if not path.exists() or json.loads(path.read_text())["asked"] != asked:
-        grouping = characterise(donor, rank, bootstraps).to_json()
-        path.write_text(json.dumps({"asked": asked, "models": {donor.name: {"grouping": {str(rank): grouping}}}}))
+        grouping = (GATE if reference == EXAMPLE else characterise(donor, rank, bootstraps)).to_json()
+        path.write_text(json.dumps({"asked": asked, "models": {name: {"grouping": {str(rank): grouping}}}}))
     (entry,) = json.loads(path.read_text())["models"].values()
-    return {"name": Path(reference).name, "sha256": donor.sha256, "grouping": entry["grouping"][str(rank)]}
+    return {"name": name, "asked": asked, "grouping": entry["grouping"][str(rank)]}
 
 
 def experiment(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -492,25 +333,29 @@ def experiment(arguments: argparse.Namespace) -> dict[str, Any]:
         "questions": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(files.items())},
     }
     setup = Setup(
-        str(donor.folder), str(work / "reference.json"), str(work / "tokens.npy"), str(work), contents, arguments.tasks,
-        arguments.rank, arguments.alpha, arguments.steps, arguments.batch_size, arguments.sequence, arguments.windows,
-        arguments.limit,
-    )  # fmt: skip
+        base=str(donor.folder),
+        reference=str(work / "reference.json"),
+        reference_rank=reference["grouping"]["rank"],
+        tokens=str(work / "tokens.npy"),
+        work=str(work),
+        contents=contents,
+        tasks=arguments.tasks,
+        **{name: getattr(arguments, name) for name in SETTINGS},
+    )
     model = prepare(setup, Job(PEFT, 0.0, 0))
     found = compare(setup, arguments.inits, arguments.lrs, arguments.seeds, arguments.workers)
     learned, a, b = texts(setup)
-    settings = ("rank", "alpha", "steps", "batch_size", "sequence", "windows", "limit")
     known: dict[str, Any] = {
         "command": "python examples/lora_inits.py --data DIR --work DIR" + (" --quick" if arguments.quick else ""),
         "versions": versions() | {name: _version(name) for name in ("peft", "lm_eval")},
         "model": {"name": Path(str(arguments.base)).name, "sha256": donor.sha256, "parameters": donor.parameters},
-        "reference": reference | {"rank": arguments.reference_rank, "bootstraps": bootstraps},
+        "reference": reference,
         "corpus": {
             "name": Path(arguments.corpus).name,
             "sha256": hashlib.sha256(Path(arguments.corpus).read_bytes()).hexdigest(),
             "tokens": {"trained on": len(learned), "A": len(a), "B": len(b)},
         },
-        "settings": {name: getattr(setup, name) for name in settings}
+        "settings": {name: getattr(setup, name) for name in SETTINGS}
         | {
             "targets": "all-linear",
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -539,7 +384,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with models/, corpora/ and eval/")
     parser.add_argument("--work", type=Path, help="folder of the runs")
     parser.add_argument("--base", type=Path, help="what is adapted: a folder (models/stories260K)")
-    parser.add_argument("--reference", help="what pareto follows: folder or hub id (models/babyllama-tok105)")
+    parser.add_argument("--reference", default=EXAMPLE, help="what pareto follows: folder, hub id, or `published`")
     parser.add_argument("--reference-rank", type=int, default=16)
     parser.add_argument("--corpus", type=Path, help="UTF-8 text (corpora/tinyshakespeare.txt)")
     parser.add_argument("--tasks", help="with commas: JSONL files, or lm-eval's names such as gpqa_diamond_zeroshot")
@@ -549,7 +394,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=512, help="of texts A and B, at most")
+    parser.add_argument("--windows", type=int, default=256, help="of texts A and B, at most")
     parser.add_argument("--lrs", type=numbers(float))
     parser.add_argument("--seeds", type=numbers(int))
     parser.add_argument("--limit", type=int, help="questions of each file")
@@ -561,10 +406,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.tables:
         return arguments
     data, quick = arguments.data, arguments.quick
-    if arguments.work is None or (data is None and not (arguments.base and arguments.reference and arguments.corpus)):
+    if arguments.work is None or (data is None and not (arguments.base and arguments.corpus)):
         parser.error("give --work DIR and --data DIR, or --tables")
     arguments.base = arguments.base or data / "models" / "stories260K"
-    arguments.reference = arguments.reference or data / "models" / "babyllama-tok105"
     arguments.corpus = arguments.corpus or data / "corpora" / "tinyshakespeare.txt"
     if arguments.tasks is not None:
         arguments.tasks = {Path(task).stem: (task,) for task in arguments.tasks.split(",")}
@@ -591,6 +435,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parsed(argv)
     try:
         if arguments.tables:
+            if not RESULTS.exists():
+                raise UserError(f"{RESULTS}: is not there; run the experiment first")
             found = json.loads(RESULTS.read_text())
         else:
             found = experiment(arguments)

@@ -1,0 +1,188 @@
+"""What the runs of lora_inits.py say: paired tests over seeds, the table beside the published one, one sentence."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from headstart.scores import interval
+
+PEFT = "peft-default"  # what all others are compared with
+PUBLISHED = {
+    "source": "2509.00046",
+    "what": "SmolLM2-135M on GPQA-Diamond, the reference of pareto LLaMA3-8B",
+    "questions": 198,
+    "chance": 0.25,
+    "rows": {"before": {"accuracy": 0.2222, "right": 44}, "reshaped LoRA": {"accuracy": 0.2879, "right": 57}},
+}
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """values - others, seed by seed: {mean, std, ci95} by Student's t, the two-sided p of the paired t test, Cohen's d
+    of the differences."""
+    from scipy.special import stdtr
+
+    found = interval([x - y for x, y in zip(values, others, strict=True)])
+    n, std = len(values), found["std"]
+    if not std:  # one seed, or the same difference in all
+        return found | {"p": None if std is None or found["mean"] else 1.0, "d": None}
+    d = found["mean"] / std
+    return found | {"p": float(2 * stdtr(n - 1, -abs(d) * math.sqrt(n))), "d": d}
+
+
+def holm(ps: dict[str, float | None]) -> dict[str, float | None]:
+    """p-values corrected for their number (Holm); None stays None and counts."""
+    ordered = sorted((p, name) for name, p in ps.items() if p is not None)
+    corrected: dict[str, float | None] = dict.fromkeys(ps)
+    least = 0.0
+    for i, (p, name) in enumerate(ordered):
+        least = corrected[name] = max(least, min(1.0, p * (len(ps) - i)))
+    return corrected
+
+
+def against(entries: dict[str, Any], groups: Sequence[str]) -> None:
+    """Adds to every entry but PEFT's default what tells it from that: paired over seeds, Holm over initialisations."""
+    own = entries[PEFT]
+    others = [init for init, entry in entries.items() if init != PEFT and entry["losses"] and own["losses"]]
+    for init in others:
+        entry = entries[init]
+        entry["difference"] = paired(entry["losses"], own["losses"])
+        entry["gains"] = {g: paired(entry["accuracies"][g], own["accuracies"][g]) for g in groups}
+    for find in (lambda e: e["difference"], *(lambda e, g=g: e["gains"][g] for g in groups)):
+        corrected = holm({init: find(entries[init])["p"] for init in others})
+        for init, p in corrected.items():
+            find(entries[init])["holm"] = p
+
+
+def published() -> dict[str, Any]:
+    """The published table, with what chance says of it."""
+    from scipy.stats import binomtest, fisher_exact
+
+    n, rows = PUBLISHED["questions"], PUBLISHED["rows"]
+    right = [row["right"] for row in rows.values()]  # type: ignore[attr-defined]
+    fisher = float(fisher_exact([[r, n - r] for r in right])[1])
+    chance = float(binomtest(max(right), n, PUBLISHED["chance"]).pvalue)
+    return PUBLISHED | {"fisher_p": fisher, "chance_p": chance}
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """One sentence, from the figures alone, on whether reshaping helps here."""
+    entries = {name: e for name, e in found["inits"].items() if e["method"] == "pareto" and "difference" in e}
+    if not entries:
+        return "Nothing was compared: no pareto run ended beside PEFT's default."
+
+    def significant(cell: dict[str, Any]) -> bool:
+        return cell["holm"] is not None and cell["holm"] < 0.05
+
+    lower = [n for n, e in entries.items() if significant(e["difference"]) and e["difference"]["mean"] < 0]
+    higher = [n for n, e in entries.items() if significant(e["difference"]) and e["difference"]["mean"] > 0]
+    moved = [
+        f"{group} ({name}, {cell['mean']:+.3f})"
+        for name, e in entries.items()
+        for group, cell in e["gains"].items()
+        if significant(cell)
+    ]
+    default = found["inits"][PEFT]["loss"]["mean"]
+    best = min(entries, key=lambda n: entries[n]["difference"]["mean"])
+    d = entries[best]["difference"]
+    seeds = len(found["settings"]["seeds"])
+    bounds = f", 95 % CI {d['ci95'][0]:+.4f} to {d['ci95'][1]:+.4f}" if d["ci95"] else ""
+    p = "" if d["holm"] is None else f", p = {d['holm']:.2g} after Holm"
+    nearest = f"the best of them, {best}, differs by {d['mean']:+.4f} nats ({d['mean'] / default:+.2%}{bounds}{p})"
+    if lower:
+        start = f"The effect is there in the held-out loss of {_list(lower)}: over {seeds} seeds {nearest}"
+    else:
+        start = (
+            f"No effect is seen: over {seeds} seeds no pareto strategy ends significantly below PEFT's default, each "
+        )
+        start += f"at its own learning rate; {nearest}"
+        start += f", so that a gain of more than {max(0.0, -d['ci95'][0]):.4f} nats is unlikely" if d["ci95"] else ""
+    worse = f", and {_list(higher)} {'ends' if len(higher) == 1 else 'end'} above it" if higher else ""
+    tasks = f"accuracy moves in {_list(moved)}" if moved else "no accuracy differs significantly"
+    peers = {name: e["loss"]["mean"] for name, e in found["inits"].items() if e["loss"] is not None}
+    spread = (max(peers.values()) - min(peers.values())) / default
+    return (
+        f"{start}{worse}; {tasks}; the {len(peers)} tuned inits lie within {spread:.1%} of each other, the lowest is "
+        f"{min(peers, key=lambda name: peers[name])}."
+    )
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def table(found: dict[str, Any]) -> str:
+    """The markdown of examples/README.md: settings, figures, what was published, the sentence."""
+    groups = list(found["settings"]["tasks"])
+    lines = [
+        f"| init | lr | loss on text B | against PEFT's default | p (Holm) | d | {' | '.join(groups)} |",
+        "|---|---|---|---|---|---|" + "---|" * len(groups),
+    ]
+    base = found["base"]
+    cells = " | ".join(f"{base['accuracy'][g]:.3f}" for g in groups)
+    lines.append(f"| none: the base as it is | – | {base['loss']:.3f} | – | – | – | {cells} |")
+    for name, entry in found["inits"].items():
+        if entry["loss"] is None:
+            lines.append(f"| {name} | – | diverged | – | – | – | {' | '.join('–' for _ in groups)} |")
+            continue
+        d = entry.get("difference")
+        cells = " | ".join(_accuracy(entry, g) for g in groups)
+        tests = (
+            "– | – | –"
+            if d is None
+            else f"{_interval(d, '+.4f')} | {_number(d['holm'], '.2g')} | {_number(d['d'], '+.1f')}"
+        )
+        rate = f"{entry['lr']:g}{' (edge)' if entry['edge'] else ''}"
+        lines.append(f"| {name} | {rate} | {_interval(entry['loss'], '.4f')} | {tests} | {cells} |")
+    p = found["published"]
+    rows = [f"| {name} | {row['accuracy']:.4f} | {row['right']} |" for name, row in p["rows"].items()]
+    chances = f"Fisher's exact p = {p['fisher_p']:.2f}; the better one against chance ({p['chance']:g}): p = "
+    blocks = [
+        _settings(found),
+        "\n".join(lines),
+        f"Published ({p['source']}; {p['what']}):",
+        "\n".join([f"| | accuracy | right of {p['questions']} |", "|---|---|---|", *rows]),
+        f"{chances}{p['chance_p']:.2f}.",
+        f"**{found['verdict']}**",
+    ]
+    return "\n\n".join(blocks)
+
+
+def _settings(found: dict[str, Any]) -> str:
+    """What was done, in words."""
+    s, model, reference = found["settings"], found["model"], found["reference"]
+    lrs = ", ".join(f"{lr:g}" for lr in s["lrs"])
+    questions = sum(n for n in found["samples"].values() if n is not None)
+    text = (
+        f"Base {model['name']} ({model['parameters']:,} weights), text {found['corpus']['name']}, rank {s['rank']}, "
+        f"alpha {s['alpha']}, all linear layers ({s['trained']:,} weights trained), {s['steps']} steps of "
+        f"{s['batch_size']} x {s['sequence']} tokens, learning rate chosen per init from {lrs} on text A, "
+        f"{len(s['seeds'])} seeds. Brackets and ± are 95 % intervals over seeds (Student's t); p is that of paired t "
+        f"tests with Holm's correction over the {len(found['inits']) - 1} other inits, d Cohen's; accuracies on the "
+        f"first {s['limit']} questions of each file ({questions} in all), * where they differ from PEFT's default at "
+        f"p < .05 likewise. Reference of pareto: {reference['name']} ({_grouping(reference)})."
+    )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _interval(cell: dict[str, Any], form: str) -> str:
+    return f"{cell['mean']:{form}}" + (f" [{cell['ci95'][0]:{form}}, {cell['ci95'][1]:{form}}]" if cell["ci95"] else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _accuracy(entry: dict[str, Any], group: str) -> str:
+    cell, gain = entry["accuracy"][group], entry.get("gains", {}).get(group)
+    half = f" ± {(cell['ci95'][1] - cell['ci95'][0]) / 2:.3f}" if cell["ci95"] else ""
+    return f"{cell['mean']:.3f}{half}" + ("*" if gain and gain["holm"] is not None and gain["holm"] < 0.05 else "")
+
+
+def _grouping(reference: dict[str, Any]) -> str:
+    found = reference["grouping"]
+    if found["undifferentiated"]:
+        return "undifferentiated"
+    return f"reference weight {found['reference']}, Gaussian counts for {_list(found['gaussian'])}"
