@@ -88,7 +88,11 @@ def verdict(found: dict[str, Any], n: int) -> tuple[str, str]:
     if better:
         name = min(better, key=lambda n: (better[n], found["ratios"][n]["R"]))
         law = name.replace("_", " ") + ("" if name.endswith("law") else " law")
-        return "not a power law", f"a {law} fits better (R = {found['ratios'][name]['R']:.1f}, p = {better[name]:.2g})"
+        article = "an" if law[0] == "e" else "a"
+        return (
+            "not a power law",
+            f"{article} {law} fits better (R = {found['ratios'][name]['R']:.1f}, p = {better[name]:.2g})",
+        )
     if found["tail"] < TAIL:
         return "undecided", f"only {found['tail']} distances lie above xmin: too few to reject a power law"
     share = f"{found['tail'] / n:.0%}"

@@ -16,7 +16,7 @@ from zoo.statistics.power_law import fit_power_law
 from zoo.statistics.similarity import distances
 from zoo.statistics.tails import ALTERNATIVES
 
-SQUARE = {L: np.array([(i, j) for i in range(L) for j in range(L)]) for L in (12, 16, 30, 40)}
+SQUARE = {L: np.array([(i, j) for i in range(L) for j in range(L)]) for L in (12, 16, 30, 50)}
 
 
 def independent(values, layers):
@@ -61,12 +61,12 @@ def test_other_laws_are_no_power_laws(law):
     for seed in range(4):
         rng = np.random.default_rng(seed)
         draw = {
-            "lognormal": lambda: rng.lognormal(0, 1, 1600),  # noqa: B023
-            "exponential": lambda: rng.exponential(1, 1600),  # noqa: B023
-            "half-normal": lambda: np.abs(rng.normal(size=1600)),  # noqa: B023
-            "normal": lambda: rng.normal(5, 1, 1600),  # noqa: B023
+            "lognormal": lambda: rng.lognormal(0, 1, 2500),  # noqa: B023
+            "exponential": lambda: rng.exponential(1, 2500),  # noqa: B023
+            "half-normal": lambda: np.abs(rng.normal(size=2500)),  # noqa: B023
+            "normal": lambda: rng.normal(5, 1, 2500),  # noqa: B023
         }
-        verdicts.append(goodness(independent(draw[law](), 40), 40, rng)["verdict"])
+        verdicts.append(goodness(independent(draw[law](), 50), 40, rng)["verdict"])
     assert "power law" not in verdicts
     assert verdicts.count("not a power law") >= 2
 
@@ -151,5 +151,7 @@ def test_verdict_says_why():
     assert verdict(found | {"tail": 100}, 900)[0] == "undecided"
     lognormal = {"ratios": fits | {"lognormal": {"R": -9.0, "p": 0.01, "p_pairs": 0.0}}}
     assert verdict(found | lognormal, 900) == ("not a power law", "a lognormal law fits better (R = -9.0, p = 0.04)")
+    exponential = {"ratios": fits | {"exponential": {"R": -9.0, "p": 0.01, "p_pairs": 0.0}}}
+    assert verdict(found | exponential, 900)[1].startswith("an exponential law fits better")
     weak = {"ratios": fits | {"lognormal": {"R": -9.0, "p": 0.02, "p_pairs": 0.0}}}  # four laws were compared
     assert verdict(found | weak, 900)[0] == "power law"
