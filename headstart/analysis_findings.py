@@ -13,7 +13,6 @@ Results = dict[str, Any]
 Model = dict[str, Any]
 
 LEVEL = 0.05  # of the false discovery rate
-FALSE = f"at most {LEVEL:.0%} of the discoveries are false"
 POWER_LAW, NOT, OPEN = "power law", "not a power law", "undecided"
 BEYOND, NOT_BEYOND, UNKNOWN = "beyond chance", "not beyond chance", "cannot be told"
 TESTS = {"row_spread": "row energies", "column_spread": "column energies", "row_correlation": "row correlation"}
@@ -54,7 +53,7 @@ def headline(results: Results) -> str:
     compared = [m for m in models.values() if "why" not in m["dsv"] and not undecided(m, first_rank(m))]
     if not compared:
         return f"{len(models)} donors: {counts}. None has layers enough to tell what distances between them follow."
-    above = sum(_above_chance(m) for m in compared)
+    above = sum(above_noise(m, first_rank(m), POWER_LAW) for m in compared)
     return (
         f"{len(models)} donors: {counts}. In {above or 'none'} of the {len(compared)} that have layers enough to tell, "
         "power laws between layers are more frequent than in random matrices."
@@ -67,6 +66,24 @@ def lead(results: Results) -> str:
     return (
         f"What the weights of {names} look like, and beside every number what chance alone would give: what random "
         "matrices do as well says nothing of learning."
+    )
+
+
+def relations(results: Results, kind: str) -> str:
+    """Whether a signature tells architectures apart, beside what drawing a neighbour at random would give."""
+    names, distances = (results["signatures"][kind][key] for key in ("models", "distances"))
+    architectures = {d["name"]: d["architecture"] for d in results["donors"]}
+    same, expected = 0, 0.0
+    for a, row in zip(names, distances, strict=True):
+        others = [(x, b) for b, x in zip(names, row, strict=True) if b != a and x is not None]
+        if others:
+            same += architectures[min(others)[1]] == architectures[a]
+            expected += sum(architectures[b] == architectures[a] for _, b in others) / len(others)
+    if len({architectures[name] for name in names}) == 1:
+        return "All donors are of one architecture, so the table shows nearness only."
+    return (
+        f"The nearest other donor is of the same architecture for {same} of {len(names)} donors; a neighbour drawn at "
+        f"random would be for {expected:.1f}."
     )
 
 
@@ -100,7 +117,7 @@ def _similarity_sentence(model: Model) -> Iterator[str]:
         yield f"{layers} layers are too few to tell whether distances between them follow a power law."
     elif here == 0:
         yield f"No power law can be claimed between its layers (0 of {pairs} pairs of projections)."
-    elif here <= max(null, verdicts(model, rank, "spikes")[POWER_LAW]):
+    elif not above_noise(model, rank, POWER_LAW):
         yield (
             f"Power laws between its layers say nothing of learning: {here} of {pairs} pairs of projections follow "
             f"one, and {null} of {pairs} do in random matrices."
@@ -118,7 +135,8 @@ def claims(model: Model) -> Iterator[Claim]:
     if "why" not in model["spectra"]:
         yield from _of_spectra(model)
     if "why" not in model["dsv"]:
-        yield from (_of_similarity(model, rank) for rank in model["dsv"])
+        for rank in model["dsv"]:
+            yield from _of_similarity(model, rank)
     if "why" not in model["row_column"]:
         yield from _of_rows(model)
         yield from _of_couplings(model)
@@ -132,7 +150,7 @@ def _of_marginals(model: Model) -> Iterator[Claim]:
     yield Claim(
         "Values have heavier tails than normal ones",
         f"{heavy} of {len(known)} matrices; median kurtosis {median(t['kurtosis'] for t in known):.2f}",
-        f"kurtosis 3 for normal values; {FALSE}",
+        "kurtosis 3, if values were normal",
         BEYOND if heavy else NOT_BEYOND,
     )
 
@@ -162,19 +180,34 @@ def _of_spectra(model: Model) -> Iterator[Claim]:
     )
 
 
-def _of_similarity(model: Model, rank: str) -> Claim:
+def _of_similarity(model: Model, rank: str) -> Iterator[Claim]:
     pairs = model["dsv"][rank]["pairs"]
     here = verdicts(model, rank)
-    null, spikes = verdicts(model, rank, "gaussian"), verdicts(model, rank, "spikes")
     rejected = sum(discoveries([row.get("p") for row in pairs]))
-    control = max(null[POWER_LAW], spikes[POWER_LAW])
-    return Claim(
+    yield Claim(
         f"Distances between layers follow a power law (top {rank} singular values)",
-        f"{here[POWER_LAW]} of {len(pairs)} pairs do, {here[NOT]} do not, {here[OPEN]} undecided; goodness of fit "
-        f"rejected in {rejected} after correction for {len(pairs)} tests",
-        f"{null[POWER_LAW]} do in Gaussian matrices of the same shapes, {spikes[POWER_LAW]} with random spikes added",
-        UNKNOWN if undecided(model, rank) else BEYOND if here[POWER_LAW] > control else NOT_BEYOND,
+        f"{here[POWER_LAW]} of {len(pairs)} pairs of projections; {here[OPEN]} undecided",
+        _in_noise(model, rank, POWER_LAW),
+        UNKNOWN if undecided(model, rank) else BEYOND if above_noise(model, rank, POWER_LAW) else NOT_BEYOND,
     )
+    yield Claim(
+        f"Some pairs of projections do not (top {rank}), which is what LoRA's groups are made of",
+        f"{here[NOT]} of {len(pairs)} pairs; {rejected} by goodness of fit after correction for {len(pairs)} tests",
+        _in_noise(model, rank, NOT),
+        BEYOND if above_noise(model, rank, NOT) else NOT_BEYOND,
+    )
+
+
+def _in_noise(model: Model, rank: str, verdict: str) -> str:
+    gaussian, spikes = (verdicts(model, rank, null)[verdict] for null in ("gaussian", "spikes"))
+    return f"{gaussian} in Gaussian matrices of the same shapes, {spikes} with random spikes added"
+
+
+def above_noise(model: Model, rank: str, verdict: str) -> bool:
+    """Whether more pairs get a verdict than in random matrices of either kind, by two standard deviations of such a
+    count. Pairs share layers, so that counts scatter more than those of independent tests: this is the least to ask."""
+    most = max(verdicts(model, rank, null)[verdict] for null in model["dsv"][rank]["nulls"])
+    return verdicts(model, rank)[verdict] > most + 2 * math.sqrt(most)
 
 
 def _of_rows(model: Model) -> Iterator[Claim]:
@@ -187,7 +220,7 @@ def _of_rows(model: Model) -> Iterator[Claim]:
             yield Claim(
                 f"Rows and columns are more than their values: {words}",
                 f"{found} of {len(tested)} matrices",
-                f"none when a matrix's entries are shuffled; {FALSE}",
+                "none, if each matrix's entries are shuffled",
                 BEYOND if found else NOT_BEYOND,
             )
 
@@ -202,7 +235,7 @@ def _of_couplings(model: Model) -> Iterator[Claim]:
         yield Claim(
             f"Matrices that share a space are coupled: {space}",
             f"{found} of {len(chosen)} couplings" + (f"; median correlation {median(known):+.2f}" if known else ""),
-            f"none when one side's units are shuffled; {FALSE}",
+            "none, if the units of one side are shuffled",
             BEYOND if found else NOT_BEYOND,
         )
 
@@ -216,10 +249,11 @@ def tests(model: Model) -> str:
         rows, couplings = len(row_column_discoveries(model)), len(model["row_column"]["couplings"])
     return (
         f"{marginals + fits + rows + couplings} tests stand behind this table: {marginals} of kurtosis, {fits} of "
-        f"power laws, {rows} of rows and columns, {couplings} of couplings. Where a number of matrices is called "
-        f"significant, the false discovery rate is held at {LEVEL:.0%} within each kind (Benjamini-Hochberg). Verdicts "
+        f"power laws, {rows} of rows and columns, {couplings} of couplings. Numbers of matrices and couplings count "
+        f"discoveries at a false discovery rate of {LEVEL:.0%} within each kind (Benjamini-Hochberg). Verdicts "
         "on single pairs of projections are not corrected for each other: pairs share layers, so count them rather "
-        "than pick one."
+        "than pick one. Their chance is one draw of each kind of random matrices; only a count above both by two "
+        "standard deviations is called beyond it."
     )
 
 
@@ -277,22 +311,20 @@ def binomial_tail(successes: int, trials: int, chance: float) -> float:
     return min(1.0, math.fsum(terms))
 
 
-def _above_chance(model: Model) -> bool:
-    rank = first_rank(model)
-    nulls = [verdicts(model, rank, null)[POWER_LAW] for null in model["dsv"][rank]["nulls"]]
-    return verdicts(model, rank)[POWER_LAW] > max(nulls)
-
-
-def advice(model: Model) -> list[str]:
+def advice(model: Model) -> Iterator[str]:
     """What the groupings say, one line per rank."""
-    lines = []
     for rank, grouping in model["grouping"].items():
+        if grouping["undifferentiated"]:
+            yield (
+                f"Top {rank}: undifferentiated. No pair of projections is shown to be other than a power law, so all "
+                "of them form one Pareto group, and nothing sets them apart."
+            )
+            continue
         gaussian, pareto = (", ".join(grouping[kind]) or "none" for kind in ("gaussian", "pareto"))
-        lines.append(
-            f"Top {rank}: undifferentiated. No pair of projections is shown to be other than a power law, so all of "
-            "them form one Pareto group, and nothing sets them apart."
-            if grouping["undifferentiated"]
-            else f"Top {rank}: the reference weight is {grouping['reference']}. By Gaussian perturbations: {gaussian}. "
-            f"By Pareto perturbations: {pareto}."
+        text = (
+            f"Top {rank}: the reference weight is {grouping['reference']}. Perturbed by Gaussian counts: {gaussian}; "
+            f"by Pareto counts: {pareto}."
         )
-    return lines
+        if not above_noise(model, rank, NOT):
+            text += f" Do not lean on it: of such pairs there are {_in_noise(model, rank, NOT)}."
+        yield text

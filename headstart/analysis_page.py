@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from html import escape
 from statistics import median
@@ -14,10 +15,12 @@ from headstart.analysis_findings import (
     headline,
     lead,
     matrices,
+    relations,
     risen_matrices,
     state,
     verdicts,
 )
+from headstart.analysis_plots import superscript
 from headstart.analysis_sections import brief, chip, donor
 from headstart.page import bullets, document, note, table
 
@@ -38,12 +41,14 @@ table.heat tbody th { text-align: right; padding-right: .5rem; vertical-align: m
 table.heat thead th:first-child { width: 3rem; }
 table.heat td { border-radius: .35rem; }
 table.heat td span { display: block; font-size: .68rem; color: var(--soft); }
-table.heat td.law span { color: inherit; font-weight: 700; }
-.side table.heat { font-size: .78rem; } .side table.heat th { font-size: .68rem; }
+table.heat td.told span { color: inherit; font-weight: 650; }
+.side table.heat { font-size: .78rem; } .side table.heat th { font-size: .58rem; }
 .side table.heat th, .side table.heat td { padding: .14rem .05rem; }
 .side table.heat tbody th, .side table.heat thead th:first-child { width: 2.3rem; }
 table.near { width: auto; font-size: .75rem; } table.near td { width: 1.9rem; min-width: 1.9rem; font-size: .68rem;
   padding: .2rem 0; text-align: center; border: 1px solid var(--page); }
+table.near.many td { width: 1.1rem; min-width: 1.1rem; font-size: 0; height: 1.1rem; }
+table.near.many thead th { font-size: .6rem; }
 table.near th { padding: .1rem .5rem .1rem 0; font-weight: 400; text-align: right; vertical-align: middle; }
 table.near thead th { text-align: center; padding: 0; }
 details { margin: .75rem 0; }
@@ -52,8 +57,16 @@ details.donor { border: 1px solid var(--line); border-radius: .6rem; padding: .9
 details.donor > summary { color: var(--ink); font-weight: 600; }
 details.donor > summary span { color: var(--soft); font-weight: 400; }
 a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: .15em; }
+.claims .wide { min-width: 9rem; }
+.claims th, .claims td { padding-left: .4rem; padding-right: .4rem; }
 td.so { white-space: nowrap; text-align: left; }
 """
+
+SIGNATURES = {
+    "std": "standard deviations of the seven projections",
+    "clustering": "clusters that the layers' singular values fall into",
+}
+MANY = 16  # donors whose table has numbers
 
 
 def page(results: Results) -> str:
@@ -122,27 +135,30 @@ def _overview(results: Results) -> str:
 
 
 def _families(results: Results) -> Iterable[str]:
-    words = {
-        "std": "standard deviations of the seven projections",
-        "clustering": "clusters of the layers' singular values",
-    }
+    if results["signatures"]:
+        yield "<h2>Who is related to whom</h2>"
+        yield note("Cosine distances between signatures of donors (2509.19122); the darker, the nearer.")
     for kind, found in results["signatures"].items():
-        if kind == next(iter(results["signatures"])):
-            yield "<h2>Who is related to whom</h2>"
-            yield note("Cosine distances between signatures (2509.19122), in hundredths; the darker, the nearer.")
         names, distances = found["models"], found["distances"]
-        top = max((x for row in distances for x in row if x is not None), default=0) or 1
+        top = max((x for row in distances for x in row if x is not None), default=0) or 1.0
+        digits = 2 - math.floor(math.log10(top))  # the largest distance is shown as three digits
         head = "".join(f"<th>{i}</th>" for i in range(1, len(names) + 1))
         lines = []
         for i, (a, row) in enumerate(zip(names, distances, strict=True), 1):
-            cells = "".join(
-                f'<td style="background:rgba(16,163,127,{0.6 * (1 - (x or 0) / top):.2f})" '
-                f'title="{escape(a)}, {escape(b)}: {x or 0:.4f}">{"" if a == b else f"{100 * (x or 0):.0f}"}</td>'
-                for b, x in zip(names, row, strict=True)
-            )
+            cells = "".join(_near(a, b, x, top, digits) for b, x in zip(names, row, strict=True))
             lines.append(f"<tr><th>{escape(a)} · {i}</th>{cells}</tr>")
-        yield f'<h3>By {words.get(kind, kind)}</h3><div class="scroll"><table class="near"><thead><tr><th></th>{head}'
-        yield f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        small = " many" if len(names) > MANY else ""
+        yield f"<h3>By the {SIGNATURES[kind]}</h3>"
+        yield note(f"{relations(results, kind)} Distances times 10{superscript(digits)}.")
+        yield f'<div class="scroll"><table class="near{small}"><thead><tr><th></th>{head}</tr></thead>'
+        yield f"<tbody>{''.join(lines)}</tbody></table></div>"
+
+
+def _near(a: str, b: str, distance: float | None, top: float, digits: int) -> str:
+    if distance is None or a == b:
+        return f"<td>{'' if a == b else '–'}</td>"
+    tint = f"background:rgba(16,163,127,{0.6 * (1 - distance / top):.2f})"
+    return f'<td style="{tint}" title="{escape(a)}, {escape(b)}: {distance:.3g}">{distance * 10**digits:.0f}</td>'
 
 
 def _conditions(results: Results) -> list[str]:

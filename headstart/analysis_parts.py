@@ -162,10 +162,11 @@ def _signature(task: Task) -> Any:
     found: dict[str, Any] = {"std": task.keep("std", [task.donor.sha256], lambda tick: std_vector(task.donor))}
     try:
         stacked = {name: stack[:, : task.ranks[0]] for name, stack in _stacks(task).items()}
-    except UserError:
-        return found
-    depends_on = [task.donor.sha256, task.ranks[0]]
-    return found | {"clustering": task.keep("clustering", depends_on, lambda tick: clustering_vector(stacked))}
+        depends_on = [task.donor.sha256, task.ranks[0]]
+        found["clustering"] = task.keep("clustering", depends_on, lambda tick: clustering_vector(stacked))
+    except UserError as error:  # too few layers
+        found["clustering_why"] = str(error)
+    return found
 
 
 def tensors(task: Task, tick: Tick) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
@@ -208,9 +209,14 @@ def _tensors(stacked: dict[str, Any]) -> dict[str, Tensor]:
     return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in stacked.items()}
 
 
-def plain(value: Any) -> Any:
-    """Numbers of numpy and torch as JSON knows them; None for what is not finite."""
-    return json.loads(json.dumps(value, default=_number), parse_constant=lambda _: None)
+def plain(value: Any, digits: int = 17) -> Any:
+    """Numbers of numpy and torch as JSON knows them, with so many significant digits (17: all); None for what is not
+    finite."""
+
+    def number(text: str) -> float:
+        return float(f"{float(text):.{digits}g}")
+
+    return json.loads(json.dumps(value, default=_number), parse_float=number, parse_constant=lambda _: None)
 
 
 def _number(value: Any) -> Any:

@@ -91,6 +91,9 @@ def spectra(model: Model) -> Figure | None:
         left.plot(x, edge, **look)
         right.plot(x, [math.nan if a is None else a for a in alpha], label=role, **look)
     _numbers(left, "y", [t["edge"] for t in tensors] + [1.0])
+    exponents = noise + [t["alpha"] for t in tensors if t.get("alpha") is not None]
+    if exponents:
+        _numbers(right, "y", exponents)
     left.set_title("largest singular value / edge of noise", loc="left", fontsize=10, color=INK)
     right.set_title("exponent α of the eigenvalues of WᵀW", loc="left", fontsize=10, color=INK)
     right.legend(fontsize=9, **SIDE)
@@ -144,9 +147,12 @@ def _decades(axes: Axes, axis: str, low: float, high: float) -> None:
     getattr(axes, f"set_{axis}lim")(low / 1.1, high * 1.1)
     exponents = range(math.ceil(math.log10(low / 1.1)), math.floor(math.log10(high * 1.1)) + 1)
     shown = exponents[:: 1 + len(exponents) // 5] if axis == "x" else exponents
-    powers = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    getattr(axes, f"set_{axis}ticks")([10.0**e for e in shown], [f"10{str(e).translate(powers)}" for e in shown])
+    getattr(axes, f"set_{axis}ticks")([10.0**e for e in shown], [f"10{superscript(e)}" for e in shown])
     axes.minorticks_off()
+
+
+def superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def short(projection: str) -> str:

@@ -87,7 +87,8 @@ def _claims(model: Model) -> str:
         [("wide", escape(c.what)), ("wide", escape(c.here)), ("wide", escape(c.chance)), ("so", chip(c.verdict))]
         for c in claims(model)
     ]
-    return table([("wide", "claim"), ("wide", "here"), ("wide", "by chance alone"), ("text", "so")], rows)
+    columns = [("wide", "claim"), ("wide", "here"), ("wide", "by chance alone"), ("text", "so")]
+    return f'<div class="claims">{table(columns, rows)}</div>'
 
 
 def _values(name: str, model: Model) -> Iterable[str]:
@@ -199,8 +200,8 @@ def _heat(rows: list[dict[str, Any]], small: bool = False) -> str:
             number = "–" if alpha is None else f"{alpha:.2f}" if alpha < 9.95 else f"{alpha:.0f}"
             words = f"{a}, {b}: {verdict}; {row.get('why') or ''}"
             inner = SIGN[verdict] if small else f"{number}<span>{WORD[verdict]}</span>"
-            law = ' class="law"' if verdict == POWER_LAW else ""
-            line.append(f'<td{law} style="{_tint(alpha)}" title="{escape(words)}">{inner}</td>')
+            told = "" if verdict == OPEN else ' class="told"'
+            line.append(f'<td{told} style="{_tint(alpha)}" title="{escape(words)}">{inner}</td>')
         lines.append(f"<tr><th>{escape(plots.short(a))}</th>{''.join(line)}</tr>")
     return f'<table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 

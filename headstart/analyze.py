@@ -28,6 +28,7 @@ from zoo.statistics.signature import signature_distances
 from zoo.store import Donor, Zoo, record
 from zoo.writer import new_folder, writing
 
+DIGITS = 10  # of all numbers: sums of the same values in another place in memory differ in the last two or three
 PARTS = 8  # that `parts` yields of a donor
 
 
@@ -81,7 +82,8 @@ def analyze(
                 "donors": [_about(d) for d in donors],
                 "models": models,
                 "signatures": _signatures(models),
-            }
+            },
+            DIGITS,
         )
         (folder / "analysis.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         (folder / "report.html").write_text(page(results))
