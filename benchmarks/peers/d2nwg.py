@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -142,6 +142,11 @@ class ChunkAutoencoder(ModelMixin, ConfigMixin):
             down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
             block_out_channels=(channels, channels, 2 * channels),
         )  # fmt: skip
+
+    @property
+    def latent_size(self) -> int:
+        """Z S S"""
+        return self.config["latent"] * (self.side // 4) ** 2
 
     def encode(self, chunks: Tensor) -> Any:
         """[N, C] -> a diagonal normal distribution of latents [N, Z, S, S]"""
@@ -314,7 +319,7 @@ def _unet(
     return model.eval(), spread, outcome.to_json()
 
 
-def _load(model: str | None) -> tuple[ChunkAutoencoder, ChunkDenoiser, dict[str, Any]]:
+def load(model: str | None) -> tuple[ChunkAutoencoder, ChunkDenoiser, dict[str, Any]]:
     folder, content = training.open_record(model, PEER)
     how = f"train one with `python -m benchmarks.peers.{PEER}`"
     coder = load_component(ChunkAutoencoder, folder / "vae", "config.json", how)
@@ -323,20 +328,33 @@ def _load(model: str | None) -> tuple[ChunkAutoencoder, ChunkDenoiser, dict[str,
 
 def reconstruct(model: str | Path, donor: str | Donor, zoo: Zoo, device: str = "cpu") -> Rebuilt:
     """A donor of the zoo through the VAE (means of the latents), in the coordinates that it was trained in."""
-    coder, _, content = _load(str(model))
+    coder, _, content = load(str(model))
     name = donor if isinstance(donor, str) else donor.name
     weights = next(w for w in read(zoo, content["recipe"]["coordinates"]) if w.name == name)
     return through(coder.to(device), content, weights)
 
 
+def rows(coder: ChunkAutoencoder, content: Mapping[str, Any], weights: Weights) -> Tensor:
+    """[N, C]: a donor as the VAE is given it."""
+    return cut(weights.blueprint, weights.tensors, coder.config["chunk"]) / content["scale"]
+
+
 @torch.no_grad()
-def through(coder: ChunkAutoencoder, content: Mapping[str, Any], weights: Weights) -> Rebuilt:
-    """`reconstruct`, with everything loaded."""
-    chunks = cut(weights.blueprint, weights.tensors, coder.config["chunk"]) / content["scale"]
-    latents = torch.cat([coder.encode(part.to(coder.device)).mean for part in chunks.split(AT_ONCE)])
-    made = torch.cat([coder.decode(part) for part in latents.split(AT_ONCE)]).cpu() * content["scale"]
-    coordinates = content["recipe"]["coordinates"]
-    return rebuilt(weights, uncut(weights.blueprint, made), latents.numel(), coordinates)
+def through(
+    coder: ChunkAutoencoder,
+    content: Mapping[str, Any],
+    weights: Weights,
+    instead: Callable[[Tensor], Tensor] | None = None,
+) -> Rebuilt:
+    """`reconstruct`, with everything loaded. instead: what is done with the rows in the VAE's place."""
+    chunks = rows(coder, content, weights)
+    if instead is None:
+        latents = [coder.encode(part.to(coder.device)).mean for part in chunks.split(AT_ONCE)]
+        made = torch.cat([coder.decode(part) for part in latents]).cpu()
+    else:
+        made = instead(chunks)
+    tensors = uncut(weights.blueprint, made * content["scale"])
+    return rebuilt(weights, tensors, len(chunks) * coder.latent_size, content["recipe"]["coordinates"])
 
 
 @dataclass(kw_only=True)
@@ -361,7 +379,7 @@ class D2NWG(Sampler):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         require_unit_target(blueprint, "target")
-        self._parts = _load(self.model)
+        self._parts = load(self.model)
         return self
 
     @torch.no_grad()
@@ -401,7 +419,7 @@ class D2NWG(Sampler):
         return list(self._parts[2]["donors"])
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self._parts = _load(self.model)
+        self._parts = load(self.model)
 
 
 def main() -> None:

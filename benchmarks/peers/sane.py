@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -344,7 +344,7 @@ def _sized(fixed: dict[str, Any], parameters: int, seed: int) -> TokenAutoencode
         return TokenAutoencoder(hidden=hidden, **fixed)
 
 
-def _load(model: str | None) -> tuple[TokenAutoencoder, dict[str, Any], Path]:
+def load(model: str | None) -> tuple[TokenAutoencoder, dict[str, Any], Path]:
     folder, content = training.open_record(model, PEER)
     coder = load_component(
         TokenAutoencoder, folder, "config.json", f"train one with `python -m benchmarks.peers.{PEER}`"
@@ -354,22 +354,34 @@ def _load(model: str | None) -> tuple[TokenAutoencoder, dict[str, Any], Path]:
 
 def reconstruct(model: str | Path, donor: str | Donor, zoo: Zoo, device: str = "cpu") -> Rebuilt:
     """A donor of the zoo through the autoencoder, in the coordinates that it was trained in."""
-    coder, content, _ = _load(str(model))
+    coder, content, _ = load(str(model))
     coordinates = content["recipe"]["coordinates"]
     name = donor if isinstance(donor, str) else donor.name
     weights = next(w for w in read(zoo, coordinates) if w.name == name)
     return through(coder.to(device), content, weights)
 
 
-def through(coder: TokenAutoencoder, content: Mapping[str, Any], weights: Weights) -> Rebuilt:
-    """`reconstruct`, with everything loaded."""
-    size, stats = coder.config["token"], content["statistics"]
+def rows(coder: TokenAutoencoder, content: Mapping[str, Any], weights: Weights) -> Tensor:
+    """[N, T]: a donor as the autoencoder is given it."""
+    return _tokens(weights.blueprint, weights.tensors, content["statistics"], coder.config["token"]).values
 
-    tokens = _tokens(weights.blueprint, weights.tensors, stats, size)
-    latents = haloed(coder, "encode", tokens.values, tokens.positions)
-    made = detokenise(weights.blueprint, haloed(coder, "decode", latents, tokens.positions))
-    made = standardised(weights.blueprint, made, stats, inverse=True)
-    return rebuilt(weights, made, latents.numel(), content["recipe"]["coordinates"])
+
+def through(
+    coder: TokenAutoencoder,
+    content: Mapping[str, Any],
+    weights: Weights,
+    instead: Callable[[Tensor], Tensor] | None = None,
+) -> Rebuilt:
+    """`reconstruct`, with everything loaded. instead: what is done with the rows in the autoencoder's place."""
+    tokens = _tokens(weights.blueprint, weights.tensors, content["statistics"], coder.config["token"])
+    if instead is None:
+        latents = haloed(coder, "encode", tokens.values, tokens.positions)
+        values = haloed(coder, "decode", latents, tokens.positions)
+    else:
+        values = instead(tokens.values)
+    made = detokenise(weights.blueprint, values)
+    made = standardised(weights.blueprint, made, content["statistics"], inverse=True)
+    return rebuilt(weights, made, len(values) * coder.config["latent"], content["recipe"]["coordinates"])
 
 
 def correspondence(target: Blueprint, anchor: Blueprint, size: int) -> Tensor:
@@ -434,7 +446,7 @@ class SANE(Sampler):
         return self
 
     def _open(self) -> None:
-        self._coder, self._content, folder = _load(self.model)
+        self._coder, self._content, folder = load(self.model)
         self._coder.to(self.device)
         self._anchors = load_file(folder / ANCHORS)
 

@@ -114,7 +114,6 @@ def run(
             value = loss(step)
             optimizer.zero_grad()
             value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             after()
             history.append(float(value.detach()))
@@ -174,10 +173,14 @@ def widest(count: Callable[[int], int], budget: int, step: int, least: int) -> i
     """The largest multiple of `step` from `least` on whose parameter count is within the budget."""
     if count(least) > budget:
         raise UserError(f"{budget} parameters are too few: the smallest model has {count(least)}; give more")
-    width = least
-    while count(width + step) <= budget:
-        width += step
-    return width
+    low, high = 1, 2  # in steps above the least; the count grows with the width
+    while count(least + high * step) <= budget:
+        low, high = high, 2 * high
+    low = 0 if count(least + low * step) > budget else low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(least + middle * step) <= budget else (low, middle)
+    return least + low * step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

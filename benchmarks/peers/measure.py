@@ -1,0 +1,345 @@
+"""Our autoencoder and diffusion beside two published generators: same zoo, same parameter count, same time.
+
+    python -m benchmarks.peers.measure --zoo DIR --model DIR --seconds N --text FILE --target CONFIG --work DIR
+
+model is a trained pipeline, seconds what training it and its autoencoder took: each peer gets as many, and as many
+parameters. Writes WORK/peers.json and prints the table; goes on where it was interrupted. `--table FILE` prints the
+table of a file again. Every model that is drawn counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoencoder.loading import load_autoencoder
+from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
+from benchmarks.peers import d2nwg, sane
+from benchmarks.peers.scoring import WINDOWS, loss_of
+from benchmarks.peers.training import parameters
+from benchmarks.peers.weights import Rebuilt, canonical, principal, read, rebuilt
+from diffusion.pipeline import load_pipeline
+from diffusion.sampler import DiffusionSampler
+from headstart.generate import complete
+from zoo.aligned import align, token_strings
+from zoo.blueprint import Blueprint
+from zoo.decoder import read_decoder
+from zoo.errors import UserError
+from zoo.progress import identity
+from zoo.sampler import Sampler
+from zoo.store import Zoo
+from zoo.text import encode_corpus, find_tokenizer
+from zoo.units import ROLES, to_width
+
+HELD_OUT = 0.1
+OURS = "diffusion"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A peer under some settings of its training and options of its sampler; `said` is what the table says of them."""
+
+    peer: str
+    said: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    "d2nwg": Variant("d2nwg", "as published"),
+    "d2nwg-helped": Variant("d2nwg", "our coordinates, our rate", {"coordinates": "canonical", "rate": 1.5}),
+    "sane": Variant("sane", "as published, aligned by our coordinates"),
+    "sane-helped": Variant("sane", "our coordinates, our rate", {"rate": 1.5}),
+}
+SAMPLERS: dict[str, type[Sampler]] = {"d2nwg": d2nwg.D2NWG, "sane": sane.SANE}
+MODULES: dict[str, Any] = {"d2nwg": d2nwg, "sane": sane}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """tokens: held-out text, int64 [N], for models of the zoo's vocabulary. shapes: how many of the donors' own shapes
+    are generated; rebuilds: how many donors go through the autoencoders; None: all."""
+
+    zoo: Zoo
+    model: Path
+    tokens: Tensor
+    target: dict[str, Any]
+    work: Path
+    seconds: float | None
+    steps: int | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    shapes: int | None = None
+    rebuilds: int | None = None
+    variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
+    quiet: bool = True
+
+
+def measure(setup: Setup) -> dict[str, Any]:
+    """What peers.json holds: {donors: {name: own loss}, apart, models: {name: {…}}, …}."""
+    pipeline = load_pipeline(str(setup.model))
+    budget = parameters(pipeline.autoencoder) + parameters(pipeline.denoiser)
+    stored = sum(b.numel() for b in pipeline.memory.buffers())
+    ours = {
+        "said": "ours", "parameters": budget, "stored": stored, "seconds": setup.seconds,
+        **_kept(setup, OURS, "rebuilt", lambda: _summary(setup, our_rebuilds(setup))),
+        **_kept(setup, OURS, "generated", lambda: generated(setup, lambda: DiffusionSampler(model=str(setup.model)))),
+    }  # fmt: skip
+    models: dict[str, Any] = {OURS: ours}
+    for name, variant in setup.variants.items():
+        folder = setup.work / "models" / name
+        MODULES[variant.peer].train(
+            setup.zoo.path, folder, seconds=setup.seconds if setup.steps is None else None, steps=setup.steps,
+            parameters=budget, resume=True, quiet=setup.quiet, **variant.settings,
+        )  # fmt: skip
+        models[name] = _peer(setup, name, variant, folder)
+    return {
+        "zoo": [{"name": d.name, "sha256": d.sha256, "parameters": d.parameters} for d in setup.zoo.donors],
+        "target": setup.target,
+        "seeds": list(setup.seeds),
+        "windows": WINDOWS,
+        "donors": _kept(setup, "donors", "loss", lambda: own_losses(setup)),
+        "apart": _kept(setup, "donors", "apart", lambda: apart(setup)),
+        "models": models,
+    }
+
+
+def _peer(setup: Setup, name: str, variant: Variant, folder: Path) -> dict[str, Any]:
+    module = MODULES[variant.peer]
+    content = json.loads((folder / "peer.json").read_text())
+    runs = content["training"]
+    anchors = sum(t.numel() for t in sane.load_file(folder / sane.ANCHORS).values()) if variant.peer == "sane" else 0
+
+    def rebuilds() -> Iterator[tuple[str, Rebuilt, Rebuilt]]:
+        coder = module.load(str(folder))[0]
+        donors = read(setup.zoo, content["recipe"]["coordinates"])
+        rows = torch.cat([module.rows(coder, content, d) for d in donors])
+        size = coder.config["latent"] if variant.peer == "sane" else coder.latent_size
+        pca = principal(rows, size)
+        for donor in donors[: setup.rebuilds]:
+            yield donor.name, module.through(coder, content, donor), module.through(coder, content, donor, pca)
+
+    def sampler() -> Sampler:
+        return SAMPLERS[variant.peer](**{"model": str(folder), **variant.options})
+
+    return {
+        "said": variant.said,
+        "parameters": content["parameters"],
+        "stored": anchors,
+        "seconds": sum(run["seconds"] for run in runs.values()),
+        "training": runs,
+        "recipe": content["recipe"],
+        **_kept(setup, name, "rebuilt", lambda: _summary(setup, rebuilds())),
+        **_kept(setup, name, "generated", lambda: generated(setup, sampler)),
+    }
+
+
+def our_rebuilds(setup: Setup) -> Iterator[tuple[str, Rebuilt, Rebuilt]]:
+    """(donor, through our autoencoder, through PCA at its rate), in canonical coordinates. Norms are kept numbers."""
+    coder = load_autoencoder(setup.model)
+    donors = list(align(setup.zoo))
+    linear = UnitAutoencoder(coder.width, dict(coder.config["latent"]), hidden=0)
+    weigh = error_weights([d.units for d in donors], coder.width)
+    for kind in ROLES:
+        fit_pca(linear, kind, torch.cat([to_width(d.units[kind], coder.width) for d in donors]), weigh[kind])
+    for donor in donors[: setup.rebuilds]:
+        width, source = donor.metadata.width, setup.zoo.donor(donor.name)
+        numbers = sum(len(u) * (coder.latent_size(k) + len(ROLES[k])) for k, u in donor.units.items())
+        both = []
+        for model in (coder, linear):
+            with torch.no_grad():
+                coded = {k: model.encode(k, u) for k, u in donor.units.items()}
+                units = {k: model.decode(k, latents, norms, width) for k, (latents, norms) in coded.items()}
+            made = canonical(donor, source, units).tensors
+            both.append(rebuilt(canonical(donor, source), made, numbers, "canonical"))
+        yield donor.name, both[0], both[1]
+
+
+def _summary(setup: Setup, found: Iterator[tuple[str, Rebuilt, Rebuilt]]) -> dict[str, Any]:
+    """{rate, error, rebuilt_loss, pca_error, pca_loss, by_donor}: means over the donors."""
+    by_donor = {
+        name: {
+            "rate": one.rate, "error": one.error, "rebuilt_loss": _loss(setup, one.config, one.tensors),
+            "pca_error": pca.error, "pca_loss": _loss(setup, pca.config, pca.tensors),
+        }
+        for name, one, pca in found
+    }  # fmt: skip
+    keys = ("rate", "error", "rebuilt_loss", "pca_error", "pca_loss")
+    means = {key: _mean([d[key] for d in by_donor.values()]) for key in keys}
+    return means | {"by_donor": by_donor}
+
+
+def generated(setup: Setup, sampler: Callable[[], Sampler]) -> dict[str, Any]:
+    """{own_shape_loss, target_loss, speed (parameters/s), novelty}: of all models that are drawn; novelty is the
+    relative distance to the nearest donor, its parts by kind of unit."""
+    shapes = {json.dumps(_shape(d.config)): d.config for d in setup.zoo.donors}
+    own = [_draw(setup, sampler, config, setup.seeds[0])[0] for config in list(shapes.values())[: setup.shapes]]
+    drawn = [_draw(setup, sampler, setup.target, seed) for seed in setup.seeds]
+    target = Blueprint.from_config(setup.target)
+    far = [_nearest(setup, target, tensors) for _, _, tensors in drawn]
+    return {
+        "own_shape_loss": _mean([loss for loss in own]), "own_shape_losses": own,
+        "target_loss": _mean([loss for loss, _, _ in drawn]), "target_losses": [loss for loss, _, _ in drawn],
+        "speed": target.parameters / statistics.median(seconds for _, seconds, _ in drawn),
+        "novelty": _mean([d["total"] for d in far]), "nearest": far,
+    }  # fmt: skip
+
+
+def _draw(
+    setup: Setup, sampler: Callable[[], Sampler], config: dict[str, Any], seed: int
+) -> tuple[float | None, float, dict[str, Tensor]]:
+    """(loss, seconds of sampling, tensors)"""
+    blueprint = Blueprint.from_config(config)
+    fitted = sampler().fit(None, blueprint)
+    began = time.perf_counter()
+    tensors = {name: tensor.float() for name, tensor in complete(fitted, blueprint, seed)}
+    return _loss(setup, config, tensors), time.perf_counter() - began, tensors
+
+
+def own_losses(setup: Setup) -> dict[str, float | None]:
+    return {
+        d.name: _loss(setup, d.config, {s.name: d.read(s.name).float() for s in d.blueprint.specs})
+        for d in setup.zoo.donors
+    }
+
+
+def apart(setup: Setup) -> dict[str, Any]:
+    """{median, by_donor}: every donor's distance to its nearest among the others."""
+    from headstart import novelty
+
+    frames = [novelty.frame(d) for d in setup.zoo.donors]
+    found = {name: d.total for name, d in novelty.leave_one_out(setup.zoo.donors, frames).items()}
+    return {"median": statistics.median(found.values()) if found else None, "by_donor": found}
+
+
+def _nearest(setup: Setup, target: Blueprint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The donor that a model is nearest to; the rows of its vocabulary are those of the zoo."""
+    from headstart import novelty
+
+    decoder = read_decoder(target, lambda name: tensors[name].double(), where="sample")
+    tokens = token_strings(setup.zoo.donors[0])
+    found = novelty.nearest(decoder, tokens, (novelty.frame(d) for d in setup.zoo.donors))
+    return {"donor": found.donor, "total": found.total, **found.kinds}
+
+
+def _loss(setup: Setup, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> float | None:
+    """None where it is not finite."""
+    loss = loss_of(config, tensors, setup.tokens)
+    return loss if math.isfinite(loss) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one is: a model that gives no finite number is no reason to leave it out."""
+    known = [v for v in values if v is not None]
+    return statistics.mean(known) if known and len(known) == len(values) else None
+
+
+def _shape(config: Mapping[str, Any]) -> list[Any]:
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return [config.get(key) for key in keys]
+
+
+def _kept(setup: Setup, name: str, what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of an earlier run, or a new one, which is kept."""
+    path = setup.work / "results" / f"{name}-{what}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = compute()
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+    return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: a row per model."""
+    own = _mean(list(found["donors"].values()))
+    rows = [
+        f"Donors' own loss {_say(own)}; their distance to the nearest other donor {_say(found['apart']['median'])}.",
+        "",
+        "| model | settings | parameters (and stored numbers), M | seconds | rate | error (PCA) | loss rebuilt (PCA) "
+        "| loss, donors' shapes | loss, target, step 0 | M parameters/s | distance to nearest donor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, m in found["models"].items():
+        cells = [
+            name, m["said"], f"{m['parameters'] / 1e6:.2f} ({m['stored'] / 1e6:.1f})",
+            "–" if m["seconds"] is None else f"{m['seconds']:.0f}", _say(m["rate"]),
+            f"{_say(m['error'])} ({_say(m['pca_error'])})", f"{_say(m['rebuilt_loss'])} ({_say(m['pca_loss'])})",
+            _say(m["own_shape_loss"]), _say(m["target_loss"]), f"{m['speed'] / 1e6:.2g}", _say(m["novelty"]),
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _say(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
+
+
+def held_out(text: str | Path, zoo: Zoo) -> Tensor:
+    """int64 [N]: the end of a text in the tokens of the first donor, of which no trainer of this project learns."""
+    donor = zoo.donors[0]
+    assert donor.blueprint.metadata is not None
+    tokens = encode_corpus(text, find_tokenizer(None, donor.folder), donor.blueprint.metadata.vocab)
+    return tokens[int(len(tokens) * (1 - HELD_OUT)) :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path)
+    parser.add_argument("--model", type=Path, help="a trained pipeline")
+    parser.add_argument("--seconds", type=float, help="that training it and its autoencoder took")
+    parser.add_argument("--text", type=Path, help="the zoo's text; its last tenth is measured on")
+    parser.add_argument("--target", type=Path, help="config.json of an unseen shape")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--quick", action="store_true", help="a few steps, one seed, one shape: does it run?")
+    parser.add_argument("--table", type=Path, help="only print the table of this peers.json")
+    a = parser.parse_args()
+    if a.table is not None:
+        print(table(json.loads(a.table.read_text())))
+        return
+    if None in (a.zoo, a.model, a.text, a.target, a.work) or (a.seconds is None and not a.quick):
+        parser.error("give --zoo, --model, --seconds (or --quick), --text, --target and --work, or --table")
+    torch.set_num_threads(1)
+    zoo = Zoo.open(a.zoo)
+    small: dict[str, Any] = {"steps": 5, "seeds": (0,), "shapes": 1, "rebuilds": 1} if a.quick else {}
+    if a.quick:
+        few = replace(VARIANTS["d2nwg"], options={"steps": 5})
+        small["variants"] = {"d2nwg": few, "sane": VARIANTS["sane"]}
+    given: dict[str, Any] = {"seeds": tuple(int(s) for s in a.seeds.split(",")), "quiet": False} | small
+    target = json.loads(a.target.read_text())
+    setup = Setup(zoo, a.model, held_out(a.text, zoo), target, a.work, a.seconds, **given)
+    mark, known = a.work / "run.json", {"run": identity(Run(str(a.model), a.seconds, target, a.quick, a.seeds), zoo)}
+    if mark.is_file() and json.loads(mark.read_text()) != known:
+        raise UserError(f"{a.work}: holds another measurement; give another --work")
+    a.work.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(known) + "\n")
+    found = measure(setup) | {"command": "python -m benchmarks.peers.measure", "cpu_threads": 1}
+    (a.work / "peers.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    print(table(found))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a measurement is a function of, besides the zoo."""
+
+    model: str
+    seconds: float | None
+    target: dict[str, Any]
+    quick: bool
+    seeds: str
+
+
+if __name__ == "__main__":
+    main()
