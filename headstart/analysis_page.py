@@ -30,7 +30,7 @@ h2 + h3, h2 + .note { margin-top: .25rem; }
 .chip { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; font-size: .8rem; white-space: nowrap;
   border: 1px solid var(--line); color: var(--soft); }
 .chip.good { color: #10a37f; border-color: #10a37f; } .chip.bad { color: #d97706; border-color: #d97706; }
-.maps { display: grid; grid-template-columns: minmax(0, 1fr) 15rem; gap: 1.5rem; align-items: start; margin: 1rem 0; }
+.maps { display: grid; grid-template-columns: minmax(0, 1fr) 16.5rem; gap: 1.5rem; align-items: start; margin: 1rem 0; }
 .maps .side { display: grid; gap: 1.25rem; }
 @media (max-width: 52rem) { .maps { grid-template-columns: 1fr; } }
 .caption { color: var(--soft); font-size: .85rem; margin: 0 0 .35rem; }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headstart.marginals import marginal
-from zoo.errors import UserError
+from zoo.errors import NotFinite, UserError
 from zoo.statistics.grouping import group
 from zoo.statistics.health import health
 from zoo.statistics.row_column import row_column
@@ -80,7 +80,7 @@ def _marginals(task: Task) -> Any:
     def make(tick: Tick) -> Any:
         found = {}
         for label, about, values in tensors(task, tick):
-            found[label] = about | _or_why(marginal, values.flatten())
+            found[label] = about if values is None else about | _or_why(marginal, values.flatten())
         families = [t["family"] for t in found.values() if len(t["shape"]) > 1 and t.get("family")]
         return {"tensors": found, "shares": {f: families.count(f) / len(families) for f in sorted({*families})}}
 
@@ -91,7 +91,10 @@ def _spectra(task: Task) -> Any:
     def make(tick: Tick) -> Any:
         found, sizes = {}, set()
         for label, about, values in tensors(task, tick):
-            if values.ndim > 1:
+            if len(about["shape"]) < 2:
+                continue
+            found[label] = about
+            if values is not None:
                 matrix = values.flatten(1)
                 found[label] = about | _or_why(spectrum, matrix)
                 sizes.add((matrix.shape[0], matrix.shape[1]))
@@ -169,17 +172,26 @@ def _signature(task: Task) -> Any:
     return found
 
 
-def tensors(task: Task, tick: Tick) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
+def tensors(task: Task, tick: Tick) -> Iterator[tuple[str, dict[str, Any], Tensor | None]]:
     """(label, {role, layer, shape}, values in float32 on the device) of every tensor of the donor, one at a time;
-    fused ones are split, and the labels of their parts end with the role."""
+    fused ones are split, and the labels of their parts end with the role. Of a tensor with NaN or infinity there are
+    no values, and a reason: {..., why}."""
     for spec in task.donor.blueprint.specs:
         if spec.numel and spec.dtype.is_floating_point:
-            logical = split(spec, task.donor.read(spec.name, torch.float32).to(task.device))
+            logical: dict[str, Tensor] = {}
+            why = {}
+            try:
+                logical = split(spec, task.donor.read(spec.name, torch.float32).to(task.device))
+            except NotFinite:
+                why = {"why": "NaN or infinity"}
             for part in spec.parts:
                 label = spec.name if len(spec.parts) == 1 else f"{spec.name} [{part.role}]"
                 role = part.role if spec.kind == "weight" else f"{part.role} bias"
-                values = logical[part.role]
-                yield label, {"role": role, "layer": spec.layer, "shape": list(values.shape)}, values
+                yield (
+                    label,
+                    {"role": role, "layer": spec.layer, "shape": list(part.shape)} | why,
+                    logical.get(part.role),
+                )
         tick(1)
 
 

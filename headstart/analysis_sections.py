@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable
 from html import escape
 from statistics import median
@@ -301,7 +302,7 @@ def _lora(name: str, model: Model) -> Iterable[str]:
         "The pairs above decide how `pareto` (2509.00046) perturbs the template of each projection; undecided ones "
         "count as power laws. This file stands in for the donor, so that nobody needs its weights:"
     )
-    reference = escape(f"analysis.json#{name}")
+    reference = escape(shlex.quote(f"analysis.json#{name}"))
     yield f"<pre>headstart lora --base MODEL --method pareto --rank 16 --reference {reference} --out adapter</pre>"
     yield note("Whether that helps is a question of its own: the published gain is within the noise of its benchmark.")
 

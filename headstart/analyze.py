@@ -85,7 +85,7 @@ def analyze(
             },
             DIGITS,
         )
-        (folder / "analysis.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        (folder / "analysis.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
         (folder / "report.html").write_text(page(results))
     shutil.rmtree(work, ignore_errors=True)
     return results

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from safetensors.torch import load_file, save_file
 
 from headstart.analysis_findings import (
     BEYOND,
@@ -38,9 +39,9 @@ SMALL: dict[str, Any] = {"ranks": (4, 64), "bootstraps": 10, "quiet": True}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A zoo of two Llamas that were never trained, of two and of three layers, and its analysis."""
+    """A zoo of two Llamas that were never trained, of one layer and of three, and its analysis."""
     base = tmp_path_factory.mktemp("analyze")
-    sources = [make_llama(base / name, seed=i, num_hidden_layers=2 + i) for i, name in enumerate(("two", "three"))]
+    sources = [make_llama(base / name, seed=n, num_hidden_layers=n) for name, n in (("one", 1), ("three", 3))]
     add([str(s) for s in sources], base / "zoo", quiet=True)
     analyze(base / "out", zoo=base / "zoo", **SMALL)
     return base
@@ -59,7 +60,7 @@ def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def test_a_zoo_gives_what_the_contract_says(folder: Path, untrained: dict[str, Any]) -> None:
-    assert [d["name"] for d in untrained["donors"]] == ["three", "two"]
+    assert [d["name"] for d in untrained["donors"]] == ["one", "three"]
     assert {"revision", "sha256", "license", "architecture", "parameters"} <= set(untrained["donors"][0])
     assert set(untrained["models"]["three"]) == {
         "health", "marginals", "spectra", "ranks", "dsv", "grouping", "row_column", "signature",
@@ -78,12 +79,26 @@ def test_ranks_above_the_smallest_projection_are_cut_and_said(folder: Path, untr
     assert "Rank 64 cannot be had: the smallest projection has 16" in (folder / "out" / "report.html").read_text()
 
 
-def test_two_layers_have_no_statistics_and_the_rest_goes_on(folder: Path, untrained: dict[str, Any]) -> None:
-    model = untrained["models"]["two"]
+def test_one_layer_has_no_statistics_and_the_rest_goes_on(folder: Path, untrained: dict[str, Any]) -> None:
+    model = untrained["models"]["one"]
     assert "at least 3 layers" in model["dsv"]["why"] and model["grouping"] == model["dsv"]
-    assert len(model["row_column"]["tensors"]) == 15 and len(model["marginals"]["tensors"]) == 20
+    assert len(model["row_column"]["tensors"]) == 8 and len(model["marginals"]["tensors"]) == 11
     assert "std" in model["signature"] and "clustering" not in model["signature"]
     assert "at least 3 layers" in (folder / "out" / "report.html").read_text()
+
+
+def test_a_tensor_with_nan_costs_the_parts_that_need_it_whole(tmp_path: Path) -> None:
+    file = make_llama(tmp_path / "broken", num_hidden_layers=1) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    model = analyze(tmp_path / "out", donor=str(file.parent), **SMALL)["models"]["broken"]
+    assert {"non-finite"} <= {finding["kind"] for finding in model["health"]}
+    for part in ("marginals", "spectra"):
+        whole = {name for name, t in model[part]["tensors"].items() if "why" not in t}
+        assert set(model[part]["tensors"]) - whole == {"model.layers.0.mlp.up_proj.weight"}
+    assert "NaN" in model["row_column"]["why"]
+    assert "NaN or infinity" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_of_random_matrices_nothing_is_claimed(untrained: dict[str, Any]) -> None:
@@ -124,15 +139,15 @@ def test_lora_reads_its_grouping(trained: tuple[Path, dict[str, Any]], folder: P
     grouping = read_grouping(out / "analysis.json")
     assert grouping.to_json() == results["models"]["makemore-en-a"]["grouping"]["4"]
     assert grouping.source["sha256"] == results["donors"][0]["sha256"]
-    with pytest.raises(UserError, match="two could not be grouped"):
-        read_grouping(folder / "out" / "analysis.json", "two")
+    with pytest.raises(UserError, match="one could not be grouped"):
+        read_grouping(folder / "out" / "analysis.json", "one")
 
 
 def test_what_was_finished_is_taken_up_again(folder: Path, untrained: dict[str, Any]) -> None:
     """A kept part that was tampered with shows in the result of the same command, and not under another seed."""
     out, work = folder / "again", folder / ".again.work"
-    options: dict[str, Any] = {**SMALL, "zoo": folder / "zoo", "donor": "two"}
-    arguments = ("--zoo", folder / "zoo", "--donor", "two", "--out", out, "--ranks", "4,64", "--bootstraps", "10")
+    options: dict[str, Any] = {**SMALL, "zoo": folder / "zoo", "donor": "one"}
+    arguments = ("--zoo", folder / "zoo", "--donor", "one", "--out", out, "--ranks", "4,64", "--bootstraps", "10")
     interrupted = headstart("analyze", *arguments, interrupt=lambda: any(work.glob("marginals-*.json")))
     assert interrupted.returncode == 130 and "the same command again" in interrupted.stderr
     assert not out.exists() and not list(folder.glob(".again.*.partial"))
@@ -141,8 +156,8 @@ def test_what_was_finished_is_taken_up_again(folder: Path, untrained: dict[str, 
     shutil.copytree(work, folder / ".other.work")
     found, other = analyze(out, **options), analyze(folder / "other", **options, seed=1)
     assert not list(folder.glob(".*"))
-    model, expected = found["models"]["two"], untrained["models"]["two"]
-    assert model["health"][0]["kind"] == "marked" and other["models"]["two"]["health"] == expected["health"]
+    model, expected = found["models"]["one"], untrained["models"]["one"]
+    assert model["health"][0]["kind"] == "marked" and other["models"]["one"]["health"] == expected["health"]
     assert {k: v for k, v in model.items() if k != "health"} == {k: v for k, v in expected.items() if k != "health"}
 
 
