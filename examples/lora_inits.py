@@ -245,7 +245,8 @@ def complete(setup: Setup, jobs: Sequence[Job], workers: int, what: str) -> dict
 
 
 def tuned(runs: dict[Job, dict[str, Any]], init: str, lrs: Sequence[float]) -> tuple[float | None, dict[str, Any]]:
-    """(the learning rate with the lowest mean loss on text A, those means); None where a seed diverged."""
+    """(the learning rate with the lowest mean loss on text A over the seeds that ran at all of them, those means);
+    None where a seed diverged."""
     means: dict[float, float | None] = {}
     for lr in lrs:
         losses = [row["a"] for job, row in runs.items() if (job.init, job.lr) == (init, lr)]
@@ -255,12 +256,21 @@ def tuned(runs: dict[Job, dict[str, Any]], init: str, lrs: Sequence[float]) -> t
     return best, {f"{lr:g}": loss for lr, loss in means.items()}
 
 
-def compare(setup: Setup, inits: Sequence[str], lrs: Sequence[float], seeds: Sequence[int], workers: int) -> Any:
-    """The entries of lora_inits.json: {base, inits}."""
-    grid = [Job(init, lr, seed) for seed in seeds for init in inits for lr in lrs]
-    runs = complete(setup, [Job(None, 0.0, 0), *grid], workers, "train")
+def compare(
+    setup: Setup, inits: Sequence[str], lrs: Sequence[float], seeds: Sequence[int], tuning: Sequence[int], workers: int
+) -> Any:
+    """The entries of lora_inits.json: {base, inits}. Learning rates are chosen on the seeds of `tuning`; the others run
+    at what was chosen."""
+    grid = [Job(init, lr, seed) for seed in tuning for init in inits for lr in lrs]
+    runs = complete(setup, [Job(None, 0.0, 0), *grid], workers, "tune")
     base = runs.pop(Job(None, 0.0, 0))
     best = {init: tuned(runs, init, lrs) for init in inits}
+    rest = [seed for seed in seeds if seed not in tuning]
+    more = [Job(init, lr, seed) for seed in rest for init, (lr, _) in best.items() if lr is not None]
+    runs |= complete(setup, more, workers, "train")
+    for init, (lr, means) in best.items():  # diverged at a seed that it was not tuned on: then there is no result
+        if lr is not None and any(runs[Job(init, lr, seed)]["b"] is None for seed in seeds):
+            best[init] = (None, means)
     asked = [Job(init, lr, seed, True) for init, (lr, _) in best.items() if lr is not None for seed in seeds]
     scores = complete(setup, [Job(None, 0.0, 0, True), *asked], workers, "tasks")
     entries: dict[str, Any] = {}
@@ -343,7 +353,8 @@ def experiment(arguments: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(arguments, name) for name in SETTINGS},
     )
     model = prepare(setup, Job(PEFT, 0.0, 0))
-    found = compare(setup, arguments.inits, arguments.lrs, arguments.seeds, arguments.workers)
+    tuning = arguments.seeds[: arguments.tuning_seeds]
+    found = compare(setup, arguments.inits, arguments.lrs, arguments.seeds, tuning, arguments.workers)
     learned, a, b = texts(setup)
     known: dict[str, Any] = {
         "command": "python examples/lora_inits.py --data DIR --work DIR" + (" --quick" if arguments.quick else ""),
@@ -362,6 +373,7 @@ def experiment(arguments: argparse.Namespace) -> dict[str, Any]:
             "optimiser": "AdamW (0.9, 0.95), no weight decay, warm-up 5 %, cosine to a tenth, gradients clipped to 1",
             "lrs": list(arguments.lrs),
             "seeds": list(arguments.seeds),
+            "tuning_seeds": list(tuning),
             "tasks": {group: [Path(task).name for task in tasks] for group, tasks in arguments.tasks.items()},
         },
     }
@@ -397,6 +409,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=256, help="of texts A and B, at most")
     parser.add_argument("--lrs", type=numbers(float))
     parser.add_argument("--seeds", type=numbers(int))
+    parser.add_argument("--tuning-seeds", type=int, default=2, help="so many, the first ones, choose learning rates")
     parser.add_argument("--limit", type=int, help="questions of each file")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON")

@@ -158,8 +158,8 @@ def _settings(found: dict[str, Any]) -> str:
     text = (
         f"Base {model['name']} ({model['parameters']:,} weights), text {found['corpus']['name']}, rank {s['rank']}, "
         f"alpha {s['alpha']}, all linear layers ({s['trained']:,} weights trained), {s['steps']} steps of "
-        f"{s['batch_size']} x {s['sequence']} tokens, learning rate chosen per init from {lrs} on text A, "
-        f"{len(s['seeds'])} seeds. Brackets and ± are 95 % intervals over seeds (Student's t); p is that of paired t "
+        f"{s['batch_size']} x {s['sequence']} tokens, learning rate chosen per init from {lrs} on text A "
+        f"with {len(s['tuning_seeds'])} of {len(s['seeds'])} seeds. Brackets and ± are 95 % intervals over seeds (Student's t); p is that of paired t "
         f"tests with Holm's correction over the {len(found['inits']) - 1} other inits, d Cohen's; accuracies on the "
         f"first {s['limit']} questions of each file ({questions} in all), * where they differ from PEFT's default at "
         f"p < .05 likewise. Reference of pareto: {reference['name']} ({_grouping(reference)})."
