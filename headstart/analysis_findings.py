@@ -52,10 +52,10 @@ def headline(results: Results) -> str:
     counts = ", ".join(f"{states[s]} {s}" for s in ("trained", "ailing", "not trained") if states[s])
     compared = [m for m in models.values() if "why" not in m["dsv"] and not undecided(m, first_rank(m))]
     if not compared:
-        return f"{len(models)} donors: {counts}. None has layers enough to tell what distances between them follow."
+        return f"{len(models)} donors: {counts}. None has enough layers to tell what law their distances follow."
     above = sum(above_noise(m, first_rank(m), POWER_LAW) for m in compared)
     return (
-        f"{len(models)} donors: {counts}. In {above or 'none'} of the {len(compared)} that have layers enough to tell, "
+        f"{len(models)} donors: {counts}. In {above or 'none'} of the {len(compared)} that have enough layers to tell, "
         "power laws between layers are more frequent than in random matrices."
     )
 
