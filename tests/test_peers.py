@@ -203,13 +203,14 @@ def test_a_peer_is_a_method_by_its_path(trained: dict[str, Path], tmp_path: Path
     assert {d["name"] for d in record["donors"]} == {"d0", "d1", "d2"}
 
 
-def test_the_command_finds_it_in_the_working_directory() -> None:
+def test_the_command_finds_a_method_in_the_working_directory(tmp_path: Path) -> None:
     """The installed command, unlike `python -m`, does not begin with the working directory on its path."""
+    (tmp_path / "mine.py").write_text("from zoo.sampler import Sampler\nclass Own(Sampler):\n    name = 'mine.Own'\n")
     look = "import sys; sys.path[:] = [p for p in sys.path if p]; from headstart import methods; "
-    look += "print(methods.get('benchmarks.peers.d2nwg.D2NWG').reference)"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", look], check=True, cwd=ROOT, env=environment, capture_output=True)
-    assert done.stdout.strip() == b"2402.18153"
+    look += "print(methods.get('mine.Own').name)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", look], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.stdout.strip() == b"mine.Own"
 
 
 def test_the_measurement_runs_and_goes_on(zoo: Zoo, tmp_path: Path) -> None:

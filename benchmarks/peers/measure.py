@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from benchmarks.peers.training import parameters
 from benchmarks.peers.weights import Rebuilt, canonical, principal, read, rebuilt
 from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
+from headstart import novelty
 from headstart.generate import complete
 from zoo.aligned import align, token_strings
 from zoo.blueprint import Blueprint
@@ -82,6 +84,11 @@ class Setup:
     rebuilds: int | None = None
     variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
     quiet: bool = True
+
+    @cached_property
+    def frames(self) -> list[novelty.Frame]:
+        """What the distance to every donor is measured from."""
+        return [novelty.frame(d) for d in self.zoo.donors]
 
 
 def measure(setup: Setup) -> dict[str, Any]:
@@ -214,20 +221,15 @@ def own_losses(setup: Setup) -> dict[str, float | None]:
 
 def apart(setup: Setup) -> dict[str, Any]:
     """{median, by_donor}: every donor's distance to its nearest among the others."""
-    from headstart import novelty
-
-    frames = [novelty.frame(d) for d in setup.zoo.donors]
-    found = {name: d.total for name, d in novelty.leave_one_out(setup.zoo.donors, frames).items()}
+    found = {name: d.total for name, d in novelty.leave_one_out(setup.zoo.donors, setup.frames).items()}
     return {"median": statistics.median(found.values()) if found else None, "by_donor": found}
 
 
 def _nearest(setup: Setup, target: Blueprint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The donor that a model is nearest to; the rows of its vocabulary are those of the zoo."""
-    from headstart import novelty
-
     decoder = read_decoder(target, lambda name: tensors[name].double(), where="sample")
     tokens = token_strings(setup.zoo.donors[0])
-    found = novelty.nearest(decoder, tokens, (novelty.frame(d) for d in setup.zoo.donors))
+    found = novelty.nearest(decoder, tokens, setup.frames)
     return {"donor": found.donor, "total": found.total, **found.kinds}
 
 
@@ -313,9 +315,9 @@ def main() -> None:
         parser.error("give --zoo, --model, --seconds (or --quick), --text, --target and --work, or --table")
     torch.set_num_threads(1)
     zoo = Zoo.open(a.zoo)
-    small: dict[str, Any] = {"steps": 5, "seeds": (0,), "shapes": 1, "rebuilds": 1} if a.quick else {}
+    small: dict[str, Any] = {"steps": 3, "seeds": (0,), "shapes": 1, "rebuilds": 1} if a.quick else {}
     if a.quick:
-        few = replace(VARIANTS["d2nwg"], options={"steps": 5})
+        few = replace(VARIANTS["d2nwg"], options={"steps": 2})
         small["variants"] = {"d2nwg": few, "sane": VARIANTS["sane"]}
     given: dict[str, Any] = {"seeds": tuple(int(s) for s in a.seeds.split(",")), "quiet": False} | small
     target = json.loads(a.target.read_text())
