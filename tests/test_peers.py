@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from autoencoder.training import train as train_autoencoder
-from benchmarks.peers import d2nwg, measure, sane, training
+from benchmarks.peers import chunks, d2nwg, measure, sane, training
+from benchmarks.peers import tokens as row_tokens
 from benchmarks.peers.scoring import loss_of
 from benchmarks.peers.weights import principal, read, rebuilt
 from diffusion.training import train as train_diffusion
@@ -60,13 +61,13 @@ def drawn(name: str, folder: Path, blueprint: Blueprint, seed: int = 0, **option
 @pytest.mark.parametrize("coordinates", ["raw", "canonical"])
 def test_cutting_and_joining_is_exact(zoo: Zoo, size: int, coordinates: str) -> None:
     for donor in read(zoo, coordinates):
-        tokens = sane.tokenise(donor.blueprint, donor.tensors, size)
+        tokens = row_tokens.tokenise(donor.blueprint, donor.tensors, size)
         assert int(tokens.mask.sum()) == sum(s.numel for s in donor.blueprint.specs)
         assert not tokens.values[~tokens.mask].any()
         assert tokens.positions[:, 0].tolist() == list(range(len(tokens.values)))
         for made in (
-            sane.detokenise(donor.blueprint, tokens.values),
-            d2nwg.uncut(donor.blueprint, d2nwg.cut(donor.blueprint, donor.tensors, size)),
+            row_tokens.detokenise(donor.blueprint, tokens.values),
+            chunks.uncut(donor.blueprint, chunks.cut(donor.blueprint, donor.tensors, size)),
         ):
             assert made.keys() == donor.tensors.keys()
             assert all(torch.equal(made[name], t) for name, t in donor.tensors.items())
@@ -86,7 +87,7 @@ def test_permuted_donors_compute_what_they_did(zoo: Zoo) -> None:
     tokens = torch.randint(48, (2000,), generator=stream(0, "text"))
     donor = read(zoo, "raw")[0]
     assert donor.blueprint.config is not None
-    other = sane.permuted(donor, stream(1, "order"))
+    other = row_tokens.permuted(donor, stream(1, "order"))
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(other[name], donor.tensors[name])
     own = loss_of(donor.blueprint.config, donor.tensors, tokens)
@@ -95,7 +96,7 @@ def test_permuted_donors_compute_what_they_did(zoo: Zoo) -> None:
 
 @pytest.mark.parametrize("count", [5, 16, 17, 63, 64, 100])
 def test_halos_keep_every_token_once_with_neighbours(count: int) -> None:
-    parts = sane.windows(count, 16, 8)
+    parts = row_tokens.windows(count, 16, 8)
     assert [i for _, _, first, last in parts for i in range(first, last)] == list(range(count))
     assert all(start <= first and last <= stop <= count for start, stop, first, last in parts)
     assert {stop - start for start, stop, _, _ in parts} == {min(32, count)}

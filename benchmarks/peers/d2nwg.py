@@ -29,13 +29,13 @@ from torch.nn import functional as F
 
 from autoencoder.loading import load_component
 from benchmarks.peers import training
+from benchmarks.peers.chunks import FEATURES, conditions, cut, groups, uncut
 from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, rebuilt, records
-from diffusion.conditions import MODEL_FEATURES, PERIODS, model_features
+from diffusion.conditions import MODEL_FEATURES, model_features
 from zoo.blueprint import Blueprint
 from zoo.sampler import Sampler, option
 from zoo.store import Donor, Zoo
 from zoo.streams import stream
-from zoo.tensors import TensorSpec
 from zoo.units import require_unit_target
 
 PEER = "d2nwg"
@@ -43,7 +43,6 @@ TIMES = 1024
 SCHEDULE: dict[str, Any] = dict(
     num_train_timesteps=TIMES, beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear"
 )
-FEATURES = MODEL_FEATURES + 3 + 2 * 7 + 2 * len(PERIODS)
 AT_ONCE = 256  # chunks: bounds memory, and is fixed, so that results depend on the seed alone
 
 
@@ -65,65 +64,6 @@ class Recipe:
     seed: int = 0
 
 
-def groups(blueprint: Blueprint) -> list[tuple[int, int | None, list[TensorSpec]]]:
-    """[(kind, layer, tensors)]: what is flattened together: each block (kind 1), what is stored before the blocks
-    (kind 0: the embedding) and after them (kind 2: final norm, head)."""
-    found: list[tuple[int, int | None, list[TensorSpec]]] = []
-    seen = False
-    for spec in blueprint.specs:
-        seen = seen or spec.layer is not None
-        key = (1, spec.layer) if spec.layer is not None else (2 if seen else 0, None)
-        if not found or found[-1][:2] != key:
-            found.append((*key, []))
-        found[-1][2].append(spec)
-    return found
-
-
-def cut(blueprint: Blueprint, tensors: Mapping[str, Tensor], size: int) -> Tensor:
-    """[N, C]: every group flattened and zero-padded to whole chunks. The inverse is `uncut`."""
-    parts = []
-    for _, _, specs in groups(blueprint):
-        flat = torch.cat([tensors[spec.name].flatten() for spec in specs])
-        parts.append(F.pad(flat, (0, -len(flat) % size)).view(-1, size))
-    return torch.cat(parts)
-
-
-def uncut(blueprint: Blueprint, chunks: Tensor) -> dict[str, Tensor]:
-    """Chunks [N, C] -> tensors by name."""
-    out, start = {}, 0
-    for _, _, specs in groups(blueprint):
-        sizes = [spec.numel for spec in specs]
-        count = -(-sum(sizes) // chunks.shape[1])
-        flat = chunks[start : start + count].flatten()[: sum(sizes)]
-        for spec, part in zip(specs, flat.split(sizes), strict=True):
-            out[spec.name] = part.reshape(spec.shape)
-        start += count
-    return out
-
-
-def conditions(blueprint: Blueprint, size: int, loss: float | None, most: int | None = None) -> Tensor:
-    """[N, F]: the model's metadata in place of a dataset's embedding [R], and where each chunk lies: kind of its
-    group, relative depth, place in the group as a share and as a number (at most `most`, the last one seen)."""
-    assert blueprint.metadata is not None
-    model, rows = model_features(blueprint.metadata, loss), []
-    for kind, layer, specs in groups(blueprint):
-        count = -(-sum(spec.numel for spec in specs) // size)
-        index = torch.arange(count)
-        depth = torch.full((count,), 0.5 if layer is None else layer / max(1, blueprint.metadata.layers - 1))
-        clamped = index if most is None else index.clamp(max=most)
-        turns = 2 * math.pi * clamped[:, None] / torch.tensor(PERIODS)
-        which = torch.eye(3)[kind].expand(count, 3)
-        shares = (_waves(depth), _waves(index / max(1, count - 1)))
-        rows.append(torch.cat([model.expand(count, -1), which, *shares, turns.sin(), turns.cos()], dim=1))
-    return torch.cat(rows)
-
-
-def _waves(share: Tensor) -> Tensor:
-    """[N] in [0, 1] -> [N, 7]"""
-    waves = [f(math.pi * w * share) for w in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
-    return torch.stack([2 * share - 1, *waves], dim=1)
-
-
 def side_of(chunk: int) -> int:
     """Of the plane that a chunk becomes: 1.43 of its size, as published (2864 to 64 x 64), in multiples of 8."""
     return max(8, 8 * round(math.sqrt(4096 / 2864 * chunk) / 8))
@@ -138,7 +78,7 @@ class ChunkAutoencoder(ModelMixin, ConfigMixin):
         self.side = side_of(chunk)
         self.into, self.out = nn.Linear(chunk, self.side**2), nn.Linear(self.side**2, chunk)
         self.vae = AutoencoderKL(
-            in_channels=1, out_channels=1, latent_channels=latent, norm_num_groups=8, layers_per_block=1,
+            in_channels=1, out_channels=1, latent_channels=latent, norm_num_groups=4, layers_per_block=1,
             down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
             block_out_channels=(channels, channels, 2 * channels),
         )  # fmt: skip
@@ -166,7 +106,7 @@ class ChunkDenoiser(ModelMixin, ConfigMixin):
         super().__init__()
         self.condition = nn.Sequential(nn.Linear(features, 256), nn.SiLU(), nn.Linear(256, side**2))
         self.unet = UNet2DModel(
-            sample_size=side, in_channels=latent + 1, out_channels=latent, layers_per_block=1, norm_num_groups=8,
+            sample_size=side, in_channels=latent + 1, out_channels=latent, layers_per_block=1, norm_num_groups=4,
             block_out_channels=(channels, 2 * channels), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"), resnet_time_scale_shift="scale_shift",
         )  # fmt: skip
@@ -235,7 +175,7 @@ def _built(cls: type[Any], fixed: dict[str, Any], parameters: int, seed: int) ->
         with torch.device("meta"):
             return training.parameters(cls(channels=channels, **fixed))
 
-    channels = training.widest(count, parameters, 8, 8)
+    channels = training.widest(count, parameters, 4, 8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cls(channels=channels, **fixed)

@@ -27,17 +27,17 @@ from torch.nn import functional as F
 
 from autoencoder.loading import load_component
 from benchmarks.peers import training
-from benchmarks.peers.weights import (
-    Rebuilt,
-    Weights,
-    finish,
-    modelled,
-    nearest_layer,
-    place,
-    read,
-    rebuilt,
-    records,
+from benchmarks.peers.tokens import (
+    Tokens,
+    correspondence,
+    detokenise,
+    permuted,
+    standardised,
+    statistics,
+    tokenise,
+    windows,
 )
+from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, rebuilt, records
 from zoo.blueprint import Blueprint
 from zoo.errors import UserError
 from zoo.sampler import Sampler, option
@@ -66,41 +66,6 @@ class Recipe:
     coordinates: str = "canonical"
     token: int | None = None  # None: the widest residual stream of the zoo
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Tokens:
-    values: Tensor  # [N, T], 0 where there is padding
-    mask: Tensor  # bool [N, T]
-    positions: Tensor  # int64 [N, 3]: token, tensor, row
-
-
-def tokenise(blueprint: Blueprint, tensors: Mapping[str, Tensor], size: int) -> Tokens:
-    """Row by row; a vector (a norm's gain) is one row. The inverse is `detokenise`."""
-    values, masks, positions = [], [], []
-    for index, spec in enumerate(blueprint.specs):
-        rows = tensors[spec.name].reshape(-1, spec.shape[-1])
-        parts = math.ceil(rows.shape[1] / size)
-        padded = F.pad(rows, (0, parts * size - rows.shape[1]))
-        mask = F.pad(torch.ones_like(rows, dtype=torch.bool), (0, parts * size - rows.shape[1]))
-        values.append(padded.reshape(-1, size))
-        masks.append(mask.reshape(-1, size))
-        row = torch.arange(len(rows)).repeat_interleave(parts)
-        positions.append(torch.stack([torch.full_like(row, index), row], dim=1))
-    place_in = torch.cat(positions)
-    whole = torch.cat([torch.arange(len(place_in))[:, None], place_in], dim=1)
-    return Tokens(torch.cat(values), torch.cat(masks), whole)
-
-
-def detokenise(blueprint: Blueprint, values: Tensor) -> dict[str, Tensor]:
-    """Tokens [N, T] of a blueprint's tensors -> the tensors."""
-    out, start = {}, 0
-    for spec in blueprint.specs:
-        rows, length = spec.numel // spec.shape[-1], spec.shape[-1]
-        count = rows * math.ceil(length / values.shape[1])
-        out[spec.name] = values[start : start + count].reshape(rows, -1)[:, :length].reshape(spec.shape)
-        start += count
-    return out
 
 
 class TokenAutoencoder(ModelMixin, ConfigMixin):
@@ -159,71 +124,6 @@ def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     count = len(one)
     partner = torch.cat([torch.arange(count, 2 * count), torch.arange(count)]).to(z.device)
     return F.cross_entropy(similarity, partner)
-
-
-def statistics(donors: list[Weights]) -> dict[str, list[float]]:
-    """ "role/place" -> [mean, deviation] over the zoo: the layer-wise standardisation of the paper, where layers of
-    models of several depths are matched by `place`."""
-    sums: dict[str, list[Tensor]] = {}
-    for donor in donors:
-        for spec in donor.blueprint.specs:
-            sums.setdefault(_key(spec, donor.metadata.layers), []).append(donor.tensors[spec.name].flatten().double())
-    found = {}
-    for key, parts in sums.items():
-        values = torch.cat(parts)
-        std = float(values.std(correction=0))
-        found[key] = [float(values.mean()), std if std > 1e-6 else 1.0]
-    return found
-
-
-def _key(spec: Any, layers: int) -> str:
-    return f"{spec.role}{'.' + spec.site if spec.site else ''}/{place(spec, layers)}"
-
-
-def standardised(
-    blueprint: Blueprint, tensors: Mapping[str, Tensor], known: Mapping[str, list[float]], inverse: bool = False
-) -> dict[str, Tensor]:
-    """Every tensor by the statistics of its key (of the middle, where the zoo has none in that place)."""
-    assert blueprint.metadata is not None
-    out = {}
-    for spec in blueprint.specs:
-        key = _key(spec, blueprint.metadata.layers)
-        others = (f"{key.split('/')[0]}/{where}" for where in ("middle", "last", "first"))
-        mean, std = known[key if key in known else next(o for o in others if o in known)]
-        t = tensors[spec.name]
-        out[spec.name] = t * std + mean if inverse else (t - mean) / std
-    return out
-
-
-def permuted(weights: Weights, rng: torch.Generator) -> dict[str, Tensor]:
-    """An equivalent donor: neurons of every layer, and its groups of heads, in random order."""
-    meta, out = weights.metadata, dict(weights.tensors)
-    orders: dict[tuple[int, str], Tensor] = {}
-    for layer in range(meta.layers):
-        groups = torch.randperm(meta.kv_heads, generator=rng)
-        orders[layer, "ffn"] = torch.randperm(meta.ffn, generator=rng)
-        for axis, heads in (("heads", meta.heads), ("kv_heads", meta.kv_heads)):
-            size = heads // meta.kv_heads * meta.head_dim
-            orders[layer, axis] = (groups[:, None] * size + torch.arange(size)).flatten()
-    for spec in weights.blueprint.specs:
-        if spec.layer is None:
-            continue
-        for dim, axis in enumerate(spec.parts[0].axes):
-            if (spec.layer, axis) in orders:
-                out[spec.name] = out[spec.name].index_select(dim, orders[spec.layer, axis])
-    return out
-
-
-def windows(count: int, content: int, halo: int) -> list[tuple[int, int, int, int]]:
-    """(start, stop, first, last) for every window of a sequence: tokens start..stop go through the model, of which
-    first..last are kept. Haloing: content with `halo` neighbours on either side, or all on one side at the ends."""
-    length = min(content + 2 * halo, count)
-    found = []
-    for first in range(0, count, content):
-        last = min(first + content, count)
-        start = min(max(0, first - halo), count - length)
-        found.append((start, start + length, first, last))
-    return found
 
 
 @torch.no_grad()
@@ -338,7 +238,7 @@ def _sized(fixed: dict[str, Any], parameters: int, seed: int) -> TokenAutoencode
         with torch.device("meta"):
             return training.parameters(TokenAutoencoder(hidden=hidden, **fixed))
 
-    hidden = training.widest(count, parameters, 8, 16)
+    hidden = training.widest(count, parameters, 4, 16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TokenAutoencoder(hidden=hidden, **fixed)
@@ -382,34 +282,6 @@ def through(
     made = detokenise(weights.blueprint, values)
     made = standardised(weights.blueprint, made, content["statistics"], inverse=True)
     return rebuilt(weights, made, len(values) * coder.config["latent"], content["recipe"]["coordinates"])
-
-
-def correspondence(target: Blueprint, anchor: Blueprint, size: int) -> Tensor:
-    """int64 [N]: for every token of the target, the token of the anchor that it is drawn like: the same role at the
-    nearest relative depth, the same row (counted round where the target has more), the same piece of the row (or the
-    last) [R]."""
-    assert target.metadata is not None and anchor.metadata is not None
-    starts, at = {}, 0
-    for spec in anchor.specs:
-        starts[spec.name] = at
-        at += spec.numel // spec.shape[-1] * math.ceil(spec.shape[-1] / size)
-    found = []
-    for spec in target.specs:
-        layer = spec.layer
-        if layer is not None:
-            layer = nearest_layer(layer, target.metadata.layers, anchor.metadata.layers)
-        alike = [s for s in anchor.specs if (s.role, s.layer, s.site) == (spec.role, layer, spec.site)]
-        if not alike:
-            raise UserError(
-                f"{PEER}: the anchors have no tensor like {spec.name!r}; use a target of the zoo's architecture"
-            )
-        source = alike[0]
-        rows, parts = (spec.numel // spec.shape[-1], math.ceil(spec.shape[-1] / size))
-        source_rows, source_parts = (source.numel // source.shape[-1], math.ceil(source.shape[-1] / size))
-        row = torch.arange(rows)[:, None] % source_rows
-        piece = torch.arange(parts).clamp(max=source_parts - 1)
-        found.append((starts[source.name] + row * source_parts + piece).flatten())
-    return torch.cat(found)
 
 
 @dataclass(kw_only=True)
