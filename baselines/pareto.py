@@ -45,8 +45,9 @@ class Pareto(LoraSampler):
 
     Of the reference model only this characterisation is used: which projection is its reference weight, and which are
     the partners whose distances to it are no power law. It may be of any family, width and depth, and `fit` needs no
-    weights at all where `reference_model` is an analysis.json, which gives the same bytes as the model itself if the
-    analysis was made with this rank, number of bootstraps and seed 0.
+    weights at all where `reference_model` is an analysis.json. That gives what the model itself gives if the analysis
+    was made with this rank, number of bootstraps and seed 0, but for borderline pairs of large matrices, whose
+    singular values are approximated along with those of other ranks.
 
     Which template, which counts [R]: the pairs of the reference weight and of its partners share one template, all
     others another. Partners have Gaussian counts, the reference weight and all others Pareto counts. A fused
@@ -78,7 +79,9 @@ class Pareto(LoraSampler):
         None, "whose distribution is followed: folder, hub id, donor or analysis.json[#MODEL]; none: the base"
     )
     reference_rank: int = option(16, "how many singular values are compared: 16, 64 or 256 in the paper", least=2)
-    bootstraps: int = option(500, "resamplings of layers behind each test of the characterisation", least=1)
+    bootstraps: int = option(
+        500, "replicates behind each test, of as many independent values as the layers are worth", least=1
+    )
     strategy: str = option("A_only", "A_only, both_small or both_compensated")
     std: float | None = option(None, "deviation of A and B; none: that of PEFT's own A, (3 in)^-1/2", above=0.0)
     cap: float = option(0.01, "of both_small: the most that ||s B A|| / ||W|| may be [R]", above=0.0)
@@ -226,17 +229,11 @@ def first_role(blueprint: Blueprint, pair: Pair) -> str:
 
 
 def announce(grouping: Grouping) -> None:
-    """Says which projections follow which law, and where nothing tells them apart."""
+    """Says which projections follow which law, and warns where nothing tells them apart."""
     if grouping.undifferentiated:
-        log.warning(
-            "pareto: the reference is undifferentiated: no two projections differ in how their singular values are "
-            "spread, so that all pairs are drawn alike; a larger reference, or another reference_rank, may differ"
-        )
+        log.warning("pareto: %s; a deeper reference, or another reference_rank, may differ", grouping.words)
     else:
-        partners = ", ".join(grouping.gaussian)
-        log.info(
-            "pareto: reference weight %s, Gaussian counts for %s, Pareto for the rest", grouping.reference, partners
-        )
+        log.info("pareto: %s", grouping.words)
 
 
 def _check_base(base: Donor, blueprint: Blueprint) -> None:

@@ -14,6 +14,8 @@ from zoo.safe import read_json
 from zoo.statistics.similarity import PROJECTIONS, stacks, study
 from zoo.store import Donor, record
 
+SOURCE = {"name", "revision", "sha256", "license"}
+
 
 @dataclass(frozen=True)
 class Grouping:
@@ -25,7 +27,25 @@ class Grouping:
     gaussian: tuple[str, ...]
     pareto: tuple[str, ...]
     undifferentiated: bool  # no pair stands out: all projections are one Pareto group
-    source: dict[str, Any] = field(default_factory=dict)  # which model this was read from
+    source: dict[str, Any] = field(default_factory=dict)  # which model this was read from: `zoo.store.record`, or none
+    undecided: int = 0  # pairs of projections with too little data for a verdict, of all `pairs`
+
+    @property
+    def pairs(self) -> int:
+        """How many unordered pairs of projections there are, those of one with itself included."""
+        known = len(self.gaussian) + len(self.pareto) + (self.reference is not None)
+        return known * (known + 1) // 2
+
+    @property
+    def words(self) -> str:
+        """What was found, in a line."""
+        of = f"({self.undecided} of {self.pairs} pairs of projections undecided)"
+        if not self.undifferentiated:
+            counts = f"Gaussian counts for {', '.join(self.gaussian)}, Pareto counts for the rest"
+            return f"reference weight {self.reference}, {counts}" + (f" {of}" if self.undecided else "")
+        if 2 * self.undecided > self.pairs:
+            return f"undifferentiated, all pairs are drawn alike: too few layers, or too little data, to tell {of}"
+        return f"undifferentiated, all pairs are drawn alike: none is shown to be other than a power law {of}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -35,24 +55,39 @@ class Grouping:
             "pareto": list(self.pareto),
             "undifferentiated": self.undifferentiated,
             "source": self.source,
+            "undecided": self.undecided,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        return cls(
-            int(values["rank"]),
-            values["reference"],
-            tuple(values["gaussian"]),
-            tuple(values["pareto"]),
-            bool(values["undifferentiated"]),
-            dict(values.get("source") or {}),
+        """Raises ValueError for what `to_json` never wrote."""
+        reference, gaussian, pareto, alike = (
+            values.get(key) for key in ("reference", "gaussian", "pareto", "undifferentiated")
         )
+        rank, source, undecided = values.get("rank"), values.get("source", {}), values.get("undecided", 0)
+        if type(rank) is not int or rank < 1:
+            raise ValueError("rank is no positive whole number")
+        if type(undecided) is not int or undecided < 0:
+            raise ValueError("undecided is no count")
+        if not isinstance(gaussian, list) or not isinstance(pareto, list):
+            raise ValueError("gaussian and pareto must be lists")
+        named = [*gaussian, *pareto, *([] if reference is None else [reference])]
+        if any(name not in PROJECTIONS for name in named) or len(named) != len(set(named)):
+            raise ValueError("reference, gaussian and pareto must be distinct projections")
+        if alike is not (reference is None) or alike is not (not gaussian):
+            raise ValueError("undifferentiated, reference and gaussian contradict each other")
+        if not isinstance(source, dict) or (source and {*source} != SOURCE):
+            raise ValueError(f"source must have {', '.join(sorted(SOURCE))}")
+        if not all(isinstance(value, str) and value.isprintable() for value in source.values()):
+            raise ValueError("source must hold words")
+        return cls(rank, reference, tuple(gaussian), tuple(pareto), alike, source, undecided)
 
 
 def group(rows: Sequence[dict[str, Any]], rank: int, source: dict[str, Any] | None = None) -> Grouping:
     """rows: of `zoo.statistics.similarity.study`. RW is the projection with most partners whose distances to it are
     "not a power law" (the first in PROJECTIONS of those with as many [R]); a projection's distances to itself say
-    nothing of RW, and an undecided pair counts as a power law [R]. No such pair: one Pareto group [R]."""
+    nothing of RW, and an undecided pair counts as a power law [R] (`undecided` tells how many). No such pair: one
+    Pareto group [R]."""
     known = [role for role in PROJECTIONS if any(role in (row["a"], row["b"]) for row in rows)]
     partners: dict[str, set[str]] = {role: set() for role in known}
     for row in rows:
@@ -60,11 +95,12 @@ def group(rows: Sequence[dict[str, Any]], rank: int, source: dict[str, Any] | No
             partners[row["a"]].add(row["b"])
             partners[row["b"]].add(row["a"])
     reference = max(known, key=lambda role: len(partners[role]), default=None)
+    undecided = sum(row["verdict"] == "undecided" for row in rows)
     if reference is None or not partners[reference]:
-        return Grouping(rank, None, (), tuple(known), True, source or {})
+        return Grouping(rank, None, (), tuple(known), True, source or {}, undecided)
     gaussian = tuple(role for role in known if role in partners[reference])
     pareto = tuple(role for role in known if role not in (reference, *gaussian))
-    return Grouping(rank, reference, gaussian, pareto, False, source or {})
+    return Grouping(rank, reference, gaussian, pareto, False, source or {}, undecided)
 
 
 def characterise(
@@ -102,11 +138,15 @@ def read_grouping(path: Path, model: str | None = None, rank: int | None = None)
     if "why" in found:
         raise UserError(f"{path}: {name} could not be grouped: {found['why']}")
     used = str(rank) if rank is not None else min(found, key=lambda key: (len(key), key))
-    used = str((models[name].get("ranks") or {}).get(used, used))  # fewer where the model's matrices are smaller
+    ranks = models[name].get("ranks", {})
+    if not isinstance(ranks, dict) or any(type(value) is not int for value in ranks.values()):
+        raise UserError(f"{path}: the ranks of {name} are damaged; analyze it again")
+    used = str(ranks.get(used, used))  # fewer where the model's matrices are smaller
     if used not in found:
         raise unknown(f"rank in {path}", used, found)
     try:
-        grouping = Grouping.from_json(found[used])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the grouping of {name} is damaged ({error!r}); analyze it again") from error
-    return grouping
+        if not isinstance(found[used], dict):
+            raise ValueError("it is no object")
+        return Grouping.from_json(found[used])
+    except ValueError as error:
+        raise UserError(f"{path}: the grouping of {name} is damaged ({error}); analyze it again") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import combinations_with_replacement
 
 import pytest
 
@@ -39,7 +41,7 @@ def test_the_first_of_equals_is_the_reference():
     ids=["all power laws", "undecided", "a projection with itself"],
 )
 def test_nothing_stands_out(found):
-    assert group(found, 64) == Grouping(64, None, (), PROJECTIONS, True, {})
+    assert replace(group(found, 64), undecided=0) == Grouping(64, None, (), PROJECTIONS, True, {})
 
 
 def test_projections_that_a_model_lacks_are_in_no_group():
@@ -47,8 +49,17 @@ def test_projections_that_a_model_lacks_are_in_no_group():
     assert "mlp.gate" not in group(found, 16).pareto
 
 
+def test_what_is_undecided_is_counted_and_said():
+    few = group(rows(*combinations_with_replacement(PROJECTIONS[1:], 2), verdict="undecided"), 16)
+    assert few.undifferentiated and few.undecided == 21 and few.pairs == 28
+    assert "to tell (21 of 28 pairs of projections undecided)" in few.words
+    assert "none is shown to be other than a power law (0 of 28" in group(rows(), 16).words
+    assert "undecided" not in group(rows(("attn.v", "mlp.gate")), 16).words
+
+
 def test_json_keeps_everything():
-    found = group(rows(("attn.v", "mlp.gate")), 16, {"name": "a", "sha256": "b"})
+    source = {"name": "a", "sha256": "b", "revision": "c", "license": "mit"}
+    found = replace(group(rows(("attn.v", "mlp.gate")), 16, source), undecided=3)
     assert Grouping.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
@@ -98,3 +109,32 @@ def test_refuses_what_is_no_analysis(tmp_path):
     for model in ({}, 3, {"grouping": {"16": {"rank": 16}}}, {"grouping": {"x": {}}}):
         with pytest.raises(UserError, match="analyze it again"):
             read_grouping(analysis(path, {"a": model}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": float("inf")}, {"rank": True}, {"rank": 0}, {"rank": None},
+        {"reference": "nonsense"}, {"reference": ["mlp.gate"]}, {"reference": None}, {"reference": "attn.v"},
+        {"gaussian": "attn.v"}, {"gaussian": [["a"]]}, {"gaussian": []}, {"gaussian": ["attn.v", "attn.v"]},
+        {"pareto": None}, {"undifferentiated": "false"}, {"undifferentiated": True}, {"undecided": -1},
+        {"source": []}, {"source": None}, {"source": {"name": "a"}},
+        {"source": {"name": "a", "sha256": 3, "revision": "c", "license": "mit"}},
+        {"source": {"name": "a\n# b", "sha256": "b", "revision": "c", "license": "mit"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refuses_a_damaged_grouping(tmp_path, change):
+    good = group(rows(("attn.v", "mlp.gate"), ("attn.q", "mlp.gate")), 16)
+    assert good.reference == "mlp.gate"
+    path = analysis(tmp_path / "a.json", {"a": {"grouping": {"16": good.to_json() | change}}})
+    with pytest.raises(UserError, match=r"damaged .*analyze it again") as error:
+        read_grouping(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ranks", [[16], 3, {"16": "64"}, {"16": [16]}], ids=str)
+def test_refuses_damaged_ranks(tmp_path, ranks):
+    path = analysis(tmp_path / "a.json", {"a": {"grouping": {"16": group(rows(), 16).to_json()}, "ranks": ranks}})
+    with pytest.raises(UserError, match="ranks of a are damaged"):
+        read_grouping(path)
