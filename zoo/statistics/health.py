@@ -6,6 +6,7 @@ model has none of it, it was never trained, or its values were put in random pla
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Finding:
     kind: str  # untrained | permuted | dead | constant | non-finite
     tensors: tuple[str, ...]  # names on disk
     text: str  # one line
+    whole: bool = False  # it is about all matrices of the model
 
 
 def health(
@@ -55,7 +57,8 @@ def health(
     permuted    the same noise, but values or gains of training: heavier tails than a normal, gains that differ. So look
                 entries that were shuffled, and entries that were drawn one by one from laws fitted to a trained model
     dead        a block, attention or MLP, that writes less than 1 % of what its siblings in other layers write (by the
-                product of the RMS of its matrices and gains): it passes its input on
+                product of the RMS of its matrices and gains): it passes its input on. Siblings of an MLP with experts
+                are the others with experts; the RMS of its experts' matrices is their mean
     constant    matrices whose values are all the same
     non-finite  tensors with NaN or infinity
 
@@ -98,8 +101,10 @@ def health(
 
 
 def summary(findings: Iterable[Finding]) -> str:
-    """`fine`, or the kinds that were found."""
-    return ", ".join(dict.fromkeys(f.kind for f in findings)) or "fine"
+    """`fine`, or the kinds that were found; `untrained layers` where the rest of the model was trained."""
+    of_layers = ("untrained", "permuted")
+    kinds = (f"{f.kind} layers" if f.kind in of_layers and not f.whole else f.kind for f in findings)
+    return ", ".join(dict.fromkeys(kinds)) or "fine"
 
 
 @dataclass
@@ -117,7 +122,9 @@ class _Tally:
 
     of_layer: dict[int | None, list[_Matrix]] = field(default_factory=dict)
     trained_gains: set[int | None] = field(default_factory=set)  # layers with a norm whose gains differ
-    outputs: dict[tuple[int, str], tuple[float, str]] = field(default_factory=dict)  # layer, factor -> RMS, tensor
+    outputs: dict[tuple[int, str], list[float]] = field(default_factory=dict)  # layer, factor -> RMS of each tensor
+    named: dict[tuple[int, str], str] = field(default_factory=dict)  # layer, factor -> the first of these tensors
+    mixtures: set[int] = field(default_factory=set)  # layers with experts
     constant: set[str] = field(default_factory=set)
     constant_zero: set[str] = field(default_factory=set)
     not_finite: list[str] = field(default_factory=list)
@@ -155,8 +162,13 @@ class _Tally:
         factor = f"norm@{spec.site}" if role == "norm" else role
         gains = values + offset if offset else values
         rms = torch.linalg.vector_norm(gains, dtype=torch.float64).item() / gains.numel() ** 0.5
-        before, name = self.outputs.get((spec.layer, factor), (0.0, spec.name))
-        self.outputs[spec.layer, factor] = (before + rms, name)
+        self.outputs.setdefault((spec.layer, factor), []).append(rms)
+        self.named.setdefault((spec.layer, factor), spec.name)
+        if spec.expert is not None or "experts" in spec.parts[0].axes:
+            self.mixtures.add(spec.layer)
+
+    def rms(self, layer: int, factor: str) -> float:
+        return statistics.fmean(self.outputs[layer, factor])
 
 
 def _values(donor: Checkpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
@@ -197,7 +209,7 @@ def _structureless(tally: _Tally, noise: dict[int | None, list[_Matrix]]) -> tup
             else f"never trained: {what} are noise as an initialisation draws it ({about})"
         )
         names = dict.fromkeys(m.spec.name for m in found)
-        findings.append(Finding("permuted" if marked_by_training else "untrained", tuple(names), text))
+        findings.append(Finding("permuted" if marked_by_training else "untrained", tuple(names), text, whole))
     return findings, whole
 
 
@@ -209,32 +221,34 @@ def _marked(tally: _Tally, found: list[_Matrix], layers: set[int | None]) -> boo
 
 def _dead(tally: _Tally) -> list[Finding]:
     findings = []
-    layers = sorted({layer for layer, _ in tally.outputs})
+    layers = {layer for layer, _ in tally.outputs}
     for block, (roles, sites) in BLOCKS.items():
         factors = [*roles, *(f"norm@{site}" for site in sites)]
-        output: dict[int, float] = {}
-        for layer in layers:
-            found = [tally.outputs[layer, f][0] for f in factors if (layer, f) in tally.outputs]
-            if all((layer, roles[i]) in tally.outputs for i in (-2, -1)):
-                output[layer] = torch.tensor(found, dtype=torch.float64).prod().item()
-        alive = [o for o in output.values() if o]
-        typical = statistics.median(alive) if alive else 1.0
-        for layer, o in output.items():
-            if o <= SILENT * typical:
-                names = _culprits(tally, layer, factors)
-                text = f"layer {layer}: its {block} writes {o / typical:.1g} of what others do: {_list(names)}"
-                findings.append(Finding("dead", names, text))
+        mixtures = tally.mixtures if block == "MLP" else set()
+        for siblings in (layers & mixtures, layers - mixtures):
+            writing = [layer for layer in sorted(siblings) if all((layer, r) in tally.outputs for r in roles[-2:])]
+            output = {
+                layer: math.prod(tally.rms(layer, f) for f in factors if (layer, f) in tally.outputs)
+                for layer in writing
+            }
+            alive = [o for o in output.values() if o]
+            typical = statistics.median(alive) if alive else 1.0
+            for layer, o in output.items():
+                if o <= SILENT * typical:
+                    names = _culprits(tally, layer, factors, writing)
+                    text = f"layer {layer}: its {block} writes {o / typical:.1g} of what others do: {_list(names)}"
+                    findings.append(Finding("dead", names, text))
     return sorted(findings, key=lambda f: f.text)
 
 
-def _culprits(tally: _Tally, layer: int, factors: list[str]) -> tuple[str, ...]:
+def _culprits(tally: _Tally, layer: int, factors: list[str], siblings: list[int]) -> tuple[str, ...]:
     """Of a block that writes too little, the tensors that are the smallest beside their siblings."""
     ratio = {}
     for factor in factors:
         if (layer, factor) in tally.outputs:
-            siblings = [rms for (_, f), (rms, _) in tally.outputs.items() if f == factor and rms]
-            rms, name = tally.outputs[layer, factor]
-            ratio[name] = rms / (statistics.median(siblings) if siblings else 1.0)
+            others = [tally.rms(other, factor) for other in siblings if (other, factor) in tally.outputs]
+            alive = [rms for rms in others if rms]
+            ratio[tally.named[layer, factor]] = tally.rms(layer, factor) / (statistics.median(alive) if alive else 1.0)
     least = min(ratio.values())
     return tuple(name for name, r in ratio.items() if r <= max(10 * least, SILENT))
 

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import init
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from zoo.checkpoint import Checkpoint
 from zoo.modules import zoo_of
@@ -56,7 +63,7 @@ def test_every_initialisation_is_untrained(make: Callable[[], nn.Module], scheme
         if p.ndim > 1:
             SCHEMES[scheme](name, p)
     (finding,) = health(zoo_of({"x": model}).donors[0])
-    assert finding.kind == "untrained" and finding.text.startswith("never trained: all ")
+    assert finding.kind == "untrained" and finding.whole and finding.text.startswith("never trained: all ")
     assert "\n" not in finding.text
     matrices = sum(
         p.ndim > 1 and bool(p.any()) for n, p in model.named_parameters() if "wpe" not in n and "head" not in n
@@ -124,6 +131,7 @@ def test_a_layer_that_was_put_in_new_is_untrained(shared_data: Path, tmp_path: P
 
     (finding,) = changed(shared_data / "models" / "stories260K", tmp_path / "a", renew)
     assert finding.kind == "untrained" and "layers 2, 3: 14 matrices" in finding.text
+    assert not finding.whole and summary([finding]) == "untrained layers"
 
 
 DEAD: dict[str, tuple[Change, str, str]] = {
@@ -141,6 +149,26 @@ def test_a_dead_block_is_found(shared_data: Path, tmp_path: Path, how: str) -> N
     (finding,) = changed(shared_data / "models" / "stories260K", tmp_path / "a", change)
     assert finding.kind == "dead" and f"layer 3: its {block} writes" in finding.text
     assert any(culprit in name for name in finding.tensors) and all(".3." in name for name in finding.tensors)
+
+
+@pytest.mark.parametrize("kill", [None, 0, 2])
+@torch.no_grad()
+def test_dense_layers_and_layers_of_experts_are_compared_with_their_like(kill: int | None) -> None:
+    """In one model of sixteen experts, layers 0 and 2 dense: the dense ones write what one expert does, and are dead
+    only beside each other, or where they write nothing."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 120, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 5}
+    experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0, 2]}
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**sizes, **experts, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
+    )
+    for p in model.parameters():
+        if p.ndim > 1:
+            p[0].mul_(3)  # structure, as if it was trained
+    if kill is not None:
+        model.model.layers[kill].mlp.down_proj.weight.mul_(1e-3)
+    found = health(zoo_of({"x": model}).donors[0])
+    assert [f.text.partition(" writes")[0] for f in found] == [f"layer {kill}: its MLP"] * (kill is not None)
 
 
 def test_faults_side_by_side(shared_data: Path, tmp_path: Path) -> None:
