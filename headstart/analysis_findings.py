@@ -12,9 +12,13 @@ from typing import Any
 Results = dict[str, Any]
 Model = dict[str, Any]
 
-LEVEL = 0.05  # of the false discovery rate
+LEVEL = 0.05  # of the false discovery rate, and of single tests whose number is counted
+SINGLE = 0.01  # of what is claimed of such a count: a page makes some ten claims
 POWER_LAW, NOT, OPEN = "power law", "not a power law", "undecided"
 BEYOND, NOT_BEYOND, UNKNOWN = "beyond chance", "not beyond chance", "cannot be told"
+TRAINED, AILING, UNCLEAR = "trained", "ailing", "unclear"  # ailing: something is wrong with it, or with a part
+NOT_TRAINED, NOT_CHECKED = "not trained", "not checked"
+STATES = (TRAINED, AILING, UNCLEAR, NOT_TRAINED, NOT_CHECKED)
 TESTS = {"row_spread": "row energies", "column_spread": "column energies", "row_correlation": "row correlation"}
 
 
@@ -49,7 +53,7 @@ def headline(results: Results) -> str:
         ((name, model),) = models.items()
         return " ".join([_state(name, model), *_similarity_sentence(model)])
     states = Counter(state(model) for model in models.values())
-    counts = ", ".join(f"{states[s]} {s}" for s in ("trained", "ailing", "not trained") if states[s])
+    counts = ", ".join(f"{states[s]} {s}" for s in STATES if states[s])
     compared = [m for m in models.values() if "why" not in m["dsv"] and not undecided(m, first_rank(m))]
     if not compared:
         return f"{len(models)} donors: {counts}. None has enough layers to tell what law their distances follow."
@@ -88,9 +92,13 @@ def relations(results: Results, kind: str) -> str:
 
 
 def state(model: Model) -> str:
-    """trained | ailing (something is wrong with it, or with a part) | not trained."""
-    kinds = {finding["kind"] for finding in findings(model)}
-    return "not trained" if "untrained" in kinds else "ailing" if kinds else "trained"
+    """One of STATES: what the health check and the spectra together allow to say."""
+    if isinstance(model["health"], dict):
+        return NOT_CHECKED
+    found = findings(model)
+    if any(finding["kind"] == "untrained" and finding["whole"] for finding in found):
+        return NOT_TRAINED
+    return AILING if found else TRAINED if risen_matrices(model)[0] else UNCLEAR
 
 
 def findings(model: Model) -> list[dict[str, Any]]:
@@ -98,12 +106,18 @@ def findings(model: Model) -> list[dict[str, Any]]:
 
 
 def _state(name: str, model: Model) -> str:
-    found = findings(model)
-    if any(finding["kind"] == "untrained" for finding in found):
+    now = state(model)
+    if now == NOT_CHECKED:
+        return f"{name} could not be checked: {model['health']['why'].rstrip('.')}."
+    if now == NOT_TRAINED:
         return f"{name} looks as if it had never been trained."
     risen, whole = risen_matrices(model)
-    trained = f"{name} is trained: {risen} of {whole} matrices hold directions that noise does not"
-    return f"{trained}, but {found[0]['text'].rstrip('.')}." if found else f"{trained}."
+    trouble = "".join(f" Something is wrong: {f['text'].rstrip('.')}." for f in findings(model)[:1])
+    if risen:
+        return f"{name} is trained: {risen} of {whole} matrices hold directions that noise does not.{trouble}"
+    if trouble:
+        return f"Whether {name} was trained cannot be told.{trouble}"
+    return f"{name} has structure that noise has not, but no directions above it: training or a structured init."
 
 
 def _similarity_sentence(model: Model) -> Iterator[str]:
@@ -157,26 +171,25 @@ def _of_marginals(model: Model) -> Iterator[Claim]:
 
 def _of_spectra(model: Model) -> Iterator[Claim]:
     risen, whole = risen_matrices(model)
-    noise = [draw for draws in model["spectra"]["untrained"].values() for draw in draws if "why" not in draw]
-    false = sum(draw["outliers"] > 0 for draw in noise)
+    spectra = model["spectra"]["tensors"].values()
+    noise = [t["noise"]["outliers"] > 0 for t in spectra if t.get("outliers") is not None]
     yield Claim(
         "Singular values rise above the edge of noise (Marchenko-Pastur)",
         f"{risen} of {whole} matrices",
-        f"{false} of {len(noise)} random matrices of the same shapes",
-        BEYOND if noise and risen / max(whole, 1) > max(false / len(noise), LEVEL) else NOT_BEYOND,
+        f"{sum(noise)} of {len(noise)} random matrices of the same shapes",
+        BEYOND if noise and risen / whole > max(sum(noise) / whole, LEVEL) else NOT_BEYOND,
     )
-    pairs = [(t, untrained(model, t)) for t in model["spectra"]["tensors"].values() if t.get("alpha") is not None]
-    pairs = [(t, draws) for t, draws in pairs if draws]
-    if not pairs:
+    pairs = [(t.get("alpha"), noise_alpha(t)) for t in spectra]
+    known = [(here, there) for here, there in pairs if here is not None and there is not None]
+    if not known:
         return
-    below = sum(t["alpha"] < min(draws) for t, draws in pairs)
-    expected = sum(1 / (1 + len(draws)) for _, draws in pairs)
-    here, there = median(t["alpha"] for t, _ in pairs), median(a for _, draws in pairs for a in draws)
+    below = sum(here < there for here, there in known)
+    here, there = (median(alphas) for alphas in zip(*known, strict=True))
     yield Claim(
         "Spectra have heavier tails (a lower α) than noise",
-        f"α below that of all random matrices of its shape in {below} of {len(pairs)}; median α {here:.2f}",
-        f"{expected:.0f} of {len(pairs)} if weights were noise; median α {there:.2f}: noise gets an exponent too",
-        BEYOND if binomial_tail(below, len(pairs), expected / len(pairs)) < LEVEL else NOT_BEYOND,
+        f"α below that of a random matrix of its shape in {below} of {len(known)}; median α {here:.2f}",
+        f"half of them, if weights were noise; median α {there:.2f}: noise gets an exponent too",
+        BEYOND if binomial_tail(below, len(known), 0.5) < SINGLE else NOT_BEYOND,
     )
 
 
@@ -188,14 +201,20 @@ def _of_similarity(model: Model, rank: str) -> Iterator[Claim]:
         f"Distances between layers follow a power law (top {rank} singular values)",
         f"{here[POWER_LAW]} of {len(pairs)} pairs of projections; {here[OPEN]} undecided",
         _in_noise(model, rank, POWER_LAW),
-        UNKNOWN if undecided(model, rank) else BEYOND if above_noise(model, rank, POWER_LAW) else NOT_BEYOND,
+        _beside_noise(model, rank, POWER_LAW),
     )
     yield Claim(
         f"Some pairs of projections do not (top {rank}), which is what LoRA's groups are made of",
         f"{here[NOT]} of {len(pairs)} pairs; {rejected} by goodness of fit after correction for {len(pairs)} tests",
         _in_noise(model, rank, NOT),
-        BEYOND if above_noise(model, rank, NOT) else NOT_BEYOND,
+        _beside_noise(model, rank, NOT),
     )
+
+
+def _beside_noise(model: Model, rank: str, verdict: str) -> str:
+    if undecided(model, rank):
+        return UNKNOWN
+    return BEYOND if above_noise(model, rank, verdict) else NOT_BEYOND
 
 
 def _in_noise(model: Model, rank: str, verdict: str) -> str:
@@ -205,64 +224,74 @@ def _in_noise(model: Model, rank: str, verdict: str) -> str:
 
 def above_noise(model: Model, rank: str, verdict: str) -> bool:
     """Whether more pairs get a verdict than in random matrices of either kind, by two standard deviations of such a
-    count. Pairs share layers, so that counts scatter more than those of independent tests: this is the least to ask."""
+    count, of one at least. Pairs share layers, so that counts scatter more than those of independent tests: this is the
+    least to ask."""
     most = max(verdicts(model, rank, null)[verdict] for null in model["dsv"][rank]["nulls"])
-    return verdicts(model, rank)[verdict] > most + 2 * math.sqrt(most)
+    return verdicts(model, rank)[verdict] > most + 2 * math.sqrt(max(most, 1))
 
 
 def _of_rows(model: Model) -> Iterator[Claim]:
-    tensors = model["row_column"]["tensors"]
-    flags = row_column_discoveries(model)
     for test, words in TESTS.items():
-        tested = [t for t in tensors if t.get(f"{test}_p") is not None]
-        if tested:
-            found = sum(flags[t["tensor"], t["role"], test] for t in tested)
+        p = [t[f"{test}_p"] for t in model["row_column"]["tensors"] if t.get(f"{test}_p") is not None]
+        if p:
             yield Claim(
                 f"Rows and columns are more than their values: {words}",
-                f"{found} of {len(tested)} matrices",
-                "none, if each matrix's entries are shuffled",
-                BEYOND if found else NOT_BEYOND,
+                f"{_small(p)} of {len(p)} matrices",
+                f"{LEVEL * len(p):.1f} of {len(p)}, if each matrix's entries are shuffled",
+                _more_than_chance(p),
             )
 
 
 def _of_couplings(model: Model) -> Iterator[Claim]:
     couplings = model["row_column"]["couplings"]
-    flags = discoveries([c["p"] for c in couplings])
     for space in dict.fromkeys(c["space"] for c in couplings):
-        chosen = [(c, flag) for c, flag in zip(couplings, flags, strict=True) if c["space"] == space]
-        known = [c["correlation"] for c, _ in chosen if c["correlation"] is not None]
-        found = sum(flag for _, flag in chosen)
-        yield Claim(
-            f"Matrices that share a space are coupled: {space}",
-            f"{found} of {len(chosen)} couplings" + (f"; median correlation {median(known):+.2f}" if known else ""),
-            "none, if the units of one side are shuffled",
-            BEYOND if found else NOT_BEYOND,
-        )
+        tested = [c for c in couplings if c["space"] == space and c["p"] is not None]
+        known = [c["correlation"] for c in tested if c["correlation"] is not None]
+        p = [c["p"] for c in tested]
+        if p:
+            yield Claim(
+                f"Matrices that share a space are coupled: {space}",
+                f"{_small(p)} of {len(p)} couplings" + (f"; median correlation {median(known):+.2f}" if known else ""),
+                f"{LEVEL * len(p):.1f} of {len(p)}, if the units of one side are shuffled",
+                _more_than_chance(p),
+            )
+
+
+def _small(p_values: Sequence[float]) -> int:
+    return sum(p <= LEVEL for p in p_values)
+
+
+def _more_than_chance(p_values: Sequence[float]) -> str:
+    """Whether so many tests would be significant if nothing were there, by the binomial law: one small p-value among
+    many is no claim, and the least that permutations can give, 1 in 200, need not pass a correction for them all."""
+    return BEYOND if binomial_tail(_small(p_values), len(p_values), LEVEL) < SINGLE else NOT_BEYOND
 
 
 def tests(model: Model) -> str:
     """How many tests stand behind the claims, and what was done about their number."""
-    marginals = len(matrices(model["marginals"]))
-    fits = 0 if "why" in model["dsv"] else sum(len(found["pairs"]) for found in model["dsv"].values())
-    rows = couplings = 0
+    counts = {"of kurtosis": sum(t.get("kurtosis") is not None for t in matrices(model["marginals"]))}
+    if "why" not in model["spectra"]:
+        counts["of exponents against noise"] = sum(
+            t.get("alpha") is not None and noise_alpha(t) is not None for t in model["spectra"]["tensors"].values()
+        )
+    if "why" not in model["dsv"]:
+        rows = [row for found in model["dsv"].values() for row in found["pairs"]]
+        counts["of power laws"] = sum(row.get("p") is not None for row in rows)
+        counts["of likelihood ratios"] = sum(len(row.get("ratios") or {}) for row in rows)
     if "why" not in model["row_column"]:
-        rows, couplings = len(row_column_discoveries(model)), len(model["row_column"]["couplings"])
+        tensors, couplings = model["row_column"]["tensors"], model["row_column"]["couplings"]
+        counts["of rows and columns"] = sum(t.get(f"{test}_p") is not None for t in tensors for test in TESTS)
+        counts["of couplings"] = sum(c["p"] is not None for c in couplings)
+    told = ", ".join(f"{count} {what}" for what, count in counts.items())
     return (
-        f"{marginals + fits + rows + couplings} tests stand behind this table: {marginals} of kurtosis, {fits} of "
-        f"power laws, {rows} of rows and columns, {couplings} of couplings. Numbers of matrices and couplings count "
-        f"discoveries at a false discovery rate of {LEVEL:.0%} within each kind (Benjamini-Hochberg). Verdicts "
-        "on single pairs of projections are not corrected for each other: pairs share layers, so count them rather "
-        "than pick one. Their chance is one draw of each kind of random matrices; only a count above both by two "
-        "standard deviations is called beyond it."
+        f"{sum(counts.values())} tests stand behind this table: {told}. Kurtosis counts discoveries at a false "
+        f"discovery rate of {LEVEL:.0%} (Benjamini-Hochberg). Exponents, rows, columns and couplings are claimed where "
+        f"so many matrices (p ≤ {LEVEL:g}, an exponent below that of noise) would be found by chance, each test on its "
+        f"own, with a probability below {SINGLE:g}. Permutations give no p below 0.005, so that a single real effect "
+        "among many tests stays unseen. Verdicts on single pairs of projections are not corrected for each other: "
+        "pairs share layers, so count them rather than pick one. Their chance is one draw of each kind of random "
+        "matrices; only a count above both by two standard deviations is called beyond it."
     )
-
-
-def row_column_discoveries(model: Model) -> dict[tuple[str, str, str], bool]:
-    """(tensor, role, test) -> significant, corrected for all of them."""
-    tensors = model["row_column"]["tensors"]
-    keys = [(t, test) for t in tensors for test in TESTS if t.get(f"{test}_p") is not None]
-    flags = discoveries([t[f"{test}_p"] for t, test in keys])
-    return {(t["tensor"], t["role"], test): flag for (t, test), flag in zip(keys, flags, strict=True)}
 
 
 def verdicts(model: Model, rank: str, null: str | None = None) -> Counter[str]:
@@ -296,11 +325,10 @@ def risen_matrices(model: Model) -> tuple[int, int]:
     return sum(t["outliers"] > 0 for t in known), len(known)
 
 
-def untrained(model: Model, tensor: dict[str, Any]) -> list[float]:
-    """The exponents of random matrices of a tensor's shape."""
-    rows, columns = tensor["shape"][0], math.prod(tensor["shape"][1:])
-    draws = model["spectra"]["untrained"].get(f"{rows}x{columns}", [])
-    return [draw["alpha"] for draw in draws if draw.get("alpha") is not None]
+def noise_alpha(tensor: dict[str, Any]) -> float | None:
+    """The exponent of a random matrix of a tensor's shape."""
+    alpha: float | None = tensor.get("noise", {}).get("alpha")
+    return alpha
 
 
 def binomial_tail(successes: int, trials: int, chance: float) -> float:
@@ -315,9 +343,14 @@ def advice(model: Model) -> Iterator[str]:
     """What the groupings say, one line per rank."""
     for rank, grouping in model["grouping"].items():
         if grouping["undifferentiated"]:
+            pairs = len(model["dsv"][rank]["pairs"])
+            unknown = grouping.get("undecided", verdicts(model, rank)[OPEN])
+            if 2 * unknown > pairs:
+                yield f"Top {rank}: too few layers to tell projections apart ({unknown} of {pairs} pairs undecided)."
+                continue
             yield (
                 f"Top {rank}: undifferentiated. No pair of projections is shown to be other than a power law, so all "
-                "of them form one Pareto group, and nothing sets them apart."
+                f"of them form one Pareto group; {unknown} of {pairs} pairs are undecided."
             )
             continue
         gaussian, pareto = (", ".join(grouping[kind]) or "none" for kind in ("gaussian", "pareto"))

@@ -8,6 +8,7 @@ from html import escape
 from statistics import median
 
 from headstart.analysis_findings import (
+    NOT_CHECKED,
     POWER_LAW,
     Results,
     findings,
@@ -126,7 +127,9 @@ def _overview(results: Results) -> str:
         )
     heads = ("median\nkurtosis", "matrices\nabove noise", "median α", "power laws: here /\nGaussian / spikes")
     columns = [("text", "donor"), ("text", "architecture"), ("", "parameters"), ("text", "health")]
-    troubles = [f"{name}: {f['text']}" for name, model in results["models"].items() for f in findings(model)]
+    models = results["models"].items()
+    troubles = [f"{name}: {f['text']}" for name, model in models for f in findings(model)]
+    troubles += [f"{name}: not checked, {m['health']['why']}" for name, m in models if state(m) == NOT_CHECKED]
     return (
         "<h2>Overview</h2>"
         + table([*columns, *(("", h) for h in heads)], rows)
@@ -169,11 +172,12 @@ def _conditions(results: Results) -> list[str]:
     ]
     return [
         *(donors if len(donors) == 1 else []),
-        f"Seed {results['seed']}; {results['bootstraps']} resamplings of layers behind each p-value of a power law; "
+        f"Seed {results['seed']}; {results['bootstraps']} replicates behind each p-value of a power law; "
         f"ranks {', '.join(map(str, results['ranks']))}.",
-        "A power law is claimed where its goodness of fit is not rejected (p > 0.1, layers resampled, xmin and α "
-        "refitted each time) and no other law fits significantly better (likelihood ratios, Holm over the four). "
-        "Donors of the same shapes share the random matrices that they are compared with.",
+        "A power law is claimed where its goodness of fit is not rejected (p > 0.1, among replicates of as many "
+        "independent values as the layers are worth, xmin and α refitted each time) and no other law fits "
+        "significantly better (likelihood ratios with variances over layers, Holm over the four). "
+        "Donors of the same shapes share the random matrices that the similarity of their layers is compared with.",
         "The families of values compete on values held out from the fit; kurtosis is that of all values.",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()) + ".",
     ]

@@ -25,8 +25,6 @@ from zoo.streams import stream
 from zoo.tensors import split
 
 NULLS = ("gaussian", "spikes")  # what the similarity of layers is compared with
-UNTRAINED = 3  # random matrices of each shape whose spectra are shown; one where they are large
-LARGE = 1 << 20  # entries
 
 Tick = Callable[[int], None]  # so many more tensors (or pairs) are done
 
@@ -88,31 +86,24 @@ def _marginals(task: Task) -> Any:
 
 
 def _spectra(task: Task) -> Any:
+    """The spectrum of every matrix, beside that of a random one of its shape: a draw for each, so that counts of
+    matrices are counts of independent trials."""
+
     def make(tick: Tick) -> Any:
-        found, sizes = {}, set()
+        found = {}
         for label, about, values in tensors(task, tick):
             if len(about["shape"]) < 2:
                 continue
             found[label] = about
             if values is not None:
+                noise = stream(task.seed, f"analyze/noise/{task.donor.sha256}/{label}")
                 matrix = values.flatten(1)
                 found[label] = about | _or_why(spectrum, matrix)
-                sizes.add((matrix.shape[0], matrix.shape[1]))
-        return {"tensors": found, "untrained": {f"{m}x{n}": _untrained(task, m, n) for m, n in sorted(sizes)}}
+                matrix = torch.randn(matrix.shape, generator=noise).to(task.device)
+                found[label]["noise"] = _or_why(spectrum, matrix)
+        return {"tensors": found}
 
     return task.keep("spectra", [task.donor.sha256, task.seed], make)
-
-
-def _untrained(task: Task, rows: int, columns: int) -> list[dict[str, Any]]:
-    """The spectra of standard normal matrices of a shape."""
-
-    def make(tick: Tick) -> Any:
-        draws = UNTRAINED if rows * columns <= LARGE else 1
-        names = [f"analyze/untrained/{rows}x{columns}/{i}" for i in range(draws)]
-        noise = (torch.randn(rows, columns, generator=stream(task.seed, name)) for name in names)
-        return [_or_why(spectrum, matrix.to(task.device)) for matrix in noise]
-
-    return task.keep("untrained", [rows, columns, task.seed], make)
 
 
 def _similarity(task: Task) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headstart.analysis_findings import Model, matrices, untrained
+from headstart.analysis_findings import Model, matrices, noise_alpha
 from headstart.plots import COLOURS, GREY, INK, plain
 from zoo.statistics.similarity import PROJECTIONS
 
@@ -80,7 +80,7 @@ def spectra(model: Model) -> Figure | None:
         return None
     figure = Figure(figsize=(9.2, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    noise = [alpha for t in tensors for alpha in untrained(model, t)]
+    noise = [a for a in map(noise_alpha, tensors) if a is not None]
     if noise:
         right.axhspan(min(noise), max(noise), color=GREY, alpha=0.22, linewidth=0, label="noise of\nthese shapes")
     left.axhline(1, color=GREY, linewidth=1, linestyle=":")

@@ -11,27 +11,30 @@ from typing import Any
 
 from headstart import analysis_plots as plots
 from headstart.analysis_findings import (
+    AILING,
     BEYOND,
+    LEVEL,
     NOT,
     NOT_BEYOND,
+    NOT_TRAINED,
     OPEN,
     POWER_LAW,
     TESTS,
+    TRAINED,
     Model,
     advice,
     claims,
     findings,
     first_rank,
+    noise_alpha,
     risen_matrices,
-    row_column_discoveries,
     tests,
-    untrained,
     verdicts,
 )
 from headstart.page import bullets, cards, figure, note, or_dash, table
 from zoo.statistics.similarity import PROJECTIONS
 
-CHIP = {BEYOND: "good", NOT_BEYOND: "bad", "trained": "good", "not trained": "bad", "ailing": "bad"}
+CHIP = {BEYOND: "good", NOT_BEYOND: "bad", TRAINED: "good", NOT_TRAINED: "bad", AILING: "bad"}
 WORD = {POWER_LAW: "power law", NOT: "not", OPEN: "undecided"}
 SIGN = {POWER_LAW: "✓", NOT: "✕", OPEN: "?"}
 MOST_PAIRS = 6  # whose distances are drawn
@@ -131,13 +134,12 @@ def _spectra(name: str, model: Model) -> Iterable[str]:
     )
     rows = []
     for label, t in part["tensors"].items():
-        draws = untrained(model, t)
         rows.append(
             [
                 ("text", escape(label)),
                 ("", _size(t)),
                 *(("", _number(t.get(key))) for key in ("norm", "stable_rank", "edge", "outliers", "alpha")),
-                ("", " to ".join(dict.fromkeys(f"{a:.2f}" for a in (min(draws), max(draws)))) if draws else "–"),
+                ("", _number(noise_alpha(t))),
                 ("", _number(t.get("distance"))),
             ]
         )
@@ -152,8 +154,9 @@ def _similarity(name: str, model: Model) -> Iterable[str]:
         return
     yield note(
         "Each layer's top singular values of a projection are a vector; the distances 1 − cos between the layers' "
-        "vectors of two projections are tested for a power law, layers resampled. Cells: the exponent α, and the "
-        "verdict. The small maps are the same study of random matrices of the same shapes." + _cap(model["ranks"])
+        "vectors of two projections are tested for a power law, by replicates of as many independent values as the "
+        "layers are worth. Cells: the exponent α, and the verdict. The small maps are the same study of random "
+        "matrices of the same shapes." + _cap(model["ranks"])
     )
     for i, (rank, found) in enumerate(part.items()):
         small = (
@@ -222,7 +225,7 @@ def _pairs(rows: list[dict[str, Any]]) -> str:
         body.append(
             [
                 ("text", escape(f"{plots.short(row['a'])} – {plots.short(row['b'])}")),
-                *(("", _number(row.get(key))) for key in ("n", "tail", "alpha")),
+                *(("", _number(row.get(key))) for key in ("n", "worth", "tail", "alpha")),
                 ("", or_dash(row.get("alpha_ci95"), lambda ci: " to ".join(f"{x:.2f}" for x in ci))),
                 *(("", _number(row.get(key))) for key in ("distance", "p", "p_pairs", "skewness")),
                 *(("", _ratio((row.get("ratios") or {}).get(key))) for key in ratios),
@@ -230,12 +233,13 @@ def _pairs(rows: list[dict[str, Any]]) -> str:
                 ("wide", escape(row.get("why") or "")),
             ]
         )
-    heads = ["n", "tail", "α", "95 %", "KS", "p\n(layers)", "p\n(pairs)", "skew"]
+    heads = ["n", "worth", "tail", "α", "95 %", "KS", "p\n(layers)", "p\n(pairs)", "skew"]
     columns = [("text", "pair"), *(("", h) for h in [*heads, *(f"R, p\n{r.replace('_', ' ')}" for r in ratios)])]
     text = (
-        "KS: distance of the fit. p: goodness of fit with layers resampled, and with pairs as if they were independent "
-        "(the published protocol). R: log-likelihood ratio against another law, negative where the other fits better, "
-        "with the p-value of its sign."
+        "worth: how many independent values the n distances of so few layers are worth. KS: distance of the fit. p: "
+        "goodness of fit among replicates of that many independent values, and of n (the published protocol, pairs as "
+        "if they were independent). 95 %: of α, with random weights for layers. R: log-likelihood ratio against "
+        "another law, negative where the other fits better, with the p-value of its sign."
     )
     return table([*columns, ("text", "verdict"), ("wide", "why")], body) + note(text)
 
@@ -257,22 +261,23 @@ def _rows(model: Model) -> Iterable[str]:
     if "why" in part:
         yield _absent(part)
         return
-    flags = row_column_discoveries(model)
     body = []
     for role in dict.fromkeys(t["role"] for t in part["tensors"]):
         of_role = [t for t in part["tensors"] if t["role"] == role]
         line = [("text", escape(role)), ("", str(len(of_role)))]
         for test in TESTS:
-            found = sum(flags.get((t["tensor"], t["role"], test), False) for t in of_role)
+            p = [t[f"{test}_p"] for t in of_role if t.get(f"{test}_p") is not None]
+            found = sum(value <= LEVEL for value in p)
             here, null = (median(t[key] for t in of_role) for key in (test, f"{test}_null"))
-            line += [("", f"{here:.2f} / {null:.2f}"), ("best" if found else "", f"{found} of {len(of_role)}")]
+            line += [("", f"{here:.2f} / {null:.2f}"), ("", f"{found} of {len(p)}")]
         body.append(line)
     columns = [("text", "role"), ("", "matrices")]
     for words in ("spread of row energy", "of column energy", "|correlation| of rows"):
-        columns += [("", f"{words}\nhere / shuffled"), ("", "significant")]
+        columns += [("", f"{words}\nhere / shuffled"), ("", f"p ≤ {LEVEL:g}")]
     yield note(
         "Do rows and columns matter, or only the values (2408.08681)? Medians over a role's matrices, beside the same "
-        "matrices with their entries shuffled."
+        "matrices with their entries shuffled. One matrix in twenty has p ≤ 0.05 by chance; 0.005 is the least p that "
+        "199 permutations can give."
     )
     yield table(columns, body)
     couplings = []

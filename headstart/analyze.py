@@ -50,7 +50,7 @@ def analyze(
     donor       only this donor
     ranks       of how many singular values the similarity of layers is made; a donor whose smallest projection has
                 fewer is compared by that many, and the report says so
-    bootstraps  resamplings of layers behind each p-value of their similarity
+    bootstraps  replicates behind each p-value of their similarity, of as many independent values as layers are worth
 
     One tensor is in memory at a time. What a donor does not admit (the similarity of two layers, say) is left out
     with the reason, and the rest goes on. Raises UserError before any work: neither zoo nor donor, an unknown donor,

@@ -302,7 +302,7 @@ def analyze(
     ranks: Annotated[
         str, typer.Option("--ranks", metavar="A,B,...", help="Numbers of singular values that layers are compared by.")
     ] = "16,64,256",
-    bootstraps: Annotated[int, typer.Option("--bootstraps", help="Resamplings of layers behind each p-value.")] = 500,
+    bootstraps: Annotated[int, typer.Option("--bootstraps", help="Replicates behind each p-value of a fit.")] = 500,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     quiet: QuietOption = False,

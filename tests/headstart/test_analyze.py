@@ -16,14 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headstart.analysis_findings import (
+    AILING,
     BEYOND,
+    NOT_CHECKED,
+    UNCLEAR,
     binomial_tail,
     claims,
     discoveries,
     headline,
     kurtosis_p,
+    noise_alpha,
     relations,
     risen_matrices,
+    state,
 )
 from headstart.analysis_page import page
 from headstart.analyze import analyze
@@ -32,6 +37,7 @@ from tests.headstart.test_cli import headstart
 from zoo.add import add
 from zoo.errors import UserError
 from zoo.statistics.grouping import read_grouping
+from zoo.statistics.spectra import spectrum
 from zoo.tensors import split
 
 SMALL: dict[str, Any] = {"ranks": (4, 64), "bootstraps": 10, "quiet": True}
@@ -107,6 +113,63 @@ def test_of_random_matrices_nothing_is_claimed(untrained: dict[str, Any]) -> Non
         assert model["marginals"]["shares"]["normal"] > 0.9
         assert [c.what for c in claims(model) if c.verdict == BEYOND] == []
     assert "2 not trained" in headline(untrained)
+
+
+def test_every_matrix_has_noise_of_its_own(untrained: dict[str, Any]) -> None:
+    tensors = [t for t in untrained["models"]["three"]["spectra"]["tensors"].values() if t.get("alpha") is not None]
+    draws = [noise_alpha(t) for t in tensors]
+    assert len(tensors) > 20 and None not in draws and len(set(draws)) == len(draws)
+
+
+def test_noise_is_seldom_taken_for_heavy_tails() -> None:
+    """Of 60 donors of fifteen random matrices in three shapes, each beside its own draw, no more are claimed than one
+    in a hundred allows (three have a probability of 0.02)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(shape: tuple[int, int]) -> dict[str, Any]:
+        return spectrum(torch.randn(shape, generator=generator))
+
+    claimed = 0
+    for _ in range(60):
+        shapes = [(24, 16), (16, 16), (16, 24)] * 5
+        tensors = {str(i): {**noise(shape), "shape": shape, "noise": noise(shape)} for i, shape in enumerate(shapes)}
+        found = {c.what: c.verdict for c in claims(only_spectra(tensors))}
+        claimed += found["Spectra have heavier tails (a lower α) than noise"] == BEYOND
+    assert claimed < 3
+
+
+def only_spectra(tensors: dict[str, Any]) -> dict[str, Any]:
+    absent = {"why": "not made"}
+    return {"health": [], "marginals": absent, "spectra": {"tensors": tensors}, "dsv": absent, "row_column": absent}
+
+
+def test_one_small_p_value_among_many_is_no_claim() -> None:
+    def verdicts(couplings: dict[str, list[float]]) -> list[str]:
+        rows = [{"space": s, "p": p, "correlation": 0.1} for s, values in couplings.items() for p in values]
+        model = only_spectra({}) | {"row_column": {"tensors": [], "couplings": rows}}
+        return [c.verdict == BEYOND for c in claims(model) if "coupled" in c.what]
+
+    assert verdicts({"ffn": [0.005] * 8, "residual": [0.005, *([0.5] * 5)]}) == [True, False]
+    assert verdicts({"ffn": [0.04] * 2 + [0.5] * 40}) == [False]
+    uniform = np.random.default_rng(0).integers(1, 201, (300, 20)) / 200
+    assert sum(verdicts({"ffn": list(p)}) == [True] for p in uniform) <= 8  # of 300, at one in a hundred
+
+
+def test_a_donor_is_called_no_more_than_is_known(untrained: dict[str, Any]) -> None:
+    def said(health: Any, risen: bool = False) -> tuple[str, str]:
+        model = json.loads(json.dumps(untrained["models"]["three"])) | {"health": health}
+        for t in model["spectra"]["tensors"].values():
+            t["outliers"] = int(risen)
+        return state(model), headline({"models": {"three": model}})
+
+    renewed = {"kind": "untrained", "tensors": [], "text": "layer 2: noise", "whole": False}
+    assert said([renewed], True)[0] == AILING and "three is trained" in said([renewed], True)[1]
+    assert "never" not in said([renewed], True)[1] and "layer 2: noise" in said([renewed], True)[1]
+    assert "cannot be told" in said([renewed])[1]
+    assert said([])[0] == UNCLEAR and "is trained" not in said([])[1]
+    assert said({"why": "cannot be read"}, True)[0] == NOT_CHECKED
+    assert "could not be checked" in said({"why": "cannot be read"}, True)[1]
+    assert said([renewed | {"whole": True}])[1].startswith("three looks as if it had never been trained")
 
 
 def test_a_trained_donor_is_told_from_noise(trained: tuple[Path, dict[str, Any]]) -> None:
