@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import os
 import shlex
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,9 @@ from headstart.generate import language_model, versions
 from headstart.local_tasks import is_file, local_task, question_files
 from headstart.lora import BASE
 from zoo.checkpoint import Checkpoint
-from zoo.errors import UserError
+from zoo.errors import UserError, unknown
 from zoo.hub import patiently
-from zoo.lora import CONFIG, WEIGHTS, require_peft
+from zoo.lora import CONFIG, WEIGHTS, lora_config_of, require_peft
 from zoo.safe import read_header, read_json
 from zoo.sources import HUB_ID, fetch, resolve
 from zoo.text import BYTES, byte_tokenizer
@@ -57,7 +58,8 @@ def evaluate(
 
     A model of 256 tokens without a tokenizer reads bytes. UserError: lm-eval (or, for an adapter, peft) is not
     installed, no such file or format, a folder without weights or tokenizer, weights that do not fill the model, an
-    adapter whose base is not found or does not fit it, data of a task that cannot be had.
+    adapter whose settings PEFT refuses or whose base is not found or does not fit it, data of a task that cannot be
+    had, a place that `out` cannot be written to.
     """
     _check(tasks, out, limit, batch_size)
     files = question_files(tasks)
@@ -89,9 +91,7 @@ def evaluate(
         "tasks": scores,
     }
     if out is not None:
-        with writing(Path(out)):
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).write_text(json.dumps(results, indent=2) + "\n")
+        _write(Path(out), json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -102,7 +102,7 @@ def locate(model: str | Path, base: str | Path | None, quiet: bool = True) -> tu
         if base is not None:
             raise UserError(f"--base {base}: {model} is no adapter (it has no {CONFIG}); leave --base out")
         return _fetched(str(model), quiet), None
-    require_peft()
+    _check_settings(adapter)
     named = str(base or read_json(adapter / CONFIG).get("base_model_name_or_path") or "")
     try:
         return _fetched(named, quiet), adapter
@@ -138,9 +138,13 @@ def load_model(folder: Path, adapter: Path | None, dtype: str | None) -> Any:
         warnings.simplefilter("ignore")
         try:
             adapted = PeftModel.from_pretrained(model, str(adapter))
-        except (RuntimeError, ValueError) as error:  # of other shapes; for modules that the base does not have
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{adapter}: does not fit {folder} ({reason}); give its own base with --base") from error
+        except Exception as error:  # PEFT checks few settings, so odd ones fail anywhere
+            reason = _reason(error)
+            if "size mismatch" in str(error) or "not found in the base model" in str(error):
+                raise UserError(
+                    f"{adapter}: does not fit {folder} ({reason}); give its own base with --base"
+                ) from error
+            raise UserError(f"{adapter / CONFIG}: PEFT refuses it ({reason}); mend it, or save it again") from error
     wanted = {name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" in name}
     stored = {name for name in read_header(adapter / WEIGHTS) if "lora_" in name}
     if other := wanted ^ stored:  # PEFT passes over both kinds
@@ -175,8 +179,52 @@ def _check(tasks: Sequence[str], out: str | Path | None, limit: int | None, batc
     for option, number in (("limit", limit), ("batch-size", batch_size)):
         if number is not None and number < 1:
             raise UserError(f"--{option} {number}: must be at least 1")
-    if out is not None and Path(out).exists():
+    if out is None:
+        return
+    if Path(out).exists():
         raise UserError(f"{out}: exists already; give another --out, or remove it")
+    above = next(folder for folder in Path(out).absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{out}: {above} is a file, no folder; give another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: {above} cannot be written to; give another --out")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _check_settings(adapter: Path) -> None:
+    """UserError for an adapter_config.json that is no config of PEFT's, whatever the base."""
+    peft = require_peft()
+    path = adapter / CONFIG
+    kind = read_json(path).get("peft_type")
+    known = [known.value for known in peft.PeftType]
+    if kind not in known:
+        raise unknown(f"peft_type in {path}", str(kind), known)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = peft.PeftConfig.from_pretrained(str(adapter))
+    except Exception as error:  # PEFT checks few settings, so odd ones fail anywhere
+        raise UserError(f"{path}: PEFT refuses it ({_reason(error)}); mend it, or save it again") from error
+    if kind == peft.PeftType.LORA.value:
+        try:
+            lora_config_of(config)
+        except UserError as error:
+            raise UserError(f"{path}: {str(error).removeprefix('lora config: ')}") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _adapter(model: str, quiet: bool) -> Path | None:

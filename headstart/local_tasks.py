@@ -173,23 +173,29 @@ def _decoded(path: Path) -> str:
 def _parse(path: Path, number: int, line: str) -> Row:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {number} is no JSON ({error.msg}); give one JSON object per line") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
+        reason = getattr(error, "msg", str(error))
+        raise UserError(f"{path}: line {number} is no JSON ({reason}); give one JSON object per line") from error
     if not isinstance(row, dict):
         raise UserError(f"{path}: line {number} is no JSON object; give one per line")
     return row
 
 
+def _is_text(value: object) -> bool:
+    """Half a surrogate pair, which JSON can escape, is no text: UTF-8 has no bytes for it."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def _text(row: Row, key: str) -> str:
     value = row[key]
-    if not isinstance(value, str) or not value.strip():
+    if not _is_text(value):
         raise ValueError(f"has {value!r:.60} as {key}, not a text")
     return value
 
 
 def _texts(row: Row, key: str) -> list[str]:
     value = row[key]
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) and v.strip() for v in value):
+    if not isinstance(value, list) or len(value) < 2 or not all(map(_is_text, value)):
         raise ValueError(f"has {value!r:.60} as {key}, not a list of texts")
     return value
 

@@ -240,6 +240,64 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ("[]", "where a JSON object must be"),
+        ("{}", "unknown peft_type in .* 'None': known: "),
+        ({"peft_type": "NOPE"}, "unknown peft_type in .* 'NOPE'"),
+        ({"peft_type": ["LORA"]}, "unknown peft_type in "),
+        ({"task_type": "NOPE"}, "PEFT refuses it .*NOPE.*; mend it"),
+        ({"r": "x"}, "rank x: give a whole number"),
+        ({"r": -1}, "rank -1: give a whole number"),
+        ({"target_modules": "(("}, "PEFT refuses it .*; mend it"),
+        ({"target_modules": 3}, "PEFT refuses it .*; mend it"),
+        ({"lora_alpha": "x"}, "PEFT refuses it .*; mend it"),
+        ({"lora_dropout": 5}, "PEFT refuses it .*; mend it"),
+        ({"target_modules": ["nowhere"]}, "does not fit .*base .*; give its own base with --base"),
+    ],
+)
+def test_odd_settings_of_an_adapter_are_refused(tmp_path: Path, changes: Any, reason: str) -> None:
+    base = make_llama(tmp_path / "base", vocab_size=256)
+    file = str(write(tmp_path / "questions.jsonl", QUESTIONS))
+    path = make_adapter(base, tmp_path / "adapter") / "adapter_config.json"
+    path.write_text(changes if isinstance(changes, str) else json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=reason) as refused:
+        evaluate(path.parent, [file], base=base, quiet=True)
+    assert len(str(refused.value)) < 1000 and str(path.parent) in str(refused.value)
+    assert ("--base" in str(refused.value)) == ("--base" in reason)
+
+
+def test_settings_of_a_later_peft_are_passed_over(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", vocab_size=256)
+    file = str(write(tmp_path / "questions.jsonl", QUESTIONS))
+    adapter = make_adapter(base, tmp_path / "adapter")
+    before = evaluate(adapter, [file], base=base, quiet=True)["tasks"]
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"of_a_later_version": True}))
+    assert evaluate(adapter, [file], base=base, quiet=True)["tasks"] == before
+
+
+def test_an_unknown_task_is_a_short_line(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model", vocab_size=256)
+    with pytest.raises(UserError, match=r"unknown task of lm-eval 'qqqqzzzz': known: .* and \d{4,} more$") as refused:
+        evaluate(folder, ["qqqqzzzz"], quiet=True)
+    assert len(str(refused.value)) < 2000
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "questions.jsonl", QUESTIONS)
+    with pytest.raises(UserError, match=r"y.json: .*questions.jsonl is a file, no folder"):
+        evaluate(tmp_path / "nowhere", [str(file)], out=file / "x" / "y.json", quiet=True)
+    monkeypatch.chdir(tmp_path)
+    folder = make_llama(tmp_path / "model", vocab_size=256)
+    found = evaluate(folder, [str(file)], out="new/folder/scores.json", quiet=True)
+    assert json.loads(Path("new/folder/scores.json").read_text()) == found
+    assert [p.name for p in Path("new/folder").iterdir()] == ["scores.json"]
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ('{"question": "a", "answers": []}\n', "has the keys answers, question; known are {query, choices, gold};"),
@@ -249,6 +307,10 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}\n', "line 1 has 2 as gold, not a number from 0 to 1"),
         ('{"query": "a", "choices": ["b"], "gold": 0}\n', "line 1 has .* as choices, not a list of texts"),
         ('\n{"sentence_good": "a", "sentence_bad": "b"}\n{"sentence_good": "a"}\n', "line 3 has no 'sentence_bad'"),
+        pytest.param("[" * 100_000, "line 1 is no JSON .*recursion", id="brackets"),
+        pytest.param('{"gold": ' + "9" * 10_000 + "}", "line 1 is no JSON", id="digits"),
+        (r'{"context": "a \ud800 b", "continuation": "c"}', "line 1 has .* as context, not a text"),
+        (r'{"query": "a", "choices": ["b", "\udfff"], "gold": 0}', "line 1 has .* as choices, not a list of texts"),
     ],
 )
 def test_files_that_cannot_be_asked_are_refused(tmp_path: Path, text: str, reason: str) -> None:
