@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -134,7 +134,8 @@ class Pareto(LoraSampler):
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         """UserError: not a LoRA blueprint; a base that is missing or of other shapes where its weights are read; a
         reference that cannot be read or characterised (no recognisable projections, fewer than three layers, constant
-        or non-finite matrices)."""
+        or non-finite matrices); a matrix to draw that has one entry; a length scale above the largest matrix."""
+        self._check_sizes(blueprint)
         self._used = self.reads(zoo, blueprint)
         self._base = base_donor(zoo, self.base, self.name) if self.strategy == "both_small" else None
         if self._base is not None:
@@ -146,7 +147,7 @@ class Pareto(LoraSampler):
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         pairs = pairs_of(blueprint, self.name)
         groups = {pair.module: group_of(first_role(blueprint, pair), self.grouping) for pair in pairs}
-        size = max(pair.rank * max(pair.rows, pair.columns) for pair in pairs)
+        size = largest(pairs)
         templates = {name: self._template(name, size, seed) for name in {name for name, _ in groups.values()}}
         changes = []
         for pair in pairs:
@@ -158,13 +159,23 @@ class Pareto(LoraSampler):
                 change = change_norm(pair, a, b)
                 if self._base is not None:
                     weight = float(self._base.read(pair.weight, torch.float32).norm())
-                    kept_change = min(change, self.cap * weight)
-                    b *= kept_change / change
-                    change = kept_change / weight if weight else 0.0
+                    if change > self.cap * weight:
+                        b *= self.cap * weight / change
+                        change = self.cap * weight
+                    change = change / weight if weight else 0.0
                 changes.append(change)
             yield pair.a, a
             yield pair.b, b
         self._log_change(changes)
+
+    def _check_sizes(self, blueprint: Blueprint) -> None:
+        pairs = pairs_of(blueprint, self.name)
+        for pair in pairs:
+            entries = pair.rank * (pair.columns if self.strategy == "A_only" else min(pair.rows, pair.columns))
+            if entries < 2:
+                raise UserError(f"{self.name}: {pair.module}: a matrix of one entry has no spread; raise the rank")
+        if self.template == "gaussian-process" and self.length > (size := largest(pairs)):
+            raise UserError(f"{self.name}: length {self.length:g}: above the {size} entries of the largest matrix")
 
     def _template(self, name: str, size: int, seed: int) -> Tensor:
         generator = stream(seed, f"{self.name}/template/{name}")
@@ -220,6 +231,11 @@ def group_of(role: str, grouping: Grouping) -> tuple[str, str]:
     if role == grouping.reference:
         return REFERENCE, "pareto"
     return (REFERENCE, "gaussian") if role in grouping.gaussian else (OTHERS, "pareto")
+
+
+def largest(pairs: Sequence[Pair]) -> int:
+    """Entries of the largest matrix of all pairs."""
+    return max(pair.rank * max(pair.rows, pair.columns) for pair in pairs)
 
 
 def first_role(blueprint: Blueprint, pair: Pair) -> str:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GIVEN = {"base": "--base", "reference_model": "--reference"}  # options that are arguments of their own
 BASE = "base"  # the folder of a changed base, inside the adapter's
 ONE_FILE = "1000TB"  # PEFT reads an adapter from one file
 
@@ -87,6 +88,10 @@ def lora(
         raise UserError(f"--alpha {alpha}: give a positive number")
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if key in GIVEN and key in cls.__dataclass_fields__:
+            raise UserError(f"--set {setting}: give it as {GIVEN[key]}")
     source = resolve(str(base))
     followed = None if reference is None else follow(str(reference), source)
     sampler = configure(
@@ -112,13 +117,15 @@ def lora(
         write_checkpoint(folder, blueprint, filled, None if dtype is None else DTYPES[dtype], ONE_FILE)
         (folder / "model.safetensors").rename(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(blueprint.adapter.config, indent=2) + "\n")
+        grouping = getattr(sampler, "grouping", None)
         made = {
             "method": method,
             "options": sampler.options(),
             "seed": seed,
             "command": command or _command(str(base), method, rank, out, settings, words),
             "versions": versions() | {"peft": importlib.metadata.version("peft")},
-            "donors": _records(source, donor, followed, zoo),
+            "donors": _records(source, donor, sampler, zoo),
+            "grouping": None if grouping is None else grouping.to_json(),
             "tensors": {"sampled": len(blueprint.names), "defaulted": 0},
             "parameters": blueprint.parameters,
             "base": str(base),
@@ -288,13 +295,12 @@ def _zoo(source: Source, donor: Donor | None, followed: Followed | None, quiet: 
     return Chosen(Path(source.given), tuple(members)) if members else None
 
 
-def _records(source: Source, donor: Donor | None, followed: Followed | None, zoo: Zoo | None) -> list[dict[str, Any]]:
-    """The base, whose hash is not known where only its config was fetched (its commit is), and the reference."""
+def _records(source: Source, donor: Donor | None, sampler: LoraSampler, zoo: Zoo | None) -> list[dict[str, Any]]:
+    """The base, whose hash is not known where only its config was fetched (its commit is), and the reference, be it
+    only known by its analysis."""
     unread = {"name": lone_name(source), "revision": source.commit, "sha256": None, "license": source.license}
-    found = [unread if donor is None else record(donor)]
-    if followed is not None and followed.source is not None and zoo is not None:
-        found.append(record(zoo.donor(followed.name)))
-    return found
+    base = unread if donor is None else record(donor)
+    return [base, *(d for d in sampler.provenance(zoo) if d["sha256"] != base["sha256"])]
 
 
 def _described(adapter: Adapter) -> dict[str, Any]:

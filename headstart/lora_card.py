@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from headstart.card import caveats, donors_table, front_matter, link, option_table
+from zoo.statistics.grouping import Grouping
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler
@@ -49,9 +50,19 @@ An adapter to start training from, **not a trained one**, for `{record["base"]}`
 ```
 
 - Method: `{record["method"]}`, {method.summary} ({link(method.reference)}).
-- Seed {record["seed"]}. {_first_step(record)}
+{_followed(record["grouping"])}- Seed {record["seed"]}. {_first_step(record)}
 - Made with {made}.
 {option_table(record["options"])}"""
+
+
+def _followed(grouping: dict[str, Any] | None) -> str:
+    """What was read of the reference, as a line of a list."""
+    if grouping is None:
+        return ""
+    of = f" of {grouping['source']['name']}" if grouping["source"] else ""
+    return (
+        f"- Characterisation{of} by the top {grouping['rank']} singular values: {Grouping.from_json(grouping).words}.\n"
+    )
 
 
 def _first_step(record: dict[str, Any]) -> str:

@@ -55,20 +55,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Single]:
     return {"llama": single(llama, quiet=True), "gpt2": single(gpt2(path / "gpt2"), quiet=True)}
 
 
-def apart(folder: Path) -> Path:
-    """The gate's spectra of all layers differ evenly from those of the other projections, at random among those."""
-    weights = load_file(folder / "model.safetensors")
-    for name, weight in weights.items():
-        layer = int(name.split(".")[2]) if "layers" in name else 0
-        if weight.ndim == 2 and "layers" in name:
-            u, s, v = torch.linalg.svd(weight, full_matrices=False)
-            ramp = torch.linspace(1, 0, len(s))
-            s = torch.exp(ramp * (4.0 + 0.3 * layer)) if "gate" in name else torch.exp(0.1 * layer**3 * ramp / 10)
-            weights[name] = (u * s) @ v
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def adapter(base: Single, rank: int = 4, alpha: float = 8.0) -> Blueprint:
     return Blueprint.from_lora(base.path, {"r": rank, "lora_alpha": alpha, "target_modules": "all-linear"})
 
@@ -264,32 +250,34 @@ def test_without_a_reference_the_base_is_its_own_and_that_is_said(
     assert sampler.grouping.source["name"] == "llama" and sampler.donors == ("llama",)
 
 
-def test_a_reference_reduced_to_its_analysis_gives_the_same_bytes(
-    bases: dict[str, Single], tmp_path: Path, tiny_llama: MakeLlama, caplog: pytest.LogCaptureFixture
-) -> None:
-    from headstart.analyze import analyze
+def test_what_cannot_be_drawn_is_refused(bases: dict[str, Single], tmp_path: Path) -> None:
+    reference = saved(tmp_path, ALIKE)
+    with pytest.raises(UserError, match=r"length 1e.09: above the [0-9]+ entries"):
+        Pareto(reference_model=reference, template="gaussian-process", length=1e9).fit(None, adapter(bases["llama"]))
 
-    """As `headstart analyze` writes it, of a model whose spectra differ and whose matrices have fewer singular values
-    than were asked for."""
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "vocab_size": 16}
-    folder = apart(tiny_llama(tmp_path / "model", **small))
-    blueprint = adapter(bases["llama"])
-    analyze(tmp_path / "analysis", donor=str(folder), ranks=(256,), bootstraps=10, quiet=True)
-    analysis = tmp_path / "analysis" / "analysis.json"
-    options: dict[str, Any] = {"bootstraps": 10, "reference_rank": 256}
-    with caplog.at_level(logging.INFO, logger="baselines.pareto"):
-        of_model, *of_analysis = (
-            Pareto(reference_model=str(given), **options).fit(None, blueprint)
-            for given in (folder, analysis, f"{analysis}#model")
-        )
-    assert not of_model.grouping.undifferentiated
-    assert f"reference weight {of_model.grouping.reference}" in caplog.text
-    for sampler in of_analysis:
-        assert sampler.grouping == of_model.grouping
-        assert same(drawn(sampler, blueprint), drawn(of_model, blueprint))
-        assert [d["name"] for d in sampler.provenance(None)] == ["model"]
-    with pytest.raises(UserError, match="did you mean 'model'"):
-        Pareto(reference_model=f"{analysis}#modle").fit(None, blueprint)
+
+def test_a_matrix_of_one_entry_is_refused(bases: dict[str, Single], tmp_path: Path) -> None:
+    blueprint = adapter(bases["llama"], rank=1)
+    assert blueprint.adapter is not None
+    pair = replace(blueprint.adapter.pairs[0], rows=1)  # as a head of one output has it
+    lone = replace(blueprint, adapter=replace(blueprint.adapter, pairs=(pair,)))
+    reference = saved(tmp_path, ALIKE)
+    Pareto(reference_model=reference).fit(None, lone)  # B is zero there
+    with pytest.raises(UserError, match="a matrix of one entry has no spread; raise the rank"):
+        Pareto(reference_model=reference, strategy="both_compensated").fit(None, lone)
+
+
+def test_a_base_of_zeros_gets_a_change_of_zero(
+    tmp_path: Path, tiny_llama: MakeLlama, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_llama(tmp_path / "zeros")
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: torch.zeros_like(v) for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    base = single(folder, quiet=True)
+    sampler = Pareto(strategy="both_small", reference_model=saved(tmp_path, ALIKE)).fit(base, adapter(base))
+    tensors = drawn(sampler, adapter(base))
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+    assert not any(t.any() for name, t in tensors.items() if "lora_B" in name)
 
 
 def test_a_reference_that_tells_nothing_apart_is_warned_about(

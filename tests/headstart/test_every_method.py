@@ -162,5 +162,7 @@ def test_an_adapter_leaves_what_the_base_computes(label: str, base: Path, tmp_pa
         before = AutoModelForCausalLM.from_pretrained(base)(torch.arange(20)[None]).logits
         loaded = AutoModelForCausalLM.from_pretrained(out / "base" if changed else base)
         after = peft.PeftModel.from_pretrained(loaded, out)(torch.arange(20)[None]).logits
-    bound = 0.0 if record["step0"]["largest_change"] == 0 else 0.1 if label.endswith("both_small") else 1e-5
+    bound = 0.0 if record["step0"]["largest_change"] == 0 else 1e-5
+    if label.endswith("both_small"):
+        bound = 5 * record["options"]["cap"]  # of all matrices, in the few directions that a rank of 4 has
     assert (after - before).abs().max() <= bound * before.abs().max()

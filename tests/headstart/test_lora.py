@@ -18,15 +18,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 
 import headstart
 from headstart import methods
+from headstart.analyze import analyze
 from headstart.generate import generate
 from headstart.lora import initialize_lora_weights, lora
 from tests import tiny
 from tests.baselines.test_peft_inits import NAMES, model_of
+from tests.conftest import make_llama
 from tests.headstart.test_every_method import TARGET
 from tests.zoo.architectures import LISTED
 from tests.zoo.hub_server import Repo, files_of, serve
 from zoo.checkpoint import Checkpoint
 from zoo.errors import UserError
+from zoo.statistics.grouping import Grouping
 
 peft = pytest.importorskip("peft")
 ARCHITECTURES = ["llama-gqa-tied", "llama", "gpt2", "gpt_neox", "qwen2", "qwen2-tied", "phi3"]
@@ -371,6 +374,59 @@ def test_a_reference_is_another_model_of_the_same_name_the_base_or_an_analysis(b
     for key, tensor in load_file(out / "adapter_model.safetensors").items():
         torch.testing.assert_close(state[key], tensor)
     assert sampler.options()["reference_model"] is None  # the caller's sampler stays as it was
+
+
+def apart(folder: Path) -> Path:
+    """The gate's spectra of all layers differ evenly from those of the other projections, at random among those."""
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        layer = int(name.split(".")[2]) if "layers" in name else 0
+        if weight.ndim == 2 and "layers" in name:
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            ramp = torch.linspace(1, 0, len(s))
+            s = torch.exp(ramp * (4.0 + 0.3 * layer)) if "gate" in name else torch.exp(0.1 * layer**3 * ramp / 10)
+            weights[name] = (u * s) @ v
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_reference_reduced_to_its_analysis_gives_the_same_bytes_and_is_named(
+    base: Path, tmp_path: Path, differs: bool
+) -> None:
+    """Of a model whose matrices have fewer singular values than were asked for."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "vocab_size": 16}
+    folder = make_llama(tmp_path / "model", **small)
+    if differs:
+        apart(folder)
+    analyze(tmp_path / "analysis", donor=str(folder), ranks=(256,), bootstraps=10, quiet=True)
+    analysis = tmp_path / "analysis" / "analysis.json"
+    few = ["bootstraps=10", "reference_rank=256"]
+    outs = [
+        written(base, "pareto", tmp_path / f"out{i}", reference=given, settings=few)
+        for i, given in enumerate((folder, analysis, f"{analysis}#model"))
+    ]
+    first = json.loads((outs[0] / "headstart.json").read_text())
+    assert first["grouping"]["undifferentiated"] != differs and first["grouping"]["source"]["name"] == "model"
+    words = Grouping.from_json(first["grouping"]).words
+    assert (
+        f"Characterisation of model by the top {first['grouping']['rank']} singular values: {words}"
+        in (outs[0] / "README.md").read_text()
+    )
+    for out in outs:
+        assert (out / "adapter_model.safetensors").read_bytes() == (outs[0] / "adapter_model.safetensors").read_bytes()
+        found = json.loads((out / "headstart.json").read_text())
+        assert found["grouping"] == first["grouping"]
+        assert found["donors"] == first["donors"] and [d["name"] for d in found["donors"]] == ["original", "model"]
+        assert all(d["sha256"][:16] in (out / "README.md").read_text() for d in found["donors"])
+    with pytest.raises(UserError, match="did you mean 'model'"):
+        lora(base, "pareto", 4, tmp_path / "none", reference=f"{analysis}#modle")
+
+
+def test_base_and_reference_are_no_settings(base: Path, tmp_path: Path) -> None:
+    for setting, argument in (("reference_model=analysis.json", "--reference"), (f"base={base}", "--base")):
+        with pytest.raises(UserError, match=f"give it as {argument}"):
+            lora(base, "pareto", 4, tmp_path / "out", settings=[setting])
 
 
 def test_a_reference_is_refused_by_methods_that_follow_none(base: Path, tmp_path: Path) -> None:
