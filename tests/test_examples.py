@@ -192,15 +192,24 @@ def test_lora_inits_says_what_its_figures_say() -> None:
     verdict = script(REPORT).verdict
     assert verdict(figures(-0.1, 0.01)).startswith("The effect is there in the held-out loss of pareto, A_only")
     none = verdict(figures(0.0, 0.01))
-    assert none.startswith("No effect is seen: over 5 seeds") and "no accuracy differs" in none
+    assert none.startswith("No effect is seen: over 5 seeds") and "none of its accuracies differs" in none
     worse = verdict(figures(0.1, 0.01))
     assert worse.startswith("No effect is seen") and "pareto, A_only ends above it" in worse
 
 
+def test_the_largest_gain_is_that_of_the_best_of_all() -> None:
+    largest_gain = script(REPORT).largest_gain
+    # five differences of mean -0.01 and sd 0.02: t(0.975, 4) = 2.7764, and for one of two t(0.9875, 4) = 3.4954
+    half = 2.7764 * 0.02 / 5**0.5
+    one = {"difference": {"mean": -0.01, "ci95": [-0.01 - half, -0.01 + half]}}
+    other = {"difference": {"mean": 0.05, "ci95": [0.05 - half, 0.05 + half]}}
+    assert largest_gain([one], 5) == pytest.approx(0.01 + half)
+    assert largest_gain([one, other], 5) == pytest.approx(0.01 + 3.4954 * 0.02 / 5**0.5, rel=1e-3)
+    assert largest_gain([other], 5) == 0.0
+
+
 def test_lora_inits_table_is_that_of_its_figures() -> None:
     example = script(LORA)
-    if not example.RESULTS.exists():
-        pytest.skip("examples/lora_inits.json is not there")
     found = json.loads(example.RESULTS.read_text())
     text = example.README.read_text()
     assert example.place(text, example.table(found)) == text
