@@ -33,6 +33,9 @@ class Dtype(StrEnum):
 @contextlib.contextmanager
 def session(quiet: bool, again: str = "the same command again") -> Iterator[None]:
     """What every command shares: notes on stderr, and errors turned into exit codes. `again`: what continues it."""
+    # Threads that wait by spinning make a step ten times as slow where one core is busy with something else; where
+    # none is, sleeping costs three per cent. Read when torch is loaded, which the commands do after this.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     notes(quiet)
     try:
         yield
