@@ -261,6 +261,9 @@ def compare(
         int | None, typer.Option("--tuning-seeds", metavar="N", help="Tune on the first N seeds only; else on all.")
     ] = None,
     device: DeviceOption = Device.auto,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Leave out methods that refuse the target, and say why.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train the target from each initialisation, on the same data in the same order, and report."""
@@ -285,6 +288,7 @@ def compare(
             device=torch_device(device),
             workers=workers,
             tuning_seeds=tuning_seeds,
+            keep_going=keep_going,
             quiet=quiet,
             command=command_line(),
         )

@@ -67,6 +67,7 @@ def compare(
     device: str = "cpu",
     workers: int | None = None,
     tuning_seeds: int | None = None,
+    keep_going: bool = False,
     quiet: bool = False,
     command: str | None = None,
 ) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def compare(
                     target of up to 5 M parameters on a CPU; a larger one is trained in one process that uses all
                     cores, and then sums are rounded otherwise than with one thread: losses differ in their last digits
                     between machines of different core counts, and from those of a given number of workers
+    keep_going      methods that refuse this target, zoo or model are left out, with their reasons in the results
 
     Raises UserError before anything is trained or written: no such method, a corpus too short, no tokenizer, an `out`
     that holds something else, a donor or a trained model that does not fit.
@@ -145,10 +147,13 @@ def compare(
         for method in methods
         for scale in (default_scales if method == REFERENCE else (1.0,))
     ]
-    total = (sum(len(j.lrs) for j in grid) + len(methods) * (len(seeds) - len(tuning))) * steps
     with tempfile.TemporaryDirectory(prefix="headstart-") as texts:
         setup = replace(setup, text=str(_calibration_text(corpus, Path(texts))))
-        _dry_fit(setup, list(dict.fromkeys(job.method for job in grid if missing_of(setup, job).lrs)), out)
+        unread = list(dict.fromkeys(job.method for job in grid if missing_of(setup, job).lrs))
+        refused = _dry_fit(setup, unread, out, keep_going)
+        methods = [name for name in methods if name not in refused]
+        grid = [job for job in grid if job.method not in refused]
+        total = (sum(len(j.lrs) for j in grid) + len(methods) * (len(seeds) - len(tuning))) * steps
         with writing(out):
             runs.mkdir(parents=True, exist_ok=True)
         with (
@@ -188,6 +193,7 @@ def compare(
         "seeds": list(seeds),
         "threshold": threshold,
         "methods": scored,
+        "refused": refused,
         "grid": [float(f"{lr:g}") for lr in sorted(lrs)],
         "tuning_seeds": list(tuning),
         "batch_size": batch_size,
@@ -217,30 +223,41 @@ def _calibration_text(corpus: str | Path, folder: Path) -> Path:
     return path
 
 
-def _dry_fit(setup: Setup, methods: Sequence[str], out: Path) -> None:
-    """Lets every method refuse what does not fit before anything is trained. What a trained model fits shows when it
-    is loaded, so those methods are fitted."""
+def _dry_fit(setup: Setup, methods: Sequence[str], out: Path, keep_going: bool) -> dict[str, str]:
+    """Lets every method refuse what does not fit before anything is trained: {method: reason}, or the first of these
+    errors. What a trained model fits shows when it is loaded, so those methods are fitted."""
+    refused = {}
+    for method in methods:
+        try:
+            _dry(setup, method, out)
+        except UserError as error:
+            if not keep_going or method == REFERENCE:
+                raise
+            refused[method] = str(error)
+    return refused
+
+
+def _dry(setup: Setup, method: str, out: Path) -> None:
     from zoo.store import Zoo
 
-    for method in methods:
-        cls, given = sampler_of(method), given_of(setup, method)
-        options = [f"{key}={value}" for key, value in options_of(setup, method).items()]
-        generate(
-            setup.target,
-            name_of(method),
-            out,
-            zoo=setup.zoo,
-            settings=options,
-            device=setup.device,
-            plan=True,
-            quiet=True,
-            donor=given.get("donor"),
-            model=given.get("model"),
-            tokenizer=setup.tokenizer,
-        )
-        if "model" in cls.needs:
-            sampler = configure(cls, options, device=setup.device, tokenizer=setup.tokenizer, **given)
-            fit(sampler, None if setup.zoo is None else Zoo.open(setup.zoo), language_model(setup.target))
+    cls, given = sampler_of(method), given_of(setup, method)
+    options = [f"{key}={value}" for key, value in options_of(setup, method).items()]
+    generate(
+        setup.target,
+        name_of(method),
+        out,
+        zoo=setup.zoo,
+        settings=options,
+        device=setup.device,
+        plan=True,
+        quiet=True,
+        donor=given.get("donor"),
+        model=given.get("model"),
+        tokenizer=setup.tokenizer,
+    )
+    if "model" in cls.needs:
+        sampler = configure(cls, options, device=setup.device, tokenizer=setup.tokenizer, **given)
+        fit(sampler, None if setup.zoo is None else Zoo.open(setup.zoo), language_model(setup.target))
 
 
 def _device(name: str) -> str:

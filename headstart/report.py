@@ -30,6 +30,7 @@ def page(results: Results) -> str:
             "<h2>Speed-up</h2>",
             figure(plots.speedups(results), "speedups"),
             _scores(results),
+            _thresholds(results),
             "<h2>Learning rates</h2>",
             figure(plots.rates(results), "rates"),
             _rates(results),
@@ -85,6 +86,27 @@ def _scores(results: Results) -> str:
         "minus default\n95 %, paired",
     )
     return table([("text", "method"), *(("", h) for h in (*head, "loss at\nstep 0", "largest\ngradient"))], rows)
+
+
+def _thresholds(results: Results) -> str:
+    """Steps of the default over those of each method, to the losses of the default after shares of its steps."""
+    levels: dict[str, Any] = next((m["thresholds"] for m in results["methods"].values() if m["thresholds"]), {})
+    if not levels:
+        return ""
+    rows = []
+    for name, m in ranked(results):
+        cells = []
+        for at in levels:
+            found = m["thresholds"].get(at)
+            mean = None if found is None else found["ratio"]["mean"]
+            bounds = None if found is None else found["ratio"]["ci95"]
+            interval = "" if bounds is None else f" ({bounds[0]:.2g} to {bounds[1]:.2g})"
+            cells.append(("", "–" if mean is None else f"{mean:.2g}×{interval}"))
+        rows.append([("text", _name(results, name)), *cells])
+    heads = [f"to {found['loss']:.3f}, the default's\nat {float(at):.0%} of its steps" for at, found in levels.items()]
+    return note("Steps of the default over steps of the method, seed by seed, to easier and harder losses.") + table(
+        [("text", "method"), *(("", head) for head in heads)], rows
+    )
 
 
 def _rates(results: Results) -> str:
@@ -163,6 +185,7 @@ def _conditions(results: Results) -> list[str]:
         "Methods that draw nothing at random (autoencoder, uniform weight selection) give the same weights each time; "
         "their runs differ by the batches alone. All of them count.",
         f"For each method the learning rate with the lowest mean final loss over {tuned} was taken, of one grid.",
+        *(f"Left out: {name}, which refused ({why})." for name, why in results["refused"].items()),
         "Speed-up: the steps of the tuned default over the steps after which the interpolated curve first reaches the "
         "tuned default's mean final loss. Geometric mean over seeds; interval by Student's t on the logarithms.",
     ]

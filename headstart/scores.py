@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 REFERENCE = "default"  # the method that every other is compared with
+SHARES = (0.25, 0.5, 1.0)  # of the reference's steps, whose losses are thresholds
 Run = dict[str, Any]
 
 
@@ -67,6 +68,31 @@ def speedup(budget: int, per_seed: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": math.exp(logs["mean"]), "ci95": logs["ci95"] and [math.exp(x) for x in logs["ci95"]]}
 
 
+def ratio(reference: Sequence[float | None], own: Sequence[float | None]) -> dict[str, Any]:
+    """{mean, ci95, per_seed} of the steps that the reference needs over those that a method needs, seed by seed:
+    geometric mean and Student's t on the logarithms. A start that needs no step counts as one. {None, None} unless
+    every seed of both arrives."""
+    pairs = list(zip(reference, own, strict=True))
+    per_seed = [None if r is None or o is None else max(r, 1.0) / max(o, 1.0) for r, o in pairs]
+    known = [p for p in per_seed if p is not None]
+    if not known or len(known) < len(per_seed):
+        return {"mean": None, "ci95": None, "per_seed": per_seed}
+    logs = interval([math.log(p) for p in known])
+    bounds = logs["ci95"] and [math.exp(x) for x in logs["ci95"]]
+    return {"mean": math.exp(logs["mean"]), "ci95": bounds, "per_seed": per_seed}
+
+
+def thresholds(runs: Sequence[Run], budget: int) -> dict[str, float]:
+    """{share of the budget: mean held-out loss of these runs after that share of their steps}: a quarter, half, all."""
+    if not runs:
+        return {}
+    found = {}
+    for share in SHARES:
+        at = [float(np.interp(share * budget, r["steps"], r["losses"])) for r in runs]
+        found[f"{share:g}"] = float(np.mean(at))
+    return found
+
+
 def tune(runs: Sequence[Run]) -> tuple[tuple[float, float] | None, dict[tuple[float, float], float | None]]:
     """(best, finals): the mean final loss over seeds of each (scale, lr), None where a seed diverged, and the pair
     with the lowest; None if all diverged."""
@@ -95,9 +121,19 @@ def score(
             chosen[name] = []
     reference = [r["losses"][-1] for r in chosen[REFERENCE]]
     threshold = float(np.mean(reference)) if reference else None
-    return threshold, {
+    levels = thresholds(chosen[REFERENCE], budget)
+    needed = {at: [crossing(r["steps"], r["losses"], loss) for r in chosen[REFERENCE]] for at, loss in levels.items()}
+    entries = {
         name: _entry(name, of, chosen[name], tuned[name], threshold, reference, budget) for name, of in methods.items()
     }
+    for name, entry in entries.items():
+        crossed = {at: [crossing(r["steps"], r["losses"], loss) for r in chosen[name]] for at, loss in levels.items()}
+        entry["thresholds"] = {
+            at: {"loss": levels[at], "steps": crossed[at], "ratio": ratio(needed[at], crossed[at])}
+            for at in levels
+            if chosen[name]
+        }
+    return threshold, entries
 
 
 def _entry(

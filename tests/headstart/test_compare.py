@@ -8,7 +8,9 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from headstart import scores
@@ -98,6 +100,29 @@ def test_scores_of_synthetic_curves() -> None:
     assert fast["grad_spikes"] == 0.5 and fast["activation_rms"] == {"start": [1.0, 2.0], "end": [1.0, 3.5]}
     assert slow["steps_to_threshold"]["per_seed"] == [None, pytest.approx(97.5)]
     assert slow["steps_to_threshold"]["mean"] is None and slow["speedup"]["mean"] is None
+
+
+def test_steps_to_several_thresholds() -> None:
+    runs = [
+        run("default", 0, 1e-3, [5.0, 4.0, 3.0]), run("default", 1, 1e-3, [5.0, 4.0, 3.0]),
+        run("fast", 0, 1e-3, [4.75, 3.0, 2.0]), run("fast", 1, 1e-3, [4.5, 3.5, 3.25]),
+    ]  # fmt: skip
+    _, methods = scores.score(runs, budget=100)
+    default, fast = (methods[name]["thresholds"] for name in ("default", "fast"))
+    assert {at: found["loss"] for at, found in fast.items()} == {"0.25": 4.5, "0.5": 4.0, "1": 3.0}
+    assert all(found["ratio"]["mean"] == 1.0 for found in default.values())
+    assert fast["0.25"]["ratio"]["per_seed"] == [pytest.approx(25 / (50 * 0.25 / 1.75)), 25.0]
+    assert fast["0.5"]["ratio"]["mean"] == pytest.approx(50 / math.sqrt(50 * 0.75 / 1.75 * 25))
+    assert fast["1"]["steps"] == [50.0, None] and fast["1"]["ratio"]["mean"] is None
+
+
+def test_a_ratio_is_paired_and_geometric() -> None:
+    found = scores.ratio([100.0, 50.0, 80.0], [50.0, 50.0, 0.0])
+    logs = np.log([2.0, 1.0, 80.0])
+    half = scipy.stats.t.ppf(0.975, 2) * logs.std(ddof=1) / math.sqrt(3)
+    assert found["mean"] == pytest.approx(math.exp(logs.mean()))
+    assert found["ci95"] == pytest.approx([math.exp(logs.mean() - half), math.exp(logs.mean() + half)])
+    assert scores.ratio([None, 50.0], [1.0, 1.0])["mean"] is None
 
 
 def test_the_default_is_tuned_over_its_scale() -> None:
@@ -308,13 +333,14 @@ def test_report_escapes_and_warns() -> None:
     results = {
         "target": TARGET | {"model_type": "<u>"}, "parameters": 10, "threshold": threshold, "methods": methods,
         "corpus": {"name": "<tt>.txt", "sha256": "", "tokens": 1000, "held_out": 100, "tokenizer": "bytes"},
-        "steps": 100, "seeds": [0], "tuning_seeds": [0],
+        "steps": 100, "seeds": [0], "tuning_seeds": [0], "refused": {"<b>big": "too <wide>"},
         "grid": [1e-3], "batch_size": 1, "sequence": 8, "windows": 2, "device": "cpu",
         "command": None,
     }  # fmt: skip
     html = page(results)
     text = " ".join(read(html).text)
     assert "a<b>&c" in text and "<script>alert(1)</script>" in text and "<u>" in text and "<tt>.txt" in text
+    assert "Left out: <b>big, which refused (too <wide>)." in text
     warned = "\n".join(caveats(results))
     assert "One seed" in warned and "Only one learning rate" in warned and "within the first step" in warned
     assert "cannot exclude noise" in headline(results)
@@ -417,6 +443,18 @@ def test_tuning_on_one_seed_runs_the_others_at_what_was_chosen(donors: Path, cor
     assert "over the first 1 seed was taken" in (tmp_path / "one" / "report.html").read_text()
     with pytest.raises(UserError, match="--tuning-seeds 9"):
         compare(out=tmp_path / "two", **given, tuning_seeds=9)
+
+
+def test_what_refuses_can_be_left_out(donors: Path, corpus: Path, tmp_path: Path) -> None:
+    given = settings(donors, corpus) | {"methods": ["pruning", "normal"], "donor": None, "seeds": [0], "lrs": [1e-2]}
+    wide = TARGET | {"hidden_size": 64, "intermediate_size": 96}
+    with pytest.raises(UserError):
+        compare(out=tmp_path / "all", **given | {"target": wide})
+    results = compare(out=tmp_path / "some", **given | {"target": wide}, keep_going=True)
+    assert list(results["methods"]) == ["default", "normal"] and list(results["refused"]) == ["pruning"]
+    assert "Left out: pruning" in (tmp_path / "some" / "report.html").read_text()
+    with pytest.raises(UserError, match="weight-selection"):
+        compare(out=tmp_path / "typo", **given | {"methods": ["weight-selektion"]}, keep_going=True)
 
 
 def test_variants_of_a_method(donors: Path, corpus: Path, tmp_path: Path) -> None:
