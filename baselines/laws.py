@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -20,6 +22,7 @@ from baselines.stable import fit_stable, log_prob_stable, sample_stable
 from baselines.summary import moments, summary
 
 Params = dict[str, float]
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,21 @@ def fit_student_t(values: Tensor) -> Params:
     mean, std, is_plain = moments(values)
     if is_plain:
         return {"nu": NU[1], "loc": mean, "scale": std, "low": mean - 6 * std, "high": mean + 6 * std}
-    x, count = summary((values - mean) / std)
+    x, share = _shares((values - mean) / std)
     loc, scale, nu = x[len(x) // 2].item(), 0.7, 5.0
+    squares = ((x - loc) / scale) ** 2
 
     def loss(log_nu: float) -> float:
-        nu, squares = math.exp(log_nu), ((x - loc) / scale).square()
+        nu = math.exp(log_nu)
         shape = math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - math.log(nu) / 2
-        return ((nu + 1) / 2 * (count * torch.log1p(squares / nu)).sum() / count.sum()).item() - shape
+        return (nu + 1) / 2 * float(share @ np.log1p(squares / nu)) - shape
 
     for _ in range(100):
         before = (loc, scale, 1 / nu)
-        weight = count * (nu + 1) / (nu + ((x - loc) / scale).square())
-        loc = ((weight * x).sum() / weight.sum()).item()
-        scale = max(math.sqrt((weight * (x - loc).square()).sum() / weight.sum()), 1e-4)
+        weight = share * (nu + 1) / (nu + squares)
+        loc = float(weight @ x / weight.sum())
+        scale = max(math.sqrt(weight @ (x - loc) ** 2 / weight.sum()), 1e-4)
+        squares = ((x - loc) / scale) ** 2
         near = [math.log(min(max(nu * factor, NU[0]), NU[1])) for factor in (0.4, 2.5)]
         nu = math.exp(minimum(loss, near[0], near[1]))
         if math.dist(before, (loc, scale, 1 / nu)) < 1e-7:
@@ -119,21 +124,23 @@ def fit_generalized_normal(values: Tensor) -> Params:
     mean, std, is_plain = moments(values)
     if is_plain:
         return {"shape": 2.0, "loc": mean, "scale": math.sqrt(2) * std}
-    x, count = summary((values - mean) / std)
-    share = count / count.sum()
-    median = x[int(torch.searchsorted(share.cumsum(0), 0.5))].item()
+    x, share = _shares((values - mean) / std)
+    median = x[int(np.searchsorted(share.cumsum(), 0.5))].item()
     loc, shape, scale = median, 2.0, 1.0
 
     def size(shape: float, loc: float) -> float:
         """The scale that maximises the likelihood."""
-        return (shape * (share * (x - loc).abs().pow(shape)).sum().item()) ** (1 / shape)
+        return (shape * float(share @ np.abs(x - loc) ** shape)) ** (1 / shape)
 
     def loss(log_shape: float) -> float:
         shape = math.exp(log_shape)
-        return math.log(size(shape, loc) / shape) + math.lgamma(1 / shape) + 1 / shape
+        scale = (shape * float(share @ np.exp(shape * distances))) ** (1 / shape)
+        return math.log(scale / shape) + math.lgamma(1 / shape) + 1 / shape
 
     for _ in range(50):
         before = (shape, loc)
+        with np.errstate(divide="ignore"):  # a value at the centre has a distance of exp(-inf), which is 0
+            distances = np.log(np.abs(x - loc))
         shape = math.exp(minimum(loss, math.log(SHAPE[0]), math.log(SHAPE[1])))
         loc = minimum(partial(size, shape), -1.0, 1.0) if shape > 1 else median
         scale = size(shape, loc)
@@ -160,15 +167,13 @@ def fit_mixture(values: Tensor, components: int = 3) -> Params:
     mean, std, is_plain = moments(values)
     if is_plain:
         return {"weight0": 1.0, "mean0": mean, "std0": std}
-    x, count = summary((values - mean) / std, most=2048)
-    share = count / count.sum()
-    middle = (torch.arange(components, dtype=torch.float64) + 0.5) / components
-    slices = x[torch.searchsorted(share.cumsum(0), middle)]
-    equal, spreads = torch.full_like(slices, 1 / components), torch.logspace(-0.5, 0.5, components, dtype=torch.float64)
-    starts = [(equal, slices, equal), (equal, torch.zeros_like(slices), spreads)]
-    ends = [_em(x, share, torch.stack([w.log(), m, s.log()]), leaps=15) for w, m, s in starts]
+    x, share = _shares((values - mean) / std, most=2048)
+    slices = x[np.searchsorted(share.cumsum(), (np.arange(components) + 0.5) / components)]
+    equal, spreads = np.full_like(slices, 1 / components), np.logspace(-0.5, 0.5, components)
+    starts = [(equal, slices, equal), (equal, np.zeros_like(slices), spreads)]
+    ends = [_em(x, share, np.stack([np.log(w), m, np.log(s)]), leaps=15) for w, m, s in starts]
     found, _ = _em(x, share, max(ends, key=lambda end: end[1])[0], leaps=100)
-    weights, means, stds = found[0].softmax(0), found[1], found[2].exp()
+    weights, means, stds = np.exp(_log_softmax(found[0])), found[1], np.exp(found[2])
     law: Params = {}
     for i in range(components):
         law |= {f"weight{i}": weights[i].item(), f"mean{i}": mean + std * means[i].item()}
@@ -188,20 +193,20 @@ def log_prob_mixture(law: Params, values: Tensor) -> Tensor:
     return ((weights / stds).log() - math.log(2 * math.pi) / 2 - z.square() / 2).logsumexp(-1)
 
 
-def _em(x: Tensor, share: Tensor, start: Tensor, leaps: int) -> tuple[Tensor, float]:
+def _em(x: Array, share: Array, start: Array, leaps: int) -> tuple[Array, float]:
     """EM with the squared extrapolation of Varadhan & Roland (2008): two steps, then a leap along their line that is
     taken back where the likelihood falls. Overlapping components would need thousands of plain steps.
 
     x [n], share [n] of the whole, start [3, k] (log weights, means, log stds) -> [3, k], mean log-likelihood
     less a constant.
     """
-    powers = torch.stack([torch.ones_like(x), x, x.square()])
+    powers = np.stack([np.ones_like(x), x, x * x])
     at, last, longest = start, -math.inf, 4.0
     for _ in range(leaps):
         first, _ = _em_step(powers, share, at)
         second, likelihood = _em_step(powers, share, first)
         line, bend = first - at, second - 2 * first + at
-        stretch = min(max(1.0, (line.norm() / bend.norm().clamp(min=1e-12)).item()), longest)
+        stretch = min(max(1.0, math.sqrt((line * line).sum()) / max(math.sqrt((bend * bend).sum()), 1e-12)), longest)
         landed, there = _em_step(powers, share, at + 2 * stretch * line + stretch**2 * bend)
         longest = max(longest / 2, 1.0) if there < likelihood else longest * (4 if stretch == longest else 1)
         at, likelihood = (landed, there) if there > likelihood else (second, likelihood)
@@ -211,18 +216,34 @@ def _em(x: Tensor, share: Tensor, start: Tensor, leaps: int) -> tuple[Tensor, fl
     return at, likelihood
 
 
-def _em_step(powers: Tensor, share: Tensor, at: Tensor) -> tuple[Tensor, float]:
+def _em_step(powers: Array, share: Array, at: Array) -> tuple[Array, float]:
     """powers [3, n] of the values -> the next [3, k], and the likelihood of `at`. The log density of a component is a
     parabola, so that a step is two products of matrices."""
-    log_weights, means, precisions = at[0].log_softmax(0), at[1], (-2 * at[2]).exp()
-    constant = log_weights - at[2] - means.square() * precisions / 2
-    joint = torch.stack([constant, means * precisions, -precisions / 2], dim=1) @ powers  # [k, n]
-    total = joint.logsumexp(0)
-    sums = ((joint - total).exp() * share) @ powers.T  # [k, 3]
-    weights = sums[:, 0].clamp(min=1e-12)
+    log_weights, means, precisions = _log_softmax(at[0]), at[1], np.exp(-2 * at[2])
+    constant = log_weights - at[2] - means * means * precisions / 2
+    joint = np.stack([constant, means * precisions, -precisions / 2], axis=1) @ powers  # [k, n]
+    largest = joint.max(0)
+    joint -= largest
+    np.exp(joint, out=joint)
+    total = joint.sum(0)
+    joint *= share / total
+    sums = joint @ powers.T  # [k, 3]
+    weights = sums[:, 0].clip(min=1e-12)
     means = sums[:, 1] / weights
-    variances = (sums[:, 2] / weights - means.square()).clamp(min=1e-6)
-    return torch.stack([weights.log(), means, variances.log() / 2]), (share @ total).item()
+    variances = (sums[:, 2] / weights - means * means).clip(min=1e-6)
+    return np.stack([np.log(weights), means, np.log(variances) / 2]), float(share @ (largest + np.log(total)))
+
+
+def _log_softmax(x: Array) -> Array:
+    shifted = x - x.max()
+    return shifted - math.log(np.exp(shifted).sum())
+
+
+def _shares(values: Tensor, most: int = 4096) -> tuple[Array, Array]:
+    """The points of `summary` and the share of the whole that each stands for. In numpy: fits make hundreds of passes
+    over a few thousand numbers, where torch takes several times as long to start an operation as to do it."""
+    x, count = summary(values, most)
+    return x.numpy(), (count / count.sum()).numpy()
 
 
 def _components(law: Params) -> tuple[Tensor, Tensor, Tensor]:
