@@ -6,9 +6,11 @@ tokens, no token to begin with. Here they are counted, or refused in a line."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ from zoo.streams import stream_seed
 
 BOOTSTRAPS = 1000  # resamplings behind the standard error of what is no mean, such as a perplexity
 GATED = "https://huggingface.co/datasets/"
+DECLARED = re.compile(rb"^[ \t]*(?:-[ \t]+)?(?:task|group|tag)[ \t]*:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
 class Scorer(HFLM):
@@ -112,17 +115,42 @@ def _first_token(tokenizer: Any, model: Any) -> int:
 def find_tasks(names: Sequence[str]) -> TaskManager:
     """An index of lm-eval's tasks that has `names`. UserError for a name that it does not know.
 
-    The whole index takes some twenty seconds to read, so the folders whose names begin these are looked at first."""
+    The whole index takes some twenty seconds to read, so the folders whose names begin these are looked at first, and a
+    name that no file of lm-eval's holds is refused without it."""
     root = Path(lm_eval.tasks.__file__).parent
     near = [str(p) for p in sorted(root.iterdir()) if p.is_dir() and any(name.startswith(p.name) for name in names)]
     manager = TaskManager(include_defaults=False, include_path=near or None)
     if set(names) <= set(manager.all_subtasks):
         return manager
-    manager = TaskManager()
+    missing, declared = _search(root, set(names) - set(manager.all_tasks))
+    known: Sequence[str] = sorted(declared)
+    if not missing:
+        manager = _whole_index()
+        known = manager.all_tasks
+        missing = set(names) - set(known)
     for name in names:
-        if name not in manager.all_tasks:
-            raise unknown("task of lm-eval", name, manager.all_tasks)
+        if name in missing:
+            raise unknown("task of lm-eval", name, known)
     return manager
+
+
+@functools.cache
+def _whole_index() -> TaskManager:
+    return TaskManager()
+
+
+def _search(root: Path, names: set[str]) -> tuple[set[str], set[str]]:
+    """Which of `names` no file below `root` holds, and the names of tasks, groups and tags that its files declare."""
+    missing, declared = {name: name.encode() for name in names}, set()
+    for folder, _, files in os.walk(root):
+        for file in files:
+            if file.endswith((".py", ".pyc")):
+                continue
+            with open(os.path.join(folder, file), "rb") as opened:
+                text = opened.read()
+            missing = {name: word for name, word in missing.items() if word not in text}
+            declared.update(DECLARED.findall(text))
+    return set(missing), {word.decode() for word in declared}
 
 
 def run_tasks(

@@ -24,7 +24,7 @@ from headstart.local_tasks import question_files, read_questions
 from tests.conftest import make_llama
 from zoo.errors import UserError
 
-pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval.tasks") and pytest.importorskip("lm_eval")
 
 QUESTIONS = [
     {"query": "Once upon a time there was a", "choices": ["little girl", "xyzzy plugh", "q"], "gold": 0},
@@ -282,6 +282,27 @@ def test_an_unknown_task_is_a_short_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown task of lm-eval 'qqqqzzzz': known: .* and \d{4,} more$") as refused:
         evaluate(folder, ["qqqqzzzz"], quiet=True)
     assert len(str(refused.value)) < 2000
+
+
+def test_the_whole_index_of_tasks_is_read_for_names_in_other_folders_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one folder stands for all of lm-eval's, which takes twenty seconds to read."""
+    from headstart import harness
+
+    root, read = Path(lm_eval.tasks.__file__).parent, []
+
+    def index(include_defaults: bool = True, include_path: Any = None) -> Any:
+        if include_defaults:
+            read.append(include_path := [str(root / "arc")])
+        return lm_eval.tasks.TaskManager(include_defaults=False, include_path=include_path)
+
+    monkeypatch.setattr(harness, "TaskManager", index)
+    harness._whole_index.cache_clear()
+    assert "arc_easy" in harness.find_tasks(["arc_easy"]).all_tasks and not read
+    assert {"ai2_arc", "arc_challenge"} <= set(harness.find_tasks(["ai2_arc", "arc_challenge"]).all_tasks)
+    with pytest.raises(UserError, match="unknown task of lm-eval 'leaderboard': known: ai2_arc, "):
+        harness.find_tasks(["ai2_arc", "leaderboard"])  # files hold both, so that it is the index that counts
+    harness._whole_index.cache_clear()
+    assert len(read) == 1
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_run(
