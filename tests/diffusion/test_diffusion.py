@@ -31,7 +31,7 @@ from zoo.store import Zoo
 from zoo.tensors import Metadata
 from zoo.units import addresses
 
-SMALL = {"steps": 200, "batch": 128, "hidden": 64, "blocks": 2, "pool": 8, "lr": 3e-3, "ema": 0.99, "quiet": True}
+SMALL = {"steps": 60, "batch": 128, "hidden": 64, "blocks": 2, "pool": 8, "lr": 3e-3, "ema": 0.99, "quiet": True}
 
 
 @pytest.fixture(scope="module")

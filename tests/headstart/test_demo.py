@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ def test_the_demo_runs_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(nursery.PRESETS, "micro", micro)
+    # Workers import everything anew, which takes longer than all stages; they are tested with nursery and compare.
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     out = tmp_path / "demo"
     took = demo(out, plan=MICRO, quiet=True)
     assert set(took) == {"zoo train", "train autoencoder", "train diffusion", "generate", "compare"}
