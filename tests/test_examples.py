@@ -65,10 +65,11 @@ def test_mean_field_mlp_on_digits() -> None:
         assert theirs.startswith(">") or int(ours) < int(theirs)
 
 
-def test_mean_field_mlp_on_mnist(shared_data: Path) -> None:
+def test_mean_field_mlp_on_mnist(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = shared_data / "vision" / "mnist.npz"
-    small = ("--hidden", 16, "--widths", 32, "--retrain", "--steps", 100, "--draws", 1)
-    output = run("--mnist", path, *small)
+    small = ["--hidden", "16", "--widths", "32", "--retrain", "--steps", "100", "--draws", "1"]
+    assert script().main(["--mnist", str(path), *small]) == 0
+    output = capsys.readouterr().out
     assert output.startswith("MNIST, source 784-16-16-10")
     assert source_accuracy(output) > 0.7
     table = rows(output)
@@ -123,7 +124,9 @@ def test_lora_inits_in_miniature(shared_data: Path, tmp_path: Path, capsys: pyte
     pytest.importorskip("lm_eval")
     example, work = script(LORA), tmp_path / "work"
     readme = example.README.read_text()
-    words = ["--data", str(shared_data), "--work", str(work), "--quick"]
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_bytes((shared_data / "corpora" / "tinyshakespeare.txt").read_bytes()[:300_000])
+    words = ["--data", str(shared_data), "--corpus", str(corpus), "--work", str(work), "--quick"]
     assert example.main(words) == 0
     output = capsys.readouterr().out
     found = json.loads((work / "lora_inits.json").read_text())
