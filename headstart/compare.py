@@ -29,6 +29,7 @@ from headstart.trials import (
     missing_of,
     name_of,
     options_of,
+    path_of,
     read,
     replace_file,
     run,
@@ -167,8 +168,10 @@ def compare(
                 missing = [job for job in (missing_of(setup, j) for j in jobs) if job.lrs]
                 bar.update((sum(len(j.lrs) for j in jobs) - sum(len(j.lrs) for j in missing)) * steps)
                 run_jobs(partial(run, setup), missing, workers or (default_workers() if small else 1), bar.update)
+                files.extend(path_of(setup, job, lr).name for job in jobs for lr in job.lrs)
                 return [read(setup, job, lr) for job in jobs for lr in job.lrs]
 
+            files: list[str] = []
             found = finish(grid)
             best = {name: tune([r for r in found if r["method"] == name])[0] for name in methods}
             chosen = [(name, *key) for name, key in best.items() if key is not None]
@@ -194,6 +197,7 @@ def compare(
         "threshold": threshold,
         "methods": scored,
         "refused": refused,
+        "runs": sorted(files),
         "grid": [float(f"{lr:g}") for lr in sorted(lrs)],
         "tuning_seeds": list(tuning),
         "batch_size": batch_size,

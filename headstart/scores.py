@@ -58,7 +58,7 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
 
 
-def speedup(budget: int, per_seed: Sequence[float | None]) -> dict[str, Any]:
+def speedup(budget: float, per_seed: Sequence[float | None]) -> dict[str, Any]:
     """{mean, ci95} of budget / steps. Ratios are skewed, so the mean is geometric and the interval is Student's t on
     their logarithms. A start that needs no step at all counts as one step. {None, None} unless every seed arrives:
     an average over those that did would flatter the method."""
@@ -66,20 +66,6 @@ def speedup(budget: int, per_seed: Sequence[float | None]) -> dict[str, Any]:
         return {"mean": None, "ci95": None}
     logs = interval([math.log(budget / max(steps, 1.0)) for steps in per_seed if steps is not None])
     return {"mean": math.exp(logs["mean"]), "ci95": logs["ci95"] and [math.exp(x) for x in logs["ci95"]]}
-
-
-def ratio(reference: Sequence[float | None], own: Sequence[float | None]) -> dict[str, Any]:
-    """{mean, ci95, per_seed} of the steps that the reference needs over those that a method needs, seed by seed:
-    geometric mean and Student's t on the logarithms. A start that needs no step counts as one. {None, None} unless
-    every seed of both arrives."""
-    pairs = list(zip(reference, own, strict=True))
-    per_seed = [None if r is None or o is None else max(r, 1.0) / max(o, 1.0) for r, o in pairs]
-    known = [p for p in per_seed if p is not None]
-    if not known or len(known) < len(per_seed):
-        return {"mean": None, "ci95": None, "per_seed": per_seed}
-    logs = interval([math.log(p) for p in known])
-    bounds = logs["ci95"] and [math.exp(x) for x in logs["ci95"]]
-    return {"mean": math.exp(logs["mean"]), "ci95": bounds, "per_seed": per_seed}
 
 
 def thresholds(runs: Sequence[Run], budget: int) -> dict[str, float]:
@@ -122,15 +108,14 @@ def score(
     reference = [r["losses"][-1] for r in chosen[REFERENCE]]
     threshold = float(np.mean(reference)) if reference else None
     levels = thresholds(chosen[REFERENCE], budget)
-    needed = {at: [crossing(r["steps"], r["losses"], loss) for r in chosen[REFERENCE]] for at, loss in levels.items()}
     entries = {
         name: _entry(name, of, chosen[name], tuned[name], threshold, reference, budget) for name, of in methods.items()
     }
     for name, entry in entries.items():
         crossed = {at: [crossing(r["steps"], r["losses"], loss) for r in chosen[name]] for at, loss in levels.items()}
         entry["thresholds"] = {
-            at: {"loss": levels[at], "steps": crossed[at], "ratio": ratio(needed[at], crossed[at])}
-            for at in levels
+            at: {"loss": loss, "steps": crossed[at], "ratio": speedup(float(at) * budget, crossed[at])}
+            for at, loss in levels.items()
             if chosen[name]
         }
     return threshold, entries

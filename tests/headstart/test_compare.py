@@ -8,9 +8,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from headstart import scores
@@ -110,19 +108,11 @@ def test_steps_to_several_thresholds() -> None:
     _, methods = scores.score(runs, budget=100)
     default, fast = (methods[name]["thresholds"] for name in ("default", "fast"))
     assert {at: found["loss"] for at, found in fast.items()} == {"0.25": 4.5, "0.5": 4.0, "1": 3.0}
-    assert all(found["ratio"]["mean"] == 1.0 for found in default.values())
-    assert fast["0.25"]["ratio"]["per_seed"] == [pytest.approx(25 / (50 * 0.25 / 1.75)), 25.0]
+    assert fast["0.25"]["steps"] == [pytest.approx(50 * 0.25 / 1.75), 0.0]
+    assert fast["0.25"]["ratio"]["mean"] == pytest.approx(math.sqrt(25 / (50 * 0.25 / 1.75) * 25))
     assert fast["0.5"]["ratio"]["mean"] == pytest.approx(50 / math.sqrt(50 * 0.75 / 1.75 * 25))
     assert fast["1"]["steps"] == [50.0, None] and fast["1"]["ratio"]["mean"] is None
-
-
-def test_a_ratio_is_paired_and_geometric() -> None:
-    found = scores.ratio([100.0, 50.0, 80.0], [50.0, 50.0, 0.0])
-    logs = np.log([2.0, 1.0, 80.0])
-    half = scipy.stats.t.ppf(0.975, 2) * logs.std(ddof=1) / math.sqrt(3)
-    assert found["mean"] == pytest.approx(math.exp(logs.mean()))
-    assert found["ci95"] == pytest.approx([math.exp(logs.mean() - half), math.exp(logs.mean() + half)])
-    assert scores.ratio([None, 50.0], [1.0, 1.0])["mean"] is None
+    assert default["1"]["ratio"]["mean"] == 1.0 and fast["0.5"]["ratio"]["ci95"][0] < 2
 
 
 def test_the_default_is_tuned_over_its_scale() -> None:

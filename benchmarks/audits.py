@@ -1,0 +1,176 @@
+"""Is what is generated new? After 2506.07998: a sample is novel beyond tau times what donors are apart (the median over
+donors of the distance to their nearest other, in canonical coordinates), performant where it trains as a head start
+should, and counts where it is both. Overlap of mispredicted tokens is held against that of independent donors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks import tasks
+from benchmarks.controls import Average, Interpolation, Noise, PerDimension
+from benchmarks.peers.scoring import SEQUENCE, WINDOWS, build
+from headstart import methods, novelty
+from headstart.generate import complete, configure, fit, language_model
+from headstart.trials import cut
+from zoo.aligned import token_strings
+from zoo.decoder import read_decoder
+from zoo.lm import Training, evaluate, reproducible, train_steps
+from zoo.pool import Report, default_workers, run_jobs
+from zoo.sampler import Sampler
+from zoo.store import Zoo
+from zoo.streams import stream_seed
+from zoo.text import encode_corpus
+
+SEEDS = tuple(range(10))
+TAUS = (1.0, 2.0, 3.0, 4.0)
+RATE = 2.5e-3  # of the short training after which a sample is performant or not
+SHAPES = {"seen": tasks.llama(80, 3, 5, 5, 208), "unseen": tasks.UNSEEN["gqa"]}  # two donors have the first
+CLAIMS = ("diffusion", "autoencoder", "row-column", "matrix-normal", "normal")  # methods that draw something new
+CONTROLS: dict[str, Sampler] = {
+    **{f"a donor with {amount:.0%} noise": Noise(amount=amount) for amount in (0.05, 0.2, 0.5)},
+    "average of donors": Average(),
+    "interpolation of two donors": Interpolation(),
+    "Gaussian per dimension": PerDimension(),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are: the embedded zoo, the diffusion trained on it, the text, the folder of finished samples."""
+
+    zoo: str
+    model: str
+    corpus: str
+    kept: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    shape: str  # of SHAPES
+    label: str  # a method, or one of CONTROLS
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.shape}-{self.label}-s{self.seed}.json".replace(" ", "-").replace("%", "")
+
+
+def samples() -> list[Sample]:
+    """All of them; controls need donors of the shape."""
+    labels = {"seen": [*CLAIMS, *CONTROLS], "unseen": list(CLAIMS)}
+    return [Sample(shape, label, seed) for shape, of in labels.items() for label in of for seed in SEEDS]
+
+
+def audit(place: Place, quiet: bool = False) -> dict[str, Any]:
+    """{donors: {…}, samples: [{shape, label, seed, …}]}; samples that were measured before are kept."""
+    from tqdm import tqdm
+
+    Path(place.kept).mkdir(parents=True, exist_ok=True)
+    missing = [s for s in samples() if not (Path(place.kept) / s.file).exists()]
+    with tqdm(total=len(missing), desc="novelty", unit="sample", disable=quiet) as bar:
+        run_jobs(partial(measure, place), missing, default_workers(), bar.update)
+    found = [json.loads((Path(place.kept) / s.file).read_text()) for s in samples()]
+    return {"donors": donors_apart(place), "samples": found, "rate": RATE, "steps": tasks.BUDGETS["short"]}
+
+
+def measure(place: Place, sample: Sample, report: Report) -> None:
+    """How far a sample is from every donor, where its mistakes are, and how it trains."""
+    config = SHAPES[sample.shape]
+    blueprint = language_model(config)
+    zoo, frames, guesses, truth, learned, held = _known(place)
+    with reproducible():
+        tensors = {
+            name: t.float() for name, t in complete(_fitted(place, sample.shape, sample.label), blueprint, sample.seed)
+        }
+        decoder = read_decoder(blueprint, lambda name: tensors[name].double(), where=sample.label)
+        near = novelty.nearest(decoder, token_strings(zoo.donors[0]), frames)
+        model = build(config, tensors)
+        start = evaluate(model, held, SEQUENCE, limit=WINDOWS)
+        own, _ = novelty.predictions(model, held, SEQUENCE, WINDOWS)
+        overlaps = {name: novelty.error_overlap(own, other, truth) for name, other in guesses.items()}
+        alike = max(overlaps, key=lambda name: overlaps[name]["iou"])
+        training = Training(
+            tasks.BUDGETS["short"], RATE, tasks.BATCH, tasks.SEQUENCE, seed=stream_seed(sample.seed, "compare")
+        )
+        for _ in train_steps(model, learned, training):
+            pass
+        end = evaluate(model, held, SEQUENCE, limit=WINDOWS)
+    found = {
+        "shape": sample.shape, "label": sample.label, "seed": sample.seed, "loss": start, "trained": end,
+        "distance": near.total, "kinds": dict(near.kinds), "nearest": near.donor,
+        "alike": alike, **{f"error_{key}": value for key, value in overlaps[alike].items()},
+    }  # fmt: skip
+    path = Path(place.kept) / sample.file
+    partial_file = path.with_suffix(".part")
+    partial_file.write_text(json.dumps(found) + "\n")
+    os.replace(partial_file, path)
+    report(1)
+
+
+@cache
+def _known(place: Place) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """(zoo, its frames, each donor's predictions, the true tokens, text to learn, text held out), once a process."""
+    zoo = Zoo.open(place.zoo)
+    tokens = encode_corpus(place.corpus, None, 256)
+    learned, held = tokens[: cut(tokens)], tokens[cut(tokens) :]
+    guesses, truth = {}, held
+    for donor in zoo.donors:
+        model = build(donor.config, {s.name: donor.read(s.name).float() for s in donor.blueprint.specs})
+        guesses[donor.name], truth = novelty.predictions(model, held, SEQUENCE, WINDOWS)
+    return zoo, [novelty.frame(d) for d in zoo.donors], guesses, truth, learned, held
+
+
+@cache
+def _fitted(place: Place, shape: str, label: str) -> Sampler:
+    blueprint, zoo = language_model(SHAPES[shape]), _known(place)[0]
+    if label in CONTROLS:
+        return CONTROLS[label].fit(zoo, blueprint)
+    cls = methods.get(label)
+    sampler = configure(cls, model=place.model) if "model" in cls.__dataclass_fields__ else configure(cls)
+    return fit(sampler, zoo, blueprint)
+
+
+def donors_apart(place: Place) -> dict[str, Any]:
+    """{median, by_donor, iou, expected, same}: distance of every donor to its nearest other; of its mispredicted
+    tokens, the largest overlap with another's, medians over donors."""
+    path = Path(place.kept) / "donors.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    zoo, frames, guesses, truth, _, _ = _known(place)
+    apart = {name: d.total for name, d in novelty.leave_one_out(zoo.donors, frames).items()}
+    overlaps = []
+    for name, own in guesses.items():
+        others = [novelty.error_overlap(own, o, truth) for other, o in guesses.items() if other != name]
+        overlaps.append(max(others, key=lambda o: o["iou"]))
+    found = {"median": statistics.median(apart.values()), "by_donor": apart}
+    found |= {key: statistics.median(o[key] for o in overlaps) for key in ("iou", "expected", "same")}
+    path.write_text(json.dumps(found) + "\n")
+    return found
+
+
+def shares(found: Mapping[str, Any], label: str, shape: str, bound: float) -> dict[str, Any]:
+    """Of one label's samples: {n, loss, trained, distance, iou, same, performant, novel: {tau}, both: {tau}}; `bound`:
+    the loss that a performant sample is at or below after the short training."""
+    rows = [s for s in found["samples"] if (s["label"], s["shape"]) == (label, shape)]
+    apart = found["donors"]["median"]
+    performs = [s["trained"] <= bound for s in rows]
+    novel = {f"{tau:g}": [s["distance"] > tau * apart for s in rows] for tau in TAUS}
+    return {
+        "n": len(rows),
+        **{key: statistics.fmean(s[key] for s in rows) for key in ("loss", "trained", "distance")},
+        "iou": statistics.fmean(s["error_iou"] for s in rows),
+        "same": statistics.fmean(s["error_same"] for s in rows),
+        "performant": sum(performs),
+        "novel": {tau: sum(flags) for tau, flags in novel.items()},
+        "both": {tau: sum(a and b for a, b in zip(flags, performs, strict=True)) for tau, flags in novel.items()},
+    }

@@ -1,0 +1,177 @@
+"""The benchmark: who gives a head start, how large, and is it new?
+
+    python -m benchmarks.head_start --work DIR [--data DIR] [--only A-gqa …] [--hours H]
+        trains the donors and the models of them into DIR (once), runs the comparisons and audits, keeps every run in
+        benchmarks/head_start.parquet and the rest in head_start.json, and writes BENCHMARKS.md; goes on where it was
+        interrupted, on another machine too. Without --data (a folder of real models and texts) C and Shakespeare are
+        left out. --hours: begins no comparison after that time.
+    python -m benchmarks.head_start --work DIR --small
+        one target, the eight strongest methods, two learning rates: at most forty minutes on two cores, into DIR
+    python -m benchmarks.head_start --tables
+        writes BENCHMARKS.md again from the committed figures
+
+Every comparison is a call of `headstart compare`, whose pages stand in DIR/comparisons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import audits, costs, rows, tables, tasks
+from benchmarks.tasks import Comparison
+from headstart.compare import compare
+from headstart.generate import versions
+from zoo.store import Zoo
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "benchmarks" / "head_start.parquet"
+FACTS = ROOT / "benchmarks" / "head_start.json"
+
+
+def measure(
+    comparison: Comparison, methods: Sequence[str], work: Path, data: Path | None, small: bool = False
+) -> dict[str, Any]:
+    """Runs what is missing of a comparison; the rows so far are in RUNS, or in `work` for a small one."""
+    paths = tasks.prepare(work, comparison.zoo, data, small)
+    corpus = _corpus(work, comparison.text, data)
+    out = work / "comparisons" / comparison.name.replace(" ", "-")
+    kept = work / "runs.parquet" if small else RUNS
+    rows.restore(rows.read(kept), comparison, out / "runs")
+    files: list[str] | None = None
+    try:
+        results = compare(
+            tasks.target_folder(work, comparison, data),
+            paths["zoo"],
+            methods,
+            corpus,
+            steps=comparison.steps,
+            seeds=tasks.SEEDS,
+            lrs=comparison.lrs,
+            out=out,
+            model=paths["model"],
+            batch_size=tasks.BATCH,
+            sequence=tasks.SEQUENCE,
+            default_scales=tasks.SCALES,
+            tuning_seeds=len(tasks.SEEDS) if comparison.budget == "ladder" else tasks.TUNING,
+            keep_going=True,
+            command=f"python -m benchmarks.head_start{' --small' if small else ''}",
+        )
+        files = results["runs"]
+    finally:  # what was finished is kept
+        rows.write(kept, rows.collect(rows.read(kept), comparison, out / "runs", files))
+    return results
+
+
+def keep(results: dict[str, Any], comparison: Comparison, zoo: Path) -> None:
+    """What the rows do not say, in FACTS: what was compared on what, by which versions, who refused."""
+    facts = read_facts()
+    facts["versions"] = versions() | {"python": platform.python_version()}
+    facts["cores"] = os.cpu_count()
+    facts["seeds"], facts["tuning_seeds"] = list(tasks.SEEDS), tasks.TUNING
+    facts.setdefault("zoos", {})[comparison.zoo] = [
+        {"name": d.name, "sha256": d.sha256, "parameters": d.parameters, "license": d.facts.get("license"),
+         "loss": d.facts.get("loss"), "tokens": d.facts.get("tokens")}
+        for d in Zoo.open(zoo).donors
+    ]  # fmt: skip
+    about = {key: results[key] for key in ("parameters", "corpus", "steps", "batch_size", "sequence", "refused")}
+    facts.setdefault("comparisons", {})[comparison.name] = about | {"target": results["target"]}
+    write_facts(facts)
+
+
+def novelty(work: Path, data: Path | None) -> dict[str, Any]:
+    paths = tasks.prepare(work, "embedded", data)
+    place = audits.Place(
+        str(paths["zoo"]), str(paths["model"]), str(_corpus(work, "reference", data)), str(work / "novelty")
+    )
+    return audits.audit(place)
+
+
+def cost(work: Path, data: Path | None) -> dict[str, Any]:
+    paths, comparison = tasks.prepare(work, "embedded", data), next(tasks.comparisons())
+    target = tasks.target_folder(work, comparison, data)
+    return costs.costs(tasks.plain(), target, paths, _corpus(work, "reference", data), work)
+
+
+def peers(work: Path, data: Path | None) -> dict[str, Any]:
+    """Published generators beside ours: as many parameters, as many seconds of training (`took`)."""
+    from benchmarks.peers import measure as peer
+
+    paths = tasks.prepare(work, "embedded", data)
+    opened = Zoo.open(paths["zoo"])
+    tokens = peer.held_out(_corpus(work, "reference", data), opened)
+    setup = peer.Setup(
+        opened, paths["model"], tokens, tasks.UNSEEN["gqa"], work / "peers", tasks.took(work, "embedded"),
+        seeds=tasks.SEEDS, quiet=False,
+    )  # fmt: skip
+    return peer.measure(setup)
+
+
+AUDITS = {"novelty": novelty, "cost": cost, "peers": peers}
+
+
+def _corpus(work: Path, name: str, data: Path | None) -> Path:
+    path = work / "texts" / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_bytes(tasks.text(name, data))
+    return path
+
+
+def read_facts() -> dict[str, Any]:
+    return json.loads(FACTS.read_text()) if FACTS.is_file() else {}
+
+
+def write_facts(facts: dict[str, Any]) -> None:
+    partial = FACTS.with_suffix(".part")
+    partial.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, FACTS)
+
+
+def wanted(comparison: Comparison, data: Path | None, only: Sequence[str]) -> bool:
+    if data is None and (comparison.zoo == "real" or comparison.text not in ("reference", "source")):
+        return False
+    return not only or any(comparison.name.startswith(prefix) for prefix in only)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for donors, models and runs")
+    parser.add_argument("--data", type=Path, help="folder of real models and texts")
+    parser.add_argument("--only", nargs="*", default=[], help="comparisons whose names begin so, such as A-gqa or B")
+    parser.add_argument("--hours", type=float, help="begin no comparison after that time")
+    parser.add_argument("--small", action="store_true", help="one target, eight methods, two learning rates")
+    parser.add_argument("--tables", action="store_true", help="only write BENCHMARKS.md again")
+    a = parser.parse_args()
+    began = time.monotonic()
+    if not a.tables:
+        if a.work is None:
+            parser.error("give --work DIR, or --tables")
+        a.work.mkdir(parents=True, exist_ok=True)
+        if a.small:
+            measure(tasks.small(), tasks.SMALL, a.work, a.data, small=True)
+            print(a.work / "comparisons" / tasks.small().name / "report.html")
+            return
+        for comparison in tasks.comparisons():
+            if not wanted(comparison, a.data, a.only):
+                continue
+            if a.hours is not None and time.monotonic() - began > a.hours * 3600:
+                break
+            print(comparison.name, flush=True)
+            results = measure(comparison, tasks.names(), a.work, a.data)
+            keep(results, comparison, a.work / comparison.zoo / "zoo")
+        for audit in AUDITS:
+            if (audit in a.only or not a.only) and (a.hours is None or time.monotonic() - began < a.hours * 3600):
+                print(audit, flush=True)
+                write_facts(read_facts() | {audit: AUDITS[audit](a.work, a.data)})
+    tables.write(rows.read(RUNS), read_facts())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What the benchmark asks of every method: donors, targets of unseen shapes, texts, budgets.
+
+A  embedded zoo -> unseen shapes, the donors' own text (Python's language reference, the part that they never saw)
+B  the same targets on other domains: source code of Python's library, and Shakespeare
+C  really trained donors -> unseen shapes on children's stories, with the donors' tokenizer and with another one
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headstart import methods
+from zoo.nursery import Recipe, bench
+from zoo.text import reference_corpus, save_byte_tokenizer
+
+SEEDS = (0, 1, 2)
+TUNING = 1  # of them, the first, choose learning rate and scale
+LRS = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
+LADDER = (1.5e-2, 4e-2, 1e-1, 2.5e-1)  # beyond: for the largest rate that a method bears
+SCALES = (1.0, 2.0, 4.0)  # of the default
+BUDGETS = {"short": 50, "long": 200}
+BATCH, SEQUENCE = 8, 64
+# conv-covariance needs convolutions, which no language model of the zoo has; the LoRA methods fill adapters.
+ELSEWHERE = {"conv-covariance", *methods.LORA}
+CONTROLS = ("diffusion:condition=shuffled", "diffusion:condition=mean")  # what the metadata are worth
+SMALL = (
+    "default", "weight-selection", "sliced", "autoencoder", "net2wider", "pruning", "row-column", "diffusion"
+)  # fmt: skip
+STORIES = ("stories260K", "llama2xs-260K", "babyllama-tok105")  # Llamas: what autoencoder and diffusion can learn
+OTHERS = ("arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")  # GPT-2s
+# Of Python's library, enough for a megabyte; none of them is generated or a table.
+SOURCES = (
+    "argparse", "ast", "calendar", "codecs", "configparser", "copy", "csv", "dataclasses", "datetime", "decimal",
+    "difflib", "dis", "doctest", "enum", "fractions", "functools", "gettext", "heapq", "inspect", "ipaddress",
+    "locale", "mailbox", "optparse", "os", "pathlib", "pickle", "pickletools", "plistlib", "pprint", "random",
+    "shutil", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading",
+    "tokenize", "traceback", "turtle", "types", "typing", "uuid", "zipfile",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One target on one text under one budget: a call of `headstart compare`."""
+
+    task: str  # A | B | C
+    target: str
+    text: str
+    budget: str  # short | long | ladder
+    zoo: str  # embedded | real
+    config: dict[str, Any]
+    tokenizer: str  # bytes, or a donor's folder in the data
+    lrs: tuple[float, ...] = LRS
+
+    @property
+    def steps(self) -> int:
+        return BUDGETS["short" if self.budget == "ladder" else self.budget]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.target}-{self.text}-{self.budget}"
+
+
+def llama(
+    width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = 256, tied: bool = False, head: int = 16
+) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": width,
+        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+
+
+# The embedded donors are 48 to 128 wide and 2 to 6 layers deep, with heads of 16 times as many as fill the width.
+UNSEEN = {
+    "gqa": llama(96, 3, 6, 2, 256),  # no donor shares keys and values among heads
+    "heads": llama(80, 4, 8, 8, 112),  # attention wider than the stream, FFN 1.4 times it; the donors': 1 and 2.6
+    "deeper": llama(64, 8, 4, 4, 176),
+    "narrower": llama(32, 4, 2, 2, 96),
+    "wider": llama(160, 3, 10, 10, 416),
+}
+# The real Llamas are 64 and 128 wide with 5 layers of 8 heads.
+STORY_TARGETS = {
+    "same tokenizer": (llama(96, 6, 6, 3, 256, vocab=512, tied=True), "stories260K"),
+    "bytes": (llama(80, 4, 5, 5, 216, tied=True), "bytes"),
+}
+
+
+def donors() -> list[Recipe]:
+    """The bench preset of the nursery without shared keys and values, so that GQA is unseen."""
+    return [replace(recipe, kv_heads=recipe.heads) for recipe in bench()]
+
+
+def plain() -> list[str]:
+    """All methods that fill language models."""
+    return [name for name in methods.METHODS if name not in ELSEWHERE]
+
+
+def names() -> list[str]:
+    return plain() + list(CONTROLS)
+
+
+def comparisons() -> Iterator[Comparison]:
+    """In the order in which they are worth having."""
+    for budget in BUDGETS:
+        for target, config in UNSEEN.items():
+            yield Comparison("A", target, "reference", budget, "embedded", config, "bytes")
+    for budget in BUDGETS:
+        for target, (config, tokenizer) in STORY_TARGETS.items():
+            yield Comparison("C", target, "stories", budget, "real", config, tokenizer)
+    yield Comparison("A", "gqa", "reference", "ladder", "embedded", UNSEEN["gqa"], "bytes", LADDER)
+    for text in ("source", "shakespeare"):
+        for budget in BUDGETS:
+            for target, config in UNSEEN.items():
+                yield Comparison("B", target, text, budget, "embedded", config, "bytes")
+
+
+def small() -> Comparison:
+    """What `--small` runs."""
+    return Comparison("A", "gqa", "reference", "long", "embedded", UNSEEN["gqa"], "bytes", (2.5e-3, 6e-3))
+
+
+def library_source() -> bytes:
+    """Source code of modules of Python's library, one after the other."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    paths = (folder / f"{name}.py" for name in SOURCES)
+    found = [path if path.is_file() else path.with_suffix("") / "__init__.py" for path in paths]
+    return b"\n".join(path.read_bytes() for path in found if path.is_file())
+
+
+def text(name: str, data: Path | None) -> bytes:
+    """The corpus called `name`; the last two are in the data folder."""
+    made: dict[str, Callable[[], bytes]] = {"reference": reference_corpus, "source": library_source}
+    if name in made:
+        return made[name]()
+    if data is None:
+        raise SystemExit(f"the text {name!r} is in the data folder; give --data DIR")
+    files = {"shakespeare": "tinyshakespeare.txt", "stories": "tinystories_sample.txt"}
+    return (data / "corpora" / files[name]).read_bytes()
+
+
+def prepare(work: Path, zoo: str, data: Path | None, small: bool = False) -> dict[str, Path]:
+    """{zoo, model, autoencoder}: donors, and autoencoder and diffusion trained on them, in `work`; what an earlier call
+    made is kept. The autoencoder and the diffusion of the real zoo learn its Llamas, the only ones that they read."""
+    from autoencoder.training import train as train_autoencoder
+    from diffusion.training import train as train_diffusion
+    from zoo.add import add
+    from zoo.nursery import train as train_zoo
+
+    folder = work / zoo
+    paths = {key: folder / key for key in ("zoo", "autoencoder", "model")}
+    if zoo == "embedded":
+        train_zoo(paths["zoo"], donors())
+        learned = paths["zoo"]
+    else:
+        if data is None:
+            raise SystemExit("the real donors are in the data folder; give --data DIR")
+        learned = folder / "llamas"
+        add([str(data / "models" / name) for name in STORIES], learned)
+        add([str(data / "models" / name) for name in STORIES + OTHERS], paths["zoo"])
+    if not (paths["model"] / "model_index.json").exists():
+        began = time.process_time()
+        train_autoencoder(learned, paths["autoencoder"], resume=True, device="cpu")
+        train_diffusion(
+            learned, paths["autoencoder"], paths["model"], resume=True, device="cpu", steps=600 if small else 1500
+        )
+        (folder / "seconds.json").write_text(f"{time.process_time() - began:.0f}\n")
+    return paths
+
+
+def took(work: Path, zoo: str) -> float:
+    """Seconds of all threads together that training autoencoder and diffusion took, if it was not interrupted."""
+    return float((work / zoo / "seconds.json").read_text())
+
+
+def target_folder(work: Path, comparison: Comparison, data: Path | None) -> Path:
+    """The target as a user would have it: a config and a tokenizer."""
+    from headstart.generate import TOKENIZER_FILES
+
+    folder = work / "targets" / f"{comparison.task}-{comparison.target}".replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(comparison.config, indent=2) + "\n")
+    if comparison.tokenizer == "bytes":
+        save_byte_tokenizer(folder)
+        return folder
+    assert data is not None
+    for path in (data / "models" / comparison.tokenizer).iterdir():
+        if path.name in TOKENIZER_FILES:
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
