@@ -3,8 +3,8 @@
     python -m benchmarks.head_start --work DIR [--data DIR] [--only A-gqa …] [--hours H]
         trains the donors and the models of them into DIR (once), runs the comparisons and audits, keeps every run in
         benchmarks/head_start.parquet and the rest in head_start.json, and writes BENCHMARKS.md; goes on where it was
-        interrupted, on another machine too. Without --data (a folder of real models and texts) C and Shakespeare are
-        left out. --hours: begins no comparison after that time.
+        interrupted. Without --data (a folder of real models and texts) C and Shakespeare are left out. --hours:
+        begins nothing after that time.
     python -m benchmarks.head_start --work DIR --small
         one target, the eight strongest methods, two learning rates: at most forty minutes on two cores, into DIR
     python -m benchmarks.head_start --tables
@@ -24,24 +24,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import audits, costs, rows, tables, tasks
 from benchmarks.tasks import Comparison
 from headstart.compare import compare
 from headstart.generate import versions
-from zoo.store import Zoo
+from zoo.store import Zoo, record
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "benchmarks" / "head_start.parquet"
 FACTS = ROOT / "benchmarks" / "head_start.json"
+KEPT = ("target", "parameters", "corpus", "steps", "batch_size", "sequence", "windows", "refused")
+SMALL_STEPS = 600  # of the diffusion's training under --small
 
 
-def measure(
-    comparison: Comparison, methods: Sequence[str], work: Path, data: Path | None, small: bool = False
-) -> dict[str, Any]:
+def measure(comparison: Comparison, work: Path, data: Path | None, small: bool = False) -> dict[str, Any]:
     """Runs what is missing of a comparison; the rows so far are in RUNS, or in `work` for a small one."""
-    paths = tasks.prepare(work, comparison.zoo, data, small)
+    paths = tasks.prepare(work, comparison.zoo, data, **({"steps": SMALL_STEPS} if small else {}))
     corpus = _corpus(work, comparison.text, data)
-    out = work / "comparisons" / comparison.name.replace(" ", "-")
+    out = work / "comparisons" / comparison.name
     kept = work / "runs.parquet" if small else RUNS
     rows.restore(rows.read(kept), comparison, out / "runs")
     files: list[str] | None = None
@@ -49,7 +51,7 @@ def measure(
         results = compare(
             tasks.target_folder(work, comparison, data),
             paths["zoo"],
-            methods,
+            comparison.methods or tasks.names(comparison.zoo),
             corpus,
             steps=comparison.steps,
             seeds=tasks.SEEDS,
@@ -58,6 +60,7 @@ def measure(
             model=paths["model"],
             batch_size=tasks.BATCH,
             sequence=tasks.SEQUENCE,
+            windows=tasks.WINDOWS,
             default_scales=tasks.SCALES,
             tuning_seeds=len(tasks.SEEDS) if comparison.budget == "ladder" else tasks.TUNING,
             keep_going=True,
@@ -69,48 +72,53 @@ def measure(
     return results
 
 
-def keep(results: dict[str, Any], comparison: Comparison, zoo: Path) -> None:
+def keep(results: dict[str, Any], comparison: Comparison, work: Path) -> None:
     """What the rows do not say, in FACTS: what was compared on what, by which versions, who refused."""
     facts = read_facts()
     facts["versions"] = versions() | {"python": platform.python_version()}
     facts["cores"] = os.cpu_count()
-    facts["seeds"], facts["tuning_seeds"] = list(tasks.SEEDS), tasks.TUNING
     facts.setdefault("zoos", {})[comparison.zoo] = [
-        {"name": d.name, "sha256": d.sha256, "parameters": d.parameters, "license": d.facts.get("license"),
-         "loss": d.facts.get("loss"), "tokens": d.facts.get("tokens")}
-        for d in Zoo.open(zoo).donors
-    ]  # fmt: skip
-    about = {key: results[key] for key in ("parameters", "corpus", "steps", "batch_size", "sequence", "refused")}
-    facts.setdefault("comparisons", {})[comparison.name] = about | {"target": results["target"]}
+        record(d) | {"parameters": d.parameters, "loss": d.facts.get("loss"), "tokens": d.facts.get("tokens")}
+        for d in Zoo.open(work / comparison.zoo / "zoo").donors
+    ]
+    facts.setdefault("trained", {})[comparison.zoo] = tasks.took(work, comparison.zoo)
+    about = {key: results[key] for key in KEPT} | {"runs": rows.digest(results["runs"])}
+    facts.setdefault("comparisons", {})[comparison.name] = about
     write_facts(facts)
 
 
 def novelty(work: Path, data: Path | None) -> dict[str, Any]:
     paths = tasks.prepare(work, "embedded", data)
-    place = audits.Place(
-        str(paths["zoo"]), str(paths["model"]), str(_corpus(work, "reference", data)), str(work / "novelty")
-    )
-    return audits.audit(place)
+    corpus = _corpus(work, "reference", data)
+    return audits.audit(audits.place(paths["zoo"], paths["model"], corpus, work / "novelty"))
 
 
 def cost(work: Path, data: Path | None) -> dict[str, Any]:
-    paths, comparison = tasks.prepare(work, "embedded", data), next(tasks.comparisons())
-    target = tasks.target_folder(work, comparison, data)
-    return costs.costs(tasks.plain(), target, paths, _corpus(work, "reference", data), work)
+    paths = tasks.prepare(work, "embedded", data)
+    target = tasks.target_folder(work, tasks.of_main("long"), data)
+    return costs.costs(tasks.plain(), target, paths, _corpus(work, "reference", data))
 
 
 def peers(work: Path, data: Path | None) -> dict[str, Any]:
-    """Published generators beside ours: as many parameters, as many seconds of training (`took`)."""
+    """Published generators beside ours: as many parameters, as many seconds of training."""
     from benchmarks.peers import measure as peer
 
     paths = tasks.prepare(work, "embedded", data)
-    opened = Zoo.open(paths["zoo"])
-    tokens = peer.held_out(_corpus(work, "reference", data), opened)
-    setup = peer.Setup(
-        opened, paths["model"], tokens, tasks.UNSEEN["gqa"], work / "peers", tasks.took(work, "embedded"),
-        seeds=tasks.SEEDS, quiet=False,
-    )  # fmt: skip
-    return peer.measure(setup)
+    seconds = tasks.took(work, "embedded")
+    if seconds is None:
+        raise SystemExit(f"{work}: the diffusion's training was interrupted, its time is not known; use another --work")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # on which a second of the peers' clock is one of work, as `took` counts them
+    try:
+        opened = Zoo.open(paths["zoo"])
+        tokens = peer.held_out(_corpus(work, "reference", data), opened)
+        kept = work / "peers" / audits.identity(paths["zoo"], paths["model"])
+        target = tasks.UNSEEN[tasks.MAIN]
+        return peer.measure(
+            peer.Setup(opened, paths["model"], tokens, target, kept, seconds, seeds=tasks.SEEDS, quiet=False)
+        )
+    finally:
+        torch.set_num_threads(before)
 
 
 AUDITS = {"novelty": novelty, "cost": cost, "peers": peers}
@@ -144,32 +152,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for donors, models and runs")
     parser.add_argument("--data", type=Path, help="folder of real models and texts")
-    parser.add_argument("--only", nargs="*", default=[], help="comparisons whose names begin so, such as A-gqa or B")
-    parser.add_argument("--hours", type=float, help="begin no comparison after that time")
+    parser.add_argument("--only", nargs="*", default=[], help="comparisons whose names begin so, or audits")
+    parser.add_argument("--hours", type=float, help="begin nothing after that time")
     parser.add_argument("--small", action="store_true", help="one target, eight methods, two learning rates")
     parser.add_argument("--tables", action="store_true", help="only write BENCHMARKS.md again")
     a = parser.parse_args()
     began = time.monotonic()
+
+    def in_time() -> bool:
+        return a.hours is None or time.monotonic() - began < a.hours * 3600
+
     if not a.tables:
         if a.work is None:
             parser.error("give --work DIR, or --tables")
         a.work.mkdir(parents=True, exist_ok=True)
         if a.small:
-            measure(tasks.small(), tasks.SMALL, a.work, a.data, small=True)
+            measure(tasks.small(), a.work, a.data, small=True)
             print(a.work / "comparisons" / tasks.small().name / "report.html")
             return
         for comparison in tasks.comparisons():
-            if not wanted(comparison, a.data, a.only):
-                continue
-            if a.hours is not None and time.monotonic() - began > a.hours * 3600:
-                break
-            print(comparison.name, flush=True)
-            results = measure(comparison, tasks.names(), a.work, a.data)
-            keep(results, comparison, a.work / comparison.zoo / "zoo")
+            if wanted(comparison, a.data, a.only) and in_time():
+                print(comparison.name, flush=True)
+                keep(measure(comparison, a.work, a.data), comparison, a.work)
         for audit in AUDITS:
-            if (audit in a.only or not a.only) and (a.hours is None or time.monotonic() - began < a.hours * 3600):
+            if (audit in a.only or not a.only) and in_time():
                 print(audit, flush=True)
-                write_facts(read_facts() | {audit: AUDITS[audit](a.work, a.data)})
+                found = AUDITS[audit](a.work, a.data)
+                write_facts(read_facts() | {audit: found})
     tables.write(rows.read(RUNS), read_facts())
 
 

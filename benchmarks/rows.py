@@ -5,9 +5,12 @@ A run is the file that `headstart compare` keeps of it; a row holds all of it, s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ SCHEMA = pa.schema(
         ("rms_start", pa.list_(pa.float64())),
         ("rms_end", pa.list_(pa.float64())),
         ("init", pa.string()),  # JSON: seconds, donors, novelty
+        ("made", pa.string()),  # by which versions of what
     ]
 )
 
@@ -47,7 +51,26 @@ def row(comparison: Comparison, file: str, run: Run) -> dict[str, Any]:
         "rms_start": rms["start"],
         "rms_end": rms["end"],
         "init": json.dumps(run["init"]),
+        "made": made(),
     }
+
+
+@cache
+def made() -> str:
+    """Commit, Python and torch: in a row, because a benchmark of days may see several."""
+    import platform
+
+    import torch
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return f"{commit.stdout.strip() or 'unknown'}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def digest(files: Iterable[str]) -> str:
+    """Of the names of the run files that a comparison is made of; these are hashes of all that a run depends on."""
+    return hashlib.sha256("\n".join(sorted(files)).encode()).hexdigest()[:16]
 
 
 def run_of(row: dict[str, Any]) -> Run:
@@ -91,6 +114,7 @@ def collect(
     """`rows` with those of this comparison replaced by what its run files say: all, or those named, where others are
     left of earlier donors or settings."""
     paths = sorted(runs.glob("*.json")) if files is None else [runs / name for name in files]
-    found = [row(comparison, path.name, json.loads(path.read_text())) for path in paths]
+    before = {r["file"]: r for r in of(rows, comparison)}
+    found = [before.get(path.name) or row(comparison, path.name, json.loads(path.read_text())) for path in paths]
     others = [r for r in rows if any(r[key] != getattr(comparison, key) for key in KEYS)]
     return others + found

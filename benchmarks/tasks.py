@@ -11,7 +11,7 @@ import json
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,19 @@ from zoo.text import reference_corpus, save_byte_tokenizer
 
 SEEDS = (0, 1, 2)
 TUNING = 1  # of them, the first, choose learning rate and scale
-LRS = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
-LADDER = (1.5e-2, 4e-2, 1e-1, 2.5e-1)  # beyond: for the largest rate that a method bears
-SCALES = (1.0, 2.0, 4.0)  # of the default
+LRS = (1e-3, 3e-3, 9e-3)
+LADDER = (3e-3, 9e-3, 3e-2, 1e-1, 3e-1)  # for the largest rate that a method bears
+SCALES = (1.0, 2.0, 4.0, 8.0)  # of the default; the embedded donors started from 0.8 / sqrt(width), 3 to 6 times it
 BUDGETS = {"short": 50, "long": 200}
-BATCH, SEQUENCE = 8, 64
+BATCH, SEQUENCE = 4, 64  # as the embedded donors were trained
+WINDOWS = 32  # held out, at each measurement
 # conv-covariance needs convolutions, which no language model of the zoo has; the LoRA methods fill adapters.
 ELSEWHERE = {"conv-covariance", *methods.LORA}
+# A method that refuses as it is called, and says which option lifts that.
+VARIANTS = {
+    "embedded": ("weight-selection:wider=repeat",),
+    "real": ("weight-selection:wider=repeat", "sliced:tie=fit"),
+}
 CONTROLS = ("diffusion:condition=shuffled", "diffusion:condition=mean")  # what the metadata are worth
 SMALL = (
     "default", "weight-selection", "sliced", "autoencoder", "net2wider", "pruning", "row-column", "diffusion"
@@ -53,9 +59,10 @@ class Comparison:
     text: str
     budget: str  # short | long | ladder
     zoo: str  # embedded | real
-    config: dict[str, Any]
+    config: dict[str, Any] = field(hash=False)
     tokenizer: str  # bytes, or a donor's folder in the data
     lrs: tuple[float, ...] = LRS
+    methods: tuple[str, ...] = ()  # none: all
 
     @property
     def steps(self) -> int:
@@ -79,22 +86,26 @@ def llama(
 
 # The embedded donors are 48 to 128 wide and 2 to 6 layers deep, with heads of 16 times as many as fill the width.
 UNSEEN = {
-    "gqa": llama(96, 3, 6, 2, 256),  # no donor shares keys and values among heads
     "heads": llama(80, 4, 8, 8, 112),  # attention wider than the stream, FFN 1.4 times it; the donors': 1 and 2.6
-    "deeper": llama(64, 8, 4, 4, 176),
+    "gqa": llama(96, 3, 6, 2, 256),  # no donor shares keys and values among heads
+    "deeper": llama(64, 8, 4, 4, 160),
     "narrower": llama(32, 4, 2, 2, 96),
     "wider": llama(160, 3, 10, 10, 416),
 }
-# The real Llamas are 64 and 128 wide with 5 layers of 8 heads.
+MAIN = "heads"  # most methods fit it: for costs, stability, novelty, peers and the small benchmark
+SEEN = llama(80, 3, 5, 5, 208)  # four donors have it: for what is made of donors of one shape
+# The real Llamas are 64 and 128 wide with 5 layers of 8 heads, of 8 where the tokenizer is that of the first target.
 STORY_TARGETS = {
-    "same tokenizer": (llama(96, 6, 6, 3, 256, vocab=512, tied=True), "stories260K"),
-    "bytes": (llama(80, 4, 5, 5, 216, tied=True), "bytes"),
+    "same-tokenizer": (llama(96, 6, 12, 6, 256, vocab=512, tied=True, head=8), "stories260K"),
+    "bytes": (llama(56, 4, 7, 7, 160, tied=True, head=8), "bytes"),
 }
 
 
 def donors() -> list[Recipe]:
-    """The bench preset of the nursery without shared keys and values, so that GQA is unseen."""
-    return [replace(recipe, kv_heads=recipe.heads) for recipe in bench()]
+    """The bench preset of the nursery without shared keys and values, so that GQA is unseen, and two more lineages of
+    one shape."""
+    plain = [replace(recipe, kv_heads=recipe.heads) for recipe in bench()]
+    return plain + [replace(r, seed=r.seed + 2) for r in plain if r.width == SEEN["hidden_size"]]
 
 
 def plain() -> list[str]:
@@ -102,8 +113,8 @@ def plain() -> list[str]:
     return [name for name in methods.METHODS if name not in ELSEWHERE]
 
 
-def names() -> list[str]:
-    return plain() + list(CONTROLS)
+def names(zoo: str = "embedded") -> list[str]:
+    return [*plain(), *VARIANTS[zoo], *CONTROLS]
 
 
 def comparisons() -> Iterator[Comparison]:
@@ -111,19 +122,24 @@ def comparisons() -> Iterator[Comparison]:
     for budget in BUDGETS:
         for target, config in UNSEEN.items():
             yield Comparison("A", target, "reference", budget, "embedded", config, "bytes")
+    yield Comparison("A", "seen", "reference", "long", "embedded", SEEN, "bytes", methods=("default",))
     for budget in BUDGETS:
         for target, (config, tokenizer) in STORY_TARGETS.items():
             yield Comparison("C", target, "stories", budget, "real", config, tokenizer)
-    yield Comparison("A", "gqa", "reference", "ladder", "embedded", UNSEEN["gqa"], "bytes", LADDER)
+    yield Comparison("A", MAIN, "reference", "ladder", "embedded", UNSEEN[MAIN], "bytes", LADDER)
     for text in ("source", "shakespeare"):
         for budget in BUDGETS:
             for target, config in UNSEEN.items():
                 yield Comparison("B", target, text, budget, "embedded", config, "bytes")
 
 
+def of_main(budget: str) -> Comparison:
+    return next(c for c in comparisons() if (c.task, c.target, c.budget) == ("A", MAIN, budget))
+
+
 def small() -> Comparison:
     """What `--small` runs."""
-    return Comparison("A", "gqa", "reference", "long", "embedded", UNSEEN["gqa"], "bytes", (2.5e-3, 6e-3))
+    return replace(of_main("long"), lrs=LRS[1:], methods=SMALL)
 
 
 def library_source() -> bytes:
@@ -145,7 +161,7 @@ def text(name: str, data: Path | None) -> bytes:
     return (data / "corpora" / files[name]).read_bytes()
 
 
-def prepare(work: Path, zoo: str, data: Path | None, small: bool = False) -> dict[str, Path]:
+def prepare(work: Path, zoo: str, data: Path | None, steps: int = 1500) -> dict[str, Path]:
     """{zoo, model, autoencoder}: donors, and autoencoder and diffusion trained on them, in `work`; what an earlier call
     made is kept. The autoencoder and the diffusion of the real zoo learn its Llamas, the only ones that they read."""
     from autoencoder.training import train as train_autoencoder
@@ -154,7 +170,7 @@ def prepare(work: Path, zoo: str, data: Path | None, small: bool = False) -> dic
     from zoo.nursery import train as train_zoo
 
     folder = work / zoo
-    paths = {key: folder / key for key in ("zoo", "autoencoder", "model")}
+    paths = {"zoo": folder / "zoo", "autoencoder": folder / "autoencoder", "model": folder / f"diffusion-{steps}"}
     if zoo == "embedded":
         train_zoo(paths["zoo"], donors())
         learned = paths["zoo"]
@@ -162,28 +178,30 @@ def prepare(work: Path, zoo: str, data: Path | None, small: bool = False) -> dic
         if data is None:
             raise SystemExit("the real donors are in the data folder; give --data DIR")
         learned = folder / "llamas"
-        add([str(data / "models" / name) for name in STORIES], learned)
-        add([str(data / "models" / name) for name in STORIES + OTHERS], paths["zoo"])
-    if not (paths["model"] / "model_index.json").exists():
-        began = time.process_time()
-        train_autoencoder(learned, paths["autoencoder"], resume=True, device="cpu")
-        train_diffusion(
-            learned, paths["autoencoder"], paths["model"], resume=True, device="cpu", steps=600 if small else 1500
-        )
-        (folder / "seconds.json").write_text(f"{time.process_time() - began:.0f}\n")
+        add([str(data / "models" / name) for name in STORIES], learned, quiet=True)
+        add([str(data / "models" / name) for name in STORIES + OTHERS], paths["zoo"], quiet=True)
+    began = time.process_time()
+    train_autoencoder(learned, paths["autoencoder"], resume=True, device="cpu", quiet=paths["autoencoder"].exists())
+    trained = paths["model"].exists()
+    train_diffusion(
+        learned, paths["autoencoder"], paths["model"], resume=True, device="cpu", quiet=trained, steps=steps
+    )
+    if not trained:  # an interrupted training has no time that would mean anything
+        (folder / f"seconds-{steps}.json").write_text(f"{time.process_time() - began:.0f}\n")
     return paths
 
 
-def took(work: Path, zoo: str) -> float:
+def took(work: Path, zoo: str, steps: int = 1500) -> float | None:
     """Seconds of all threads together that training autoencoder and diffusion took, if it was not interrupted."""
-    return float((work / zoo / "seconds.json").read_text())
+    path = work / zoo / f"seconds-{steps}.json"
+    return float(path.read_text()) if path.is_file() else None
 
 
 def target_folder(work: Path, comparison: Comparison, data: Path | None) -> Path:
     """The target as a user would have it: a config and a tokenizer."""
     from headstart.generate import TOKENIZER_FILES
 
-    folder = work / "targets" / f"{comparison.task}-{comparison.target}".replace(" ", "-")
+    folder = work / "targets" / f"{comparison.zoo}-{comparison.target}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(comparison.config, indent=2) + "\n")
     if comparison.tokenizer == "bytes":

@@ -137,8 +137,8 @@ def compare(
         runs=str(runs),
         fingerprint={
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "zoo": _zoo_hash(zoo),
-            "model": _folder_hash(model),
+            "zoo": zoo_hash(zoo),
+            "model": folder_hash(model),
         },
     )
     tuning = tuple(seeds[: tuning_seeds or len(seeds)])
@@ -323,7 +323,7 @@ def _tokenizer(
     return alike[0].folder
 
 
-def _zoo_hash(zoo: str | Path | None) -> str | None:
+def zoo_hash(zoo: str | Path | None) -> str | None:
     from zoo.store import Zoo
 
     if zoo is None:
@@ -332,7 +332,7 @@ def _zoo_hash(zoo: str | Path | None) -> str | None:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _folder_hash(model: str | Path | None) -> str | None:
+def folder_hash(model: str | Path | None) -> str | None:
     """Of the files of a trained model's folder; a hub id stands for itself."""
     if model is None or not Path(model).is_dir():
         return None if model is None else str(model)

@@ -59,7 +59,7 @@ def lead(results: Results) -> str:
     reached = "" if threshold is None else f" The tuned default ends at {threshold:.3f} nats per token."
     return (
         f"{len(results['methods'])} initialisations, each trained for {count(results['steps'], 'step')} with "
-        f"{count(len(results['seeds']), 'seed')} and {count(len(results['grid']), 'learning rate')} on "
+        f"{count(len(results['seeds']), 'seed')} at the best of {count(len(results['grid']), 'learning rate')} on "
         f"{results['corpus']['name']}, on the same batches in the same order.{reached}"
     )
 

@@ -39,13 +39,16 @@ class Frame:
 
 @dataclass(frozen=True)
 class Distance:
-    """Relative distance to one donor: over each kind of unit, the root of sum |u - nearest|^2 / sum |u|^2; `total` is
-    the root mean square over the kinds. 0 is a copy. A unit that has nothing to do with the donor's is about 1 from
-    them where theirs are small and up to sqrt(2) where they are of its size."""
+    """Relative distance to one donor: over each kind of unit, the root of sum |u - nearest|^2 / sum |u|^2, of the
+    units as they are or brought to the size of the donor's, whichever is nearer: weights written too small or too large
+    are not far for that. `total` is the root mean square over the kinds. 0 is a copy; units that have nothing to do
+    with the donor's are sqrt(2) from any one of them, and less from the nearest of many. `sizes`: root mean square of
+    the units over the donor's."""
 
     donor: str
     total: float
     kinds: Mapping[str, float]
+    sizes: Mapping[str, float]
 
 
 def frame(donor: Donor) -> Frame:
@@ -64,9 +67,14 @@ def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
     place = {token: i for i, token in enumerate(to.anchor.tokens)}
     shared = [(i, place[token]) for i, token in enumerate(tokens) if token in place]
     mine, theirs = (torch.tensor(rows) for rows in zip(*shared, strict=True))
-    kinds = {"vocab": _relative(own["vocab"][mine], to.units["vocab"][theirs], None)}
-    kinds |= {kind: _relative(own[kind], to.units[kind], kind) for kind in ("neuron", "qk", "vo")}
-    return Distance(to.name, math.sqrt(sum(d * d for d in kinds.values()) / len(kinds)), kinds)
+    pairs = {kind: (own[kind], to.units[kind]) for kind in ("neuron", "qk", "vo")}
+    pairs["vocab"] = (own["vocab"][mine], to.units["vocab"][theirs])
+    sizes = {kind: _size(a) / max(_size(b), 1e-30) for kind, (a, b) in pairs.items()}
+    kinds = {}
+    for kind, (a, b) in pairs.items():
+        told = None if kind == "vocab" else kind
+        kinds[kind] = min(_relative(a, b, told), _relative(a / max(sizes[kind], 1e-30), b, told))
+    return Distance(to.name, math.sqrt(sum(d * d for d in kinds.values()) / len(kinds)), kinds, sizes)
 
 
 def nearest(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> Distance:
@@ -108,6 +116,11 @@ def error_overlap(one: Tensor, other: Tensor, truth: Tensor) -> dict[str, float]
 
 def _vectors(decoder: Decoder) -> dict[str, Tensor]:
     return {kind: units.vectors.float() for kind, units in gather(decoder).items()}
+
+
+def _size(units: Tensor) -> float:
+    """[N, P, d] -> root mean square norm of a unit."""
+    return math.sqrt(units.square().sum().item() / len(units))
 
 
 def _relative(units: Tensor, others: Tensor, kind: str | None) -> float:

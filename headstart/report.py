@@ -89,7 +89,7 @@ def _scores(results: Results) -> str:
 
 
 def _thresholds(results: Results) -> str:
-    """Steps of the default over those of each method, to the mean losses of the default after shares of its steps."""
+    """Steps of the default over those of each method, to the losses of the default after shares of its steps."""
     levels: dict[str, Any] = next((m["thresholds"] for m in results["methods"].values() if m["thresholds"]), {})
     if not levels:
         return ""

@@ -68,15 +68,9 @@ def speedup(budget: float, per_seed: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": math.exp(logs["mean"]), "ci95": logs["ci95"] and [math.exp(x) for x in logs["ci95"]]}
 
 
-def thresholds(runs: Sequence[Run], budget: int) -> dict[str, float]:
-    """{share of the budget: mean held-out loss of these runs after that share of their steps}: a quarter, half, all."""
-    if not runs:
-        return {}
-    found = {}
-    for share in SHARES:
-        at = [float(np.interp(share * budget, r["steps"], r["losses"])) for r in runs]
-        found[f"{share:g}"] = float(np.mean(at))
-    return found
+def thresholds(runs: Sequence[Run], budget: int) -> dict[str, list[float]]:
+    """{share of the budget: held-out loss of each run after that share of its steps}: a quarter, half, all."""
+    return {f"{s:g}": [float(np.interp(s * budget, r["steps"], r["losses"])) for r in runs] for s in SHARES if runs}
 
 
 def tune(runs: Sequence[Run]) -> tuple[tuple[float, float] | None, dict[tuple[float, float], float | None]]:
@@ -111,13 +105,13 @@ def score(
     entries = {
         name: _entry(name, of, chosen[name], tuned[name], threshold, reference, budget) for name, of in methods.items()
     }
-    for name, entry in entries.items():
-        crossed = {at: [crossing(r["steps"], r["losses"], loss) for r in chosen[name]] for at, loss in levels.items()}
-        entry["thresholds"] = {
-            at: {"loss": loss, "steps": crossed[at], "ratio": speedup(float(at) * budget, crossed[at])}
-            for at, loss in levels.items()
-            if chosen[name]
-        }
+    for name, entry in entries.items():  # the default's own curve of the same seed, so that both are paired
+        entry["thresholds"] = {}
+        for at, losses in levels.items() if chosen[name] else ():
+            pairs = zip(chosen[name], losses, strict=True)
+            steps = [crossing(r["steps"], r["losses"], loss) for r, loss in pairs]
+            fast = speedup(float(at) * budget, steps)
+            entry["thresholds"][at] = {"loss": float(np.mean(losses)), "steps": steps, "ratio": fast}
     return threshold, entries
 
 

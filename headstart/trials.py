@@ -231,7 +231,7 @@ def path_of(setup: Setup, job: Job, lr: float) -> Path:
         "target": setup.target,
         "method": name_of(job.method),
         "settings": setup.settings.get(job.method, {}),
-        "given": given_of(setup, job.method),
+        "donor": given_of(setup, job.method).get("donor"),  # the model by its content, below
         "seed": job.seed,
         "scale": job.scale,
         "lr": lr,

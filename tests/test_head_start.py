@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import audits, controls, head_start, rows, tables, tasks
+from benchmarks import audits, controls, figures, head_start, rows, tables, tasks
 from benchmarks.peers.scoring import loss_of
 from benchmarks.peers.weights import read
 from headstart import scores
@@ -22,7 +22,7 @@ from zoo.blueprint import Blueprint
 from zoo.store import Zoo
 from zoo.text import byte_tokens, python_reference
 
-SMALL = replace(tasks.small(), target="tiny", config=TARGET, lrs=(1e-2,))
+SMALL = replace(tasks.small(), target="tiny", config=TARGET, lrs=(1e-2,), methods=("default", "normal", "hypercloning"))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,11 @@ def test_a_row_holds_a_whole_run(tmp_path: Path) -> None:
 def test_it_goes_on_from_its_rows(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headstart import compare
 
-    monkeypatch.setattr(tasks, "prepare", lambda *a: {"zoo": zoo.path, "model": None})
+    monkeypatch.setattr(tasks, "prepare", lambda *a, **b: {"zoo": zoo.path, "model": None})
     monkeypatch.setattr(tasks, "BUDGETS", {"short": 3, "long": 6})
     monkeypatch.setattr(tasks, "text", lambda name, data: python_reference()[:20_000])
     monkeypatch.setattr(tasks, "SCALES", (1.0,))
-    methods = ("default", "normal", "hypercloning")
-    first = head_start.measure(SMALL, methods, tmp_path / "one", None, small=True)
+    first = head_start.measure(SMALL, tmp_path / "one", None, small=True)
     assert list(first["methods"]) == ["default", "normal"] and "hypercloning" in first["refused"]
     found = rows.read(tmp_path / "one" / "runs.parquet")
     assert len(found) == 6 and {r["seed"] for r in found} == {0, 1, 2}
@@ -67,7 +66,7 @@ def test_it_goes_on_from_its_rows(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.
         assert not jobs
 
     monkeypatch.setattr(compare, "run_jobs", nothing_is_left)
-    second = head_start.measure(SMALL, methods, tmp_path / "two", None, small=True)
+    second = head_start.measure(SMALL, tmp_path / "two", None, small=True)
     assert second["methods"] == first["methods"]
     assert rows.read(tmp_path / "two" / "runs.parquet") == found
 
@@ -172,14 +171,45 @@ def test_the_largest_stable_rate() -> None:
     def entry(**lrs: float | None) -> dict[str, Any]:
         return {"x": {"lrs": {key.removeprefix("lr"): loss for key, loss in lrs.items()}}}
 
-    short = entry(**{"lr0.001": 2.4, "lr0.006": 2.0})
-    ladder = entry(**{"lr0.015": 2.1, "lr0.04": 2.2, "lr0.1": 2.3, "lr0.25": None})
-    assert tables.largest_stable({"short": short, "ladder": ladder}, "x") == "0.04"
-    ladder["x"]["lrs"]["0.25"] = 1.9
-    assert tables.largest_stable({"short": short, "ladder": ladder}, "x") == "0.25 or more"
-    worse = entry(**{"lr0.015": 2.9, "lr0.04": None, "lr0.1": None, "lr0.25": None})
-    assert tables.largest_stable({"short": short, "ladder": worse}, "x") == "below 0.015"
+    short = entry(**{"lr0.001": 2.4, "lr0.003": 2.0})
+    ladder = entry(**{"lr0.009": 2.1, "lr0.03": 2.2, "lr0.1": 2.3, "lr0.3": None})
+    assert tables.largest_stable({"short": short, "ladder": ladder}, "x") == "0.03"
+    ladder["x"]["lrs"]["0.3"] = 1.9
+    assert tables.largest_stable({"short": short, "ladder": ladder}, "x") == "0.3 or more"
+    worse = entry(**{"lr0.009": 2.9, "lr0.03": None, "lr0.1": None, "lr0.3": None})
+    assert tables.largest_stable({"short": short, "ladder": worse}, "x") == "below 0.009"
     assert tables.largest_stable({"short": short}, "x") == "–"
+
+
+def test_tables_of_rows(tmp_path: Path) -> None:
+    """Of made-up runs, one method of which diverged and one refused."""
+    done = [c for c in tasks.comparisons() if c.target == "gqa" and c.task == "A" and c.budget != "ladder"]
+    found, facts = [], {"comparisons": {}, "cores": 2, "versions": {"torch": "2"}, "cost": {"normal": {"refused": "x"}}}
+    facts["zoos"] = {"embedded": [{"parameters": 10, "tokens": 100}]}
+    for c in done:
+        for name, ends in (("default", 3.0), ("normal", 2.5), ("diffusion", 2.0), (tasks.CONTROLS[0], 2.2)):
+            for seed in tasks.SEEDS:
+                one = run(name, seed, 1e-3, [5.0, 4.0, ends + seed / 100], scale=1.0)
+                found.append(rows.row(c, f"{name}-{seed}.json", one))
+        broken = run("kde", 0, 1e-3, [5.0], diverged=3)
+        broken["activation_rms"]["end"] = None
+        found.append(rows.row(c, "kde.json", broken))
+        facts["comparisons"][c.name] = {
+            "target": c.config, "parameters": 5, "steps": c.steps, "corpus": {"tokenizer": "bytes"},
+            "refused": {"pruning": "/somewhere/zoo: too narrow"},
+        }  # fmt: skip
+    made = {mark: make(found, facts) for mark, make in tables.PARTS.items()}
+    page = made["A-reference-long"].splitlines()
+    order = [line.split(" | ")[0] for line in page[2:6]]
+    assert order == ["| default, tuned", "| diffusion", f"| {tasks.CONTROLS[0]}", "| normal"]
+    assert page[3].startswith("| diffusion | -1.000 ± 0.000, ") and "| kde | diverged |" in page
+    assert "| pruning | refused |" in page and "| mimetic | – |" in page
+    assert "+0.200 ± 0.000" in made["conditioning"] and made["B-source-long"] == ""
+    assert "| kde | – | – | 0 |" in made["methods"] and "26 runs" in made["counted"]
+    text = tables.details(found, facts)
+    assert "- pruning refused: zoo: too narrow" in text and "| kde | – | – | diverged |" in text
+    pictures = figures.all_of(found)
+    assert set(pictures) == {"head_starts.png"} and pictures["head_starts.png"][:4] == b"\x89PNG"
 
 
 def test_cells_say_what_was_measured() -> None:

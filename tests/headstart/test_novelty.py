@@ -87,6 +87,22 @@ def test_noise_is_as_far_as_it_is_loud_and_another_model_is_far() -> None:
     assert distance(decoder_of(far), token_strings(far), to).total > 0.6
 
 
+def test_writing_the_same_too_small_is_not_far() -> None:
+    """A copy whose queries and keys are a tenth, which no symmetry undoes."""
+    to = frame(donor("original", model(0)))
+    small = model(0)
+    with torch.no_grad():
+        for layer in small.model.layers:
+            layer.self_attn.q_proj.weight.mul_(0.1)
+            layer.self_attn.k_proj.weight.mul_(0.1)
+    made = donor("small", small)
+    found = distance(decoder_of(made), token_strings(made), to)
+    assert found.sizes["qk"] == pytest.approx(0.1, rel=1e-3) and found.kinds["qk"] < 2e-3
+    same = donor("same", model(0))
+    sizes = distance(decoder_of(same), token_strings(same), to).sizes
+    assert list(sizes.values()) == pytest.approx([1.0] * 4, abs=1e-4)
+
+
 def test_a_model_that_is_part_of_a_donor_is_near_it() -> None:
     large = model(0, layers=2)
     part = LlamaForCausalLM(config(layers=1))
