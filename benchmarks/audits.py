@@ -156,7 +156,8 @@ def _fitted(place: Place, shape: str, label: str) -> Sampler:
         return CONTROLS[label].fit(zoo, blueprint)
     cls = methods.get(label)
     sampler = configure(cls, model=place.model) if "model" in cls.__dataclass_fields__ else configure(cls)
-    return fit(sampler, zoo, blueprint)
+    fit(sampler, zoo, blueprint)
+    return sampler
 
 
 def donors_apart(place: Place) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """What anyone can make of donors without learning anything: the controls of the novelty audit (2506.07998).
 
-Each fills a blueprint of a shape that donors have, in canonical coordinates, where donors of one shape correspond as
-well as they can, and is turned back into a checkpoint. Samplers like any other.
+Each fills a blueprint of a shape that donors have, in canonical coordinates, heads and neurons matched to those of the
+first donor by their weights (optimal assignment), and is turned back into a checkpoint. Samplers like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from benchmarks.peers.weights import Weights, finish, read
@@ -42,6 +43,8 @@ class OfOneShape(Sampler):
         self._donors = of_shape(read(zoo, "canonical"), blueprint)
         if len(self._donors) < self.least:
             raise UserError(f"{self.name}: needs {self.least} donors of the target's shape, has {len(self._donors)}")
+        first = self._donors[0]
+        self._donors = [first, *(matched(donor, first) for donor in self._donors[1:])]
         return self
 
     @property
@@ -126,3 +129,31 @@ def of_shape(donors: Sequence[Weights], blueprint: Blueprint) -> list[Weights]:
 
     wanted = {spec.name: spec.shape for spec in modelled(blueprint, "canonical").specs}
     return [d for d in donors if {name: tuple(t.shape) for name, t in d.tensors.items()} == wanted]
+
+
+def matched(donor: Weights, to: Weights) -> Weights:
+    """A donor with the key-value groups and the neurons of every layer in the order in which they are most alike those
+    of another of its shape: the permutation with the largest sum of inner products. Its function is as before."""
+    tensors = dict(donor.tensors)
+    shape = donor.metadata
+    for layer in range(shape.layers):
+        names = {s.role: s.name for s in donor.blueprint.specs if s.layer == layer and s.name in tensors}
+        blocks = {"attn.q": 0, "attn.k": 0, "attn.v": 0, "attn.o": 1}, {"mlp.gate": 0, "mlp.up": 0, "mlp.down": 1}
+        for axes, count in zip(blocks, (shape.kv_heads, shape.ffn), strict=True):
+            own, other = (_units(source, names, axes, count) for source in (tensors, to.tensors))
+            _, order = linear_sum_assignment((other @ own.T).numpy(), maximize=True)
+            for role, axis in axes.items():
+                if role in names:
+                    tensors[names[role]] = _permuted(tensors[names[role]], axis, count, torch.from_numpy(order))
+    return replace(donor, tensors=tensors)
+
+
+def _units(tensors: Mapping[str, Tensor], names: Mapping[str, str], axes: Mapping[str, int], count: int) -> Tensor:
+    """[count, ...]: all that belongs to a group of heads or to a neuron, in one row."""
+    parts = (tensors[names[role]].movedim(axis, 0).reshape(count, -1) for role, axis in axes.items() if role in names)
+    return torch.cat(list(parts), 1)
+
+
+def _permuted(matrix: Tensor, axis: int, count: int, order: Tensor) -> Tensor:
+    blocks = matrix.movedim(axis, 0).unflatten(0, (count, -1))[order]
+    return blocks.flatten(0, 1).movedim(0, axis).contiguous()

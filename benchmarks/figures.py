@@ -4,44 +4,39 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import rows as store
 from benchmarks import tasks
 from headstart.plots import GREY, plain
-from headstart.scores import REFERENCE, score
+from headstart.scores import REFERENCE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Rows = Sequence[dict[str, Any]]
+Entries = Mapping[str, dict[str, Any]]
 PAPER, TEXT = "#ffffff", "#1f2328"
 
 
-def all_of(rows: Rows) -> dict[str, bytes]:
-    """{file name: PNG}; what was not measured yet is left out."""
+def all_of(scored: Mapping[tasks.Comparison, Entries]) -> dict[str, bytes]:
+    """{file name: PNG} of finished comparisons; what was not measured yet is left out."""
+    long = {c: e for c, e in scored.items() if c.budget == "long" and len(e) > 1}
     found = {}
-    scored = {
-        c: score([store.run_of(r) for r in sorted(of, key=lambda r: r["method"] != REFERENCE)], c.steps, (0,))[1]
-        for c in tasks.comparisons()
-        if c.budget == "long" and (of := store.of(rows, c)) and any(r["method"] == REFERENCE for r in of)
-    }
-    if scored:
-        found["head_starts.png"] = _png(head_starts(scored))
-    shown = [e for c, e in scored.items() if (c.task, c.target) == ("A", "deeper")]
+    if long:
+        found["head_starts.png"] = _png(head_starts(long))
+    shown = [e for c, e in long.items() if (c.task, c.target) == ("A", "deeper")]
     if shown:
         found["activations.png"] = _png(activations(shown[0]))
     return found
 
 
-def head_starts(scored: Mapping[tasks.Comparison, dict[str, dict[str, Any]]]) -> Figure:
+def head_starts(scored: Mapping[tasks.Comparison, Entries]) -> Figure:
     """Methods by comparisons: the final loss minus the default's, blue where it is lower."""
     from matplotlib.figure import Figure
 
-    names = [name for name in tasks.names() if name != REFERENCE and any(name in e for e in scored.values())]
+    names = list(dict.fromkeys(name for e in scored.values() for name in e if name != REFERENCE))
     gaps = np.array([[_gap(e, name) for e in scored.values()] for name in names])
     order = np.argsort([np.nanmean(row) if np.isfinite(row).any() else math.inf for row in gaps])
     gaps, names = gaps[order], [names[i] for i in order]
@@ -60,12 +55,12 @@ def head_starts(scored: Mapping[tasks.Comparison, dict[str, dict[str, Any]]]) ->
     return figure
 
 
-def _gap(entries: Mapping[str, dict[str, Any]], name: str) -> float:
+def _gap(entries: Entries, name: str) -> float:
     gap = entries[name]["difference"]["mean"] if name in entries else None
     return math.nan if gap is None else gap
 
 
-def activations(entries: Mapping[str, dict[str, Any]]) -> Figure:
+def activations(entries: Entries) -> Figure:
     """Root mean square of the residual stream by depth, before and after training; the default's in black."""
     from matplotlib.figure import Figure
 

@@ -4,6 +4,7 @@ is that of the committed figures."""
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import audits, controls, figures, head_start, rows, tables, tasks
+from benchmarks import audit_tables, audits, controls, costs, figures, head_start, rows, scored, tables, tasks
 from benchmarks.peers.scoring import loss_of
-from benchmarks.peers.weights import read
+from benchmarks.peers.weights import Weights
 from headstart import scores
 from headstart.generate import complete
 from tests.headstart.test_compare import TARGET, run
-from tests.tiny import make_zoo
+from tests.tiny import config, make_zoo
 from zoo.blueprint import Blueprint
+from zoo.errors import UserError
 from zoo.store import Zoo
 from zoo.text import byte_tokens, python_reference
 
@@ -80,8 +82,8 @@ def test_every_method_is_asked_for_every_target() -> None:
     assert set(tasks.SMALL) <= set(tasks.plain()) and len(tasks.SMALL) == 8
     assert tasks.BUDGETS["long"] == 4 * tasks.BUDGETS["short"] and len(tasks.SEEDS) >= 3
     donors = tasks.donors()
-    for name, config in tasks.UNSEEN.items():
-        target = Blueprint.from_config(config).metadata
+    for name, unseen in tasks.UNSEEN.items():
+        target = Blueprint.from_config(unseen).metadata
         assert target is not None
         shape = (target.width, target.layers, target.heads, target.kv_heads, target.ffn)
         assert shape not in {(d.width, d.layers, d.heads, d.kv_heads, d.ffn) for d in donors}, name
@@ -94,39 +96,59 @@ def test_the_library_is_a_text() -> None:
     assert 1_000_000 < len(source) < 4_000_000 and b"class ArgumentParser" in source
 
 
-@pytest.fixture(scope="module")
-def own(zoo: Zoo) -> tuple[Any, Blueprint]:
-    donor = zoo.donors[0]
-    return donor, donor.blueprint
+def loss(sampler: Any, zoo: Zoo, blueprint: Blueprint, seed: int = 0) -> float:
+    assert blueprint.config is not None and blueprint.metadata is not None
+    tokens = byte_tokens(python_reference()[:4000]) % blueprint.metadata.vocab
+    tensors = {name: t.float() for name, t in complete(sampler, blueprint, seed)}
+    return loss_of(blueprint.config, tensors, tokens, windows=8)
 
 
-def test_controls_are_what_they_say(zoo: Zoo, own: tuple[Any, Blueprint]) -> None:
-    donor, blueprint = own
-    alike = controls.of_shape(read(zoo, "canonical"), blueprint)
-    assert donor.name in {d.name for d in alike}
-    tokens = byte_tokens(python_reference()[:4000])
-    vocab = blueprint.metadata.vocab  # type: ignore[union-attr]
-    tokens = tokens % vocab
-
-    def loss(sampler: Any, seed: int = 0) -> float:
-        tensors = {name: t.float() for name, t in complete(sampler.fit(zoo, blueprint), blueprint, seed)}
-        return loss_of(blueprint.config, tensors, tokens, windows=8)  # type: ignore[arg-type]
-
-    losses = {
+def test_a_donor_with_hardly_any_noise_is_the_donor(zoo: Zoo) -> None:
+    blueprint = zoo.donors[0].blueprint
+    alike = [d for d in zoo.donors if [s.shape for s in d.blueprint.specs] == [s.shape for s in blueprint.specs]]
+    assert blueprint.config is not None and blueprint.metadata is not None
+    tokens = byte_tokens(python_reference()[:4000]) % blueprint.metadata.vocab
+    own = {
         d.name: loss_of(d.config, {s.name: d.read(s.name).float() for s in d.blueprint.specs}, tokens, windows=8)
-        for d in zoo.donors
+        for d in alike
     }
-    least = controls.Noise(amount=1e-6).fit(zoo, blueprint)
-    assert loss(least) == pytest.approx(losses[least.donors[least.one(0)]], abs=1e-4)
-    assert loss(controls.Noise(amount=0.5)) != pytest.approx(loss(least), abs=1e-3)
-    if len(alike) < 2:
-        with pytest.raises(Exception, match="needs 2 donors"):
-            controls.Average().fit(zoo, blueprint)
+    sampler = controls.Noise(amount=1e-6).fit(zoo, blueprint)
+    assert set(sampler.donors) == set(own)
+    for seed in range(4):
+        assert loss(sampler, zoo, blueprint, seed) == pytest.approx(own[sampler.donors[sampler.one(seed)]], abs=1e-4)
+    loud = controls.Noise(amount=0.5).fit(zoo, blueprint)
+    assert loss(loud, zoo, blueprint) != pytest.approx(loss(sampler, zoo, blueprint), abs=1e-3)
+
+
+def test_mixing_asks_for_two_donors_of_the_shape(zoo: Zoo) -> None:
+    with pytest.raises(UserError, match="needs 2 donors of the target's shape, has 0"):
+        controls.Average().fit(zoo, Blueprint.from_pretrained_config(config(hidden_size=28, layers=3)))
+
+
+def test_heads_and_neurons_are_matched() -> None:
+    """A model whose heads and neurons are in another order is brought back to the first's order, tensor by tensor."""
+    blueprint = Blueprint.from_config(tasks.llama(32, 2, 4, 4, 40, vocab=48, head=8))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {s.name: torch.randn(s.shape, generator=generator) for s in blueprint.specs if s.role != "norm"}
+    first = Weights("first", blueprint, tensors, None)
+    moved = dict(tensors)
+    heads, neurons = torch.randperm(4, generator=generator), torch.randperm(40, generator=generator)
+    for name, tensor in tensors.items():
+        axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+        if "self_attn" in name:
+            moved[name] = controls._permuted(tensor, axis, 4, heads)
+        elif "mlp" in name:
+            moved[name] = controls._permuted(tensor, axis, 40, neurons)
+    assert not torch.equal(moved["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.1.mlp.up_proj.weight"])
+    found = controls.matched(Weights("moved", blueprint, moved, None), first)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+    tokens = torch.randint(48, (400,), generator=generator)
+    norms = {s.name: torch.ones(s.shape) for s in blueprint.specs if s.role == "norm"}
+    losses = [loss_of(blueprint.config, t | norms, tokens, windows=4) for t in (tensors, moved)]  # type: ignore[arg-type]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_mixtures_of_donors_in_numbers() -> None:
-    from benchmarks.peers.weights import Weights
-
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 40, 50, generator=generator)
     donors = [Weights(str(i), None, {"w": v}, None) for i, v in enumerate(values)]  # type: ignore[arg-type]
@@ -158,32 +180,44 @@ def _mixed(sampler: Any, donors: Any, seed: int) -> torch.Tensor:
     return sampler.mix("w", seed)
 
 
+def sample(distance: float, trained: float | None, loss: float = 3.0, digest: str = "a", **more: Any) -> dict[str, Any]:
+    errors = {"error_iou": 0.5, "error_same": 0.2, "error_expected": 0.3}
+    told = {"shape": "seen", "label": "x", "sizes": {"vocab": 1.0, "qk": 0.5}, "digest": digest}
+    return told | errors | {"distance": distance, "trained": trained, "loss": loss} | more
+
+
 def test_novel_and_performant_are_counted() -> None:
-    sample = {"shape": "seen", "label": "x", "error_iou": 0.5, "error_same": 0.2, "loss": 3.0}
-    drawn = [sample | {"distance": d, "trained": t} for d, t in ((0.5, 1.0), (1.5, 1.0), (2.5, 3.0), (4.5, 1.9))]
-    found = {"donors": {"median": 1.0}, "samples": [*drawn, drawn[0] | {"label": "y"}, drawn[0] | {"shape": "unseen"}]}
-    s = audits.shares(found, "x", "seen", bound=2.0)
-    assert (s["n"], s["performant"]) == (4, 3) and s["distance"] == pytest.approx(2.25)
+    drawn = [sample(0.5, 1.0), sample(1.5, 1.0, 1.0), sample(2.5, None, digest="b"), sample(4.5, 1.9)]
+    found = {"donors": {"median": 1.0}, "samples": [*drawn, sample(9, 1, label="y"), sample(9, 1, shape="unseen")]}
+    s = audits.shares(found, "x", "seen", ready=2.5, trains=2.0)
+    assert (s["n"], s["distinct"], s["ready"], s["performant"]) == (4, 2, 1, 3)
+    assert s["distance"] == pytest.approx(2.25) and s["size"] == 0.75 and s["trained"] is None
     assert s["novel"] == {"1": 3, "2": 2, "3": 1, "4": 1} and s["both"] == {"1": 2, "2": 1, "3": 1, "4": 1}
 
 
-def test_the_largest_stable_rate() -> None:
-    def entry(**lrs: float | None) -> dict[str, Any]:
-        return {"x": {"lrs": {key.removeprefix("lr"): loss for key, loss in lrs.items()}}}
+def ladder(*ends: tuple[float, list[float | None]], scale: float = 1.0) -> list[dict[str, Any]]:
+    return [
+        {"lr": lr, "scale": scale, "losses": [5.0, end], "diverged": 3 if end is None else None}
+        for lr, finals in ends
+        for end in finals
+    ]
 
-    short = entry(**{"lr0.001": 2.4, "lr0.003": 2.0})
-    ladder = entry(**{"lr0.009": 2.1, "lr0.03": 2.2, "lr0.1": 2.3, "lr0.3": None})
-    assert tables.largest_stable({"short": short, "ladder": ladder}, "x") == "0.03"
-    ladder["x"]["lrs"]["0.3"] = 1.9
-    assert tables.largest_stable({"short": short, "ladder": ladder}, "x") == "0.3 or more"
-    worse = entry(**{"lr0.009": 2.9, "lr0.03": None, "lr0.1": None, "lr0.3": None})
-    assert tables.largest_stable({"short": short, "ladder": worse}, "x") == "below 0.009"
-    assert tables.largest_stable({"short": short}, "x") == "–"
+
+def test_the_largest_stable_rate() -> None:
+    stable = tables.largest_stable
+    good = [2.0, 2.1, 2.0]
+    assert stable(ladder((3e-3, good), (9e-3, good), (3e-2, [2.2, 2.1, 2.9]))) == "0.009", "every seed, not their mean"
+    assert stable(ladder((3e-3, good), (9e-3, [2.0, None, 2.0]), (3e-2, good))) == "0.003", "stops at the first failure"
+    assert stable(ladder((3e-3, [3.0] * 3), (9e-3, good), (3e-2, [None] * 3))) == "0.009", "too small is not unstable"
+    assert stable(ladder((3e-3, good), (0.3, good))) == "0.3 or more"
+    assert stable(ladder((3e-3, [None] * 3))) == "none" and stable([]) == "–"
+    two = ladder((3e-3, [2.5] * 3), (3e-2, [2.5] * 3)) + ladder((3e-3, good), (3e-2, [None] * 3), scale=4.0)
+    assert stable(two) == "0.003", "at the scale whose best loss is lower"
 
 
 def test_tables_of_rows(tmp_path: Path) -> None:
     """Of made-up runs, one method of which diverged and one refused."""
-    done = [c for c in tasks.comparisons() if c.target == "gqa" and c.task == "A" and c.budget != "ladder"]
+    done = [c for c in tasks.comparisons() if c.target == tasks.MAIN and c.task == "A" and c.budget != "ladder"]
     found, facts = [], {"comparisons": {}, "cores": 2, "versions": {"torch": "2"}, "cost": {"normal": {"refused": "x"}}}
     facts["zoos"] = {"embedded": [{"parameters": 10, "tokens": 100}]}
     for c in done:
@@ -197,7 +231,9 @@ def test_tables_of_rows(tmp_path: Path) -> None:
         facts["comparisons"][c.name] = {
             "target": c.config, "parameters": 5, "steps": c.steps, "corpus": {"tokenizer": "bytes"},
             "refused": {"pruning": "/somewhere/zoo: too narrow"},
+            "runs": rows.digest(r["file"] for r in rows.of(found, c)),
         }  # fmt: skip
+    facts["trained"] = {"embedded": 330.0}
     made = {mark: make(found, facts) for mark, make in tables.PARTS.items()}
     page = made["A-reference-long"].splitlines()
     order = [line.split(" | ")[0] for line in page[2:6]]
@@ -205,11 +241,74 @@ def test_tables_of_rows(tmp_path: Path) -> None:
     assert page[3].startswith("| diffusion | -1.000 ± 0.000, ") and "| kde | diverged |" in page
     assert "| pruning | refused |" in page and "| mimetic | – |" in page
     assert "+0.200 ± 0.000" in made["conditioning"] and made["B-source-long"] == ""
-    assert "| kde | – | – | 0 |" in made["methods"] and "26 runs" in made["counted"]
+    assert "\n| normal | – | – | 0 | 0 | 5.00 |" in made["methods"] and "kde" not in made["methods"]
+    assert "26 runs" in made["counted"] and "330 seconds" in made["overview"] and made["novelty"] == ""
     text = tables.details(found, facts)
     assert "- pruning refused: zoo: too narrow" in text and "| kde | – | – | diverged |" in text
-    pictures = figures.all_of(found)
+    pictures = figures.all_of(scored.scored(found, facts))
     assert set(pictures) == {"head_starts.png"} and pictures["head_starts.png"][:4] == b"\x89PNG"
+    partly = [r for r in found if not (r["method"] == "normal" and r["seed"] == 2)]
+    assert tables.details(partly, facts).count("##") == 0, (
+        "comparisons that lack a run, or have one too many, are not told"
+    )
+    dead = [r | {"diverged": 3, "losses": [5.0]} if r["method"] == "default" else r for r in found]
+    alone = {mark: make(dead, facts) for mark, make in tables.PARTS.items()}
+    assert "| default, tuned | diverged |" in alone["A-reference-long"]
+    assert "| normal | 2.510; the default diverged |" in alone["A-reference-long"] and tables.details(dead, facts)
+
+
+def test_what_is_new_is_told() -> None:
+    found, facts = [], {"comparisons": {}}
+    for c in tasks.comparisons():
+        if c.task == "A" and c.target in ("seen", tasks.MAIN) and c.budget in tasks.BUDGETS:
+            runs = [run("default", seed, 1e-3, [5.0, 4.0, 3.0 if c.budget == "short" else 2.0]) for seed in tasks.SEEDS]
+            found += [rows.row(c, f"{c.name}-{r['seed']}", r) for r in runs]
+            facts["comparisons"][c.name] = {"runs": rows.digest(r["file"] for r in rows.of(found, c))}
+    labels = [(shape, label) for shape in audits.SHAPES for label in audits.CLAIMS] + [
+        ("seen", c) for c in audits.CONTROLS
+    ]
+    drawn = [sample(1.5, 1.9, 2.9, shape=shape, label=label) for shape, label in labels for _ in range(2)]
+    apart = {"median": 1.0, "iou": 0.7, "expected": 0.5, "same": 0.4}
+    facts["novelty"] = {"donors": apart, "samples": drawn, "rate": 1e-3, "steps": 50}
+    text = audit_tables.novelty(found, facts)
+    assert (
+        "| seen | diffusion | 2 (1) | 2.90 | 1.900 | 0.75 | 1.500 | 0.50 (0.30; 0.20) | 2 | 2 | 2, 2 | 0, 0 |" in text
+    )
+    assert text.count("\n| seen |") == len(audits.CLAIMS) + len(audits.CONTROLS)
+
+
+def test_samples_are_measured(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One control and one method, on the shape of a donor."""
+    (tmp_path / "text.txt").write_bytes(python_reference()[:30_000])
+    (tmp_path / "model").mkdir()
+    shape = zoo.donors[0].blueprint.config
+    assert shape is not None
+    monkeypatch.setattr(audits, "SHAPES", {"seen": shape})
+    monkeypatch.setattr(audits, "encode_corpus", lambda path, *rest: byte_tokens(Path(path).read_bytes()) % 48)
+    monkeypatch.setattr(tasks, "BUDGETS", {"short": 2, "long": 8})
+    place = audits.place(zoo.path, tmp_path / "model", tmp_path / "text.txt", tmp_path / "kept")
+    Path(place.kept).mkdir(parents=True)
+    found = {}
+    for label in ("a donor with 5% noise", "normal"):
+        one = audits.Sample("seen", label, 0)
+        audits.measure(place, one, lambda n: None)
+        found[label] = json.loads((Path(place.kept) / one.file).read_text())
+    noisy, normal = found.values()
+    assert noisy["distance"] < 0.2 < 0.5 < normal["distance"] and noisy["loss"] != noisy["trained"]
+    assert 0 <= noisy["error_iou"] <= 1 and noisy["digest"] != normal["digest"]
+    assert noisy["error_iou"] > normal["error_iou"] or noisy["error_same"] > normal["error_same"]
+    assert audits.donors_apart(place)["median"] > 0.5
+
+
+def test_the_memory_of_a_command_is_its_own() -> None:
+    held = bytearray(300 << 20)  # what this process holds is not the child's
+    small = costs.usage_of([sys.executable, "-S", "-c", "pass"])
+    large = costs.usage_of([sys.executable, "-S", "-c", "x = bytearray(100 << 20)"])
+    assert small["mib"] < 60 and 90 < large["mib"] - small["mib"] < 130 and len(held)
+    told = costs.usage_of([sys.executable, "-S", "-c", "import sys; print('no', file=sys.stderr); sys.exit(2)"])
+    assert told == {"refused": "no"}
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        costs.usage_of([sys.executable, "-S", "-c", "1 / 0"])
 
 
 def test_cells_say_what_was_measured() -> None:

@@ -1,0 +1,41 @@
+"""From rows to what a comparison says of every method; only comparisons all of whose runs are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import rows as store
+from benchmarks import tasks
+from benchmarks.tasks import Comparison
+from headstart.scores import REFERENCE, score
+
+Rows = Sequence[dict[str, Any]]
+Facts = Mapping[str, Any]
+Entries = dict[str, dict[str, Any]]
+
+
+def complete(rows: Rows, facts: Facts) -> list[Comparison]:
+    """The comparisons all of whose runs are there, those that their last call was made of and no others."""
+    done = facts.get("comparisons", {})
+    return [
+        c
+        for c in tasks.comparisons()
+        if c.name in done and store.digest(r["file"] for r in store.of(rows, c)) == done[c.name]["runs"]
+    ]
+
+
+def scored(rows: Rows, facts: Facts) -> dict[Comparison, Entries]:
+    return {c: entries(rows, c) for c in complete(rows, facts)}
+
+
+def entries(rows: Rows, comparison: Comparison) -> Entries:
+    """{method: what `headstart compare` says of it}, from the rows."""
+    tuning = None if comparison.budget == "ladder" else tasks.SEEDS[: tasks.TUNING]
+    runs = [store.run_of(r) for r in store.of(rows, comparison)]
+    runs.sort(key=lambda run: run["method"] != REFERENCE)
+    return score(runs, comparison.steps, tuning)[1]
+
+
+def half(stats: Mapping[str, Any]) -> float:
+    return stats["ci95"][1] - stats["mean"] if stats["ci95"] else 0.0
