@@ -36,7 +36,7 @@ from zoo.text import encode_corpus
 
 SEEDS = tuple(range(10))
 TAUS = (1.0, 2.0, 3.0, 4.0)
-RATE = 3e-3  # of the short training after which a sample is performant or not
+RATE = 2e-3  # of the short training after which a sample is performant or not
 SHAPES = {"seen": tasks.SEEN, "unseen": tasks.UNSEEN[tasks.MAIN]}
 # Methods that draw something from what they know of donors; the autoencoder passes one through, the ceiling of the
 # diffusion. `default`, which knows of none, is no nearer to donors than anything can be.
