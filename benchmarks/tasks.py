@@ -35,8 +35,9 @@ VARIANTS = {
     "real": ("weight-selection:wider=repeat", "sliced:tie=fit"),
 }
 CONTROLS = ("diffusion:condition=shuffled", "diffusion:condition=mean")  # what the metadata are worth
-SMALL = (
-    "default", "weight-selection", "sliced", "autoencoder", "net2wider", "pruning", "row-column", "diffusion"
+SMALL = (  # the default, and the eight that were strongest on the main target
+    "default", "sliced", "autoencoder", "subcloning", "learned-pruning", "pruning", "row-column", "weight-selection",
+    "diffusion",
 )  # fmt: skip
 STORIES = ("stories260K", "llama2xs-260K", "babyllama-tok105")  # Llamas: what autoencoder and diffusion can learn
 OTHERS = ("arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")  # GPT-2s
