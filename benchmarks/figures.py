@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks import tasks
+from benchmarks.scored import Entries, ranked
 from headstart.plots import GREY, plain
 from headstart.scores import REFERENCE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Entries = Mapping[str, dict[str, Any]]
 PAPER, TEXT = "#ffffff", "#1f2328"
 
 
 def all_of(scored: Mapping[tasks.Comparison, Entries]) -> dict[str, bytes]:
-    """{file name: PNG} of finished comparisons; what was not measured yet is left out."""
+    """{name: PNG}"""
+    draw: dict[str, Callable[[Any], Figure]] = {"head_starts": head_starts, "activations": activations}
+    return {name: _png(draw[name](what)) for name, what in shown(scored).items()}
+
+
+def shown(scored: Mapping[tasks.Comparison, Entries]) -> dict[str, Any]:
+    """{name: what it shows} of finished comparisons; what was not measured yet is left out."""
     long = {c: e for c, e in scored.items() if c.budget == "long" and len(e) > 1}
-    found = {}
-    if long:
-        found["head_starts.png"] = _png(head_starts(long))
-    shown = [e for c, e in long.items() if (c.task, c.target) == ("A", "deeper")]
-    if shown:
-        found["activations.png"] = _png(activations(shown[0]))
-    return found
+    deeper = [e for c, e in long.items() if (c.task, c.target) == ("A", "deeper")]
+    return ({"head_starts": long} if long else {}) | ({"activations": deeper[0]} if deeper else {})
 
 
 def head_starts(scored: Mapping[tasks.Comparison, Entries]) -> Figure:
     """Methods by comparisons: the final loss minus the default's, blue where it is lower."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for e in scored.values() for name in e if name != REFERENCE))
+    names = [name for name in ranked(scored.values()) if any(name in e for e in scored.values())]
     gaps = np.array([[_gap(e, name) for e in scored.values()] for name in names])
-    order = np.argsort([np.nanmean(row) if np.isfinite(row).any() else math.inf for row in gaps])
-    gaps, names = gaps[order], [names[i] for i in order]
     figure = Figure(figsize=(2.6 + 0.75 * len(scored), 1.6 + 0.26 * len(names)), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
     axes.imshow(gaps, cmap="RdBu_r", vmin=-0.8, vmax=0.8, aspect="auto")
@@ -51,7 +50,7 @@ def head_starts(scored: Mapping[tasks.Comparison, Entries]) -> Figure:
         axes.text(j, i, told, ha="center", va="center", fontsize=7, color=PAPER if abs(gap) > 0.5 else TEXT)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_title(f"Loss after {tasks.BUDGETS['long']} steps minus the tuned default's, nats per token", fontsize=9)
+    figure.suptitle(f"Loss after {tasks.BUDGETS['long']} steps,\nminus the tuned default's", fontsize=9)
     return figure
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from benchmarks import rows as store
@@ -35,6 +36,19 @@ def entries(rows: Rows, comparison: Comparison) -> Entries:
     runs = [store.run_of(r) for r in store.of(rows, comparison)]
     runs.sort(key=lambda run: run["method"] != REFERENCE)
     return score(runs, comparison.steps, tuning)[1]
+
+
+def ranked(found: Iterable[Entries]) -> list[str]:
+    """Methods: those with a result everywhere first, the one whose losses are lowest beside the default's at the top;
+    one that leaves hard targets out is not above one that takes them."""
+    found = list(found)
+    names = dict.fromkeys([*tasks.names(), *(name for e in found for name in e)])
+    gains = {
+        name: [e[name]["difference"]["mean"] for e in found if name in e and e[name]["difference"]["mean"] is not None]
+        for name in names
+        if name != REFERENCE
+    }
+    return sorted(gains, key=lambda name: (-len(gains[name]), fmean(gains[name]) if gains[name] else 0.0))
 
 
 def half(stats: Mapping[str, Any]) -> float:

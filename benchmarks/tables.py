@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,7 +12,7 @@ from benchmarks import rows as store
 from benchmarks import tasks
 from benchmarks.audit_tables import conditioning, novelty, peers
 from benchmarks.methods import placed
-from benchmarks.scored import Entries, Facts, Rows, complete, entries, half, scored
+from benchmarks.scored import Facts, Rows, complete, entries, half, ranked, scored
 from headstart import methods
 from headstart.scores import REFERENCE
 
@@ -32,7 +32,7 @@ def write(rows: Rows, facts: Facts, page: Path = PAGE, details_to: Path = DETAIL
     details_to.write_text(details(rows, facts))
     figures_to.mkdir(exist_ok=True)
     for name, content in figures.all_of(scored(rows, facts)).items():
-        (figures_to / name).write_bytes(content)
+        (figures_to / f"{name}.png").write_bytes(content)
 
 
 def head_starts(task: str, text: str, budget: str) -> Callable[[Rows, Facts], str]:
@@ -57,19 +57,6 @@ def head_starts(task: str, text: str, budget: str) -> Callable[[Rows, Facts], st
         return "\n".join(lines)
 
     return make
-
-
-def ranked(found: Iterable[Entries]) -> list[str]:
-    """Methods: those with a result everywhere first, the one whose losses are lowest beside the default's at the top;
-    one that leaves hard targets out is not above one that takes them."""
-    found = list(found)
-    names = dict.fromkeys([*tasks.names(), *(name for e in found for name in e)])
-    gains = {
-        name: [e[name]["difference"]["mean"] for e in found if name in e and e[name]["difference"]["mean"] is not None]
-        for name in names
-        if name != REFERENCE
-    }
-    return sorted(gains, key=lambda name: (-len(gains[name]), fmean(gains[name]) if gains[name] else 0.0))
 
 
 def _reference(entry: dict[str, Any]) -> str:
@@ -248,6 +235,18 @@ def _plain(text: str) -> str:
     return re.sub(r"(?<![\w.])/[^\s:,;]*/", "", text)
 
 
+def picture(name: str) -> Callable[[Rows, Facts], str]:
+    """A part: a figure, where what it shows was measured."""
+
+    def make(rows: Rows, facts: Facts) -> str:
+        from benchmarks import figures
+
+        drawn = figures.shown(scored(rows, facts))
+        return f"![{name.replace('_', ' ')}](benchmarks/figures/{name}.png)" if name in drawn else ""
+
+    return make
+
+
 def counted(rows: Rows, facts: Facts) -> str:
     done = [r for c in complete(rows, facts) for r in store.of(rows, c)]
     if not done:
@@ -263,6 +262,8 @@ def counted(rows: Rows, facts: Facts) -> str:
 
 PARTS: dict[str, Callable[[Rows, Facts], str]] = {
     "counted": counted,
+    "head_starts": picture("head_starts"),
+    "activations": picture("activations"),
     "overview": overview,
     **{
         f"{task}-{text}-{budget}": head_starts(task, text, budget)

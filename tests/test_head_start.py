@@ -246,7 +246,8 @@ def test_tables_of_rows(tmp_path: Path) -> None:
     text = tables.details(found, facts)
     assert "- pruning refused: zoo: too narrow" in text and "| kde | – | – | diverged |" in text
     pictures = figures.all_of(scored.scored(found, facts))
-    assert set(pictures) == {"head_starts.png"} and pictures["head_starts.png"][:4] == b"\x89PNG"
+    assert set(pictures) == {"head_starts"} and pictures["head_starts"][:4] == b"\x89PNG"
+    assert made["head_starts"] == "![head starts](benchmarks/figures/head_starts.png)" and made["activations"] == ""
     partly = [r for r in found if not (r["method"] == "normal" and r["seed"] == 2)]
     assert tables.details(partly, facts).count("##") == 0, (
         "comparisons that lack a run, or have one too many, are not told"
