@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from benchmarks import tasks
 from benchmarks.audits import CLAIMS, CONTROLS, SHAPES, TAUS, shares
-from benchmarks.scored import Facts, Rows, half, scored
+from benchmarks.scored import Found, half
 from headstart.scores import REFERENCE, interval
 
 
-def novelty(rows: Rows, facts: Facts) -> str:
-    found = facts.get("novelty")
+def novelty(found: Found) -> str:
+    audit = found.facts.get("novelty")
     losses: dict[str, float] = {}
-    for c, e in scored(rows, facts).items():
+    for c, e in found.entries.items():
         if c.task == "A" and c.target in ("seen", tasks.MAIN) and c.budget in tasks.BUDGETS:
             end = e[REFERENCE]["final_loss"]["mean"]
             if end is not None:
                 losses[f"{'seen' if c.target == 'seen' else 'unseen'} {c.budget}"] = end
-    if found is None or len(losses) < 4:
+    if audit is None or len(losses) < 4:
         return ""
-    apart, short, long = found["donors"], tasks.BUDGETS["short"], tasks.BUDGETS["long"]
+    apart, short, long = audit["donors"], tasks.BUDGETS["short"], tasks.BUDGETS["long"]
     lines = [
         f"Donors are {apart['median']:.3f} apart (median of the distance to the nearest other). Of the tokens that a "
         f"donor or the one most alike mispredict, {apart['iou']:.2f} are mispredicted by both ({apart['expected']:.2f} "
         f"if errors were independent), {apart['same']:.2f} of them as the same wrong token. "
         f"Ready: at step 0 at or below the tuned default's loss after {short} steps ("
         + ", ".join(f"{shape} {losses[f'{shape} short']:.3f}" for shape in SHAPES)
-        + f"). Performant: after {found['steps']} steps at {found['rate']:g} at or below the tuned default's after "
+        + f"). Performant: after {audit['steps']} steps at {audit['rate']:g} at or below the tuned default's after "
         f"{long} (" + ", ".join(f"{shape} {losses[f'{shape} long']:.3f}" for shape in SHAPES) + ").",
         "",
         "| shape | samples of | n (distinct) | step 0 | trained | size | distance | error overlap (if independent; "
@@ -34,7 +34,7 @@ def novelty(rows: Rows, facts: Facts) -> str:
     ]  # fmt: skip
     for shape in SHAPES:
         for label in [*CLAIMS, *(CONTROLS if shape == "seen" else ())]:
-            s = shares(found, label, shape, losses[f"{shape} short"], losses[f"{shape} long"])
+            s = shares(audit, label, shape, losses[f"{shape} short"], losses[f"{shape} long"])
             cells = [f"{s['novel'][f'{tau:g}']}, {s['both'][f'{tau:g}']}" for tau in TAUS]
             lines.append(
                 f"| {shape} | {label} | {s['n']} ({s['distinct']}) | {_number(s['loss'], 2)} | {_number(s['trained'])} "
@@ -48,10 +48,10 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}"
 
 
-def conditioning(rows: Rows, facts: Facts) -> str:
+def conditioning(found: Found) -> str:
     """The diffusion under true metadata against shuffled and mean ones, paired by seed."""
     lines = []
-    for c, e in scored(rows, facts).items():
+    for c, e in found.entries.items():
         own = e.get("diffusion")
         if c.budget == "ladder" or own is None or not own["curves"]:
             continue
@@ -75,7 +75,7 @@ def conditioning(rows: Rows, facts: Facts) -> str:
     return "\n".join([f"| comparison | {heads} |", "|---" * 7 + "|", *lines])
 
 
-def peers(rows: Rows, facts: Facts) -> str:
+def peers(found: Found) -> str:
     from benchmarks.peers.measure import table
 
-    return table(facts["peers"]) if "peers" in facts else ""
+    return table(found.facts["peers"]) if "peers" in found.facts else ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from benchmarks.peers.scoring import SEQUENCE, WINDOWS, build
 from headstart import methods, novelty
 from headstart.compare import folder_hash, zoo_hash
 from headstart.generate import complete, configure, fit, language_model
-from headstart.trials import cut
+from headstart.trials import cut, replace_file
 from zoo.aligned import token_strings
 from zoo.decoder import read_decoder
 from zoo.lm import Training, evaluate, reproducible, train_steps
@@ -129,10 +128,7 @@ def measure(place: Place, sample: Sample, report: Report) -> None:
         "distance": near.total, "kinds": dict(near.kinds), "sizes": dict(near.sizes), "nearest": near.donor,
         "alike": alike, **{f"error_{key}": value for key, value in overlaps[alike].items()},
     }  # fmt: skip
-    path = Path(place.kept) / sample.file
-    partial_file = path.with_suffix(".part")
-    partial_file.write_text(json.dumps(found) + "\n")
-    os.replace(partial_file, path)
+    replace_file(Path(place.kept) / sample.file, (json.dumps(found) + "\n").encode())
     report(1)
 
 
@@ -174,7 +170,7 @@ def donors_apart(place: Place) -> dict[str, Any]:
         overlaps.append(max(others, key=lambda o: o["iou"]))
     found = {"median": statistics.median(apart.values()), "by_donor": apart}
     found |= {key: statistics.median(o[key] for o in overlaps) for key in ("iou", "expected", "same")}
-    path.write_text(json.dumps(found) + "\n")
+    replace_file(path, (json.dumps(found) + "\n").encode())
     return found
 
 

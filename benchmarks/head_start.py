@@ -30,6 +30,7 @@ from benchmarks import audits, costs, rows, tables, tasks
 from benchmarks.tasks import Comparison
 from headstart.compare import compare
 from headstart.generate import versions
+from headstart.trials import replace_file
 from zoo.store import Zoo, record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,9 +138,7 @@ def read_facts() -> dict[str, Any]:
 
 
 def write_facts(facts: dict[str, Any]) -> None:
-    partial = FACTS.with_suffix(".part")
-    partial.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, FACTS)
+    replace_file(FACTS, (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode())
 
 
 def wanted(comparison: Comparison, data: Path | None, only: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,19 @@ Facts = Mapping[str, Any]
 Entries = dict[str, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Found:
+    """All that the page is made of; every comparison is scored once."""
+
+    rows: Rows
+    facts: Facts
+    entries: Mapping[Comparison, Entries]
+
+    @classmethod
+    def of(cls, rows: Rows, facts: Facts) -> Found:
+        return cls(rows, facts, {c: entries(rows, c) for c in complete(rows, facts)})
+
+
 def complete(rows: Rows, facts: Facts) -> list[Comparison]:
     """The comparisons all of whose runs are there, those that their last call was made of and no others."""
     done = facts.get("comparisons", {})
@@ -24,10 +38,6 @@ def complete(rows: Rows, facts: Facts) -> list[Comparison]:
         for c in tasks.comparisons()
         if c.name in done and store.digest(r["file"] for r in store.of(rows, c)) == done[c.name]["runs"]
     ]
-
-
-def scored(rows: Rows, facts: Facts) -> dict[Comparison, Entries]:
-    return {c: entries(rows, c) for c in complete(rows, facts)}
 
 
 def entries(rows: Rows, comparison: Comparison) -> Entries:

@@ -12,7 +12,7 @@ from benchmarks import rows as store
 from benchmarks import tasks
 from benchmarks.audit_tables import conditioning, novelty, peers
 from benchmarks.methods import placed
-from benchmarks.scored import Facts, Rows, complete, entries, half, ranked, scored
+from benchmarks.scored import Facts, Found, Rows, half, ranked
 from headstart import methods
 from headstart.scores import REFERENCE
 
@@ -25,34 +25,37 @@ def write(rows: Rows, facts: Facts, page: Path = PAGE, details_to: Path = DETAIL
     """Between the marks of the page, and the other files whole."""
     from benchmarks import figures
 
+    found = Found.of(rows, facts)
     text = page.read_text()
     for mark, make in PARTS.items():
-        text = placed(text, mark, make(rows, facts) or "Not measured yet.")
+        text = placed(text, mark, make(found) or "Not measured yet.")
     page.write_text(text)
-    details_to.write_text(details(rows, facts))
+    details_to.write_text(details(found))
     figures_to.mkdir(exist_ok=True)
-    for name, content in figures.all_of(scored(rows, facts)).items():
+    for name, content in figures.all_of(found.entries).items():
         (figures_to / f"{name}.png").write_bytes(content)
 
 
-def head_starts(task: str, text: str, budget: str) -> Callable[[Rows, Facts], str]:
+def head_starts(task: str, text: str, budget: str) -> Callable[[Found], str]:
     """A part: a row per method, a column per target."""
 
-    def make(rows: Rows, facts: Facts) -> str:
-        found = {
+    def make(found: Found) -> str:
+        chosen = {
             c: e
-            for c, e in scored(rows, facts).items()
+            for c, e in found.entries.items()
             if (c.task, c.text, c.budget) == (task, text, budget) and not c.methods
         }
-        if not found:
+        if not chosen:
             return ""
         lines = [
-            "| method | " + " | ".join(c.target for c in found) + " |",
-            "|---" * (len(found) + 1) + "|",
-            f"| {REFERENCE}, tuned | " + " | ".join(_reference(e[REFERENCE]) for e in found.values()) + " |",
+            "| method | " + " | ".join(c.target for c in chosen) + " |",
+            "|---" * (len(chosen) + 1) + "|",
+            f"| {REFERENCE}, tuned | " + " | ".join(_reference(e[REFERENCE]) for e in chosen.values()) + " |",
         ]
-        for name in ranked(found.values()):
-            cells = [_cell(e.get(name), facts["comparisons"][c.name]["refused"].get(name)) for c, e in found.items()]
+        for name in ranked(chosen.values()):
+            cells = [
+                _cell(e.get(name), found.facts["comparisons"][c.name]["refused"].get(name)) for c, e in chosen.items()
+            ]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -107,13 +110,13 @@ def _times(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-def overview(rows: Rows, facts: Facts) -> str:
+def overview(found: Found) -> str:
     """What was compared on what."""
-    done = complete(rows, facts)
-    if not done:
+    facts = found.facts
+    if not found.entries:
         return ""
     lines = ["| comparison | target | parameters | text | steps | donors |", "|---|---|---|---|---|---|"]
-    for c in done:
+    for c in found.entries:
         about = facts["comparisons"][c.name]
         t = about["target"]
         shape = (
@@ -135,13 +138,13 @@ def overview(rows: Rows, facts: Facts) -> str:
     return "\n".join(lines) + f"\n\nTraining all donors took (6 x parameters x tokens) {'; '.join(told)}."
 
 
-def per_method(rows: Rows, facts: Facts) -> str:
+def per_method(found: Found) -> str:
     """Cost of making an init, and how it bears training: on the main target of A."""
-    done = {c.budget: c for c in complete(rows, facts) if (c.task, c.target) == ("A", tasks.MAIN)}
+    done = {c.budget: c for c in found.entries if (c.task, c.target) == ("A", tasks.MAIN)}
     if "long" not in done:
         return ""
-    long = entries(rows, done["long"])
-    ladder = store.of(rows, done["ladder"]) if "ladder" in done else []
+    long = found.entries[done["long"]]
+    ladder = store.of(found.rows, done["ladder"]) if "ladder" in done else []
     lines = [
         "| method | seconds | MiB | donors | their training, FLOPs | step 0 | learning rate | largest stable "
         "| gradient spikes | largest gradient | activation RMS, first block to last but one: start, end |",
@@ -151,7 +154,7 @@ def per_method(rows: Rows, facts: Facts) -> str:
         e = long.get(name)
         if e is None or e["lr"] is None:
             continue
-        cost = facts.get("cost", {}).get(name, {})
+        cost = found.facts.get("cost", {}).get(name, {})
         spent = "–" if "cpu_seconds" not in cost else f"{cost['cpu_seconds']:.1f}"
         memory = "–" if "mib" not in cost else f"{cost['mib']:.0f}"
         flops = "unknown" if e["donor_cost"] is None else f"{e['donor_cost']:.2g}" if e["donor_cost"] else "0"
@@ -198,15 +201,15 @@ def largest_stable(runs: Rows) -> str:
     return f"{borne:g}" + (" or more" if borne == max(tasks.LADDER) else "")
 
 
-def details(rows: Rows, facts: Facts) -> str:
+def details(found: Found) -> str:
     """Per comparison: rates, three thresholds, gradients, activations, who refused and why."""
     parts = ["# The benchmark's comparisons, one by one", "", "Written by `python -m benchmarks.head_start --tables`.",
              "A star: the smallest or largest that was tried."]  # fmt: skip
-    for c, e in scored(rows, facts).items():
+    for c, e in found.entries.items():
         if c.budget == "ladder":
             continue
         levels = next((m["thresholds"] for m in e.values() if m["thresholds"]), {})
-        heads = [f"steps to {found['loss']:.3f} (default's at {float(at):.0%})" for at, found in levels.items()]
+        heads = [f"steps to {of['loss']:.3f} (default's at {float(at):.0%})" for at, of in levels.items()]
         heads = ["method", "lr", "step 0", "final loss", *heads, "spikes", "largest gradient", "diverged"]
         parts += ["", f"## {c.task} {c.target}, {c.text}, {c.budget}: {c.steps} steps", "",
                   "| " + " | ".join([*heads, "activation RMS by layer at the start", "at the end"]) + " |",
@@ -225,7 +228,7 @@ def details(rows: Rows, facts: Facts) -> str:
                     str(len(m["diverged"])), *(" ".join(f"{x:.2g}" for x in rms[when]) for when in ("start", "end")),
                 ]  # fmt: skip
             parts.append(f"| {name} | " + " | ".join(cells) + " |")
-        refused = facts["comparisons"][c.name]["refused"]
+        refused = found.facts["comparisons"][c.name]["refused"]
         parts += ["", *(f"- {name} refused: {_plain(why)}" for name, why in refused.items())]
     return "\n".join(parts) + "\n"
 
@@ -235,20 +238,20 @@ def _plain(text: str) -> str:
     return re.sub(r"(?<![\w.])/[^\s:,;]*/", "", text)
 
 
-def picture(name: str) -> Callable[[Rows, Facts], str]:
+def picture(name: str) -> Callable[[Found], str]:
     """A part: a figure, where what it shows was measured."""
 
-    def make(rows: Rows, facts: Facts) -> str:
+    def make(found: Found) -> str:
         from benchmarks import figures
 
-        drawn = figures.shown(scored(rows, facts))
+        drawn = figures.shown(found.entries)
         return f"![{name.replace('_', ' ')}](benchmarks/figures/{name}.png)" if name in drawn else ""
 
     return make
 
 
-def counted(rows: Rows, facts: Facts) -> str:
-    done = [r for c in complete(rows, facts) for r in store.of(rows, c)]
+def counted(found: Found) -> str:
+    done = [r for c in found.entries for r in store.of(found.rows, c)]
     if not done:
         return ""
     families = len({methods.get(name).family for name in tasks.plain()})
@@ -260,7 +263,7 @@ def counted(rows: Rows, facts: Facts) -> str:
     )
 
 
-PARTS: dict[str, Callable[[Rows, Facts], str]] = {
+PARTS: dict[str, Callable[[Found], str]] = {
     "counted": counted,
     "head_starts": picture("head_starts"),
     "activations": picture("activations"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from headstart import methods
+from benchmarks.methods import names as plain  # all methods that fill language models
 from zoo.nursery import Recipe, bench
 from zoo.text import reference_corpus, save_byte_tokenizer
 
@@ -27,8 +27,6 @@ SCALES = (1.0, 4.0, 8.0, 16.0)  # of the default; the embedded donors started fr
 BUDGETS = {"short": 50, "long": 200}
 BATCH, SEQUENCE = 4, 64  # as the embedded donors were trained
 WINDOWS = 32  # held out, at each measurement
-# conv-covariance needs convolutions, which no language model of the zoo has; the LoRA methods fill adapters.
-ELSEWHERE = {"conv-covariance", *methods.LORA}
 # A method that refuses as it is called, and says which option lifts that.
 VARIANTS = {
     "embedded": ("weight-selection:wider=repeat",),
@@ -109,11 +107,6 @@ def donors() -> list[Recipe]:
     one shape."""
     plain = [replace(recipe, kv_heads=recipe.heads) for recipe in bench()]
     return plain + [replace(r, seed=r.seed + 2) for r in plain if r.width == SEEN["hidden_size"]]
-
-
-def plain() -> list[str]:
-    """All methods that fill language models."""
-    return [name for name in methods.METHODS if name not in ELSEWHERE]
 
 
 def names(zoo: str = "embedded") -> list[str]:

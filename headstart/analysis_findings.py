@@ -236,7 +236,7 @@ def _of_rows(model: Model) -> Iterator[Claim]:
         if p:
             yield Claim(
                 f"Rows and columns are more than their values: {words}",
-                f"{_small(p)} of {len(p)} matrices",
+                f"{small(p)} of {len(p)} matrices",
                 f"{LEVEL * len(p):.1f} of {len(p)}, if each matrix's entries are shuffled",
                 _more_than_chance(p),
             )
@@ -251,20 +251,21 @@ def _of_couplings(model: Model) -> Iterator[Claim]:
         if p:
             yield Claim(
                 f"Matrices that share a space are coupled: {space}",
-                f"{_small(p)} of {len(p)} couplings" + (f"; median correlation {median(known):+.2f}" if known else ""),
+                f"{small(p)} of {len(p)} couplings" + (f"; median correlation {median(known):+.2f}" if known else ""),
                 f"{LEVEL * len(p):.1f} of {len(p)}, if the units of one side are shuffled",
                 _more_than_chance(p),
             )
 
 
-def _small(p_values: Sequence[float]) -> int:
+def small(p_values: Sequence[float]) -> int:
+    """How many are significant, each on its own."""
     return sum(p <= LEVEL for p in p_values)
 
 
 def _more_than_chance(p_values: Sequence[float]) -> str:
     """Whether so many tests would be significant if nothing were there, by the binomial law: one small p-value among
     many is no claim, and the least that permutations can give, 1 in 200, need not pass a correction for them all."""
-    return BEYOND if binomial_tail(_small(p_values), len(p_values), LEVEL) < SINGLE else NOT_BEYOND
+    return BEYOND if binomial_tail(small(p_values), len(p_values), LEVEL) < SINGLE else NOT_BEYOND
 
 
 def tests(model: Model) -> str:

@@ -28,6 +28,7 @@ from headstart.analysis_findings import (
     first_rank,
     noise_alpha,
     risen_matrices,
+    small,
     tests,
     verdicts,
 )
@@ -267,9 +268,8 @@ def _rows(model: Model) -> Iterable[str]:
         line = [("text", escape(role)), ("", str(len(of_role)))]
         for test in TESTS:
             p = [t[f"{test}_p"] for t in of_role if t.get(f"{test}_p") is not None]
-            found = sum(value <= LEVEL for value in p)
             here, null = (median(t[key] for t in of_role) for key in (test, f"{test}_null"))
-            line += [("", f"{here:.2f} / {null:.2f}"), ("", f"{found} of {len(p)}")]
+            line += [("", f"{here:.2f} / {null:.2f}"), ("", f"{small(p)} of {len(p)}")]
         body.append(line)
     columns = [("text", "role"), ("", "matrices")]
     for words in ("spread of row energy", "of column energy", "|correlation| of rows"):

@@ -234,7 +234,7 @@ def test_tables_of_rows(tmp_path: Path) -> None:
             "runs": rows.digest(r["file"] for r in rows.of(found, c)),
         }  # fmt: skip
     facts["trained"] = {"embedded": 330.0}
-    made = {mark: make(found, facts) for mark, make in tables.PARTS.items()}
+    made = {mark: make(scored.Found.of(found, facts)) for mark, make in tables.PARTS.items()}
     page = made["A-reference-long"].splitlines()
     order = [line.split(" | ")[0] for line in page[2:6]]
     assert order == ["| default, tuned", "| diffusion", f"| {tasks.CONTROLS[0]}", "| normal"]
@@ -243,19 +243,22 @@ def test_tables_of_rows(tmp_path: Path) -> None:
     assert "+0.200 ± 0.000" in made["conditioning"] and made["B-source-long"] == ""
     assert "\n| normal | – | – | 0 | 0 | 5.00 |" in made["methods"] and "kde" not in made["methods"]
     assert "26 runs" in made["counted"] and "330 seconds" in made["overview"] and made["novelty"] == ""
-    text = tables.details(found, facts)
+    text = tables.details(scored.Found.of(found, facts))
     assert "- pruning refused: zoo: too narrow" in text and "| kde | – | – | diverged |" in text
-    pictures = figures.all_of(scored.scored(found, facts))
+    pictures = figures.all_of(scored.Found.of(found, facts).entries)
     assert set(pictures) == {"head_starts"} and pictures["head_starts"][:4] == b"\x89PNG"
     assert made["head_starts"] == "![head starts](benchmarks/figures/head_starts.png)" and made["activations"] == ""
     partly = [r for r in found if not (r["method"] == "normal" and r["seed"] == 2)]
-    assert tables.details(partly, facts).count("##") == 0, (
+    assert tables.details(scored.Found.of(partly, facts)).count("##") == 0, (
         "comparisons that lack a run, or have one too many, are not told"
     )
     dead = [r | {"diverged": 3, "losses": [5.0]} if r["method"] == "default" else r for r in found]
-    alone = {mark: make(dead, facts) for mark, make in tables.PARTS.items()}
+    without = scored.Found.of(dead, facts)
+    alone = {mark: make(without) for mark, make in tables.PARTS.items()}
     assert "| default, tuned | diverged |" in alone["A-reference-long"]
-    assert "| normal | 2.510; the default diverged |" in alone["A-reference-long"] and tables.details(dead, facts)
+    assert "| normal | 2.510; the default diverged |" in alone["A-reference-long"] and tables.details(
+        scored.Found.of(dead, facts)
+    )
 
 
 def test_what_is_new_is_told() -> None:
@@ -271,7 +274,7 @@ def test_what_is_new_is_told() -> None:
     drawn = [sample(1.5, 1.9, 2.9, shape=shape, label=label) for shape, label in labels for _ in range(2)]
     apart = {"median": 1.0, "iou": 0.7, "expected": 0.5, "same": 0.4}
     facts["novelty"] = {"donors": apart, "samples": drawn, "rate": 1e-3, "steps": 50}
-    text = audit_tables.novelty(found, facts)
+    text = audit_tables.novelty(scored.Found.of(found, facts))
     assert (
         "| seen | diffusion | 2 (1) | 2.90 | 1.900 | 0.75 | 1.500 | 0.50 (0.30; 0.20) | 2 | 2 | 2, 2 | 0, 0 |" in text
     )
@@ -329,7 +332,7 @@ def test_cells_say_what_was_measured() -> None:
 
 def test_the_page_is_that_of_its_figures() -> None:
     found, facts = rows.read(head_start.RUNS), head_start.read_facts()
-    text = tables.PAGE.read_text()
+    whole, text = scored.Found.of(found, facts), tables.PAGE.read_text()
     for mark, make in tables.PARTS.items():
-        assert tables.placed(text, mark, make(found, facts) or "Not measured yet.") == text, mark
-    assert tables.details(found, facts) == tables.DETAILS.read_text()
+        assert tables.placed(text, mark, make(whole) or "Not measured yet.") == text, mark
+    assert tables.details(whole) == tables.DETAILS.read_text()

@@ -34,7 +34,7 @@ from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, r
 from diffusion.conditions import MODEL_FEATURES, model_features
 from zoo.blueprint import Blueprint
 from zoo.sampler import Sampler, option
-from zoo.store import Donor, Zoo
+from zoo.store import Zoo
 from zoo.streams import stream
 from zoo.units import require_unit_target
 
@@ -266,14 +266,6 @@ def load(model: str | None) -> tuple[ChunkAutoencoder, ChunkDenoiser, dict[str, 
     return coder.eval(), load_component(ChunkDenoiser, folder / "unet", "config.json", how).eval(), content
 
 
-def reconstruct(model: str | Path, donor: str | Donor, zoo: Zoo, device: str = "cpu") -> Rebuilt:
-    """A donor of the zoo through the VAE (means of the latents), in the coordinates that it was trained in."""
-    coder, _, content = load(str(model))
-    name = donor if isinstance(donor, str) else donor.name
-    weights = next(w for w in read(zoo, content["recipe"]["coordinates"]) if w.name == name)
-    return through(coder.to(device), content, weights)
-
-
 def rows(coder: ChunkAutoencoder, content: Mapping[str, Any], weights: Weights) -> Tensor:
     """[N, C]: a donor as the VAE is given it."""
     return cut(weights.blueprint, weights.tensors, coder.config["chunk"]) / content["scale"]
@@ -286,7 +278,8 @@ def through(
     weights: Weights,
     instead: Callable[[Tensor], Tensor] | None = None,
 ) -> Rebuilt:
-    """`reconstruct`, with everything loaded. instead: what is done with the rows in the VAE's place."""
+    """A donor through the VAE (means of the latents), in the coordinates that it was trained in. instead: what is done
+    with the rows in the VAE's place."""
     chunks = rows(coder, content, weights)
     if instead is None:
         latents = [coder.encode(part.to(coder.device)).mean for part in chunks.split(AT_ONCE)]

@@ -33,6 +33,7 @@ from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
 from headstart import novelty
 from headstart.generate import complete
+from headstart.trials import cut, replace_file
 from zoo.aligned import align, token_strings
 from zoo.blueprint import Blueprint
 from zoo.decoder import read_decoder
@@ -43,7 +44,6 @@ from zoo.store import Zoo
 from zoo.text import encode_corpus, find_tokenizer
 from zoo.units import ROLES, to_width
 
-HELD_OUT = 0.1
 OURS = "diffusion"
 
 
@@ -257,9 +257,7 @@ def _kept(setup: Setup, name: str, what: str, compute: Callable[[], dict[str, An
         return json.loads(path.read_text())
     path.parent.mkdir(parents=True, exist_ok=True)
     found = compute()
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    replace_file(path, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     return found
 
 
@@ -293,7 +291,7 @@ def held_out(text: str | Path, zoo: Zoo) -> Tensor:
     donor = zoo.donors[0]
     assert donor.blueprint.metadata is not None
     tokens = encode_corpus(text, find_tokenizer(None, donor.folder), donor.blueprint.metadata.vocab)
-    return tokens[int(len(tokens) * (1 - HELD_OUT)) :]
+    return tokens[cut(tokens) :]
 
 
 def main() -> None:
