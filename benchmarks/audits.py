@@ -23,7 +23,7 @@ from benchmarks.peers.scoring import SEQUENCE, WINDOWS, build
 from headstart import methods, novelty
 from headstart.compare import folder_hash, zoo_hash
 from headstart.generate import complete, configure, fit, language_model
-from headstart.trials import cut, replace_file
+from headstart.trials import cut
 from zoo.aligned import token_strings
 from zoo.decoder import read_decoder
 from zoo.lm import Training, evaluate, reproducible, train_steps
@@ -32,6 +32,7 @@ from zoo.sampler import Sampler
 from zoo.store import Zoo
 from zoo.streams import stream_seed
 from zoo.text import encode_corpus
+from zoo.writer import replace_file
 
 SEEDS = tuple(range(10))
 TAUS = (1.0, 2.0, 3.0, 4.0)

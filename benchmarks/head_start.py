@@ -30,8 +30,8 @@ from benchmarks import audits, costs, rows, tables, tasks
 from benchmarks.tasks import Comparison
 from headstart.compare import compare
 from headstart.generate import versions
-from headstart.trials import replace_file
 from zoo.store import Zoo, record
+from zoo.writer import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "benchmarks" / "head_start.parquet"

@@ -6,8 +6,8 @@ A run is the file that `headstart compare` keeps of it; a row holds all of it, s
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.tasks import Comparison
 from headstart.scores import Run
+from zoo.writer import replace_file
 
 KEYS = ("task", "target", "text", "budget")
 SCHEMA = pa.schema(
@@ -89,9 +90,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Whole or not at all, in an order that does not depend on which run ended first."""
     ordered = sorted(rows, key=lambda r: (*(r[key] for key in KEYS), r["method"], r["seed"], r["scale"], r["lr"]))
-    partial = path.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(ordered, SCHEMA), partial, compression="zstd")
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ordered, SCHEMA), buffer, compression="zstd")
+    replace_file(path, buffer.getvalue())
 
 
 def of(rows: Sequence[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from benchmarks.audit_tables import conditioning, novelty, peers
 from benchmarks.methods import placed
 from benchmarks.scored import Facts, Found, Rows, half, ranked
 from headstart import methods
+from headstart.findings import fewer
 from headstart.scores import REFERENCE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,22 +93,8 @@ def _cell(entry: dict[str, Any] | None, refused: str | None) -> str:
 
 
 def times(entry: dict[str, Any], at: str = "1") -> str:
-    """Steps of the default over steps of the method to its loss after a share of the budget, seed by seed."""
     found = entry["thresholds"].get(at)
-    if found is None:
-        return "–"
-    steps, ratio = found["steps"], found["ratio"]
-    if ratio["mean"] is None:
-        arrived = sum(s is not None for s in steps)
-        return f"{arrived} of {len(steps)} arrive" if arrived else "never"
-    if min(steps) < 1:  # within the first step or before it, which counts as one: no more than a bound
-        return f"≥ {_times(ratio['mean'])}×"
-    bounds = "" if ratio["ci95"] is None else f" ({'–'.join(_times(x) for x in ratio['ci95'])})"
-    return f"{_times(ratio['mean'])}×{bounds}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+    return "–" if found is None else fewer(found)
 
 
 def overview(found: Found) -> str:

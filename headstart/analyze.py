@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import time
@@ -26,7 +25,7 @@ from zoo.errors import UserError
 from zoo.single import single
 from zoo.statistics.signature import signature_distances
 from zoo.store import Donor, Zoo, record
-from zoo.writer import new_folder, writing
+from zoo.writer import new_folder, replace_file
 
 DIGITS = 10  # of all numbers: sums of the same values in another place in memory differ in the last two or three
 PARTS = 8  # that `parts` yields of a donor
@@ -131,11 +130,7 @@ def _keeper(work: Path, bar: Any, donor: str) -> Keep:
 
         bar.set_postfix_str(f"{donor}: {what}")
         value = plain(make(tick))
-        with writing(work):
-            work.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.part")
-            partial.write_text(json.dumps(value))
-            partial.replace(path)
+        replace_file(path, json.dumps(value).encode())
         return value
 
     return keep

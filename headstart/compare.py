@@ -31,7 +31,6 @@ from headstart.trials import (
     options_of,
     path_of,
     read,
-    replace_file,
     run,
     sampler_of,
     variant,
@@ -39,7 +38,7 @@ from headstart.trials import (
 from zoo.errors import UserError
 from zoo.pool import default_workers, run_jobs
 from zoo.text import BYTES, encode_corpus, find_tokenizer
-from zoo.writer import writing
+from zoo.writer import replace_file, writing
 
 if TYPE_CHECKING:
     from zoo.checkpoint import Checkpoint

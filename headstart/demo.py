@@ -6,7 +6,6 @@ Every stage is the command of the same name, keeps what it has finished, and can
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import UserError
+from zoo.writer import replace_file
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,7 @@ def demo(
     save_byte_tokenizer(target)
     corpus = out / "corpus.txt"
     if not corpus.exists():
-        temporary = corpus.with_suffix(".part")
-        temporary.write_bytes(reference_corpus())
-        os.replace(temporary, corpus)
+        replace_file(corpus, reference_corpus())
 
     took: dict[str, dict[str, float]] = {}
     run = _stage(took, quiet)
@@ -203,6 +201,4 @@ def _keep(path: Path, took: dict[str, dict[str, float]]) -> None:
     for name, entry in took.items():
         if name not in stages or entry["seconds"] > stages[name]["seconds"]:
             stages[name] = entry
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps({"stages": stages, "versions": versions()}, indent=2) + "\n")
-    os.replace(temporary, path)
+    replace_file(path, (json.dumps({"stages": stages, "versions": versions()}, indent=2) + "\n").encode())

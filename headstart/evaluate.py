@@ -24,7 +24,7 @@ from zoo.lora import CONFIG, WEIGHTS, lora_config_of, require_peft
 from zoo.safe import read_header, read_json
 from zoo.sources import HUB_ID, fetch, resolve
 from zoo.text import BYTES, byte_tokenizer
-from zoo.writer import writing
+from zoo.writer import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def evaluate(
         "tasks": scores,
     }
     if out is not None:
-        _write(Path(out), json.dumps(results, indent=2) + "\n")
+        replace_file(Path(out), (json.dumps(results, indent=2) + "\n").encode())
     return results
 
 
@@ -188,18 +188,6 @@ def _check(tasks: Sequence[str], out: str | Path | None, limit: int | None, batc
         raise UserError(f"{out}: {above} is a file, no folder; give another --out")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{out}: {above} cannot be written to; give another --out")
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _check_settings(adapter: Path) -> None:

@@ -166,6 +166,23 @@ def fold(method: dict[str, Any]) -> str:
     return "–" if mean is None else ("≥ " if starts_below(method) else "") + times(mean)
 
 
+def fewer(found: dict[str, Any]) -> str:
+    """Of one entry of `thresholds`, how many times fewer steps than the default took: `17× (11–26)`; `≥ 50×` where some
+    seed is there within its first step, which counts as one; `2 of 3 arrive`; `never`."""
+    steps, ratio = found["steps"], found["ratio"]
+    if ratio["mean"] is None:
+        arrived = sum(s is not None for s in steps)
+        return f"{arrived} of {len(steps)} arrive" if arrived else "never"
+    if min(steps) < 1:
+        return f"≥ {_two_digits(ratio['mean'])}×"
+    bounds = "" if ratio["ci95"] is None else f" ({'–'.join(_two_digits(x) for x in ratio['ci95'])})"
+    return f"{_two_digits(ratio['mean'])}×{bounds}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def count(number: float, noun: str) -> str:
     """`18 steps`, `1 step`, `2.5 steps`."""
     text = f"{number:,.0f}" if number >= 9.95 or number == int(number) else f"{number:.1f}"

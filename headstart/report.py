@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from headstart import plots
-from headstart.findings import Results, caveats, count, fold, headline, lead, ranked, times
+from headstart.findings import Results, caveats, count, fewer, fold, headline, lead, ranked, times
 from headstart.page import bullets, document, figure, note, or_dash, table
 from headstart.page import cards as boxes
 from headstart.scores import REFERENCE
@@ -97,13 +97,7 @@ def _thresholds(results: Results) -> str:
     for name, m in ranked(results):
         if name == REFERENCE:
             continue
-        cells = []
-        for at in levels:
-            found = m["thresholds"].get(at)
-            mean = None if found is None else found["ratio"]["mean"]
-            bounds = None if found is None else found["ratio"]["ci95"]
-            interval = "" if bounds is None else f" ({bounds[0]:.2g} to {bounds[1]:.2g})"
-            cells.append(("", "–" if mean is None else f"{mean:.2g}×{interval}"))
+        cells = [("", fewer(m["thresholds"][at]) if at in m["thresholds"] else "–") for at in levels]
         rows.append([("text", _name(results, name)), *cells])
     heads = [f"to {found['loss']:.3f}, the default's\nat {float(at):.0%} of its steps" for at, found in levels.items()]
     return note("Steps of the default over steps of the method, seed by seed, to easier and harder losses.") + table(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from zoo.errors import UserError
 from zoo.lm import Training, activation_rms, evaluate, reproducible, train_steps
 from zoo.pool import Report
 from zoo.streams import stream_seed
+from zoo.writer import replace_file
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler
@@ -251,12 +251,6 @@ def read(setup: Setup, job: Job, lr: float) -> Run:
 
 def missing_of(setup: Setup, job: Job) -> Job:
     return Job(job.method, job.seed, job.scale, tuple(lr for lr in job.lrs if not path_of(setup, job, lr).exists()))
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def cut(tokens: Tensor) -> int:

@@ -76,6 +76,18 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {reasons[error.errno]}") from error
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, over what was there; its folder is made. UserError as `writing`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def write_checkpoint(
     out: str | Path,
     blueprint: Blueprint,

@@ -33,7 +33,7 @@ from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
 from headstart import novelty
 from headstart.generate import complete
-from headstart.trials import cut, replace_file
+from headstart.trials import cut
 from zoo.aligned import align, token_strings
 from zoo.blueprint import Blueprint
 from zoo.decoder import read_decoder
@@ -43,6 +43,7 @@ from zoo.sampler import Sampler
 from zoo.store import Zoo
 from zoo.text import encode_corpus, find_tokenizer
 from zoo.units import ROLES, to_width
+from zoo.writer import replace_file
 
 OURS = "diffusion"
 

@@ -22,7 +22,7 @@ from zoo.blueprint import Blueprint
 from zoo.checkpoint import Checkpoint
 from zoo.errors import UserError
 from zoo.safe import INDEX
-from zoo.writer import new_folder, write_checkpoint
+from zoo.writer import new_folder, replace_file, write_checkpoint
 
 Make = Callable[..., Path]
 
@@ -203,3 +203,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, blueprint: B
         assert os.listdir(disk) == []
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "found.json"
+    replace_file(path, b"first")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, b"second")
+    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
