@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import tasks
-from benchmarks.audits import CLAIMS, CONTROLS, SHAPES, TAUS, shares
+from benchmarks.audits import SHAPES, TAUS, labels, shares
 from benchmarks.scored import Found, half
 from headstart.scores import REFERENCE, interval
 
@@ -33,7 +33,7 @@ def novelty(found: Found) -> str:
         "|---" * (10 + len(TAUS)) + "|",
     ]  # fmt: skip
     for shape in SHAPES:
-        for label in [*CLAIMS, *(CONTROLS if shape == "seen" else ())]:
+        for label in labels(shape):
             s = shares(audit, label, shape, losses[f"{shape} short"], losses[f"{shape} long"])
             cells = [f"{s['novel'][f'{tau:g}']}, {s['both'][f'{tau:g}']}" for tau in TAUS]
             lines.append(
@@ -49,7 +49,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def conditioning(found: Found) -> str:
-    """The diffusion under true metadata against shuffled and mean ones, paired by seed."""
+    """The diffusion under true metadata against the controls, paired by seed."""
     lines = []
     for c, e in found.entries.items():
         own = e.get("diffusion")
@@ -71,8 +71,9 @@ def conditioning(found: Found) -> str:
         )
     if not lines:
         return ""
-    heads = "true: step 0 | final | shuffled: step 0 | final, less true | mean: step 0 | final, less true"
-    return "\n".join([f"| comparison | {heads} |", "|---" * 7 + "|", *lines])
+    told = [control.rpartition("=")[2] for control in tasks.CONTROLS]
+    heads = ["true: step 0", "final", *(f"{name}: {what}" for name in told for what in ("step 0", "final, less true"))]
+    return "\n".join([f"| comparison | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|", *lines])
 
 
 def peers(found: Found) -> str:

@@ -41,6 +41,11 @@ SHAPES = {"seen": tasks.SEEN, "unseen": tasks.UNSEEN[tasks.MAIN]}
 # Methods that draw something from what they know of donors; the autoencoder passes one through, the ceiling of the
 # diffusion. `default`, which knows of none, is no nearer to donors than anything can be.
 CLAIMS = ("diffusion", "autoencoder", "row-column", "matrix-normal", "normal", "default")
+# Entries drawn one by one, which differ in their law alone: at the seen shape.
+LAWS = (
+    "laplace", "student-t", "generalized-normal", "stable", "mixture", "auto-fit", "histogram", "kde", "permuted",
+    "hybrid",
+)  # fmt: skip
 CONTROLS: dict[str, Sampler] = {
     **{f"a donor with {amount:.0%} noise": Noise(amount=amount) for amount in (0.05, 0.2, 0.5)},
     "average of donors": Average(),
@@ -81,9 +86,13 @@ class Sample:
 
 
 def samples() -> list[Sample]:
-    """All of them; controls need donors of the shape."""
-    labels = {"seen": [*CLAIMS, *CONTROLS], "unseen": list(CLAIMS)}
-    return [Sample(shape, label, seed) for shape, of in labels.items() for label in of for seed in SEEDS]
+    """All of them."""
+    return [Sample(shape, label, seed) for shape in SHAPES for label in labels(shape) for seed in SEEDS]
+
+
+def labels(shape: str) -> list[str]:
+    """What is sampled at a shape of SHAPES; controls need donors of it."""
+    return [*CLAIMS, *(LAWS if shape == "seen" else ()), *(CONTROLS if shape == "seen" else ())]
 
 
 def audit(place: Place, quiet: bool = False) -> dict[str, Any]:

@@ -1,17 +1,24 @@
-"""What making an initialisation costs a user: time and memory of `headstart generate`."""
+"""What making an initialisation costs: time and memory of `headstart generate`, and what fitting and sampling take."""
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from headstart import methods
+from headstart.generate import configure, fit, language_model
+from zoo.store import Zoo
+from zoo.text import find_tokenizer
 
 # A process begins with the peak memory of the one that starts it, so a small one stands between.
 LAUNCHER = """
@@ -25,21 +32,55 @@ print(json.dumps({"status": os.waitstatus_to_exitcode(status), "said": said.stri
 """
 
 
-def costs(names: Iterable[str], target: Path, paths: Mapping[str, Path], corpus: Path) -> dict[str, Any]:
-    """{method: {seconds, cpu_seconds, mib} or {refused}}: `headstart generate` as a process of its own, with one
-    thread, one after another; the time to start Python and to load torch is in it."""
+def costs(names: Iterable[str], targets: Mapping[str, Path], paths: Mapping[str, Path], corpus: Path) -> dict[str, Any]:
+    """{method: {target, seconds, cpu_seconds, mib, fit_seconds, parameters_per_second, of_randn}} on the first of the
+    targets that a method takes, or {refused: by the last of them}. The first three are those of `headstart generate` as
+    a process of its own, the time to start Python and to load torch in it; the others are measured in this process.
+    One thread, one after another."""
     found = {}
     for name in names:
         fields = methods.get(name).__dataclass_fields__
         given = [f"--set=text={corpus}"] if "text" in fields else []
         given += ["--model", str(paths["model"])] if "model" in fields else []
-        with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable, "-m", "headstart", "generate", "--target", str(target), "--method", name,
-                "--zoo", str(paths["zoo"]), "--out", f"{folder}/out", "--quiet", *given,
-            ]  # fmt: skip
-            found[name] = usage_of(command)
+        for target, folder in targets.items():
+            with tempfile.TemporaryDirectory() as out:
+                command = [
+                    sys.executable, "-m", "headstart", "generate", "--target", str(folder), "--method", name,
+                    "--zoo", str(paths["zoo"]), "--out", f"{out}/out", "--quiet", *given,
+                ]  # fmt: skip
+                found[name] = usage_of(command)
+            if "refused" not in found[name]:
+                found[name] |= {"target": target} | rates(name, folder, paths, corpus)
+                break
     return found
+
+
+def rates(name: str, target: Path, paths: Mapping[str, Path], corpus: Path) -> dict[str, float]:
+    """{fit_seconds, parameters_per_second, of_randn}: sampling is the median of five, `of_randn` its rate over that of
+    torch.randn on the same shapes in the same run; fitting is done once."""
+    cls, blueprint = methods.get(name), language_model(target)
+    zoo = Zoo.open(paths["zoo"]) if cls.needs or "donor" in cls.__dataclass_fields__ else None
+    vocabulary = find_tokenizer(None, target)
+    sampler = configure(cls, model=str(paths["model"]), tokenizer=vocabulary and str(vocabulary), text=str(corpus))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        start = time.perf_counter()
+        fit(sampler, zoo, blueprint)
+        fitted = time.perf_counter() - start
+        seconds, reference, filled = [], [], 0
+        for seed in range(5):
+            start = time.perf_counter()
+            filled = sum(tensor.numel() for _, tensor in sampler.sample(blueprint, seed))
+            seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            for spec in blueprint.specs:
+                torch.randn(spec.shape)
+            reference.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    rate, peer = filled / statistics.median(seconds), blueprint.parameters / statistics.median(reference)
+    return {"fit_seconds": fitted, "parameters_per_second": rate, "of_randn": rate / peer}
 
 
 def usage_of(command: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@
     python -m benchmarks.head_start --work DIR --small
         one target, the eight strongest methods, two learning rates: at most forty minutes on two cores, into DIR
     python -m benchmarks.head_start --tables
-        writes BENCHMARKS.md again from the committed figures
+        writes BENCHMARKS.md and the tables of the READMEs again from the committed figures
 
 Every comparison is a call of `headstart compare`, whose pages stand in DIR/comparisons.
 """
@@ -96,8 +96,9 @@ def novelty(work: Path, data: Path | None) -> dict[str, Any]:
 
 def cost(work: Path, data: Path | None) -> dict[str, Any]:
     paths = tasks.prepare(work, "embedded", data)
-    target = tasks.target_folder(work, tasks.of_main("long"), data)
-    return costs.costs(tasks.plain(), target, paths, _corpus(work, "reference", data))
+    long = [c for c in tasks.comparisons() if (c.task, c.budget) == ("A", "long") and not c.methods]
+    targets = {c.target: tasks.target_folder(work, c, data) for c in long}
+    return costs.costs(tasks.plain(), targets, paths, _corpus(work, "reference", data))
 
 
 def peers(work: Path, data: Path | None) -> dict[str, Any]:

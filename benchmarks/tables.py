@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks import readmes, tasks
 from benchmarks import rows as store
-from benchmarks import tasks
 from benchmarks.audit_tables import conditioning, novelty, peers
-from benchmarks.methods import placed
+from benchmarks.marks import placed
 from benchmarks.scored import Facts, Found, Rows, half, ranked
 from headstart import methods
 from headstart.findings import fewer
@@ -22,19 +22,23 @@ PAGE, DETAILS, FIGURES = ROOT / "BENCHMARKS.md", ROOT / "benchmarks" / "details.
 STABLE = 0.25  # nats above its best rate, up to which a rate counts as borne
 
 
-def write(rows: Rows, facts: Facts, page: Path = PAGE, details_to: Path = DETAILS, figures_to: Path = FIGURES) -> None:
-    """Between the marks of the page, and the other files whole."""
+def write(rows: Rows, facts: Facts) -> None:
+    """Between the marks of BENCHMARKS.md and of the READMEs, and the other files whole."""
     from benchmarks import figures
 
     found = Found.of(rows, facts)
-    text = page.read_text()
-    for mark, make in PARTS.items():
-        text = placed(text, mark, make(found) or "Not measured yet.")
-    page.write_text(text)
-    details_to.write_text(details(found))
-    figures_to.mkdir(exist_ok=True)
+    for path, mark, make in parts():
+        path.write_text(placed(path.read_text(), mark, make(found) or "Not measured yet."))
+    DETAILS.write_text(details(found))
+    FIGURES.mkdir(exist_ok=True)
     for name, content in figures.all_of(found.entries).items():
-        (figures_to / f"{name}.png").write_bytes(content)
+        (FIGURES / f"{name}.png").write_bytes(content)
+
+
+def parts() -> Iterator[tuple[Path, str, Callable[[Found], str]]]:
+    """(page, mark, what makes the part) of every page."""
+    yield from ((PAGE, mark, make) for mark, make in PARTS.items())
+    yield from readmes.PARTS
 
 
 def head_starts(task: str, text: str, budget: str) -> Callable[[Found], str]:
@@ -138,12 +142,13 @@ def per_method(found: Found) -> str:
         "|---" * 11 + "|",
     ]
     for name in [REFERENCE, *ranked([long])]:
-        e = long.get(name)
-        if e is None or e["lr"] is None:
-            continue
-        cost = found.facts.get("cost", {}).get(name, {})
+        e, cost = long.get(name), found.facts.get("cost", {}).get(name, {})
         spent = "–" if "cpu_seconds" not in cost else f"{cost['cpu_seconds']:.1f}"
         memory = "–" if "mib" not in cost else f"{cost['mib']:.0f}"
+        if e is None or e["lr"] is None:
+            if "target" in cost:
+                lines.append(f"| {name}, on {cost['target']} | {spent} | {memory} " + "| – " * 8 + "|")
+            continue
         flops = "unknown" if e["donor_cost"] is None else f"{e['donor_cost']:.2g}" if e["donor_cost"] else "0"
         stable = largest_stable([r for r in ladder if r["method"] == name])
         lines.append(

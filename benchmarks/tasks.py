@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import names as plain  # all methods that fill language models
+from headstart import methods
 from zoo.nursery import Recipe, bench
 from zoo.text import reference_corpus, save_byte_tokenizer
 
@@ -32,7 +32,7 @@ VARIANTS = {
     "embedded": ("weight-selection:wider=repeat",),
     "real": ("weight-selection:wider=repeat", "sliced:tie=fit"),
 }
-CONTROLS = ("diffusion:condition=shuffled", "diffusion:condition=mean")  # what the metadata are worth
+CONTROLS = tuple(f"diffusion:condition={told}" for told in ("shape", "shuffled", "mean"))  # what the metadata are worth
 SMALL = (  # the default, and the eight that were strongest on the main target
     "default", "sliced", "autoencoder", "subcloning", "learned-pruning", "pruning", "row-column", "weight-selection",
     "diffusion",
@@ -107,6 +107,11 @@ def donors() -> list[Recipe]:
     one shape."""
     plain = [replace(recipe, kv_heads=recipe.heads) for recipe in bench()]
     return plain + [replace(r, seed=r.seed + 2) for r in plain if r.width == SEEN["hidden_size"]]
+
+
+def plain() -> list[str]:
+    """All methods that fill language models: conv-covariance needs convolutions, the LoRA methods fill adapters."""
+    return [name for name in methods.METHODS if name not in ("conv-covariance", *methods.LORA)]
 
 
 def names(zoo: str = "embedded") -> list[str]:

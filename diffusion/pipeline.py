@@ -26,7 +26,7 @@ from zoo.units import addresses, scatter
 # Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
 CHUNK = 1024
 NEAREST = 64  # units of the bank that a unit may be like: those of highest prior
-CONDITIONS = ("true", "shuffled", "mean")
+CONDITIONS = ("true", "shape", "shuffled", "mean")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Request:
     steps: int = 20
     guidance: float = 1.0
     temperature: float = 1.0
-    condition: str = "true"  # of CONDITIONS; the other two are the controls: what is conditioning worth?
+    condition: str = "true"  # of CONDITIONS; the others are controls: what is conditioning worth?
 
 
 class WeightDiffusionPipeline(DiffusionPipeline):
@@ -120,8 +120,9 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         return scatter(units, replace(shape, layers=1)).layers[0]
 
     def _told(self, request: Request, kind: str, address: Address, name: str) -> Tensor:
-        """The features of units, [N, FEATURES], or what the controls tell instead. `shuffled`: shape and quality of a
-        random donor, and the addresses of a random layer in random order. `mean`: the zoo's mean, the mean address."""
+        """The features of units, [N, FEATURES], or what the controls tell instead. `shape`: shape and quality of a
+        random donor, one for the whole model. `shuffled`: besides, the addresses of a random layer in random order.
+        `mean`: the zoo's mean, the mean address."""
         shape, shapes = request.metadata, self.memory.get_buffer("features_context").cpu()
         if request.condition == "shuffled":
             rng = stream(request.seed, f"shuffled {name}")
@@ -129,7 +130,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             layer = torch.where(layer < 0, layer, torch.randint(shape.layers, (1,), generator=rng))
             address = (layer, head, slot)
         told = features(kind, address, shape, self._quality(request))
-        if request.condition == "shuffled":
+        if request.condition in ("shape", "shuffled"):
             other = torch.randint(len(shapes), (1,), generator=stream(request.seed, "shuffled shape"))
             told[:, :MODEL_FEATURES] = shapes[other, :MODEL_FEATURES]
         elif request.condition == "mean":

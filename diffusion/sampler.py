@@ -39,7 +39,7 @@ class DiffusionSampler(Sampler):
     guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")
     temperature: float = option(1.0, "scale of the initial noise of units; below 1: nearer to the mean unit")
     loss: float | None = option(None, "quality asked for: held-out loss of the donors to imitate; none: the best")
-    condition: str = option("true", "true, or a control: shuffled or mean metadata")
+    condition: str = option("true", "true, or a control: another donor's shape, shuffled or mean metadata")
 
     def __post_init__(self) -> None:
         super().__post_init__()

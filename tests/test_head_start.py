@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import audit_tables, audits, controls, costs, figures, head_start, rows, scored, tables, tasks
+from benchmarks.marks import placed
 from benchmarks.peers.scoring import loss_of
 from benchmarks.peers.weights import Weights
 from headstart import scores
@@ -268,17 +269,19 @@ def test_what_is_new_is_told() -> None:
             runs = [run("default", seed, 1e-3, [5.0, 4.0, 3.0 if c.budget == "short" else 2.0]) for seed in tasks.SEEDS]
             found += [rows.row(c, f"{c.name}-{r['seed']}", r) for r in runs]
             facts["comparisons"][c.name] = {"runs": rows.digest(r["file"] for r in rows.of(found, c))}
-    labels = [(shape, label) for shape in audits.SHAPES for label in audits.CLAIMS] + [
-        ("seen", c) for c in audits.CONTROLS
+    drawn = [
+        sample(1.5, 1.9, 2.9, shape=shape, label=label)
+        for shape in audits.SHAPES
+        for label in audits.labels(shape)
+        for _ in range(2)
     ]
-    drawn = [sample(1.5, 1.9, 2.9, shape=shape, label=label) for shape, label in labels for _ in range(2)]
     apart = {"median": 1.0, "iou": 0.7, "expected": 0.5, "same": 0.4}
     facts["novelty"] = {"donors": apart, "samples": drawn, "rate": 1e-3, "steps": 50}
     text = audit_tables.novelty(scored.Found.of(found, facts))
     assert (
         "| seen | diffusion | 2 (1) | 2.90 | 1.900 | 0.75 | 1.500 | 0.50 (0.30; 0.20) | 2 | 2 | 2, 2 | 0, 0 |" in text
     )
-    assert text.count("\n| seen |") == len(audits.CLAIMS) + len(audits.CONTROLS)
+    assert text.count("\n| seen |") == len(audits.CLAIMS) + len(audits.LAWS) + len(audits.CONTROLS)
 
 
 def test_samples_are_measured(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +318,18 @@ def test_the_memory_of_a_command_is_its_own() -> None:
         costs.usage_of([sys.executable, "-S", "-c", "1 / 0"])
 
 
+def test_costs_are_those_of_the_first_target_that_a_method_takes(zoo: Zoo, tmp_path: Path) -> None:
+    own, targets = dict(zoo.donors[0].config), {}
+    for name, more in (("wide", {"hidden_size": 4096}), ("own", {})):
+        targets[name] = tmp_path / name
+        targets[name].mkdir()
+        (targets[name] / "config.json").write_text(json.dumps(own | more))
+    found = costs.costs(["weight-selection"], targets, {"zoo": zoo.path, "model": tmp_path}, tmp_path)
+    cost = found["weight-selection"]
+    assert cost["target"] == "own" and cost["mib"] > 100 and 0 < cost["fit_seconds"] < cost["seconds"]
+    assert cost["parameters_per_second"] > 0 and 0 < cost["of_randn"] < 2
+
+
 def test_cells_say_what_was_measured() -> None:
     runs = (
         [run("default", s, 1e-3, [5.0, 4.0, 3.0 + s / 100]) for s in range(3)]
@@ -330,9 +345,10 @@ def test_cells_say_what_was_measured() -> None:
     assert tables._cell(None, "too wide") == "refused" and tables._cell(None, None) == "–"
 
 
-def test_the_page_is_that_of_its_figures() -> None:
+def test_the_pages_are_those_of_their_figures() -> None:
     found, facts = rows.read(head_start.RUNS), head_start.read_facts()
-    whole, text = scored.Found.of(found, facts), tables.PAGE.read_text()
-    for mark, make in tables.PARTS.items():
-        assert tables.placed(text, mark, make(whole) or "Not measured yet.") == text, mark
+    whole = scored.Found.of(found, facts)
+    for path, mark, make in tables.parts():
+        text = path.read_text()
+        assert placed(text, mark, make(whole) or "Not measured yet.") == text, (path.name, mark)
     assert tables.details(whole) == tables.DETAILS.read_text()

@@ -21,6 +21,7 @@ from autoencoder.training import train as train_autoencoder
 from diffusion import Request, WeightDiffusionPipeline, training
 from diffusion.conditions import FEATURES, MODEL_FEATURES, features, model_features
 from diffusion.memory import TokenScale
+from diffusion.pipeline import CONDITIONS
 from diffusion.sampler import DiffusionSampler
 from diffusion.views import contexts, mean_tokens, sibling, view_shape
 from headstart.generate import generate
@@ -125,16 +126,21 @@ def test_controls_change_what_is_generated(pipeline: WeightDiffusionPipeline) ->
     request = Request(metadata(), steps=4)
     for address in (addresses(request.metadata)["neuron"], addresses(request.metadata)["vocab"]):
         kind = "neuron" if int(address[0][0]) >= 0 else "vocab"
-        true, shuffled, mean = (
-            pipeline._told(replace(request, condition=c), kind, address, kind) for c in ("true", "shuffled", "mean")
+        true, other, shuffled, mean = (
+            pipeline._told(replace(request, condition=c), kind, address, kind) for c in CONDITIONS
         )
         own = model_features(request.metadata, pipeline.memory.config["best_loss"])
         shapes = pipeline.memory.get_buffer("features_context")[:, :MODEL_FEATURES]
         assert torch.equal(true[0, :MODEL_FEATURES], own)
         assert (shuffled[0, :MODEL_FEATURES] == shapes).all(1).any()
+        assert torch.equal(other[:, :MODEL_FEATURES], shuffled[:, :MODEL_FEATURES])
+        assert torch.equal(other[:, MODEL_FEATURES:], true[:, MODEL_FEATURES:])
+        moved = not torch.equal(other[:, MODEL_FEATURES:], shuffled[:, MODEL_FEATURES:])
+        assert moved == (kind == "neuron")  # rows of the vocabulary have no place in depth
         assert torch.allclose(mean[0, :MODEL_FEATURES], shapes.mean(0)) and len(torch.unique(mean, dim=0)) == 1
-    true, shuffled, mean = (pipeline(replace(request, condition=c)).layers[0].up for c in ("true", "shuffled", "mean"))
-    assert not torch.equal(true, shuffled) and not torch.equal(true, mean)
+    made = [pipeline(replace(request, condition=c)).layers[0].up for c in CONDITIONS]
+    assert not any(torch.equal(made[i], made[j]) for i in range(len(made)) for j in range(i))
+    true = made[0]
     guided = pipeline(replace(request, guidance=2.0)).layers[0].up
     assert not torch.equal(true, guided)
 
