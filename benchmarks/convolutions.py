@@ -122,7 +122,7 @@ def measure(progress: Callable[[str], None] = lambda line: None) -> dict[str, di
 
 
 def cost(zoo: Zoo) -> dict[str, float]:
-    """As in methods.py: seconds to fit, parameters per second to sample, and that over torch.randn."""
+    """As in costs.py: seconds to fit, parameters per second to sample, and that over torch.randn."""
     blueprint = Blueprint.from_module(net(WIDTH))
     start = time.perf_counter()
     sampler = methods.get("conv-covariance")().fit(zoo, blueprint)
