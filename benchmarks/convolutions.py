@@ -1,6 +1,6 @@
 """Convolution filters from a donor's covariance, on scikit-learn's digits: networks of another width, at equal steps.
 
-    python benchmarks/convolutions.py     a minute on one core; writes convolutions.json and prints the table
+    python -m benchmarks.convolutions     a minute on one core; writes convolutions.json and prints the table
 
 Three plain 5 x 5 networks, 12 channels wide, are the zoo; the target is 20 wide. Every method is trained on the same
 batches per seed with a learning rate out of one grid, the default over its scale too (lowest mean final loss).
@@ -9,8 +9,6 @@ batches per seed with a learning rate out of one grid, the default over its scal
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.costs import rates
 from headstart import methods
 from headstart.scores import interval
 from zoo.blueprint import Blueprint
@@ -121,26 +120,6 @@ def measure(progress: Callable[[str], None] = lambda line: None) -> dict[str, di
     return found
 
 
-def cost(zoo: Zoo) -> dict[str, float]:
-    """As in costs.py: seconds to fit, parameters per second to sample, and that over torch.randn."""
-    blueprint = Blueprint.from_module(net(WIDTH))
-    start = time.perf_counter()
-    sampler = methods.get("conv-covariance")().fit(zoo, blueprint)
-    fitted = time.perf_counter() - start
-    seconds, reference = [], []
-    for seed in range(5):
-        start = time.perf_counter()
-        drawn = [tensor.shape for _, tensor in sampler.sample(blueprint, seed)]
-        seconds.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        for shape in drawn:
-            torch.randn(shape)
-        reference.append(time.perf_counter() - start)
-    rate = sum(shape.numel() for shape in drawn) / statistics.median(seconds)
-    of_randn = statistics.median(reference) / statistics.median(seconds)
-    return {"fit_seconds": fitted, "parameters_per_second": rate, "of_randn": of_randn}
-
-
 def table(found: dict[str, dict[str, object]]) -> str:
     rows = ["| filters | learning rate | held-out loss, 80 steps |", "|---|---|---|"]
     for method, m in sorted(found.items(), key=lambda item: item[1]["mean"]):  # type: ignore[arg-type,return-value]
@@ -152,9 +131,10 @@ def table(found: dict[str, dict[str, object]]) -> str:
 def main() -> None:
     with reproducible():
         found = measure(print)
-        costs = cost(donors(digits()))
+        sampler = methods.get("conv-covariance")()
+        cost = rates(sampler, donors(digits()), Blueprint.from_module(net(WIDTH)))
     content = {"steps": STEPS, "seeds": SEEDS, "lrs": LRS, "scales": SCALES, "torch": torch.__version__}
-    RESULTS.write_text(json.dumps(content | {"cost": costs, "methods": found}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(content | {"cost": cost, "methods": found}, indent=1) + "\n")
     print(table(found))
 
 

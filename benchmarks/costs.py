@@ -17,6 +17,8 @@ import torch
 
 from headstart import methods
 from headstart.generate import configure, fit, language_model
+from zoo.blueprint import Blueprint
+from zoo.sampler import Sampler
 from zoo.store import Zoo
 from zoo.text import find_tokenizer
 
@@ -50,37 +52,46 @@ def costs(names: Iterable[str], targets: Mapping[str, Path], paths: Mapping[str,
                 ]  # fmt: skip
                 found[name] = usage_of(command)
             if "refused" not in found[name]:
-                found[name] |= {"target": target} | rates(name, folder, paths, corpus)
+                sampler = configured(name, folder, paths, corpus)
+                found[name] |= {"target": target} | rates(sampler, Zoo.open(paths["zoo"]), language_model(folder))
                 break
     return found
 
 
-def rates(name: str, target: Path, paths: Mapping[str, Path], corpus: Path) -> dict[str, float]:
-    """{fit_seconds, parameters_per_second, of_randn}: sampling is the median of five, `of_randn` its rate over that of
-    torch.randn on the same shapes in the same run; fitting is done once."""
-    cls, blueprint = methods.get(name), language_model(target)
-    zoo = Zoo.open(paths["zoo"]) if cls.needs or "donor" in cls.__dataclass_fields__ else None
+def configured(name: str, target: Path, paths: Mapping[str, Path], corpus: Path) -> Sampler:
+    """As `headstart generate` makes it, with the corpus where a method takes a text."""
     vocabulary = find_tokenizer(None, target)
-    sampler = configure(cls, model=str(paths["model"]), tokenizer=vocabulary and str(vocabulary), text=str(corpus))
+    given = {"model": str(paths["model"]), "tokenizer": vocabulary and str(vocabulary), "text": str(corpus)}
+    return configure(methods.get(name), **given)
+
+
+def rates(sampler: Sampler, zoo: Zoo, blueprint: Blueprint) -> dict[str, float]:
+    """{fit_seconds, parameters_per_second, of_randn} of one thread: fitting is done once, sampling is the median of
+    five, `of_randn` its rate over that of torch.randn on the same shapes in the same run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         start = time.perf_counter()
-        fit(sampler, zoo, blueprint)
+        fit(sampler, zoo if sampler.needs or "donor" in sampler.__dataclass_fields__ else None, blueprint)
         fitted = time.perf_counter() - start
-        seconds, reference, filled = [], [], 0
+        seconds, reference, shapes = [], [], []
         for seed in range(5):
             start = time.perf_counter()
-            filled = sum(tensor.numel() for _, tensor in sampler.sample(blueprint, seed))
+            shapes = [tensor.shape for _, tensor in sampler.sample(blueprint, seed)]
             seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
-            for spec in blueprint.specs:
-                torch.randn(spec.shape)
+            for shape in shapes:
+                torch.randn(shape)
             reference.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
-    rate, peer = filled / statistics.median(seconds), blueprint.parameters / statistics.median(reference)
-    return {"fit_seconds": fitted, "parameters_per_second": rate, "of_randn": rate / peer}
+    took = statistics.median(seconds)
+    filled = sum(shape.numel() for shape in shapes)
+    return {
+        "fit_seconds": fitted,
+        "parameters_per_second": filled / took,
+        "of_randn": statistics.median(reference) / took,
+    }
 
 
 def usage_of(command: list[str]) -> dict[str, Any]:
