@@ -21,6 +21,7 @@ from zoo.blueprint import Blueprint
 from zoo.sampler import Sampler
 from zoo.store import Zoo
 from zoo.text import find_tokenizer
+from zoo.writer import replace_file
 
 # A process begins with the peak memory of the one that starts it, so a small one stands between.
 LAUNCHER = """
@@ -34,13 +35,19 @@ print(json.dumps({"status": os.waitstatus_to_exitcode(status), "said": said.stri
 """
 
 
-def costs(names: Iterable[str], targets: Mapping[str, Path], paths: Mapping[str, Path], corpus: Path) -> dict[str, Any]:
+def costs(
+    names: Iterable[str], targets: Mapping[str, Path], paths: Mapping[str, Path], corpus: Path, kept: Path
+) -> dict[str, Any]:
     """{method: {target, seconds, cpu_seconds, mib, fit_seconds, parameters_per_second, of_randn}} on the first of the
     targets that a method takes, or {refused: by the last of them}. The first three are those of `headstart generate` as
     a process of its own, the time to start Python and to load torch in it; the others are measured in this process.
-    One thread, one after another."""
+    One thread, one after another; what was measured before is in the folder `kept`."""
     found = {}
     for name in names:
+        file = kept / f"{name}.json"
+        if file.is_file():
+            found[name] = json.loads(file.read_text())
+            continue
         fields = methods.get(name).__dataclass_fields__
         given = [f"--set=text={corpus}"] if "text" in fields else []
         given += ["--model", str(paths["model"])] if "model" in fields else []
@@ -55,6 +62,7 @@ def costs(names: Iterable[str], targets: Mapping[str, Path], paths: Mapping[str,
                 sampler = configured(name, folder, paths, corpus)
                 found[name] |= {"target": target} | rates(sampler, Zoo.open(paths["zoo"]), language_model(folder))
                 break
+        replace_file(file, (json.dumps(found[name]) + "\n").encode())
     return found
 
 

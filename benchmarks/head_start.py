@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import audits, costs, rows, tables, tasks
+from benchmarks import audits, costs, rows, scored, tables, tasks
 from benchmarks.tasks import Comparison
 from headstart.compare import compare
 from headstart.generate import versions
-from zoo.store import Zoo, record
+from headstart.trials import describe_donor
+from zoo.store import Zoo
 from zoo.writer import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,12 +79,12 @@ def keep(results: dict[str, Any], comparison: Comparison, work: Path) -> None:
     facts = read_facts()
     facts["versions"] = versions() | {"python": platform.python_version()}
     facts["cores"] = os.cpu_count()
-    facts.setdefault("zoos", {})[comparison.zoo] = [
-        record(d) | {"parameters": d.parameters, "loss": d.facts.get("loss"), "tokens": d.facts.get("tokens")}
-        for d in Zoo.open(work / comparison.zoo / "zoo").donors
-    ]
+    zoo = Zoo.open(tasks.paths(work, comparison.zoo)["zoo"])
+    facts.setdefault("zoos", {})[comparison.zoo] = [describe_donor(zoo, name) for name in zoo.names]
     facts.setdefault("trained", {})[comparison.zoo] = tasks.took(work, comparison.zoo)
-    about = {key: results[key] for key in KEPT} | {"runs": rows.digest(results["runs"])}
+    own = audits.identity(*(tasks.paths(work, comparison.zoo)[key] for key in ("zoo", "model")))
+    facts.setdefault("made_from", {})[comparison.zoo] = own
+    about = {key: results[key] for key in KEPT} | {"runs": rows.digest(results["runs"]), "made_from": own}
     facts.setdefault("comparisons", {})[comparison.name] = about
     write_facts(facts)
 
@@ -98,7 +99,8 @@ def cost(work: Path, data: Path | None) -> dict[str, Any]:
     paths = tasks.prepare(work, "embedded", data)
     long = [c for c in tasks.comparisons() if (c.task, c.budget) == ("A", "long") and not c.methods]
     targets = {c.target: tasks.target_folder(work, c, data) for c in long}
-    return costs.costs(tasks.plain(), targets, paths, _corpus(work, "reference", data))
+    kept = work / "costs" / audits.identity(paths["zoo"], paths["model"])
+    return {"methods": costs.costs(tasks.plain(), targets, paths, _corpus(work, "reference", data), kept)}
 
 
 def peers(work: Path, data: Path | None) -> dict[str, Any]:
@@ -123,14 +125,13 @@ def peers(work: Path, data: Path | None) -> dict[str, Any]:
         torch.set_num_threads(before)
 
 
-AUDITS = {"novelty": novelty, "cost": cost, "peers": peers}
+AUDIT = {"novelty": novelty, "cost": cost, "peers": peers}
 
 
 def _corpus(work: Path, name: str, data: Path | None) -> Path:
     path = work / "texts" / f"{name}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        path.write_bytes(tasks.text(name, data))
+        replace_file(path, tasks.text(name, data))
     return path
 
 
@@ -165,7 +166,7 @@ def main() -> None:
     if not a.tables:
         if a.work is None:
             parser.error("give --work DIR, or --tables")
-        a.work.mkdir(parents=True, exist_ok=True)
+        rows.made()
         if a.small:
             measure(tasks.small(), a.work, a.data, small=True)
             print(a.work / "comparisons" / tasks.small().name / "report.html")
@@ -174,10 +175,12 @@ def main() -> None:
             if wanted(comparison, a.data, a.only) and in_time():
                 print(comparison.name, flush=True)
                 keep(measure(comparison, a.work, a.data), comparison, a.work)
-        for audit in AUDITS:
+        for audit in scored.AUDITS:
             if (audit in a.only or not a.only) and in_time():
                 print(audit, flush=True)
-                found = AUDITS[audit](a.work, a.data)
+                found = AUDIT[audit](a.work, a.data)
+                paths = tasks.paths(a.work, "embedded")
+                found["made_from"] = audits.identity(paths["zoo"], paths["model"])
                 write_facts(read_facts() | {audit: found})
     tables.write(rows.read(RUNS), read_facts())
 

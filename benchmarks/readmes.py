@@ -20,7 +20,7 @@ def head_starts(found: Found) -> str:
     """What every method costs and gives on the unseen shapes of A after the long budget, as far as it is measured;
     conv-covariance, which fills no language model, on its own task."""
     done = {c.target: e for c, e in found.entries.items() if (c.task, c.budget) == ("A", "long") and not c.methods}
-    cost = found.facts.get("cost", {})
+    cost = found.facts.get("cost", {}).get("methods", {})
     if not done:
         return ""
     rows = [

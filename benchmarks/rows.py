@@ -58,15 +58,18 @@ def row(comparison: Comparison, file: str, run: Run) -> dict[str, Any]:
 
 @cache
 def made() -> str:
-    """Commit, Python and torch: in a row, because a benchmark of days may see several."""
+    """Commit (`-dirty` where code differs from it), Python and torch: in a row, because a benchmark of days may see
+    several. What the first call finds, since a process does not read its code again."""
     import platform
 
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return f"{commit.stdout.strip() or 'unknown'}, Python {platform.python_version()}, torch {torch.__version__}"
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    commit = git("rev-parse", "--short=10", "HEAD").stdout.strip() or "unknown"
+    dirty = "-dirty" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1 else ""
+    return f"{commit}{dirty}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def digest(files: Iterable[str]) -> str:
@@ -102,11 +105,10 @@ def of(rows: Sequence[dict[str, Any]], comparison: Comparison) -> list[dict[str,
 def restore(rows: Sequence[dict[str, Any]], comparison: Comparison, runs: Path) -> None:
     """Writes the run files of a comparison that are not there. `compare` takes up those whose names, hashes of all
     that a run depends on, are those of its own runs; the others it leaves alone."""
-    runs.mkdir(parents=True, exist_ok=True)
     for r in of(rows, comparison):
         path = runs / r["file"]
         if not path.exists():
-            path.write_text(json.dumps(run_of(r)) + "\n")
+            replace_file(path, (json.dumps(run_of(r)) + "\n").encode())
 
 
 def collect(

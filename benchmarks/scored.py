@@ -15,6 +15,7 @@ from headstart.scores import REFERENCE, score
 Rows = Sequence[dict[str, Any]]
 Facts = Mapping[str, Any]
 Entries = dict[str, dict[str, Any]]
+AUDITS = ("novelty", "cost", "peers")
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,26 @@ class Found:
 
     @classmethod
     def of(cls, rows: Rows, facts: Facts) -> Found:
-        return cls(rows, facts, {c: entries(rows, c) for c in complete(rows, facts)})
+        kept = {name: part for name, part in facts.items() if name not in AUDITS or of_the_same(part, facts)}
+        return cls(rows, kept, {c: entries(rows, c) for c in complete(rows, facts)})
 
 
 def complete(rows: Rows, facts: Facts) -> list[Comparison]:
-    """The comparisons all of whose runs are there, those that their last call was made of and no others."""
+    """The comparisons all of whose runs are there, those that their last call was made of and no others, of
+    the same donors."""
     done = facts.get("comparisons", {})
     return [
         c
         for c in tasks.comparisons()
-        if c.name in done and store.digest(r["file"] for r in store.of(rows, c)) == done[c.name]["runs"]
+        if c.name in done
+        and store.digest(r["file"] for r in store.of(rows, c)) == done[c.name]["runs"]
+        and of_the_same(done[c.name], facts, c.zoo)
     ]
+
+
+def of_the_same(part: Facts, facts: Facts, zoo: str = "embedded") -> bool:
+    """Whether a comparison or an audit was made of the donors and the models that the page tells of."""
+    return part["made_from"] == facts["made_from"][zoo]
 
 
 def entries(rows: Rows, comparison: Comparison) -> Entries:

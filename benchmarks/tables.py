@@ -81,7 +81,7 @@ def _rate(entry: dict[str, Any]) -> str:
 
 
 def _scale(entry: dict[str, Any]) -> str:
-    return f"{entry['scale']:g}" + ("\\*" if entry["scale"] == max(tasks.SCALES) else "")
+    return f"{entry['scale']:g}" + ("\\*" if entry["scale"] in (min(tasks.SCALES), max(tasks.SCALES)) else "")
 
 
 def _cell(entry: dict[str, Any] | None, refused: str | None) -> str:
@@ -117,7 +117,7 @@ def overview(found: Found) -> str:
         )
         lines.append(
             f"| {c.task} {c.target}, {c.budget} | {shape} | {about['parameters']:,} "
-            f"| {c.text} ({about['corpus']['tokenizer']}) | {about['steps']} | {len(facts['zoos'][c.zoo])} {c.zoo} |"
+            f"| {c.text} ({c.tokenizer}) | {about['steps']} | {len(facts['zoos'][c.zoo])} {c.zoo} |"
         )
     told = []
     for zoo, donors in facts["zoos"].items():
@@ -134,7 +134,7 @@ def per_method(found: Found) -> str:
     done = {c.budget: c for c in found.entries if (c.task, c.target) == ("A", tasks.MAIN)}
     if "long" not in done:
         return ""
-    long = found.entries[done["long"]]
+    long, costs = found.entries[done["long"]], found.facts.get("cost", {}).get("methods", {})
     ladder = store.of(found.rows, done["ladder"]) if "ladder" in done else []
     lines = [
         "| method | seconds | MiB | donors | their training, FLOPs | step 0 | learning rate | largest stable "
@@ -142,7 +142,7 @@ def per_method(found: Found) -> str:
         "|---" * 11 + "|",
     ]
     for name in [REFERENCE, *ranked([long])]:
-        e, cost = long.get(name), found.facts.get("cost", {}).get(name, {})
+        e, cost = long.get(name), costs.get(name, {})
         spent = "–" if "cpu_seconds" not in cost else f"{cost['cpu_seconds']:.1f}"
         memory = "–" if "mib" not in cost else f"{cost['mib']:.0f}"
         if e is None or e["lr"] is None:

@@ -18,6 +18,7 @@ from typing import Any
 from headstart import methods
 from zoo.nursery import Recipe, bench
 from zoo.text import reference_corpus, save_byte_tokenizer
+from zoo.writer import replace_file
 
 SEEDS = (0, 1, 2)
 TUNING = 1  # of them, the first, choose learning rate and scale
@@ -93,10 +94,10 @@ UNSEEN = {
 }
 MAIN = "heads"  # most methods fit it: for costs, stability, novelty, peers and the small benchmark
 SEEN = llama(80, 3, 5, 5, 208)  # four donors have it: for what is made of donors of one shape
-# The real Llamas are 64 and 128 wide with 5 layers of 8 heads; those of 64, with heads of 8, have the tokenizer of the
-# first two targets.
+# The real Llamas are 64, 64 and 128 wide with 5 layers of 8 heads; those of 64, with heads of 8, have the tokenizer of
+# the first two targets.
 STORY_TARGETS = {
-    "wider": (llama(96, 6, 12, 6, 256, vocab=512, tied=True, head=8), "stories260K"),
+    "between": (llama(96, 6, 12, 6, 256, vocab=512, tied=True, head=8), "stories260K"),
     "narrower": (llama(48, 4, 6, 3, 128, vocab=512, tied=True, head=8), "stories260K"),
     "bytes": (llama(56, 4, 7, 7, 160, tied=True, head=8), "bytes"),
 }
@@ -163,40 +164,53 @@ def text(name: str, data: Path | None) -> bytes:
     return (data / "corpora" / files[name]).read_bytes()
 
 
+def paths(work: Path, zoo: str, steps: int = 1500) -> dict[str, Path]:
+    """{zoo, autoencoder, model}: where donors are, and what is trained on them."""
+    folder = work / zoo
+    return {"zoo": folder / "zoo", "autoencoder": folder / "autoencoder", "model": folder / f"diffusion-{steps}"}
+
+
 def prepare(work: Path, zoo: str, data: Path | None, steps: int = 1500) -> dict[str, Path]:
-    """{zoo, model, autoencoder}: donors, and autoencoder and diffusion trained on them, in `work`; what an earlier call
-    made is kept. The autoencoder and the diffusion of the real zoo learn its Llamas, the only ones that they read."""
+    """The `paths`, with donors, and autoencoder and diffusion trained on them; what an earlier call made is kept. The
+    autoencoder and the diffusion of the real zoo learn its Llamas, the only ones that they read."""
     from autoencoder.training import train as train_autoencoder
     from diffusion.training import train as train_diffusion
     from zoo.add import add
     from zoo.nursery import train as train_zoo
 
-    folder = work / zoo
-    paths = {"zoo": folder / "zoo", "autoencoder": folder / "autoencoder", "model": folder / f"diffusion-{steps}"}
+    to = paths(work, zoo, steps)
     if zoo == "embedded":
-        train_zoo(paths["zoo"], donors())
-        learned = paths["zoo"]
+        train_zoo(to["zoo"], donors())
+        learned = to["zoo"]
     else:
         if data is None:
             raise SystemExit("the real donors are in the data folder; give --data DIR")
-        learned = folder / "llamas"
+        learned = work / zoo / "llamas"
         add([str(data / "models" / name) for name in STORIES], learned, quiet=True)
-        add([str(data / "models" / name) for name in STORIES + OTHERS], paths["zoo"], quiet=True)
-    began = time.process_time()
-    train_autoencoder(learned, paths["autoencoder"], resume=True, device="cpu", quiet=paths["autoencoder"].exists())
-    trained = paths["model"].exists()
-    train_diffusion(
-        learned, paths["autoencoder"], paths["model"], resume=True, device="cpu", quiet=trained, steps=steps
-    )
-    if not trained:  # an interrupted training has no time that would mean anything
-        (folder / f"seconds-{steps}.json").write_text(f"{time.process_time() - began:.0f}\n")
-    return paths
+        add([str(data / "models" / name) for name in STORIES + OTHERS], to["zoo"], quiet=True)
+
+    def timed(what: Path, train: Callable[[bool], Any]) -> None:
+        kept, began = what.exists(), time.process_time()
+        train(kept)
+        if not kept:  # a training that was taken up has no time that would mean anything
+            replace_file(_seconds(what), f"{time.process_time() - began:.0f}\n".encode())
+
+    coder, model = to["autoencoder"], to["model"]
+    same: dict[str, Any] = {"resume": True, "device": "cpu"}
+    timed(coder, lambda kept: train_autoencoder(learned, coder, quiet=kept, **same))
+    timed(model, lambda kept: train_diffusion(learned, coder, model, quiet=kept, steps=steps, **same))
+    return to
+
+
+def _seconds(trained: Path) -> Path:
+    return trained.with_name(f"seconds-{trained.name}.json")
 
 
 def took(work: Path, zoo: str, steps: int = 1500) -> float | None:
-    """Seconds of all threads together that training autoencoder and diffusion took, if it was not interrupted."""
-    path = work / zoo / f"seconds-{steps}.json"
-    return float(path.read_text()) if path.is_file() else None
+    """Seconds of all threads together that training autoencoder and diffusion took, if neither was interrupted."""
+    to = paths(work, zoo, steps)
+    files = [_seconds(to["autoencoder"]), _seconds(to["model"])]
+    return sum(float(file.read_text()) for file in files) if all(file.is_file() for file in files) else None
 
 
 def target_folder(work: Path, comparison: Comparison, data: Path | None) -> Path:

@@ -14,7 +14,8 @@ from zoo.tensors import Metadata
 
 FREQUENCIES = (1.0, 2.0, 4.0)  # of the Fourier features of the three fractions, in half-turns over the whole
 PERIODS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0)  # of those of the rank, which tell neighbours apart
-MODEL_FEATURES = 10
+SHAPE_FEATURES = 8  # of a model, and two more of its quality
+MODEL_FEATURES = SHAPE_FEATURES + 2
 FEATURES = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES)) + 3 + 2 * len(PERIODS)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoencoder.loading import load_component, local_folder
 from autoencoder.model import UnitAutoencoder
-from diffusion.conditions import MODEL_FEATURES, NOWHERE, Address, features
+from diffusion.conditions import MODEL_FEATURES, NOWHERE, SHAPE_FEATURES, Address, features
 from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser
 from diffusion.memory import ZooMemory
 from diffusion.views import sibling
@@ -121,8 +121,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
 
     def _told(self, request: Request, kind: str, address: Address, name: str) -> Tensor:
         """The features of units, [N, FEATURES], or what the controls tell instead. `shape`: shape and quality of a
-        random donor, one for the whole model. `shuffled`: besides, the addresses of a random layer in random order.
-        `mean`: the zoo's mean, the mean address."""
+        random donor, one for the whole model, of that half whose shapes are least like the target's. `shuffled`:
+        besides, the addresses of a random layer in random order. `mean`: the zoo's mean, the mean address."""
         shape, shapes = request.metadata, self.memory.get_buffer("features_context").cpu()
         if request.condition == "shuffled":
             rng = stream(request.seed, f"shuffled {name}")
@@ -131,8 +131,10 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             address = (layer, head, slot)
         told = features(kind, address, shape, self._quality(request))
         if request.condition in ("shape", "shuffled"):
-            other = torch.randint(len(shapes), (1,), generator=stream(request.seed, "shuffled shape"))
-            told[:, :MODEL_FEATURES] = shapes[other, :MODEL_FEATURES]
+            own, others = told[0, :SHAPE_FEATURES], shapes[:, :SHAPE_FEATURES]
+            far = (others - own).norm(dim=1).argsort(descending=True, stable=True)[: (len(shapes) + 1) // 2]
+            drawn = torch.randint(len(far), (1,), generator=stream(request.seed, "shuffled shape"))
+            told[:, :MODEL_FEATURES] = shapes[far[drawn], :MODEL_FEATURES]
         elif request.condition == "mean":
             told = told.mean(0, keepdim=True).repeat(len(told), 1)
             told[:, :MODEL_FEATURES] = shapes.mean(0)[:MODEL_FEATURES]

@@ -219,7 +219,8 @@ def test_the_largest_stable_rate() -> None:
 def test_tables_of_rows(tmp_path: Path) -> None:
     """Of made-up runs, one method of which diverged and one refused."""
     done = [c for c in tasks.comparisons() if c.target == tasks.MAIN and c.task == "A" and c.budget != "ladder"]
-    found, facts = [], {"comparisons": {}, "cores": 2, "versions": {"torch": "2"}, "cost": {"normal": {"refused": "x"}}}
+    found, facts = [], {"comparisons": {}, "cores": 2, "versions": {"torch": "2"}, "made_from": {"embedded": "a"}}
+    facts["cost"] = {"methods": {"normal": {"refused": "x"}}, "made_from": "a"}
     facts["zoos"] = {"embedded": [{"parameters": 10, "tokens": 100}]}
     for c in done:
         for name, ends in (("default", 3.0), ("normal", 2.5), ("diffusion", 2.0), (tasks.CONTROLS[0], 2.2)):
@@ -230,7 +231,7 @@ def test_tables_of_rows(tmp_path: Path) -> None:
         broken["activation_rms"]["end"] = None
         found.append(rows.row(c, "kde.json", broken))
         facts["comparisons"][c.name] = {
-            "target": c.config, "parameters": 5, "steps": c.steps, "corpus": {"tokenizer": "bytes"},
+            "made_from": "a", "target": c.config, "parameters": 5, "steps": c.steps, "corpus": {"tokenizer": "bytes"},
             "refused": {"pruning": "/somewhere/zoo: too narrow"},
             "runs": rows.digest(r["file"] for r in rows.of(found, c)),
         }  # fmt: skip
@@ -263,12 +264,13 @@ def test_tables_of_rows(tmp_path: Path) -> None:
 
 
 def test_what_is_new_is_told() -> None:
-    found, facts = [], {"comparisons": {}}
+    found, facts = [], {"comparisons": {}, "made_from": {"embedded": "a"}}
     for c in tasks.comparisons():
         if c.task == "A" and c.target in ("seen", tasks.MAIN) and c.budget in tasks.BUDGETS:
             runs = [run("default", seed, 1e-3, [5.0, 4.0, 3.0 if c.budget == "short" else 2.0]) for seed in tasks.SEEDS]
             found += [rows.row(c, f"{c.name}-{r['seed']}", r) for r in runs]
-            facts["comparisons"][c.name] = {"runs": rows.digest(r["file"] for r in rows.of(found, c))}
+            digest = rows.digest(r["file"] for r in rows.of(found, c))
+            facts["comparisons"][c.name] = {"runs": digest, "made_from": "a"}
     drawn = [
         sample(1.5, 1.9, 2.9, shape=shape, label=label)
         for shape in audits.SHAPES
@@ -276,8 +278,9 @@ def test_what_is_new_is_told() -> None:
         for _ in range(2)
     ]
     apart = {"median": 1.0, "iou": 0.7, "expected": 0.5, "same": 0.4}
-    facts["novelty"] = {"donors": apart, "samples": drawn, "rate": 1e-3, "steps": 50}
+    facts["novelty"] = {"donors": apart, "samples": drawn, "rate": 1e-3, "steps": 50, "made_from": "a"}
     text = audit_tables.novelty(scored.Found.of(found, facts))
+    assert not audit_tables.novelty(scored.Found.of(found, facts | {"made_from": {"embedded": "b"}})), "other donors"
     assert (
         "| seen | diffusion | 2 (1) | 2.90 | 1.900 | 0.75 | 1.500 | 0.50 (0.30; 0.20) | 2 | 2 | 2, 2 | 0, 0 |" in text
     )
@@ -324,9 +327,11 @@ def test_costs_are_those_of_the_first_target_that_a_method_takes(zoo: Zoo, tmp_p
         targets[name] = tmp_path / name
         targets[name].mkdir()
         (targets[name] / "config.json").write_text(json.dumps(own | more))
-    found = costs.costs(["weight-selection"], targets, {"zoo": zoo.path, "model": tmp_path}, tmp_path)
+    paths, kept = {"zoo": zoo.path, "model": tmp_path}, tmp_path / "kept"
+    found = costs.costs(["weight-selection"], targets, paths, tmp_path, kept)
     cost = found["weight-selection"]
     assert cost["target"] == "own" and cost["mib"] > 100 and 0 < cost["fit_seconds"] < cost["seconds"]
+    assert costs.costs(["weight-selection"], {}, {}, tmp_path, kept) == found
     assert cost["parameters_per_second"] > 0 and 0 < cost["of_randn"] < 2
 
 

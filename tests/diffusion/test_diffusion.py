@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from autoencoder.loading import load_autoencoder
 from autoencoder.training import train as train_autoencoder
 from diffusion import Request, WeightDiffusionPipeline, training
-from diffusion.conditions import FEATURES, MODEL_FEATURES, features, model_features
+from diffusion.conditions import FEATURES, MODEL_FEATURES, SHAPE_FEATURES, features, model_features
 from diffusion.memory import TokenScale
 from diffusion.pipeline import CONDITIONS
 from diffusion.sampler import DiffusionSampler
@@ -135,6 +135,8 @@ def test_controls_change_what_is_generated(pipeline: WeightDiffusionPipeline) ->
         assert (shuffled[0, :MODEL_FEATURES] == shapes).all(1).any()
         assert torch.equal(other[:, :MODEL_FEATURES], shuffled[:, :MODEL_FEATURES])
         assert torch.equal(other[:, MODEL_FEATURES:], true[:, MODEL_FEATURES:])
+        gaps = (shapes - own)[:, :SHAPE_FEATURES].norm(dim=1)
+        assert (other[0] - true[0])[:SHAPE_FEATURES].norm() >= gaps.median() > 0
         moved = not torch.equal(other[:, MODEL_FEATURES:], shuffled[:, MODEL_FEATURES:])
         assert moved == (kind == "neuron")  # rows of the vocabulary have no place in depth
         assert torch.allclose(mean[0, :MODEL_FEATURES], shapes.mean(0)) and len(torch.unique(mean, dim=0)) == 1
