@@ -20,26 +20,31 @@ def novelty(found: Found) -> str:
         return ""
     apart, short, long = audit["donors"], tasks.BUDGETS["short"], tasks.BUDGETS["long"]
     lines = [
-        f"Donors are {apart['median']:.3f} apart (median of the distance to the nearest other). Of the tokens that a "
-        f"donor or the one most alike mispredict, {apart['iou']:.2f} are mispredicted by both ({apart['expected']:.2f} "
-        f"if errors were independent), {apart['same']:.2f} of them as the same wrong token. "
+        f"Donors are {apart['median']:.3f} apart (median of the distance to the nearest other) and "
+        f"{apart['mosaic']:.3f} from all others together. Of the tokens that a donor or the one most alike mispredict, "
+        f"{apart['iou']:.2f} are mispredicted by both ({apart['expected']:.2f} if errors were "
+        f"independent), {apart['same']:.2f} of them as the same wrong token. "
         f"Ready: at step 0 at or below the tuned default's loss after {short} steps ("
         + ", ".join(f"{shape} {losses[f'{shape} short']:.3f}" for shape in SHAPES)
-        + f"). Performant: after {audit['steps']} steps at {audit['rate']:g} at or below the tuned default's after "
+        + f"). Performant: after {audit['steps']} steps at or below the tuned default's after "
         f"{long} (" + ", ".join(f"{shape} {losses[f'{shape} long']:.3f}" for shape in SHAPES) + ").",
         "",
-        "| shape | samples of | n (distinct) | step 0 | trained | size | distance | error overlap (if independent; "
-        "same token) | ready | performant | " + " | ".join(f"novel, both: τ = {tau:g}" for tau in TAUS) + " |",
-        "|---" * (10 + len(TAUS)) + "|",
+        "| shape | samples of | n (distinct) | step 0 | trained (rate) | size | distance | to all together "
+        "| error overlap (if independent; same token) | ready | performant | "
+        + " | ".join(f"novel, both: τ = {tau:g}" for tau in TAUS)
+        + " | farther than donors from all together, and performant |",
+        "|---" * (12 + len(TAUS)) + "|",
     ]  # fmt: skip
     for shape in SHAPES:
         for label in labels(shape):
             s = shares(audit, label, shape, losses[f"{shape} short"], losses[f"{shape} long"])
             cells = [f"{s['novel'][f'{tau:g}']}, {s['both'][f'{tau:g}']}" for tau in TAUS]
             lines.append(
-                f"| {shape} | {label} | {s['n']} ({s['distinct']}) | {_number(s['loss'], 2)} | {_number(s['trained'])} "
-                f"| {s['size']:.2f} | {s['distance']:.3f} | {s['iou']:.2f} ({s['expected']:.2f}; {s['same']:.2f}) "
-                f"| {s['ready']} | {s['performant']} | " + " | ".join(cells) + " |"
+                f"| {shape} | {label} | {s['n']} ({s['distinct']}) | {_number(s['loss'], 2)} "
+                f"| {_number(s['trained'])} ({s['rate']}) | {s['size']:.2f} | {s['distance']:.3f} | {s['mosaic']:.3f} "
+                f"| {s['iou']:.2f} ({s['expected']:.2f}; {s['same']:.2f}) | {s['ready']} | {s['performant']} | "
+                + " | ".join(cells)
+                + f" | {s['beyond']} |"
             )
     return "\n".join(lines)
 

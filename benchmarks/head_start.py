@@ -90,9 +90,10 @@ def keep(results: dict[str, Any], comparison: Comparison, work: Path) -> None:
 
 
 def novelty(work: Path, data: Path | None) -> dict[str, Any]:
-    paths = tasks.prepare(work, "embedded", data)
-    corpus = _corpus(work, "reference", data)
-    return audits.audit(audits.place(paths["zoo"], paths["model"], corpus, work / "novelty"))
+    peers(work, data)  # which are sampled too
+    paths, corpus = tasks.paths(work, "embedded"), _corpus(work, "reference", data)
+    trained = _peers_folder(work) / "models"
+    return audits.audit(audits.place(paths["zoo"], paths["model"], trained, corpus, work / "novelty"))
 
 
 def cost(work: Path, data: Path | None) -> dict[str, Any]:
@@ -104,7 +105,8 @@ def cost(work: Path, data: Path | None) -> dict[str, Any]:
 
 
 def peers(work: Path, data: Path | None) -> dict[str, Any]:
-    """Published generators beside ours: as many parameters, as many seconds of training."""
+    """Published generators beside ours: as many parameters, as many seconds of training. What an earlier call measured
+    is kept."""
     from benchmarks.peers import measure as peer
 
     paths = tasks.prepare(work, "embedded", data)
@@ -116,13 +118,18 @@ def peers(work: Path, data: Path | None) -> dict[str, Any]:
     try:
         opened = Zoo.open(paths["zoo"])
         tokens = peer.held_out(_corpus(work, "reference", data), opened)
-        kept = work / "peers" / audits.identity(paths["zoo"], paths["model"])
-        target = tasks.UNSEEN[tasks.MAIN]
+        kept, target = _peers_folder(work), tasks.UNSEEN[tasks.MAIN]
         return peer.measure(
             peer.Setup(opened, paths["model"], tokens, target, kept, seconds, seeds=tasks.SEEDS, quiet=False)
         )
     finally:
         torch.set_num_threads(before)
+
+
+def _peers_folder(work: Path) -> Path:
+    """Of peers trained on these donors for as long as this diffusion."""
+    paths = tasks.paths(work, "embedded")
+    return work / "peers" / audits.identity(paths["zoo"], paths["model"])
 
 
 AUDIT = {"novelty": novelty, "cost": cost, "peers": peers}

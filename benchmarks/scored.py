@@ -10,12 +10,12 @@ from typing import Any
 from benchmarks import rows as store
 from benchmarks import tasks
 from benchmarks.tasks import Comparison
-from headstart.scores import REFERENCE, score
+from headstart.scores import REFERENCE, crossing, interval, score, speedup
 
 Rows = Sequence[dict[str, Any]]
 Facts = Mapping[str, Any]
 Entries = dict[str, dict[str, Any]]
-AUDITS = ("novelty", "cost", "peers")
+AUDITS = ("cost", "peers", "novelty")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,18 @@ def ranked(found: Iterable[Entries]) -> list[str]:
         if name != REFERENCE
     }
     return sorted(gains, key=lambda name: (-len(gains[name]), fmean(gains[name]) if gains[name] else 0.0))
+
+
+def beside(entry: Mapping[str, Any], other: Mapping[str, Any], budget: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(difference of final losses, {steps, ratio} to the final loss of the other), both paired by seed. {} for each
+    where one of the two has no result."""
+    if not entry["curves"] or not other["curves"]:
+        return {}, {}
+    pairs = list(zip(entry["curves"], other["curves"], strict=True))
+    ends = [curve["losses"][-1] for _, curve in pairs]
+    steps = [crossing(own["steps"], own["losses"], end) for (own, _), end in zip(pairs, ends, strict=True)]
+    gap = interval([own["losses"][-1] - end for (own, _), end in zip(pairs, ends, strict=True)])
+    return gap, {"steps": steps, "ratio": speedup(budget, steps)}
 
 
 def half(stats: Mapping[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,14 @@ from benchmarks import readmes, tasks
 from benchmarks import rows as store
 from benchmarks.audit_tables import conditioning, novelty, peers
 from benchmarks.marks import placed
-from benchmarks.scored import Facts, Found, Rows, half, ranked
+from benchmarks.scored import Entries, Facts, Found, Rows, beside, half, ranked
 from headstart import methods
 from headstart.findings import fewer
 from headstart.scores import REFERENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, DETAILS, FIGURES = ROOT / "BENCHMARKS.md", ROOT / "benchmarks" / "details.md", ROOT / "benchmarks" / "figures"
+GENERATOR = "diffusion"
 STABLE = 0.25  # nats above its best rate, up to which a rate counts as borne
 
 
@@ -99,6 +101,39 @@ def _cell(entry: dict[str, Any] | None, refused: str | None) -> str:
 def times(entry: dict[str, Any], at: str = "1") -> str:
     found = entry["thresholds"].get(at)
     return "–" if found is None else fewer(found)
+
+
+def rivals(found: Found) -> str:
+    """The diffusion beside the best start that needs no donor, and beside the best of the others."""
+    lines = []
+    for c, e in found.entries.items():
+        if c.budget == "ladder" or c.methods or GENERATOR not in e:
+            continue
+        cells = [f"{c.task} {c.target}, {c.text}, {c.budget}"]
+        for donors in (False, True):
+            best = _best(e, donors)
+            gap, ahead = beside(e[GENERATOR], e[best], c.steps)
+            before = "" if best == REFERENCE else f" ({_gap(e[best]['difference'])})"
+            cells += [best + before, _gap(gap), fewer(ahead) if ahead else "–"]
+        lines.append("| " + " | ".join(cells[:-1]) + " |")
+    if not lines:
+        return ""
+    heads = "| comparison | best without donors | diffusion minus it | fewer steps | best with | diffusion minus it |"
+    return "\n".join([heads, "|---" * 6 + "|", *lines])
+
+
+def _best(entries: Entries, donors: bool) -> str:
+    """The method of the lowest final loss that needs donors or that needs none; the diffusion is not asked."""
+    losses = {
+        name: e["final_loss"]["mean"]
+        for name, e in entries.items()
+        if name.partition(":")[0] != GENERATOR and bool(methods.get(name.partition(":")[0]).needs) == donors
+    }
+    return min(losses, key=lambda name: math.inf if losses[name] is None else losses[name])
+
+
+def _gap(gap: dict[str, Any]) -> str:
+    return f"{gap['mean']:+.3f} ± {half(gap):.3f}" if gap and gap["mean"] is not None else "–"
 
 
 def overview(found: Found) -> str:
@@ -260,6 +295,7 @@ PARTS: dict[str, Callable[[Found], str]] = {
     "head_starts": picture("head_starts"),
     "activations": picture("activations"),
     "overview": overview,
+    "rivals": rivals,
     **{
         f"{task}-{text}-{budget}": head_starts(task, text, budget)
         for task, text in (("A", "reference"), ("B", "source"), ("B", "shakespeare"), ("C", "stories"))

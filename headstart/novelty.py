@@ -61,6 +61,30 @@ def frame(donor: Donor) -> Frame:
 def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
     """decoder: of any shape, as `decoder_of` reads it (float64); tokens: the strings of its vocabulary's rows. Raises
     UserError where the two share no token string: nothing then says how the streams correspond."""
+    shares, sizes = _shares(decoder, tokens, to)
+    kinds = {kind: min(_root(share) for share in both) for kind, both in shares.items()}
+    return Distance(to.name, _total(kinds), kinds, sizes)
+
+
+def mosaic(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> float:
+    """As the `total` of `distance`, to all donors together: every unit is held against the nearest of any of them, so
+    that what is put together from several donors' units is not far. Rows of the vocabulary that no donor has are left
+    out."""
+    found = [_shares(decoder, tokens, to)[0] for to in frames]
+    return _total({kind: _root(torch.cat([shares[kind] for shares in found]).amin(0)) for kind in found[0]})
+
+
+def _root(shares: Tensor) -> float:
+    return math.sqrt(shares[shares.isfinite()].sum().item())
+
+
+def _total(kinds: Mapping[str, float]) -> float:
+    return math.sqrt(sum(d * d for d in kinds.values()) / len(kinds))
+
+
+def _shares(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(by kind [2, N]: each unit's part of sum |u - nearest|^2 / sum |u|^2, as the units are and brought to the size of
+    the donor's, infinite for tokens that the donor does not have; by kind the sizes)"""
     if set(tokens).isdisjoint(to.anchor.tokens):
         raise UserError(f"{to.name}: shares no token string with the model, so their coordinates cannot be compared")
     own = _vectors(canonicalise(decoder, tokens, to.anchor).decoder)
@@ -70,11 +94,12 @@ def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
     pairs = {kind: (own[kind], to.units[kind]) for kind in ("neuron", "qk", "vo")}
     pairs["vocab"] = (own["vocab"][mine], to.units["vocab"][theirs])
     sizes = {kind: _size(a) / max(_size(b), 1e-30) for kind, (a, b) in pairs.items()}
-    kinds = {}
+    shares = {}
     for kind, (a, b) in pairs.items():
         told = None if kind == "vocab" else kind
-        kinds[kind] = min(_relative(a, b, told), _relative(a / max(sizes[kind], 1e-30), b, told))
-    return Distance(to.name, math.sqrt(sum(d * d for d in kinds.values()) / len(kinds)), kinds, sizes)
+        shares[kind] = torch.stack([_relative(u, b, told) for u in (a, a / max(sizes[kind], 1e-30))])
+    shares["vocab"] = torch.full((2, len(tokens)), math.inf).index_copy(1, mine, shares["vocab"])
+    return shares, sizes
 
 
 def nearest(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> Distance:
@@ -83,13 +108,15 @@ def nearest(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) 
     return min(found, key=lambda d: (d.total, d.donor))
 
 
-def leave_one_out(donors: Sequence[Donor], frames: Sequence[Frame]) -> dict[str, Distance]:
-    """For every donor its nearest among the others: what independent training runs are apart."""
+def leave_one_out(donors: Sequence[Donor], frames: Sequence[Frame]) -> dict[str, tuple[Distance, float]]:
+    """For every donor (its nearest among the others, `mosaic` to the others): what independent training runs are
+    apart."""
     found = {}
     for donor in donors:
         others = [f for f in frames if f.name != donor.name]
         if others:
-            found[donor.name] = nearest(decoder_of(donor), token_strings(donor), others)
+            decoder, tokens = decoder_of(donor), token_strings(donor)
+            found[donor.name] = nearest(decoder, tokens, others), mosaic(decoder, tokens, others)
     return found
 
 
@@ -123,9 +150,9 @@ def _size(units: Tensor) -> float:
     return math.sqrt(units.square().sum().item() / len(units))
 
 
-def _relative(units: Tensor, others: Tensor, kind: str | None) -> float:
-    """units [N, P, d], others [M, P, e] -> root of sum |u - u'|^2 / sum |u|^2, where u' is the other of the same place
-    (kind None, N = M) or the nearest one, up to the signs that are free."""
+def _relative(units: Tensor, others: Tensor, kind: str | None) -> Tensor:
+    """units [N, P, d], others [M, P, e] -> [N]: |u - u'|^2 / sum |u|^2, where u' is the other of the same place (kind
+    None, N = M) or the nearest one, up to the signs that are free."""
     width = max(units.shape[-1], others.shape[-1])
     units, others = to_width(units, width), to_width(others, width)
     size, other_size = units.square().sum((1, 2)), others.square().sum((1, 2))
@@ -133,7 +160,7 @@ def _relative(units: Tensor, others: Tensor, kind: str | None) -> float:
         squares = (units - others).square().sum((1, 2))
     else:
         squares = torch.cat([_nearest(u, others, other_size, kind) for u in units.split(ROWS)])
-    return math.sqrt(squares.clamp(min=0).sum().item() / max(size.sum().item(), 1e-30))
+    return squares.clamp(min=0) / max(size.sum().item(), 1e-30)
 
 
 def _nearest(units: Tensor, others: Tensor, other_size: Tensor, kind: str) -> Tensor:

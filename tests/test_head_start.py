@@ -182,17 +182,20 @@ def _mixed(sampler: Any, donors: Any, seed: int) -> torch.Tensor:
 
 
 def sample(distance: float, trained: float | None, loss: float = 3.0, digest: str = "a", **more: Any) -> dict[str, Any]:
-    errors = {"error_iou": 0.5, "error_same": 0.2, "error_expected": 0.3}
+    errors = {"error_iou": 0.5, "error_same": 0.2, "error_expected": 0.3, "mosaic": distance / 2}
     told = {"shape": "seen", "label": "x", "sizes": {"vocab": 1.0, "qk": 0.5}, "digest": digest}
-    return told | errors | {"distance": distance, "trained": trained, "loss": loss} | more
+    ends = {"0.002": trained, "0.006": 5.0}
+    return told | errors | {"distance": distance, "trained": ends, "loss": loss} | more
 
 
 def test_novel_and_performant_are_counted() -> None:
     drawn = [sample(0.5, 1.0), sample(1.5, 1.0, 1.0), sample(2.5, None, digest="b"), sample(4.5, 1.9)]
-    found = {"donors": {"median": 1.0}, "samples": [*drawn, sample(9, 1, label="y"), sample(9, 1, shape="unseen")]}
+    others = [sample(9, 1, label="y"), sample(9, 1, shape="unseen")]
+    found = {"donors": {"median": 1.0, "mosaic": 1.0}, "samples": [*drawn, *others]}
     s = audits.shares(found, "x", "seen", ready=2.5, trains=2.0)
     assert (s["n"], s["distinct"], s["ready"], s["performant"]) == (4, 2, 1, 3)
-    assert s["distance"] == pytest.approx(2.25) and s["size"] == 0.75 and s["trained"] is None
+    assert s["distance"] == pytest.approx(2.25) and s["size"] == 0.75
+    assert s["mosaic"] == pytest.approx(1.125) and s["beyond"] == 1
     assert s["novel"] == {"1": 3, "2": 2, "3": 1, "4": 1} and s["both"] == {"1": 2, "2": 1, "3": 1, "4": 1}
 
 
@@ -277,13 +280,12 @@ def test_what_is_new_is_told() -> None:
         for label in audits.labels(shape)
         for _ in range(2)
     ]
-    apart = {"median": 1.0, "iou": 0.7, "expected": 0.5, "same": 0.4}
-    facts["novelty"] = {"donors": apart, "samples": drawn, "rate": 1e-3, "steps": 50, "made_from": "a"}
+    apart = {"median": 1.0, "mosaic": 0.7, "iou": 0.7, "expected": 0.5, "same": 0.4}
+    facts["novelty"] = {"donors": apart, "samples": drawn, "steps": 50, "made_from": "a"}
     text = audit_tables.novelty(scored.Found.of(found, facts))
     assert not audit_tables.novelty(scored.Found.of(found, facts | {"made_from": {"embedded": "b"}})), "other donors"
-    assert (
-        "| seen | diffusion | 2 (1) | 2.90 | 1.900 | 0.75 | 1.500 | 0.50 (0.30; 0.20) | 2 | 2 | 2, 2 | 0, 0 |" in text
-    )
+    line = "2 (1) | 2.90 | 1.900 (0.002) | 0.75 | 1.500 | 0.750 | 0.50 (0.30; 0.20) | 2 | 2 | 2, 2 | 0, 0 | 0, 0 | 0, 0"
+    assert f"| seen | diffusion | {line} | 2 |" in text
     assert text.count("\n| seen |") == len(audits.CLAIMS) + len(audits.LAWS) + len(audits.CONTROLS)
 
 
@@ -296,7 +298,7 @@ def test_samples_are_measured(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(audits, "SHAPES", {"seen": shape})
     monkeypatch.setattr(audits, "encode_corpus", lambda path, *rest: byte_tokens(Path(path).read_bytes()) % 48)
     monkeypatch.setattr(tasks, "BUDGETS", {"short": 2, "long": 8})
-    place = audits.place(zoo.path, tmp_path / "model", tmp_path / "text.txt", tmp_path / "kept")
+    place = audits.place(zoo.path, tmp_path / "model", tmp_path / "model", tmp_path / "text.txt", tmp_path / "kept")
     Path(place.kept).mkdir(parents=True)
     found = {}
     for label in ("a donor with 5% noise", "normal"):
@@ -304,10 +306,11 @@ def test_samples_are_measured(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.Monk
         audits.measure(place, one, lambda n: None)
         found[label] = json.loads((Path(place.kept) / one.file).read_text())
     noisy, normal = found.values()
-    assert noisy["distance"] < 0.2 < 0.5 < normal["distance"] and noisy["loss"] != noisy["trained"]
+    assert noisy["distance"] < 0.2 < 0.5 < normal["distance"] and noisy["loss"] not in noisy["trained"].values()
+    assert noisy["mosaic"] <= noisy["distance"] and set(noisy["trained"]) == {"0.002", "0.006"}
     assert 0 <= noisy["error_iou"] <= 1 and noisy["digest"] != normal["digest"]
     assert noisy["error_iou"] > normal["error_iou"] or noisy["error_same"] > normal["error_same"]
-    assert audits.donors_apart(place)["median"] > 0.5
+    assert 0.4 < audits.donors_apart(place)["mosaic"] <= audits.donors_apart(place)["median"]
 
 
 def test_the_memory_of_a_command_is_its_own() -> None:

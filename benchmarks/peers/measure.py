@@ -210,7 +210,8 @@ def _draw(
     fitted = sampler().fit(None, blueprint)
     began = time.perf_counter()
     tensors = {name: tensor.float() for name, tensor in complete(fitted, blueprint, seed)}
-    return _loss(setup, config, tensors), time.perf_counter() - began, tensors
+    seconds = time.perf_counter() - began
+    return _loss(setup, config, tensors), seconds, tensors
 
 
 def own_losses(setup: Setup) -> dict[str, float | None]:
@@ -222,7 +223,7 @@ def own_losses(setup: Setup) -> dict[str, float | None]:
 
 def apart(setup: Setup) -> dict[str, Any]:
     """{median, by_donor}: every donor's distance to its nearest among the others."""
-    found = {name: d.total for name, d in novelty.leave_one_out(setup.zoo.donors, setup.frames).items()}
+    found = {name: near.total for name, (near, _) in novelty.leave_one_out(setup.zoo.donors, setup.frames).items()}
     return {"median": statistics.median(found.values()) if found else None, "by_donor": found}
 
 

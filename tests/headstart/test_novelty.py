@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from headstart.novelty import distance, error_overlap, frame, leave_one_out, nearest, predictions
+from headstart.novelty import distance, error_overlap, frame, leave_one_out, mosaic, nearest, predictions
 from tests.tiny import config
 from zoo.aligned import decoder_of, token_strings
 from zoo.modules import zoo_of
@@ -116,8 +116,25 @@ def test_a_model_that_is_part_of_a_donor_is_near_it() -> None:
 def test_donors_are_as_far_as_their_nearest_other() -> None:
     donors = [donor("a", model(0)), donor("b", scrambled(model(0))), donor("c", model(2))]
     apart = leave_one_out(donors, [frame(d) for d in donors])
-    assert apart["a"].donor == "b" and apart["a"].total < 2e-3
-    assert apart["c"].total > 0.5
+    (near, _), (far, together) = apart["a"], apart["c"]
+    assert near.donor == "b" and near.total < 2e-3
+    assert far.total > 0.5 and 0.4 < together <= far.total
+
+
+def test_copies_put_together_from_two_donors_are_far_from_each_and_near_to_both() -> None:
+    """One layer of each of two models that have the vocabulary in common."""
+    one, other = model(0, layers=2), model(1, layers=2)
+    other.model.embed_tokens.load_state_dict(one.model.embed_tokens.state_dict())
+    other.model.norm.load_state_dict(one.model.norm.state_dict())
+    other.lm_head.load_state_dict(one.lm_head.state_dict())
+    pieced = model(0, layers=2)
+    pieced.model.layers[1].load_state_dict(other.model.layers[1].state_dict())
+    frames = [frame(donor("one", one)), frame(donor("other", other))]
+    made = donor("pieced", pieced)
+    assert nearest(decoder_of(made), token_strings(made), frames).total > 0.2
+    assert mosaic(decoder_of(made), token_strings(made), frames) < 1e-2
+    far = donor("far", model(2, layers=2))
+    assert mosaic(decoder_of(far), token_strings(far), frames) > 0.4
 
 
 def test_overlap_of_errors() -> None:
