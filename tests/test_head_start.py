@@ -184,7 +184,7 @@ def _mixed(sampler: Any, donors: Any, seed: int) -> torch.Tensor:
 def sample(distance: float, trained: float | None, loss: float = 3.0, digest: str = "a", **more: Any) -> dict[str, Any]:
     errors = {"error_iou": 0.5, "error_same": 0.2, "error_expected": 0.3, "mosaic": distance / 2}
     told = {"shape": "seen", "label": "x", "sizes": {"vocab": 1.0, "qk": 0.5}, "digest": digest}
-    ends = {"0.002": trained, "0.006": 5.0}
+    ends = {"0.002": trained, "0.006": None}
     return told | errors | {"distance": distance, "trained": ends, "loss": loss} | more
 
 
@@ -194,7 +194,10 @@ def test_novel_and_performant_are_counted() -> None:
     found = {"donors": {"median": 1.0, "mosaic": 1.0}, "samples": [*drawn, *others]}
     s = audits.shares(found, "x", "seen", ready=2.5, trains=2.0)
     assert (s["n"], s["distinct"], s["ready"], s["performant"]) == (4, 2, 1, 3)
-    assert s["distance"] == pytest.approx(2.25) and s["size"] == 0.75
+    assert s["distance"] == pytest.approx(2.25) and s["size"] == 0.75 and s["trained"] is None
+    both = [sample(1.5, 3.0) | {"trained": {"0.002": 3.0, "0.006": end}} for end in (1.0, 2.0)]
+    better = audits.shares(found | {"samples": both}, "x", "seen", ready=2.5, trains=2.0)
+    assert (better["rate"], better["trained"], better["performant"]) == ("0.006", 1.5, 2)
     assert s["mosaic"] == pytest.approx(1.125) and s["beyond"] == 1
     assert s["novel"] == {"1": 3, "2": 2, "3": 1, "4": 1} and s["both"] == {"1": 2, "2": 1, "3": 1, "4": 1}
 
@@ -286,7 +289,7 @@ def test_what_is_new_is_told() -> None:
     assert not audit_tables.novelty(scored.Found.of(found, facts | {"made_from": {"embedded": "b"}})), "other donors"
     line = "2 (1) | 2.90 | 1.900 (0.002) | 0.75 | 1.500 | 0.750 | 0.50 (0.30; 0.20) | 2 | 2 | 2, 2 | 0, 0 | 0, 0 | 0, 0"
     assert f"| seen | diffusion | {line} | 2 |" in text
-    assert text.count("\n| seen |") == len(audits.CLAIMS) + len(audits.LAWS) + len(audits.CONTROLS)
+    assert text.count("\n| seen |") == len(audits.labels("seen"))
 
 
 def test_samples_are_measured(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
