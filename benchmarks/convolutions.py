@@ -1,6 +1,6 @@
 """Convolution filters from a donor's covariance, on scikit-learn's digits: networks of another width, at equal steps.
 
-    python -m benchmarks.convolutions     a minute on one core; writes convolutions.json and prints the table
+    python -m benchmarks.convolutions     two minutes on one core; writes convolutions.json and prints the table
 
 Three plain 5 x 5 networks, 12 channels wide, are the zoo; the target is 20 wide. Every method is trained on the same
 batches per seed with a learning rate out of one grid, the default over its scale too (lowest mean final loss).

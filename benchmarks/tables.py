@@ -285,7 +285,8 @@ def counted(found: Found) -> str:
     return (
         f"{len(done):,} runs of {len(tasks.plain())} methods of {families} families (with options that lift a refusal, "
         f"and the diffusion under wrong metadata), seeds {', '.join(map(str, tasks.SEEDS))}, learning rates "
-        f"{', '.join(f'{lr:g}' for lr in tasks.LRS)}, {tasks.BATCH} x {tasks.SEQUENCE} tokens a step; made by "
+        f"{', '.join(f'{lr:g}' for lr in tasks.LRS)} (others for the largest stable one), {tasks.BATCH} x "
+        f"{tasks.SEQUENCE} tokens a step; made by "
         f"{'; '.join(sorted({r['made'] for r in done}))}."
     )
 

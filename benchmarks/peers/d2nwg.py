@@ -299,7 +299,7 @@ class D2NWG(Sampler):
     summary: ClassVar[str] = "D2NWG: latent diffusion over chunks of flattened weights, a VAE and a UNet"
     reference: ClassVar[str] = "2402.18153"
     needs: ClassVar[tuple[str, ...]] = ("model",)
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"condition": ("true", "shuffled", "mean")}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"condition": ("true", "shape", "mean")}
 
     model: str | None = option(None, "folder of a trained D2NWG")
     steps: int = option(100, "denoising steps (DDIM)", least=1, most=1024)
@@ -340,8 +340,8 @@ class D2NWG(Sampler):
         loss = self.loss if self.loss is not None else content["best_loss"]
         told = conditions(target, size, loss, content["most_chunks"])
         known = torch.tensor(content["features"])
-        if self.condition == "shuffled":
-            told[:, :MODEL_FEATURES] = known[torch.randint(len(known), (1,), generator=stream(seed, "shuffled"))]
+        if self.condition == "shape":
+            told[:, :MODEL_FEATURES] = known[torch.randint(len(known), (1,), generator=stream(seed, "shape"))]
         elif self.condition == "mean":
             told[:, :MODEL_FEATURES] = known.mean(0)
         return told

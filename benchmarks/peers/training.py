@@ -20,6 +20,7 @@ from zoo.errors import UserError
 from zoo.progress import interruptible, load_state, restore_training, save_state, training_tensors
 from zoo.safe import read_json
 from zoo.store import Zoo
+from zoo.writer import replace_file
 
 RECORD = "peer.json"  # of a finished peer: written last
 SAVE_SECONDS = 20.0
@@ -146,9 +147,7 @@ def begin(out: Path, resume: bool, identity: str) -> bool:
 
 
 def write_record(out: Path, content: Mapping[str, Any]) -> None:
-    partial = out / f".{RECORD}.part"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(out / RECORD)
+    replace_file(out / RECORD, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def open_record(model: str | None, peer: str) -> tuple[Path, dict[str, Any]]:
