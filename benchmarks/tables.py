@@ -281,13 +281,17 @@ def counted(found: Found) -> str:
     done = [r for c in found.entries for r in store.of(found.rows, c)]
     if not done:
         return ""
+    commits: dict[str, set[str]] = {}
+    for r in done:
+        commit, _, versions = r["made"].partition(", ")
+        commits.setdefault(versions, set()).add(commit)
+    makers = "; ".join(f"{versions}, at {', '.join(sorted(of))}" for versions, of in commits.items())
     families = len({methods.get(name).family for name in tasks.plain()})
     return (
         f"{len(done):,} runs of {len(tasks.plain())} methods of {families} families (with options that lift a refusal, "
         f"and the diffusion under wrong metadata), seeds {', '.join(map(str, tasks.SEEDS))}, learning rates "
         f"{', '.join(f'{lr:g}' for lr in tasks.LRS)} (others for the largest stable one), {tasks.BATCH} x "
-        f"{tasks.SEQUENCE} tokens a step; made by "
-        f"{'; '.join(sorted({r['made'] for r in done}))}."
+        f"{tasks.SEQUENCE} tokens a step; {makers}."
     )
 
 
