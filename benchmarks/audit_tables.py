@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from benchmarks import tasks
 from benchmarks.audits import SHAPES, TAUS, labels, shares
-from benchmarks.scored import Found, half
-from headstart.scores import REFERENCE, interval
+from benchmarks.scored import Found, beside, half
+from headstart.scores import REFERENCE
 
 
 def novelty(found: Found) -> str:
@@ -65,8 +65,7 @@ def conditioning(found: Found) -> str:
             if control not in e or not e[control]["curves"]:
                 cells += ["–", "–"]
                 continue
-            pairs = zip(e[control]["curves"], own["curves"], strict=True)
-            gap = interval([worse["losses"][-1] - true["losses"][-1] for worse, true in pairs])
+            gap, _ = beside(e[control], own, c.steps)
             cells += [f"{e[control]['step0_loss']:.2f}", f"{gap['mean']:+.3f} ± {half(gap):.3f}"]
         final = own["final_loss"]["mean"]
         lines.append(

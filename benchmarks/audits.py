@@ -124,8 +124,7 @@ def measure(place: Place, sample: Sample, report: Report) -> None:
             name: t.float() for name, t in complete(_fitted(place, sample.shape, sample.label), blueprint, sample.seed)
         }
         decoder = read_decoder(blueprint, lambda name: tensors[name].double(), where=sample.label)
-        near = novelty.nearest(decoder, token_strings(zoo.donors[0]), frames)
-        mosaic = novelty.mosaic(decoder, token_strings(zoo.donors[0]), frames)
+        near, mosaic = novelty.nearest_and_mosaic(decoder, token_strings(zoo.donors[0]), frames)
         model = build(config, tensors)
         start = evaluate(model, held, tasks.SEQUENCE, limit=tasks.WINDOWS)
         own, _ = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)

@@ -61,17 +61,33 @@ def frame(donor: Donor) -> Frame:
 def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
     """decoder: of any shape, as `decoder_of` reads it (float64); tokens: the strings of its vocabulary's rows. Raises
     UserError where the two share no token string: nothing then says how the streams correspond."""
-    shares, sizes = _shares(decoder, tokens, to)
-    kinds = {kind: min(_root(share) for share in both) for kind, both in shares.items()}
-    return Distance(to.name, _total(kinds), kinds, sizes)
+    return _distance(to, *_shares(decoder, tokens, to))
 
 
 def mosaic(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> float:
     """As the `total` of `distance`, to all donors together: every unit is held against the nearest of any of them, so
     that what is put together from several donors' units is not far. Rows of the vocabulary that no donor has are left
     out."""
-    found = [_shares(decoder, tokens, to)[0] for to in frames]
-    return _total({kind: _root(torch.cat([shares[kind] for shares in found]).amin(0)) for kind in found[0]})
+    return nearest_and_mosaic(decoder, tokens, frames)[1]
+
+
+def nearest(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> Distance:
+    """The distance to the donor that is nearest in total."""
+    return nearest_and_mosaic(decoder, tokens, frames)[0]
+
+
+def nearest_and_mosaic(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> tuple[Distance, float]:
+    """Both, for what one of them costs: bringing the model into each donor's coordinates."""
+    found = [(to, *_shares(decoder, tokens, to)) for to in frames]
+    near = min((_distance(*one) for one in found), key=lambda d: (d.total, d.donor))
+    kinds = found[0][1]
+    together = {kind: _root(torch.cat([shares[kind] for _, shares, _ in found]).amin(0)) for kind in kinds}
+    return near, _total(together)
+
+
+def _distance(to: Frame, shares: Mapping[str, Tensor], sizes: Mapping[str, float]) -> Distance:
+    kinds = {kind: min(_root(share) for share in both) for kind, both in shares.items()}
+    return Distance(to.name, _total(kinds), kinds, sizes)
 
 
 def _root(shares: Tensor) -> float:
@@ -102,12 +118,6 @@ def _shares(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> tuple[dict[
     return shares, sizes
 
 
-def nearest(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> Distance:
-    """The distance to the donor that is nearest in total."""
-    found = [distance(decoder, tokens, to) for to in frames]
-    return min(found, key=lambda d: (d.total, d.donor))
-
-
 def leave_one_out(donors: Sequence[Donor], frames: Sequence[Frame]) -> dict[str, tuple[Distance, float]]:
     """For every donor (its nearest among the others, `mosaic` to the others): what independent training runs are
     apart."""
@@ -115,8 +125,7 @@ def leave_one_out(donors: Sequence[Donor], frames: Sequence[Frame]) -> dict[str,
     for donor in donors:
         others = [f for f in frames if f.name != donor.name]
         if others:
-            decoder, tokens = decoder_of(donor), token_strings(donor)
-            found[donor.name] = nearest(decoder, tokens, others), mosaic(decoder, tokens, others)
+            found[donor.name] = nearest_and_mosaic(decoder_of(donor), token_strings(donor), others)
     return found
 
 

@@ -257,7 +257,6 @@ def _kept(setup: Setup, name: str, what: str, compute: Callable[[], dict[str, An
     path = setup.work / "results" / f"{name}-{what}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    path.parent.mkdir(parents=True, exist_ok=True)
     found = compute()
     replace_file(path, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     return found

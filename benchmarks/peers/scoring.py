@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.tasks import SEQUENCE, WINDOWS
 from zoo.blueprint import Blueprint
 from zoo.lm import evaluate
 from zoo.text import encode_corpus
-
-WINDOWS, SEQUENCE = 32, 64  # those of the benchmark's comparisons
 
 
 def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
