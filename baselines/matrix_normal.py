@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from baselines.kronecker import FULL, draw, factor, flip_flop
+from baselines.kronecker import FULL, draw, factor, flip_flop, sized
 from baselines.transfer import vocabulary_rows
 from zoo.aligned import Aligned, align
 from zoo.blueprint import Blueprint
@@ -45,7 +45,7 @@ CHOICES = {
 @dataclass(kw_only=True)
 class MatrixNormal(Sampler):
     """W = M + A Z B^T with Z of independent normals: A A^T is the covariance of rows, B B^T that of columns, both
-    fitted by the flip-flop of maximum likelihood with shrinkage.
+    fitted by the flip-flop of maximum likelihood with shrinkage; their size is the samples'.
 
     canonical   Covariances mean something in the donor's own residual basis only, so donors are brought into canonical
                 form, aligned to the widest by their tokens (`zoo.aligned`) and resized to the target as
@@ -143,6 +143,7 @@ class MatrixNormal(Sampler):
                 self.shrinkage,
                 diagonal_rows=names[0] in blocks.partial,
             )
+            columns = sized(rows, columns, counts)
             for side, covariance in (("rows", rows), ("columns", columns)):
                 if covariance.ndim == 1 and len(covariance) > FULL:
                     log.info("%s: the %d %s of %s have a diagonal covariance", self.name, len(covariance), side, law)

@@ -37,7 +37,7 @@ from zoo.writer import replace_file
 
 SEEDS = tuple(range(10))
 TAUS = (1.0, 2.0, 3.0, 4.0)
-RATES = tasks.LRS[1:3]  # of the short training after which a sample is performant or not: the better one of a label
+RATES = tasks.LRS["long"][1:3]  # of the training that tells whether a sample is performant: a label's better one
 SHAPES = {"seen": tasks.SEEN, "unseen": tasks.UNSEEN[tasks.MAIN]}
 # Methods that draw something from what they know of donors; the autoencoder passes one through, the ceiling of the
 # diffusion. `default`, which knows of none, is no nearer to donors than anything can be.

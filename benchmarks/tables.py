@@ -219,13 +219,13 @@ def largest_stable(runs: Rows) -> str:
     borne = None
     for lr in sorted(finals[scale]):
         if not all(final is not None and final <= usable[scale] + STABLE for final in finals[scale][lr]):
-            if borne is None and lr < max(tasks.LADDER):  # too small a rate is no sign of instability
+            if borne is None and lr < max(tasks.LRS["ladder"]):  # too small a rate is no sign of instability
                 continue
             break
         borne = lr
     if borne is None:
         return "none"
-    return f"{borne:g}" + (" or more" if borne == max(tasks.LADDER) else "")
+    return f"{borne:g}" + (" or more" if borne == max(tasks.LRS["ladder"]) else "")
 
 
 def details(found: Found) -> str:
@@ -290,8 +290,8 @@ def counted(found: Found) -> str:
     return (
         f"{len(done):,} runs of {len(tasks.plain())} methods of {families} families (with options that lift a refusal, "
         f"and the diffusion under wrong metadata), seeds {', '.join(map(str, tasks.SEEDS))}, learning rates "
-        f"{', '.join(f'{lr:g}' for lr in tasks.LRS)} (others for the largest stable one), {tasks.BATCH} x "
-        f"{tasks.SEQUENCE} tokens a step; {makers}."
+        f"{', '.join(f'{lr:g}' for lr in tasks.LRS['long'])} (with the short budget {tasks.LRS['short'][-1]:g} too, "
+        f"others for the largest stable one), {tasks.BATCH} x {tasks.SEQUENCE} tokens a step; {makers}."
     )
 
 

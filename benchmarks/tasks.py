@@ -22,8 +22,11 @@ from zoo.writer import replace_file
 
 SEEDS = (0, 1, 2)
 TUNING = 1  # of them, the first, choose learning rate and scale
-LRS = (6e-4, 2e-3, 6e-3, 2e-2)
-LADDER = (2e-3, 6e-3, 2e-2, 6e-2, 2e-1)  # for the largest rate that a method bears
+LRS = {
+    "short": (6e-4, 2e-3, 6e-3, 2e-2, 6e-2),
+    "long": (6e-4, 2e-3, 6e-3, 2e-2),
+    "ladder": (2e-3, 6e-3, 2e-2, 6e-2, 2e-1),  # for the largest rate that a method bears
+}
 SCALES = (1.0, 4.0, 8.0, 16.0)  # of the default; the embedded donors started from 0.8 / sqrt(width), 3 to 6 times it
 BUDGETS = {"short": 50, "long": 200}
 BATCH, SEQUENCE = 4, 64  # as the embedded donors were trained
@@ -61,7 +64,7 @@ class Comparison:
     zoo: str  # embedded | real
     config: dict[str, Any] = field(hash=False)
     tokenizer: str  # bytes, or a donor's folder in the data
-    lrs: tuple[float, ...] = LRS
+    lrs: tuple[float, ...]
     methods: tuple[str, ...] = ()  # none: all
 
     @property
@@ -123,17 +126,17 @@ def comparisons() -> Iterator[Comparison]:
     """In the order in which they are worth having."""
     for budget in BUDGETS:
         for target, config in UNSEEN.items():
-            yield Comparison("A", target, "reference", budget, "embedded", config, "bytes")
+            yield Comparison("A", target, "reference", budget, "embedded", config, "bytes", LRS[budget])
     for budget in BUDGETS:  # what a sample of that shape is performant beside
-        yield Comparison("A", "seen", "reference", budget, "embedded", SEEN, "bytes", methods=("default",))
+        yield Comparison("A", "seen", "reference", budget, "embedded", SEEN, "bytes", LRS[budget], ("default",))
     for budget in BUDGETS:
         for target, (config, tokenizer) in STORY_TARGETS.items():
-            yield Comparison("C", target, "stories", budget, "real", config, tokenizer)
-    yield Comparison("A", MAIN, "reference", "ladder", "embedded", UNSEEN[MAIN], "bytes", LADDER)
+            yield Comparison("C", target, "stories", budget, "real", config, tokenizer, LRS[budget])
+    yield Comparison("A", MAIN, "reference", "ladder", "embedded", UNSEEN[MAIN], "bytes", LRS["ladder"])
     for text in ("source", "shakespeare"):
         for budget in BUDGETS:
             for target, config in UNSEEN.items():
-                yield Comparison("B", target, text, budget, "embedded", config, "bytes")
+                yield Comparison("B", target, text, budget, "embedded", config, "bytes", LRS[budget])
 
 
 def of_main(budget: str) -> Comparison:
@@ -142,7 +145,7 @@ def of_main(budget: str) -> Comparison:
 
 def small() -> Comparison:
     """What `--small` runs."""
-    return replace(of_main("long"), lrs=LRS[1:3], methods=SMALL)
+    return replace(of_main("long"), lrs=LRS["long"][1:3], methods=SMALL)
 
 
 def library_source() -> bytes:

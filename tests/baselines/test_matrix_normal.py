@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config
 
-from baselines.kronecker import draw, factor, flip_flop, shrunk
+from baselines.kronecker import draw, factor, flip_flop, shrunk, sized
 from baselines.matrix_normal import MatrixNormal
 from tests.tiny import config, make_zoo
 from zoo.blueprint import Blueprint
@@ -115,6 +115,23 @@ def test_rows_that_some_lack() -> None:
     assert rows.shape == (3,)
     assert abs(rows[0] / rows[1] - 4) < 0.25 and torch.isclose(rows[2], rows[:2].mean())
     assert relative(columns / columns.trace(), v / v.trace()) < 0.12
+
+
+def test_a_law_is_as_large_as_its_samples() -> None:
+    """Half of the rows vary in a few directions and little, as tokens that never occur do: the likelihood's product of
+    covariances is too large."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 60, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, 60)
+    x[200:] = torch.randn(200, 60, generator=generator, dtype=torch.float64) * torch.logspace(-4, -2, 60)
+    x[:100] = 0  # not known
+    x /= x[100:].square().mean().sqrt()
+    counts = torch.cat([torch.zeros(100), torch.ones(300)])
+    rows, columns = flip_flop(lambda: [x], counts, 60, diagonal_rows=True)
+    assert rows[100:].mean() * columns.trace() / 60 > 2
+    own = sized(rows, columns, counts)
+    assert torch.allclose(own / own.trace(), columns / columns.trace())
+    drawn = [draw(factor(rows), factor(own), torch.randn(400, 60, generator=generator).double()) for _ in range(20)]
+    assert abs(float(torch.stack(drawn)[:, 100:].square().mean()) - 1) < 0.2
 
 
 # --- the sampler ------------------------------------------------------------------------------------------------
