@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from baselines.index_maps import Axis
 from zoo.blueprint import Blueprint
 from zoo.errors import UserError
-from zoo.store import Donor, Zoo
+from zoo.store import Donor, Zoo, size_gap
 
 # What may stand between two matrices: whatever treats all coordinates of a hidden space alike.
 ELEMENTWISE = {
@@ -165,7 +165,7 @@ def choose(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) ->
         if found:
             reasons.append(f"donor {donor.name!r} does not fit the target: {'; '.join(found)}")
         else:
-            fitting.append((abs(math.log(donor.parameters / blueprint.parameters)), donor.name, chain))
+            fitting.append((size_gap(donor, blueprint), donor.name, chain))
     if not fitting:
         others = f" ({len(reasons)} donors, none fits)" if len(reasons) > 1 else ""
         raise UserError(f"{who}: {reasons[0] if reasons else f'{zoo.path} holds no donor'}{others}")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,11 +18,9 @@ from zoo.blueprint import Blueprint
 from zoo.errors import UserError
 from zoo.sampler import Sampler, option
 from zoo.single import kept, reopen
+from zoo.store import Donor, Zoo, size_gap
 from zoo.streams import stream
 from zoo.tensors import Part, TensorSpec, join, split
-
-if TYPE_CHECKING:
-    from zoo.store import Donor, Zoo
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +169,7 @@ class Permuted(Sampler):
 
     def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Donor:
         chosen = choose(zoo, blueprint, self.donor, self.name)
-        return min(chosen, key=lambda donor: abs(math.log(donor.parameters / blueprint.parameters)))
+        return min(chosen, key=lambda donor: size_gap(donor, blueprint))
 
     def _found(self, blueprint: Blueprint) -> dict[tuple[str, ...], list[Member]]:
         if self._source is None:

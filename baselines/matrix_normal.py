@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import safe_open
@@ -23,13 +23,10 @@ from zoo.canonical import tie
 from zoo.decoder import write_decoder
 from zoo.errors import UserError
 from zoo.sampler import Sampler, option
-from zoo.store import Chosen
+from zoo.store import Chosen, Donor, Zoo, unlikeness
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.units import ROLES, require_unit_target, resize, scatter
-
-if TYPE_CHECKING:
-    from zoo.store import Donor, Zoo
 
 log = logging.getLogger(__name__)
 
@@ -205,9 +202,9 @@ class MatrixNormal(Sampler):
             if problem is None:
                 fitting.append(donor)
             else:
-                refused.append((abs(math.log(donor.parameters / blueprint.parameters)), f"{donor.name!r}: {problem}"))
+                refused.append((*unlikeness(donor, blueprint), f"{donor.name!r}: {problem}"))
         if not fitting:
-            raise UserError(f"{self.name}: no donor fits the target; nearest {min(refused)[1]}")
+            raise UserError(f"{self.name}: no donor fits the target; nearest {min(refused)[-1]}")
         if target is not None:
             wide = [d for d in fitting if d.blueprint.metadata and d.blueprint.metadata.width >= target.width]
             fitting = wide or fitting

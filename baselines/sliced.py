@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,11 +20,9 @@ from zoo.decoder import READERS, Decoder, Layer, read_decoder, require_decoder, 
 from zoo.errors import UserError
 from zoo.roles import ARCHITECTURES
 from zoo.sampler import option
+from zoo.store import Donor, Zoo, unlikeness
 from zoo.streams import stream
 from zoo.tensors import Metadata
-
-if TYPE_CHECKING:
-    from zoo.store import Donor, Zoo
 
 log = logging.getLogger(__name__)
 
@@ -126,19 +124,19 @@ class Sliced(Transfer):
                 "tie_word_embeddings to false, or use --set tie=fit (not exact), or the method pruning"
             )
         fitting: list[tuple[bool, float, str]] = []
-        refused: list[tuple[float, str]] = []
+        refused: list[tuple[bool, float, str]] = []
         for donor in [zoo.donor(self.donor)] if self.donor is not None else zoo.donors:
-            distance = abs(math.log(donor.parameters / blueprint.parameters))
+            other, distance = unlikeness(donor, blueprint)
             try:
                 require_sliceable(donor, target)
                 choose(zoo, blueprint, donor.name, self.tokenizer, False, self.name)
                 same = vocabulary_rows(donor, blueprint, self.tokenizer).same
                 fitting.append((not same, distance, donor.name))
             except UserError as error:
-                refused.append((distance, str(error)))
+                refused.append((other, distance, str(error)))
         if not fitting:
             others = f" ({len(refused)} donors, none fits)" if len(refused) > 1 else ""
-            raise UserError(min(refused)[1] + others)
+            raise UserError(min(refused)[-1] + others)
         return zoo.donor(min(fitting)[2])
 
 

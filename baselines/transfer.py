@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,12 +15,10 @@ from zoo.blueprint import Blueprint
 from zoo.errors import UserError
 from zoo.sampler import Sampler, option
 from zoo.single import kept, reopen
+from zoo.store import Donor, Zoo, unlikeness
 from zoo.streams import stream
 from zoo.tensors import Metadata, Part, TensorSpec, join, split
 from zoo.text import read_vocabulary
-
-if TYPE_CHECKING:
-    from zoo.store import Donor, Zoo
 
 log = logging.getLogger(__name__)
 
@@ -152,19 +149,20 @@ def choose(
     fits, saying which axis and which sizes, and which other donors would do."""
     if zoo is None:
         raise UserError(f"{who} needs a donor: give --zoo DIR, or --donor FOLDER")
-    refused: list[tuple[float, str]] = []
+    refused: list[tuple[bool, int, float, str]] = []
     fitting: list[tuple[bool, float, str]] = []
     for donor in [zoo.donor(name)] if name is not None else zoo.donors:
-        distance = abs(math.log(donor.parameters / blueprint.parameters))
+        other, distance = unlikeness(donor, blueprint)
         found, same = _fits(donor, blueprint, tokenizer, wider, refuses)
         if not found:
             fitting.append((not same, distance, donor.name))
         else:
-            refused.append((distance, f"{who}: donor {donor.name!r} does not fit the target: {'; '.join(found)}"))
+            why = f"{who}: donor {donor.name!r} does not fit the target: {'; '.join(found)}"
+            refused.append((other, len(found), distance, why))
     if not fitting:
         if not refused:
             raise UserError(f"{who} needs a donor and {zoo.path} holds none: fill it with `headstart zoo add`")
-        message = min(refused)[1]
+        message = min(refused)[-1]
         others = f" ({len(refused)} donors, none fits)" if len(refused) > 1 else ""
         if name is not None:
             do = [d.name for d in zoo.donors if not _fits(d, blueprint, tokenizer, wider, refuses)[0]]

@@ -13,7 +13,6 @@ number of whole layers that were drawn where that is more than one. Heads likewi
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ from zoo.blueprint import Blueprint
 from zoo.canonical import tie
 from zoo.decoder import write_decoder
 from zoo.errors import UserError
-from zoo.store import Chosen, Donor, Zoo
+from zoo.store import Chosen, Donor, Zoo, size_gap
 from zoo.tensors import Metadata
 from zoo.units import ROLES, addresses, require_unit_target, scatter, to_width
 
@@ -76,7 +75,7 @@ def choose(zoo: Zoo | None, blueprint: Blueprint, wanted: str, tokenizer: str | 
             if names:
                 raise UserError(f"{who}: donor {donor.name!r} does not fit the pool: {error}") from error
             continue
-        fitting.append((abs(math.log(donor.parameters / blueprint.parameters)), donor))
+        fitting.append((size_gap(donor, blueprint), donor))
     count = len(names) or int(wanted)
     if count < 2 or len(set(names)) < len(names):
         raise UserError(f"{who}: pool={wanted} is not several donors; give at least two, or donor=NAME for one")

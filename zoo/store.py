@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from zoo.blueprint import Blueprint
 from zoo.checkpoint import Checkpoint
 from zoo.errors import UserError, unknown
 from zoo.manifest import MANIFEST, ROWS, intact, read_rows
@@ -57,6 +59,18 @@ class Donor(Checkpoint):
 def record(donor: Donor) -> dict[str, Any]:
     """What is said of a donor wherever something was made of it: {name, revision, sha256, license}."""
     return {"name": donor.name, "revision": donor.revision, "sha256": donor.sha256, "license": donor.license}
+
+
+def size_gap(donor: Donor, blueprint: Blueprint) -> float:
+    """|log| of the ratio of parameters."""
+    return abs(math.log(donor.parameters / blueprint.parameters))
+
+
+def unlikeness(donor: Donor, blueprint: Blueprint) -> tuple[bool, float]:
+    """(whether a donor is of another architecture, the gap in size). Where none fits, the reasons of the least unlike
+    are the ones worth reading."""
+    source, target = donor.blueprint.metadata, blueprint.metadata
+    return source is None or target is None or source.architecture != target.architecture, size_gap(donor, blueprint)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from baselines.matrix_normal import MatrixNormal
 from baselines.row_column import RowColumn
+from baselines.sliced import Sliced
 from baselines.weight_selection import WeightSelection
 from tests.baselines.shaken import CONFIGS, donor, filled, logits
 from zoo.blueprint import Blueprint
 from zoo.errors import UserError
+from zoo.sampler import Sampler
 from zoo.single import Single, single
+from zoo.store import Chosen, size_gap
 
 EXACT = [name for name in CONFIGS if name != "mixtral"]  # its router keeps the default initialisation
 GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
@@ -216,6 +220,19 @@ def test_a_donor_that_does_not_fit_is_refused_by_axis_and_sizes(
     zoo = donor(tmp_path / "donor", CONFIGS[name])
     with pytest.raises(UserError, match=reason):
         WeightSelection().fit(zoo, Blueprint.from_config(CONFIGS[name] | changes))
+
+
+@pytest.mark.parametrize("sampler", [WeightSelection(), Sliced(), MatrixNormal()])
+def test_the_refusal_tells_of_the_donor_that_is_least_unlike(tmp_path: Path, sampler: Sampler) -> None:
+    """Not of a GPT-2 of the target's size, which lacks ten kinds of tensors, but of the smaller Llama."""
+    configs = {"a-gpt2": CONFIGS["gpt2"], "llama": CONFIGS["llama"]}
+    members = tuple(donor(tmp_path / name, config).only for name, config in configs.items())
+    zoo = Chosen(tmp_path, members)
+    target = Blueprint.from_config(CONFIGS["llama"] | {"hidden_size": 64, "head_dim": 6})
+    assert size_gap(members[0], target) < size_gap(members[1], target)
+    with pytest.raises(UserError, match=r"'.*llama'.*(smaller than the target's 64|head_dim 8)") as caught:
+        sampler.fit(zoo, target)
+    assert "gpt2" not in str(caught.value)
 
 
 def test_a_larger_head_is_refused_by_growth_too(tmp_path: Path) -> None:
