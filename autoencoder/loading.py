@@ -36,9 +36,12 @@ def load_component(cls: type[Any], folder: Path, config: str, how: str) -> Any:
     if found != cls.__name__:
         raise UserError(f"{path}: is of {found or 'another kind'}, not {cls.__name__}; {how}")
     try:
-        return cls.from_pretrained(folder, use_safetensors=True)
+        model, told = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # diffusers and safetensors raise whatever the file makes them
         raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); {how}") from error
+    if lacking := told["missing_keys"]:  # diffusers would leave them as they were made
+        raise UserError(f"{folder}: lacks {min(lacking)}, so it is of another version, or damaged; {how}")
+    return model
 
 
 def load_autoencoder(source: str | Path) -> UnitAutoencoder:

@@ -65,6 +65,12 @@ class Candidates:
     log_prior: Tensor
 
 
+def of_same_string(log_prior: Tensor, wanted: Tensor, strings: Tensor) -> Tensor:
+    """A token whose string donors have is one of theirs of that string: [N, M] with -inf elsewhere. wanted int64 [N],
+    the string of each unit, -1 where it may be any; strings int64 [M], those of the bank."""
+    return log_prior.masked_fill((wanted[:, None] >= 0) & (wanted[:, None] != strings), -math.inf)
+
+
 class Block(nn.Module):
     """A residual MLP whose normalisation and gate are set by the condition; the gate starts at zero."""
 

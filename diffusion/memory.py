@@ -9,7 +9,7 @@ Letters: M units of the bank, T token size, X context size, D donors, V tokens o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ class Bank:
     family: Tensor  # int64 [M]
     partners: Tensor | None = None  # [M, T]; None for contexts
     context: Tensor | None = None  # [M, X]; None for contexts
+    strings: Tensor | None = None  # int64 [M]: rows of the zoo's token strings; None for what is no token
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Bank:
         changed: dict[str, Any] = {k: None if t is None else change(t) for k, t in vars(self).items()}
@@ -69,7 +70,7 @@ class ZooMemory(ModelMixin, ConfigMixin):
     held-out loss among them, None if unknown.
 
     Buffers: `vocabulary` [V, T], the mean vocabulary token of every string over the donors; `contexts` [D, X]
-    with the features of their donors; and the bank of every kind."""
+    with the features of their donors; and the bank of every kind, of tokens with their strings."""
 
     @register_to_config
     def __init__(
@@ -93,12 +94,16 @@ class ZooMemory(ModelMixin, ConfigMixin):
             self.register_buffer(f"partners_{kind}", torch.zeros(count, size))
             self.register_buffer(f"features_{kind}", torch.zeros(count, FEATURES))
             self.register_buffer(f"donor_{kind}", torch.zeros(count, dtype=torch.int64))
+        self.register_buffer("strings_vocab", torch.zeros(sizes["vocab"][0], dtype=torch.int64))
 
-    def lookup(self, tokens: tuple[str, ...]) -> Tensor:
-        """[len(tokens), T]: the mean token of each string, zeros for one that the zoo does not know."""
-        vocabulary = self.get_buffer("vocabulary")
-        index = torch.tensor([self.row.get(token, -1) for token in tokens], device=vocabulary.device)
-        return vocabulary[index] * (index >= 0)[:, None]
+    def rows(self, tokens: Sequence[str]) -> Tensor:
+        """int64 [len(tokens)]: where a string stands among the zoo's; -1 for one that the zoo does not know."""
+        return torch.tensor([self.row.get(token, -1) for token in tokens])
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        """[N, T]: the mean token of each string, zeros for one that the zoo does not know."""
+        vocabulary = self.get_buffer("vocabulary").cpu()
+        return vocabulary[rows] * (rows >= 0)[:, None]
 
     def bank(self, kind: str) -> Bank:
         """The bank of a kind; of kind `context`, the donors' contexts and the shapes that they belong to."""
@@ -112,4 +117,5 @@ class ZooMemory(ModelMixin, ConfigMixin):
             partners=self.get_buffer(f"partners_{kind}"),
             family=self.get_buffer("families")[donor],
             context=self.get_buffer("contexts")[donor],
+            strings=self.get_buffer("strings_vocab") if kind == "vocab" else None,
         )

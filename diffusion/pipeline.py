@@ -14,8 +14,8 @@ from torch import Tensor
 from autoencoder.loading import load_component, local_folder
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import MODEL_FEATURES, NOWHERE, SHAPE_FEATURES, Address, features
-from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser
-from diffusion.memory import ZooMemory
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_same_string
+from diffusion.memory import Bank, ZooMemory
 from diffusion.views import sibling
 from zoo.decoder import Decoder, Layer
 from zoo.errors import UserError
@@ -98,7 +98,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         shape = request.metadata
         names = request.tokens if request.tokens is not None else tuple(self.memory.config["tokens"])
         told = self._told(request, "vocab", addresses(shape)["vocab"], "vocab")
-        tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(names).cpu())
+        strings = self.memory.rows(names)
+        tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(strings), strings)
         pairs = self._decode("vocab", tokens, request, "vocab")
         return pairs[:, 0], pairs[:, 1] * shape.width**-0.5
 
@@ -157,9 +158,17 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         return vectors[..., :width]
 
     def _solve(
-        self, request: Request, kind: str, name: str, told: Tensor, context: Tensor | None, partner: Tensor | None
+        self,
+        request: Request,
+        kind: str,
+        name: str,
+        told: Tensor,
+        context: Tensor | None,
+        partner: Tensor | None,
+        strings: Tensor | None = None,
     ) -> Tensor:
-        """Noise of stream (seed, name) -> tokens [N, T] on the CPU. told [N, FEATURES], context [X], partner [N, T]."""
+        """Noise of stream (seed, name) -> tokens [N, T] on the CPU. told [N, FEATURES], context [X], partner [N, T],
+        strings int64 [N]."""
         denoiser: UnitDenoiser = self.denoiser
         device = denoiser.device
         noise = torch.randn(len(told), denoiser.config["tokens"][kind], generator=stream(request.seed, name))
@@ -177,16 +186,21 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             pair: list[Candidates | None] = [None, None]
             if bank is not None and known is not None:
                 free = denoiser.unconditional.expand_as(condition)
-                wanted = (condition, free) if request.guidance != 1.0 else (condition,)
-                pair = [self._nearest(kind, c, bank.tokens, known) for c in wanted]
+                own = None if strings is None else strings[rows].to(device)
+                pair = [self._nearest(kind, condition, bank, known, own)]
+                pair += [self._nearest(kind, free, bank, known)] if request.guidance != 1.0 else []
             x = noise[rows].to(device) * (1.0 if kind == CONTEXT else request.temperature)
             out.append(self._denoise(request, kind, x, condition, pair))
         return torch.cat(out)
 
-    def _nearest(self, kind: str, condition: Tensor, tokens: Tensor, known: Tensor) -> Candidates:
+    def _nearest(
+        self, kind: str, condition: Tensor, bank: Bank, known: Tensor, strings: Tensor | None = None
+    ) -> Candidates:
         log_prior = self.denoiser.log_prior(kind, condition, known)
+        if strings is not None and bank.strings is not None:
+            log_prior = of_same_string(log_prior, strings, bank.strings)
         best = log_prior.topk(min(NEAREST, log_prior.shape[1]), dim=1)
-        return Candidates(tokens[best.indices], best.values)
+        return Candidates(bank.tokens[best.indices], best.values)
 
     def _denoise(
         self, request: Request, kind: str, x: Tensor, condition: Tensor, candidates: list[Candidates | None]

@@ -18,7 +18,7 @@ from torch import Tensor
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import model_condition
-from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_same_string
 from diffusion.memory import Bank, ZooMemory
 from diffusion.pipeline import WeightDiffusionPipeline, scheduler
 from diffusion.views import View, contexts, donor_tokens, fit_scale, make_view, mean_tokens, view_shape
@@ -120,6 +120,7 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
         memory.get_buffer(f"features_{kind}").copy_(torch.cat([v.features[kind] for v in own]))
         memory.get_buffer(f"partners_{kind}").copy_(torch.cat([v.partners[kind] for v in own]))
         memory.get_buffer(f"donor_{kind}").copy_(torch.arange(len(own)).repeat_interleave(torch.tensor(counts)))
+    memory.get_buffer("strings_vocab").copy_(torch.cat([memory.rows(d.tokens) for d in donors]))
     return Material(donors, memory, tokens, others, first)
 
 
@@ -164,6 +165,7 @@ class Batch:
     context: Tensor | None  # [N, X]
     partner: Tensor | None  # [N, T]
     conditional: Tensor  # bool [N]
+    strings: Tensor | None = None  # int64 [N]: the token strings that donors besides a unit's own have, else -1
     bank: Bank | None = None
     log_count: Tensor | None = None  # [M]: log of how many units of the whole bank each of `bank` stands for
 
@@ -209,6 +211,7 @@ def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Bat
                     rng,
                     bank[drawn] if recipe.bandwidth is not None else None,
                     log_count,
+                    None if bank.strings is None else bank.strings[row],
                 )
             )
         views = [pool[slot][1] for slot in torch.randint(recipe.pool, (CONTEXTS,), generator=rng).tolist()]
@@ -231,10 +234,13 @@ def _noised(
     rng: torch.Generator,
     bank: Bank | None = None,
     log_count: Tensor | None = None,
+    strings: Tensor | None = None,
 ) -> Batch:
     """Tokens [N, T] mixed with noise at levels from a logit-normal (2403.03206) that leans to the noisy side, where
     it is decided which unit it will be."""
     count = len(token)
+    if strings is not None and partner is not None:  # what no other donor knows is told as what none knows
+        strings = torch.where((partner != 0).any(1), strings, -1)
     if context is not None:
         context = context + recipe.jitter * torch.randn(context.shape, generator=rng)
     if recipe.bandwidth is not None:
@@ -251,6 +257,7 @@ def _noised(
         context=context,
         partner=partner,
         conditional=torch.rand(count, generator=rng) >= recipe.drop,
+        strings=strings,
         bank=bank,
         log_count=log_count,
     )
@@ -263,6 +270,9 @@ def batch_loss(denoiser: UnitDenoiser, batch: Batch) -> Tensor:
     if batch.bank is not None and batch.log_count is not None:
         wanted = torch.where(batch.conditional[:, None], told, denoiser.unconditional)
         log_prior = denoiser.log_prior(batch.kind, wanted, denoiser.bank_told(batch.kind, batch.bank))
+        if batch.strings is not None and batch.bank.strings is not None:
+            asked = torch.where(batch.conditional, batch.strings, -1)
+            log_prior = of_same_string(log_prior, asked, batch.bank.strings)
         candidates = Candidates(batch.bank.tokens, log_prior + batch.log_count)
     velocity = denoiser(batch.kind, batch.x, batch.sigma, told, candidates, batch.conditional)
     return (velocity - batch.target).square().mean()

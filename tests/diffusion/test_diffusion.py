@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from autoencoder.loading import load_autoencoder
@@ -113,6 +114,23 @@ def test_query_heads_of_a_group_share_their_key(pipeline: WeightDiffusionPipelin
     own = torch.arange(index.numel()).view_as(index)
     assert (index[:, 1::2] == own[:, ::2]).all()
     assert (sibling(replace(shape, kv_heads=4), "vo") == -1).all()
+
+
+def test_tokens_are_donors_tokens_of_the_same_string(pipeline: WeightDiffusionPipeline) -> None:
+    """Whatever the prior has learned: in another order, some of them left out, and with one that no donor knows."""
+    memory = pipeline.memory
+    known = memory.config["tokens"]
+    names = (*reversed(known[:30]), "nowhere", *known[40:])
+    shape = metadata(vocab=len(names))
+    request = Request(shape, tokens=names, steps=8)
+    told = pipeline._told(request, "vocab", addresses(shape)["vocab"], "vocab")
+    strings = memory.rows(names)
+    made = pipeline._solve(request, "vocab", "vocab", told, pipeline._context(request), memory.lookup(strings), strings)
+    bank = memory.bank("vocab")
+    assert bank.strings is not None and len(bank.tokens) > len(known)
+    apart = torch.cdist(made, bank.tokens).masked_fill(strings[:, None] != bank.strings, torch.inf)
+    own = apart.min(1).values / made.norm(dim=1)
+    assert (own[strings >= 0] < 0.3).all() and own[30] == torch.inf and made[30].isfinite().all()
 
 
 def test_a_wider_target_than_any_donor(pipeline: WeightDiffusionPipeline) -> None:
@@ -240,6 +258,14 @@ def test_wrong_use_is_refused(trained: Path, autoencoder: Path, tmp_path: Path) 
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
         DiffusionSampler(model=str(broken)).fit(None, Blueprint.from_pretrained_config(config()))
+    lacking = tmp_path / "lacking"
+    shutil.copytree(trained, lacking)
+    weights = lacking / "memory" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["vocabulary"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="lacks vocabulary, so it is of another version"):
+        DiffusionSampler(model=str(lacking)).fit(None, Blueprint.from_pretrained_config(config()))
 
 
 def test_roles_of_the_tiny_zoo() -> None:
