@@ -196,9 +196,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
     def _nearest(
         self, kind: str, condition: Tensor, bank: Bank, known: Tensor, strings: Tensor | None = None
     ) -> Candidates:
-        log_prior = self.denoiser.log_prior(kind, condition, known)
-        if strings is not None and bank.strings is not None:
-            log_prior = of_same_string(log_prior, strings, bank.strings)
+        log_prior = of_same_string(self.denoiser.log_prior(kind, condition, known), strings, bank.strings)
         best = log_prior.topk(min(NEAREST, log_prior.shape[1]), dim=1)
         return Candidates(bank.tokens[best.indices], best.values)
 

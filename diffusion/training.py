@@ -165,7 +165,7 @@ class Batch:
     context: Tensor | None  # [N, X]
     partner: Tensor | None  # [N, T]
     conditional: Tensor  # bool [N]
-    strings: Tensor | None = None  # int64 [N]: the token strings that donors besides a unit's own have, else -1
+    strings: Tensor | None = None  # int64 [N]: the string, where told and another donor has it, else -1
     bank: Bank | None = None
     log_count: Tensor | None = None  # [M]: log of how many units of the whole bank each of `bank` stands for
 
@@ -239,14 +239,15 @@ def _noised(
     """Tokens [N, T] mixed with noise at levels from a logit-normal (2403.03206) that leans to the noisy side, where
     it is decided which unit it will be."""
     count = len(token)
-    if strings is not None and partner is not None:  # what no other donor knows is told as what none knows
-        strings = torch.where((partner != 0).any(1), strings, -1)
     if context is not None:
         context = context + recipe.jitter * torch.randn(context.shape, generator=rng)
     if recipe.bandwidth is not None:
         token = token + recipe.bandwidth * torch.randn(token.shape, generator=rng)
     sigma = torch.sigmoid(1.0 + 1.5 * torch.randn(count, generator=rng))
     noise = torch.randn(token.shape, generator=rng)
+    conditional = torch.rand(count, generator=rng) >= recipe.drop
+    if strings is not None and partner is not None:  # what no other donor knows is told as what none knows
+        strings = torch.where(conditional & (partner != 0).any(1), strings, -1)
     return Batch(
         kind=kind,
         x=(1 - sigma[:, None]) * token + sigma[:, None] * noise,
@@ -256,7 +257,7 @@ def _noised(
         family=family,
         context=context,
         partner=partner,
-        conditional=torch.rand(count, generator=rng) >= recipe.drop,
+        conditional=conditional,
         strings=strings,
         bank=bank,
         log_count=log_count,
@@ -270,9 +271,7 @@ def batch_loss(denoiser: UnitDenoiser, batch: Batch) -> Tensor:
     if batch.bank is not None and batch.log_count is not None:
         wanted = torch.where(batch.conditional[:, None], told, denoiser.unconditional)
         log_prior = denoiser.log_prior(batch.kind, wanted, denoiser.bank_told(batch.kind, batch.bank))
-        if batch.strings is not None and batch.bank.strings is not None:
-            asked = torch.where(batch.conditional, batch.strings, -1)
-            log_prior = of_same_string(log_prior, asked, batch.bank.strings)
+        log_prior = of_same_string(log_prior, batch.strings, batch.bank.strings)
         candidates = Candidates(batch.bank.tokens, log_prior + batch.log_count)
     velocity = denoiser(batch.kind, batch.x, batch.sigma, told, candidates, batch.conditional)
     return (velocity - batch.target).square().mean()
