@@ -74,15 +74,17 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
         vectors = nn.functional.normalize(directions, dim=-1) * log_norms.exp().unsqueeze(-1)
         return to_width(vectors, width)
 
-    def loss(self, kind: str, vectors: Tensor) -> Tensor:
-        """Relative squared error of the directions of [N, P, d] under the error's weights: a scalar."""
+    def loss(self, kind: str, vectors: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Relative squared error of the directions of [N, P, d] under the error's weights: a scalar. noise [N, R] is
+        added to the latents, in units of their RMS. Where a narrower donor has no coordinate, zero is right."""
         vectors = to_width(vectors.float(), self.width)
         directions = nn.functional.normalize(vectors, dim=-1)
         latents = self.encoders[kind](self._weighted(kind, directions))
+        if noise is not None:
+            latents = latents + noise * latents.detach().square().mean().sqrt()
         error = self.directions(kind, latents, self.width).flatten(1) - directions.flatten(1)
         weight = self.get_buffer(f"weight_{kind}").square()
-        known = (vectors != 0).flatten(1)  # what a narrower donor has no coordinate for is not an error
-        return (weight * known * error.square()).sum() / (weight * directions.flatten(1).square()).sum()
+        return (weight * error.square()).sum() / (weight * directions.flatten(1).square()).sum()
 
 
 @torch.no_grad()

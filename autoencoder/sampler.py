@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -17,10 +18,10 @@ from zoo.canonical import tie
 from zoo.decoder import write_decoder
 from zoo.errors import UserError, unknown
 from zoo.sampler import Sampler, option
-from zoo.store import Zoo
+from zoo.store import Zoo, size_gap
 from zoo.tensors import Metadata
 from zoo.text import read_vocabulary
-from zoo.units import ROLES, require_unit_target, resize, scatter
+from zoo.units import ROLES, energy, narrowed, principal_axes, require_unit_target, resize, scatter
 
 
 @dataclass(kw_only=True)
@@ -33,7 +34,9 @@ class AutoencoderSampler(Sampler):
     reference: ClassVar[str] = "autoencoder/README.md"
     needs: ClassVar[tuple[str, ...]] = ("donor", "model")
 
-    donor: str | None = option(None, "name of the donor; none: the one of lowest loss that is as wide, else the widest")
+    donor: str | None = option(
+        None, "name of the donor; none: one that knows the tokens and is as wide, of lowest loss, nearest in size"
+    )
     model: str | None = option(None, "folder of the autoencoder, or of a pipeline that holds one")
     tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
 
@@ -78,7 +81,11 @@ class AutoencoderSampler(Sampler):
             if problem:
                 reasons.append(f"{aligned.name}: {problem}")
                 continue
-            rank = _rank(aligned, target)
+            known = (vocabulary_rows(aligned, target, self.tokenizer) >= 0).double().mean().item()
+            narrower = max(0, target.width - aligned.metadata.width)
+            loss = known_loss(aligned.facts)
+            gap = size_gap(zoo.donor(aligned.name), blueprint)
+            rank = (-known, narrower, math.inf if loss is None else loss, gap)
             if best is None or rank < best[0]:
                 best = (rank, aligned)
         if best is None:
@@ -94,14 +101,16 @@ class AutoencoderSampler(Sampler):
         assert target is not None
         units = {**donor.units, "vocab": vocabulary_units(donor, target, self.tokenizer)}
         source = replace(donor.metadata, vocab=target.vocab)
-        resized = resize(units, source, target)
+        width = max(source.width, target.width)  # a narrower stream is cut at the end, along its own axes
+        resized = resize(units, source, replace(target, width=width))
         device = torch.device(self.device)
         coder = self._autoencoder.to(device)
         with torch.no_grad():
             decoded = {
-                kind: coder.decode(kind, *coder.encode(kind, resized[kind].to(device)), target.width).cpu()
-                for kind in ROLES
+                kind: coder.decode(kind, *coder.encode(kind, resized[kind].to(device)), width).cpu() for kind in ROLES
             }
+        if width > target.width:
+            decoded = narrowed(decoded, principal_axes(energy(decoded, target.width), target.width))
         decoder = scatter(decoded, target)
         yield from write_decoder(tie(decoder) if target.tied else decoder, blueprint)
 
@@ -125,21 +134,19 @@ def misfit(donor: Metadata, target: Metadata, tokenizer: str | None) -> str | No
     return None
 
 
-def _rank(donor: Aligned, target: Metadata) -> tuple[float, ...]:
-    """Lowest first: as wide as the target, trained best, nearest in depth."""
-    missing = max(0, target.width - donor.metadata.width)
-    loss = known_loss(donor.facts)
-    return (missing, float("inf") if loss is None else loss, abs(donor.metadata.layers - target.layers))
-
-
-def vocabulary_units(donor: Aligned, target: Metadata, tokenizer: str | None) -> Tensor:
-    """[V, P, d]: the donor's vocabulary pairs for the target's tokens, by string; the mean pair where it has none."""
-    pairs = donor.units["vocab"]
+def vocabulary_rows(donor: Aligned, target: Metadata, tokenizer: str | None) -> Tensor:
+    """int64 [V]: the donor's row for each of the target's tokens, by string; -1 where it has none."""
     if tokenizer is None:
-        return pairs
+        return torch.arange(target.vocab)
     row = {token: i for i, token in enumerate(donor.tokens)}
     index = torch.full((target.vocab,), -1)
     for token, i in read_vocabulary(tokenizer).items():
         if i < target.vocab:
             index[i] = row.get(token, -1)
+    return index
+
+
+def vocabulary_units(donor: Aligned, target: Metadata, tokenizer: str | None) -> Tensor:
+    """[V, P, d]: the donor's vocabulary pairs for the target's tokens; the mean pair where it has none."""
+    pairs, index = donor.units["vocab"], vocabulary_rows(donor, target, tokenizer)
     return torch.where((index >= 0)[:, None, None], pairs[index], pairs.mean(0))

@@ -21,7 +21,7 @@ from zoo.decoder import Decoder, Layer
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.tensors import Metadata
-from zoo.units import addresses, scatter
+from zoo.units import addresses, energy, narrowed, principal_axes, scatter
 
 # Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
 CHUNK = 1024
@@ -80,34 +80,57 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         """A canonical decoder (float32, unit gains, untied head) of the requested shape. Its layers are generated
         when they are asked for, one in memory at a time; the same request gives the same bytes in any order."""
         context = self._context(request)
-        embed, head = self._vocabulary(request, context)
-        ones = torch.ones(request.metadata.width)
+        pairs = self._vocabulary(request, context)
+        axes = self._axes(request, context, pairs)
+        if axes is not None:
+            pairs = narrowed({"vocab": pairs}, axes)["vocab"]
+        width = request.metadata.width
         return Decoder(
             metadata=replace(request.metadata, tied=False),
-            embed=embed,
-            head=head,
-            layers=_Layers(self, request, context),  # type: ignore[arg-type]
-            gain={"final": ones},
+            embed=pairs[:, 0],
+            head=pairs[:, 1] * width**-0.5,
+            layers=_Layers(self, request, context, axes),  # type: ignore[arg-type]
+            gain={"final": torch.ones(width)},
         )
 
     def _context(self, request: Request) -> Tensor:
         told = self._told(request, "vocab", NOWHERE, "context")
         return self._solve(request, CONTEXT, "context", told, None, None)[0]
 
-    def _vocabulary(self, request: Request, context: Tensor) -> tuple[Tensor, Tensor]:
+    def _axes(self, request: Request, context: Tensor, pairs: Tensor) -> Tensor | None:
+        """[W, d] for a target narrower than the units of the zoo: the principal axes of what is generated, which takes
+        generating it once before it is written. None for the others."""
+        width = request.metadata.width
+        if width >= self.autoencoder.width:
+            return None
+        total = energy({"vocab": pairs}, width)
+        for index in range(request.metadata.layers):
+            total += energy(self._units(request, context, index), width)
+        return principal_axes(total, width)
+
+    def _vocabulary(self, request: Request, context: Tensor) -> Tensor:
+        """[V, 2, W], wider for a wider target."""
         shape = request.metadata
         names = request.tokens if request.tokens is not None else tuple(self.memory.config["tokens"])
         told = self._told(request, "vocab", addresses(shape)["vocab"], "vocab")
         strings = self.memory.rows(names)
         tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(strings), strings)
-        pairs = self._decode("vocab", tokens, request, "vocab")
-        return pairs[:, 0], pairs[:, 1] * shape.width**-0.5
+        return self._decode("vocab", tokens, request, "vocab")
+
+    def layer(self, request: Request, context: Tensor, axes: Tensor | None, index: int) -> Layer:
+        """One block, in the coordinates `axes` [W, d] if it is narrower than the zoo's units."""
+        shape = request.metadata
+        units = self._units(request, context, index)
+        if axes is not None:
+            units = narrowed(units, axes)
+        units["vocab"] = torch.zeros(shape.vocab, 2, shape.width)
+        return scatter(units, replace(shape, layers=1)).layers[0]
 
     @torch.no_grad()
-    def layer(self, request: Request, context: Tensor, index: int) -> Layer:
-        """One block, generated from its own random streams."""
+    def _units(self, request: Request, context: Tensor, index: int) -> dict[str, Tensor]:
+        """The units of a block, [N, P, W] by kind, generated from its own random streams."""
         shape = request.metadata
-        units = {"vocab": torch.zeros(shape.vocab, 2, shape.width)}
+        units = {}
         for kind in ("neuron", "qk", "vo"):
             layer, head, slot = (t.unflatten(0, (shape.layers, -1))[index] for t in addresses(shape)[kind])
             name = f"layer {index} {kind}"
@@ -118,7 +141,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
                 again = self._solve(request, kind, name + " siblings", told, context, tokens[first])
                 tokens = torch.where((first >= 0)[:, None], again, tokens)
             units[kind] = self._decode(kind, tokens, request, name)
-        return scatter(units, replace(shape, layers=1)).layers[0]
+        return units
 
     def _told(self, request: Request, kind: str, address: Address, name: str) -> Tensor:
         """The features of units, [N, FEATURES], or what the controls tell instead. `shape`: shape and quality of a
@@ -145,8 +168,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         return request.loss if request.loss is not None else self.memory.config["best_loss"]
 
     def _decode(self, kind: str, tokens: Tensor, request: Request, name: str) -> Tensor:
-        """Tokens [N, T] -> vectors [N, P, d]: the first d coordinates of whole units. Coordinates that no donor has get
-        noise of a tenth of the vector's own RMS: exact zeros would never leave zero."""
+        """Tokens [N, T] -> vectors [N, P, W], whole units whatever the target. Those of a wider target go on, in
+        coordinates that no donor has, with noise of a tenth of their own RMS: exact zeros would never leave zero."""
         width, known = request.metadata.width, self.autoencoder.width
         latents, norms = self.memory.scale[kind].from_token(tokens)
         device = self.autoencoder.device
@@ -155,7 +178,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             rms = vectors.norm(dim=-1, keepdim=True) / known**0.5
             noise = torch.randn(*vectors.shape[:2], width - known, generator=stream(request.seed, f"beyond {name}"))
             return torch.cat([vectors, 0.1 * rms * noise], dim=-1)
-        return vectors[..., :width]
+        return vectors
 
     def _solve(
         self,
@@ -219,9 +242,11 @@ class WeightDiffusionPipeline(DiffusionPipeline):
 class _Layers(Sequence[Layer]):
     """The layers of a request, made when asked for; the last one is kept."""
 
-    def __init__(self, pipeline: WeightDiffusionPipeline, request: Request, context: Tensor) -> None:
+    def __init__(
+        self, pipeline: WeightDiffusionPipeline, request: Request, context: Tensor, axes: Tensor | None
+    ) -> None:
         self.size = request.metadata.layers
-        self.make = lru_cache(maxsize=1)(lambda index: pipeline.layer(request, context, index))
+        self.make = lru_cache(maxsize=1)(lambda index: pipeline.layer(request, context, axes, index))
 
     def __len__(self) -> int:
         return self.size

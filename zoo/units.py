@@ -19,6 +19,7 @@ Letters: N units, P residual vectors per unit, d width, L layers, H query heads,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -160,6 +161,28 @@ def to_width(vectors: Tensor, width: int) -> Tensor:
     if width <= vectors.shape[-1]:
         return vectors[..., :width]
     return torch.nn.functional.pad(vectors, (0, width - vectors.shape[-1]))
+
+
+def energy(units: Mapping[str, Tensor], width: int) -> Tensor:
+    """float64 [D, D]: the second moment, summed over vectors [N, P, D] by kind, of a decoder of that width: its
+    readers weigh as they do in its tensors."""
+    total = torch.zeros(())
+    for kind, vectors in units.items():
+        for part, role in enumerate(ROLES[kind]):
+            rows = vectors[:, part].double()
+            total = total + rows.mT @ rows / (width if role in _READS else 1)
+    return total
+
+
+def principal_axes(energy: Tensor, width: int) -> Tensor:
+    """[D, width]: the orthonormal axes that hold most of an `energy` [D, D], largest first."""
+    return torch.linalg.eigh(energy).eigenvectors.flip(-1)[:, :width]
+
+
+def narrowed(units: Mapping[str, Tensor], axes: Tensor) -> dict[str, Tensor]:
+    """Vectors [N, P, D] by kind, turned to `axes` [D, d] and cut there: along the principal axes, the narrower model
+    that keeps most energy (slicing, 2401.15024)."""
+    return {kind: vectors @ axes.to(vectors.dtype) for kind, vectors in units.items()}
 
 
 def layer_map(source: int, target: int) -> Tensor:

@@ -28,10 +28,11 @@ from diffusion.views import contexts, mean_tokens, sibling, view_shape
 from headstart.generate import generate
 from tests.tiny import STD, config, make_zoo, role
 from zoo.blueprint import Blueprint
+from zoo.canonical import residual_vectors
 from zoo.errors import UserError
 from zoo.store import Zoo
 from zoo.tensors import Metadata
-from zoo.units import addresses
+from zoo.units import addresses, energy
 
 SMALL = {"steps": 60, "batch": 128, "hidden": 64, "blocks": 2, "pool": 8, "lr": 3e-3, "ema": 0.99, "quiet": True}
 
@@ -138,6 +139,23 @@ def test_a_wider_target_than_any_donor(pipeline: WeightDiffusionPipeline) -> Non
     beyond = decoder.layers[0].down[:, 32:]
     assert beyond.shape[1] == 16 and beyond.abs().min() > 0
     assert beyond.std() < 0.2 * decoder.layers[0].down[:, :32].std()
+
+
+def test_a_narrower_target_keeps_the_axes_of_most_energy(pipeline: WeightDiffusionPipeline) -> None:
+    shape = metadata(width=20, heads=4, kv_heads=4)
+    request = Request(shape, steps=4)
+    decoder = pipeline(request)
+    assert decoder.embed.shape == (48, 20) and decoder.layers[0].q.shape == (4, 8, 20)
+    rows = residual_vectors(decoder).double()
+    moment = rows.mT @ rows
+    held = moment.diagonal()
+    assert (moment - held.diag()).abs().max() < 1e-4 * held.max()  # principal axes: nothing is correlated,
+    assert (held[:-1] >= held[1:] * (1 - 1e-6)).all()  # the largest first
+    context = pipeline._context(request)
+    units = [{"vocab": pipeline._vocabulary(request, context)}]
+    units += [pipeline._units(request, context, index) for index in range(shape.layers)]
+    first = sum(float(energy(u, 20).diagonal()[:20].sum()) for u in units)
+    assert held.sum() > 1.02 * first  # more than the first coordinates of the same units
 
 
 def test_controls_change_what_is_generated(pipeline: WeightDiffusionPipeline) -> None:

@@ -9,9 +9,20 @@ import torch
 
 from tests.zoo.test_canonical import CONFIGS, IDS, decoder_of, in_own_dtype, logits, random_model
 from zoo.blueprint import Blueprint
-from zoo.canonical import canonicalise
+from zoo.canonical import canonicalise, residual_vectors
 from zoo.errors import UserError
-from zoo.units import ROLES, addresses, gather, require_units, resize, scatter, to_width
+from zoo.units import (
+    ROLES,
+    addresses,
+    energy,
+    gather,
+    narrowed,
+    principal_axes,
+    require_units,
+    resize,
+    scatter,
+    to_width,
+)
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-gqa-tied", "mistral", "llama-odd-head-dim", "phi3"])
@@ -37,6 +48,21 @@ def test_zero_padding_is_exact_growth_of_the_residual_stream() -> None:
     with torch.no_grad():
         expected = in_own_dtype(model)(IDS).logits
     assert (logits(grown, config, IDS) - expected).abs().max() < 1e-9
+
+
+def test_a_stream_that_needs_no_more_is_narrowed_without_loss() -> None:
+    model = random_model({**CONFIGS["llama-mha"], "rms_norm_eps": 1e-30})
+    canonical = canonicalise(decoder_of(model)[0]).decoder
+    width = canonical.metadata.width
+    turn = torch.linalg.qr(torch.randn(44, 44, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    hidden = {kind: to_width(unit.vectors, 44) @ turn for kind, unit in gather(canonical).items()}
+    found = narrowed(hidden, principal_axes(energy(hidden, width), width))
+    with torch.no_grad():
+        expected = in_own_dtype(model)(IDS).logits
+    again = scatter(found, canonical.metadata)
+    assert (logits(again, model.config, IDS) - expected).abs().max() < 1e-9
+    rows = residual_vectors(again)
+    assert torch.allclose(rows.mT @ rows, energy(found, width))  # what the axes weigh is what the tensors hold
 
 
 def test_cropping_undoes_padding() -> None:
