@@ -74,6 +74,13 @@ def features(kind: str, address: Address, metadata: Metadata, loss: float | None
     ).float()
 
 
+def layer_and_head(features: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [N] each: what `features` were told of units that have a layer and a head; 0 for what they have not."""
+    at = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES))
+    head, layer = (2.0 ** (2 * (features[:, at + i].double() + 1)) - 1 for i in (1, 2))
+    return layer.round().long(), head.round().long()
+
+
 def model_condition(metadata: Metadata, loss: float | None) -> Tensor:
     """[FEATURES]: the features of a whole model, for the context."""
     return features("vocab", NOWHERE, metadata, loss)[0]

@@ -65,12 +65,13 @@ class Candidates:
     log_prior: Tensor
 
 
-def of_same_string(log_prior: Tensor, wanted: Tensor | None, strings: Tensor | None) -> Tensor:
-    """A token whose string donors have is one of theirs of that string: [N, M] with -inf elsewhere. wanted int64 [N],
-    the string of each unit, -1 where it may be any; strings int64 [M], those of the bank. None: units without any."""
-    if wanted is None or strings is None:
+def of_group(log_prior: Tensor, wanted: Tensor | None, group: Tensor | None) -> Tensor:
+    """A token whose string donors have is one of theirs of that string, and a unit of a head is of the head that was
+    chosen for it: [N, M] with -inf elsewhere. wanted int64 [N], the group of each unit, -1 where it may be of any;
+    group int64 [M], those of the bank. None: units without any."""
+    if wanted is None or group is None:
         return log_prior
-    return log_prior.masked_fill((wanted[:, None] >= 0) & (wanted[:, None] != strings), -math.inf)
+    return log_prior.masked_fill((wanted[:, None] >= 0) & (wanted[:, None] != group), -math.inf)
 
 
 class Block(nn.Module):

@@ -18,7 +18,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from diffusion.conditions import FEATURES
+from diffusion.conditions import FEATURES, layer_and_head
+
+MOST_LAYERS = 1 << 16  # of a donor
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Bank:
     family: Tensor  # int64 [M]
     partners: Tensor | None = None  # [M, T]; None for contexts
     context: Tensor | None = None  # [M, X]; None for contexts
-    strings: Tensor | None = None  # int64 [M]: rows of the zoo's token strings; None for what is no token
+    group: Tensor | None = None  # int64 [M]: of a token, its string (a row of the zoo's); of Q/K and V/O, the head
+    block: Tensor | None = None  # int64 [M]: one number for each layer of each donor; None for what has no layer
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Bank:
         changed: dict[str, Any] = {k: None if t is None else change(t) for k, t in vars(self).items()}
@@ -110,12 +113,14 @@ class ZooMemory(ModelMixin, ConfigMixin):
         if kind == "context":
             buffers = (self.get_buffer(name) for name in ("contexts", "features_context", "families"))
             return Bank(*buffers)
-        donor = self.get_buffer(f"donor_{kind}")
+        donor, told = self.get_buffer(f"donor_{kind}"), self.get_buffer(f"features_{kind}")
+        layer, head = layer_and_head(told)
         return Bank(
             tokens=self.get_buffer(f"tokens_{kind}"),
-            features=self.get_buffer(f"features_{kind}"),
+            features=told,
             partners=self.get_buffer(f"partners_{kind}"),
             family=self.get_buffer("families")[donor],
             context=self.get_buffer("contexts")[donor],
-            strings=self.get_buffer("strings_vocab") if kind == "vocab" else None,
+            group=self.get_buffer("strings_vocab") if kind == "vocab" else None if kind == "neuron" else head,
+            block=None if kind == "vocab" else donor * MOST_LAYERS + layer,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from autoencoder.loading import load_component, local_folder
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import MODEL_FEATURES, NOWHERE, SHAPE_FEATURES, Address, features
-from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_same_string
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_group
 from diffusion.memory import Bank, ZooMemory
 from diffusion.views import sibling
 from zoo.decoder import Decoder, Layer
@@ -26,6 +26,7 @@ from zoo.units import addresses, energy, narrowed, principal_axes, scatter
 # Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
 CHUNK = 1024
 NEAREST = 64  # units of the bank that a unit may be like: those of highest prior
+ASKED = 256  # units of a kind whose priors choose the block that all of them are of
 CONDITIONS = ("true", "shape", "shuffled", "mean")
 
 
@@ -95,7 +96,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
 
     def _context(self, request: Request) -> Tensor:
         told = self._told(request, "vocab", NOWHERE, "context")
-        return self._solve(request, CONTEXT, "context", told, None, None)[0]
+        return self._solve(request, CONTEXT, "context", told, None, None, self.memory.bank(CONTEXT))[0]
 
     def _axes(self, request: Request, context: Tensor, pairs: Tensor) -> Tensor | None:
         """[W, d] for a target narrower than the units of the zoo: the principal axes of what is generated, which takes
@@ -114,7 +115,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         names = request.tokens if request.tokens is not None else tuple(self.memory.config["tokens"])
         told = self._told(request, "vocab", addresses(shape)["vocab"], "vocab")
         strings = self.memory.rows(names)
-        tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(strings), strings)
+        bank = self.memory.bank("vocab")
+        tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(strings), bank, strings)
         return self._decode("vocab", tokens, request, "vocab")
 
     def layer(self, request: Request, context: Tensor, axes: Tensor | None, index: int) -> Layer:
@@ -128,20 +130,92 @@ class WeightDiffusionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def _units(self, request: Request, context: Tensor, index: int) -> dict[str, Tensor]:
-        """The units of a block, [N, P, W] by kind, generated from its own random streams."""
+        """The units of a block, [N, P, W] by kind, generated from its own random streams. Each is like a unit that its
+        prior chooses, but all are of one block of one donor, and all of a head of one of its heads: what is half of
+        one head and half of another attends to nothing."""
         shape = request.metadata
-        units = {}
+        told, heads = {}, {}
         for kind in ("neuron", "qk", "vo"):
-            layer, head, slot = (t.unflatten(0, (shape.layers, -1))[index] for t in addresses(shape)[kind])
-            name = f"layer {index} {kind}"
-            told = self._told(request, kind, (layer, head, slot), name)
-            tokens = self._solve(request, kind, name, told, context, None)
-            first = sibling(replace(shape, layers=1), kind)  # query heads that share k and v are told the first's
-            if bool((first >= 0).any()):
-                again = self._solve(request, kind, name + " siblings", told, context, tokens[first])
-                tokens = torch.where((first >= 0)[:, None], again, tokens)
-            units[kind] = self._decode(kind, tokens, request, name)
-        return units
+            layer, heads[kind], slot = (t.unflatten(0, (shape.layers, -1))[index] for t in addresses(shape)[kind])
+            told[kind] = self._told(request, kind, (layer, heads[kind], slot), f"layer {index} {kind}")
+        banks = {kind: self.memory.bank(kind) for kind in told}
+        free = self.denoiser.config["bandwidth"] is None
+        if not free:
+            banks = self._block(request, told, context, banks, f"layer {index} block")
+
+        def solved(kind: str, name: str, partner: Tensor | None, wanted: dict[str, Tensor]) -> Tensor:
+            return self._solve(request, kind, name, told[kind], context, partner, banks[kind], wanted.get(kind))
+
+        def chosen(partners: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+            return {} if free else self._heads(request, told, heads, context, partners, banks, name)
+
+        wanted = chosen({}, f"layer {index} heads")
+        tokens = {kind: solved(kind, f"layer {index} {kind}", None, wanted) for kind in told}
+        if shape.heads > shape.kv_heads:  # query heads that share k and v are told the first's
+            first = {kind: sibling(replace(shape, layers=1), kind) for kind in ("qk", "vo")}
+            partners = {kind: tokens[kind][row] for kind, row in first.items()}
+            wanted = chosen(partners, f"layer {index} siblings")
+            for kind, row in first.items():
+                again = solved(kind, f"layer {index} {kind} siblings", partners[kind], wanted)
+                tokens[kind] = torch.where((row >= 0)[:, None], again, tokens[kind])
+        return {kind: self._decode(kind, tokens[kind], request, f"layer {index} {kind}") for kind in told}
+
+    def _block(
+        self, request: Request, told: dict[str, Tensor], context: Tensor, banks: dict[str, Bank], name: str
+    ) -> dict[str, Bank]:
+        """By kind, the units of one block of one donor, drawn from the mean of the priors of all units."""
+        total: Tensor | float = 0.0
+        found, of = {}, {}
+        for kind, bank in banks.items():
+            assert bank.block is not None
+            asked = torch.linspace(0, len(told[kind]) - 1, min(ASKED, len(told[kind]))).long()
+            prior = self._prior(request, kind, told[kind][asked], context, None, bank).mean(0)
+            found[kind], of[kind] = torch.unique(bank.block, return_inverse=True)  # the same ones for every kind
+            total = total + torch.zeros(len(found[kind])).index_add_(0, of[kind].cpu(), prior.cpu())
+        assert isinstance(total, Tensor)
+        block = int(torch.multinomial(total, 1, generator=stream(request.seed, name)))
+        return {kind: bank[of[kind] == block] for kind, bank in banks.items()}
+
+    def _heads(
+        self,
+        request: Request,
+        told: dict[str, Tensor],
+        heads: dict[str, Tensor],
+        context: Tensor,
+        partners: dict[str, Tensor],
+        banks: dict[str, Bank],
+        name: str,
+    ) -> dict[str, Tensor]:
+        """int64 [N] for Q/K and V/O: of the heads of the banks, the one for each unit, drawn for every head from the
+        mean of the priors of its units."""
+        total = torch.zeros(request.metadata.heads, 1)
+        for kind in ("qk", "vo"):
+            bank = banks[kind]
+            assert bank.group is not None
+            prior = self._prior(request, kind, told[kind], context, partners.get(kind), bank).cpu()
+            of_head = torch.zeros(len(prior), int(bank.group.max()) + 1).index_add_(1, bank.group.cpu(), prior)
+            total = total + torch.zeros(len(total), of_head.shape[1]).index_add_(0, heads[kind], of_head)
+        drawn = torch.multinomial(total, 1, generator=stream(request.seed, name))[:, 0]
+        return {kind: drawn[heads[kind]] for kind in ("qk", "vo")}
+
+    def _prior(
+        self, request: Request, kind: str, told: Tensor, context: Tensor, partner: Tensor | None, bank: Bank
+    ) -> Tensor:
+        """[N, M]: how likely each unit of a bank is for each of N that are told so much."""
+        bank = bank.to(self.denoiser.device)
+        condition = self._condition(request, kind, told, context, partner)
+        return self.denoiser.log_prior(kind, condition, self.denoiser.bank_told(kind, bank)).softmax(1)
+
+    def _condition(
+        self, request: Request, kind: str, told: Tensor, context: Tensor | None, partner: Tensor | None
+    ) -> Tensor:
+        """[N, H]: what the denoiser is told. told [N, FEATURES], context [X], partner [N, T]."""
+        device = self.denoiser.device
+        family = torch.full((len(told),), self.denoiser.family.get(request.metadata.architecture, 0), device=device)
+        shared = None if context is None else context.to(device).expand(len(told), -1)
+        return self.denoiser.told(
+            kind, told.to(device), family, shared, None if partner is None else partner.to(device)
+        )
 
     def _told(self, request: Request, kind: str, address: Address, name: str) -> Tensor:
         """The features of units, [N, FEATURES], or what the controls tell instead. `shape`: shape and quality of a
@@ -188,28 +262,27 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         told: Tensor,
         context: Tensor | None,
         partner: Tensor | None,
-        strings: Tensor | None = None,
+        bank: Bank,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Noise of stream (seed, name) -> tokens [N, T] on the CPU. told [N, FEATURES], context [X], partner [N, T],
-        strings int64 [N]."""
+        """Noise of stream (seed, name) -> tokens [N, T] on the CPU, each like one of the bank, of the group that is
+        wanted, int64 [N]. told [N, FEATURES], context [X], partner [N, T]."""
         denoiser: UnitDenoiser = self.denoiser
         device = denoiser.device
         noise = torch.randn(len(told), denoiser.config["tokens"][kind], generator=stream(request.seed, name))
-        bank = self.memory.bank(kind).to(device) if denoiser.config["bandwidth"] is not None else None
-        known = None if bank is None else denoiser.bank_told(kind, bank)
+        known = None
+        if denoiser.config["bandwidth"] is not None:
+            bank = bank.to(device)
+            known = denoiser.bank_told(kind, bank)
         out = []
         for start in range(0, len(told), CHUNK):
             rows = slice(start, start + CHUNK)
-            family = torch.full(
-                (len(told[rows]),), denoiser.family.get(request.metadata.architecture, 0), device=device
-            )
-            shared = None if context is None else context.to(device).expand(len(family), -1)
-            mate = None if partner is None else partner[rows].to(device)
-            condition = denoiser.told(kind, told[rows].to(device), family, shared, mate)
+            mate = None if partner is None else partner[rows]
+            condition = self._condition(request, kind, told[rows], context, mate)
             pair: list[Candidates | None] = [None, None]
-            if bank is not None and known is not None:
+            if known is not None:
                 free = denoiser.unconditional.expand_as(condition)
-                own = None if strings is None else strings[rows].to(device)
+                own = None if wanted is None else wanted[rows].to(device)
                 pair = [self._nearest(kind, condition, bank, known, own)]
                 pair += [self._nearest(kind, free, bank, known)] if request.guidance != 1.0 else []
             x = noise[rows].to(device) * (1.0 if kind == CONTEXT else request.temperature)
@@ -217,9 +290,9 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         return torch.cat(out)
 
     def _nearest(
-        self, kind: str, condition: Tensor, bank: Bank, known: Tensor, strings: Tensor | None = None
+        self, kind: str, condition: Tensor, bank: Bank, known: Tensor, wanted: Tensor | None = None
     ) -> Candidates:
-        log_prior = of_same_string(self.denoiser.log_prior(kind, condition, known), strings, bank.strings)
+        log_prior = of_group(self.denoiser.log_prior(kind, condition, known), wanted, bank.group)
         best = log_prior.topk(min(NEAREST, log_prior.shape[1]), dim=1)
         return Candidates(bank.tokens[best.indices], best.values)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import model_condition
-from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_same_string
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_group
 from diffusion.memory import Bank, ZooMemory
 from diffusion.pipeline import WeightDiffusionPipeline, scheduler
 from diffusion.views import View, contexts, donor_tokens, fit_scale, make_view, mean_tokens, view_shape
@@ -211,7 +211,7 @@ def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Bat
                     rng,
                     bank[drawn] if recipe.bandwidth is not None else None,
                     log_count,
-                    None if bank.strings is None else bank.strings[row],
+                    bank.group[row] if kind == "vocab" and bank.group is not None else None,
                 )
             )
         views = [pool[slot][1] for slot in torch.randint(recipe.pool, (CONTEXTS,), generator=rng).tolist()]
@@ -271,7 +271,7 @@ def batch_loss(denoiser: UnitDenoiser, batch: Batch) -> Tensor:
     if batch.bank is not None and batch.log_count is not None:
         wanted = torch.where(batch.conditional[:, None], told, denoiser.unconditional)
         log_prior = denoiser.log_prior(batch.kind, wanted, denoiser.bank_told(batch.kind, batch.bank))
-        log_prior = of_same_string(log_prior, batch.strings, batch.bank.strings)
+        log_prior = of_group(log_prior, batch.strings, batch.bank.group)
         candidates = Candidates(batch.bank.tokens, log_prior + batch.log_count)
     velocity = denoiser(batch.kind, batch.x, batch.sigma, told, candidates, batch.conditional)
     return (velocity - batch.target).square().mean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffusion.conditions import FEATURES
-from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, mixture_velocity, of_same_string
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, mixture_velocity, of_group
 from diffusion.pipeline import scheduler
 
 CENTRES = torch.tensor([[-1.0], [0.5], [2.0]], dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_the_solver_draws_from_the_mixture() -> None:
 
 def test_a_token_is_one_of_its_string() -> None:
     log_prior, strings = torch.randn(4, 6), torch.tensor([0, 1, 2, 1, 0, 3])
-    found = of_same_string(log_prior, torch.tensor([1, -1, 3, 0]), strings)
+    found = of_group(log_prior, torch.tensor([1, -1, 3, 0]), strings)
     assert torch.equal(
         found.isfinite(), torch.tensor([[0, 1, 0, 1, 0, 0], [1] * 6, [0] * 5 + [1], [1, 0, 0, 0, 1, 0]]).bool()
     )
