@@ -152,7 +152,8 @@ def test_a_narrower_target_keeps_the_axes_of_most_energy(pipeline: WeightDiffusi
     assert (moment - held.diag()).abs().max() < 1e-4 * held.max()  # principal axes: nothing is correlated,
     assert (held[:-1] >= held[1:] * (1 - 1e-6)).all()  # the largest first
     context = pipeline._context(request)
-    units = [{"vocab": pipeline._vocabulary(request, context)}]
+    with torch.no_grad():
+        units = [{"vocab": pipeline._vocabulary(request, context)}]
     units += [pipeline._units(request, context, index) for index in range(shape.layers)]
     first = sum(float(energy(u, 20).diagonal()[:20].sum()) for u in units)
     assert held.sum() > 1.02 * first  # more than the first coordinates of the same units
