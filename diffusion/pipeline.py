@@ -164,16 +164,14 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         self, request: Request, told: dict[str, Tensor], context: Tensor, banks: dict[str, Bank], name: str
     ) -> dict[str, Bank]:
         """By kind, the units of one block of one donor, drawn from the mean of the priors of all units."""
-        total: Tensor | float = 0.0
-        found, of = {}, {}
+        of, priors = {}, []
         for kind, bank in banks.items():
             assert bank.block is not None
+            blocks, of[kind] = torch.unique(bank.block, return_inverse=True)  # every kind has the same blocks
             asked = torch.linspace(0, len(told[kind]) - 1, min(ASKED, len(told[kind]))).long()
             prior = self._prior(request, kind, told[kind][asked], context, None, bank).mean(0)
-            found[kind], of[kind] = torch.unique(bank.block, return_inverse=True)  # the same ones for every kind
-            total = total + torch.zeros(len(found[kind])).index_add_(0, of[kind].cpu(), prior.cpu())
-        assert isinstance(total, Tensor)
-        block = int(torch.multinomial(total, 1, generator=stream(request.seed, name)))
+            priors.append(torch.zeros(len(blocks)).index_add_(0, of[kind].cpu(), prior.cpu()))
+        block = int(torch.multinomial(torch.stack(priors).sum(0), 1, generator=stream(request.seed, name)))
         return {kind: bank[of[kind] == block] for kind, bank in banks.items()}
 
     def _heads(

@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from autoencoder import training
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
-from tests.tiny import make_zoo
+from autoencoder.sampler import AutoencoderSampler
+from tests.tiny import config, donor, make_zoo
+from zoo.add import add
 from zoo.aligned import Aligned, align
+from zoo.blueprint import Blueprint
 from zoo.errors import UserError
 from zoo.store import Zoo
 from zoo.units import ROLES
@@ -78,8 +82,8 @@ def test_narrower_and_wider_units() -> None:
 
 def test_readers_are_weighed_by_what_the_writers_write(donors: list[Aligned]) -> None:
     units = [{k: v.clone() for k, v in d.units.items()} for d in donors]
-    for donor in units:
-        donor["neuron"][:, 2, 5] *= 10  # `down` writes loudly to coordinate 5
+    for of_donor in units:
+        of_donor["neuron"][:, 2, 5] *= 10  # `down` writes loudly to coordinate 5
     before, after = error_weights([d.units for d in donors], 32), error_weights(units, 32)
     assert after["qk"][0, 5] > 5 * before["qk"][0, 5]
     assert torch.allclose(after["vo"][1], before["vo"][1])  # what is written is weighed by the readers
@@ -149,3 +153,36 @@ def test_training_says_what_it_is_worth_beside_pca_and_resumes_to_the_same_bytes
     name = "diffusion_pytorch_model.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert not (cut / training.STATE).exists()
+
+
+def words(folder: Path, first: int) -> None:
+    """A tokenizer of 48 words, from number `first` on."""
+    vocabulary = {f"w{first + i}": i for i in range(48)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token=f"w{first}")).save(str(folder / "tokenizer.json"))
+
+
+def test_the_donor_knows_the_tokens_first_then_is_wide_good_and_near(tmp_path: Path) -> None:
+    """Of those that have recorded no loss the nearest in size, not the first by name."""
+    sizes = {"a": (32, 3), "b": (32, 2), "c": (24, 2), "stranger": (32, 2)}
+    folders = {
+        name: donor(tmp_path / name, i, hidden_size=w, layers=n) for i, (name, (w, n)) in enumerate(sizes.items())
+    }
+    for name, folder in folders.items():
+        words(folder, 40 if name == "stranger" else 0)
+        (folder / "facts.json").unlink()
+
+    def chosen(*names: str, width: int = 28) -> str:
+        path = tmp_path / "-".join((*names, str(width)))
+        add([str(folders[name]) for name in names], path, quiet=True)
+        (target := tmp_path / "target").mkdir(exist_ok=True)
+        words(target, 0)
+        sampler = AutoencoderSampler(model=str(coder), tokenizer=str(target))
+        return sampler.fit(Zoo.open(path), Blueprint.from_pretrained_config(config(width, 2))).donors[0]
+
+    add([str(folder) for folder in folders.values()], tmp_path / "zoo", quiet=True)
+    coder = training.train(tmp_path / "zoo", tmp_path / "coder", steps=2, device="cpu", quiet=True)
+    assert chosen("a", "b", "c", "stranger") == "b"
+    assert chosen("c", "stranger") == "c"  # narrower than the target, but it knows the tokens
+    assert chosen("a", "c", width=20) == "c"
+    (folders["a"] / "facts.json").write_text(json.dumps({"loss": 2.0}))
+    assert chosen("a", "b", width=24) == "a"

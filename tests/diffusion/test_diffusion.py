@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from autoencoder.loading import load_autoencoder
@@ -115,6 +116,35 @@ def test_query_heads_of_a_group_share_their_key(pipeline: WeightDiffusionPipelin
     own = torch.arange(index.numel()).view_as(index)
     assert (index[:, 1::2] == own[:, ::2]).all()
     assert (sibling(replace(shape, kv_heads=4), "vo") == -1).all()
+
+
+def test_a_block_is_of_one_block_and_a_head_of_one_head(pipeline: WeightDiffusionPipeline) -> None:
+    shape = metadata(width=32, layers=4, heads=6, kv_heads=3)  # the donors have two layers
+    seen: dict[str, list[Tensor]] = {"block": [], "neuron": [], "qk": [], "vo": []}
+    decode = pipeline._decode
+
+    def watching(kind: str, tokens: Tensor, request: Request, name: str) -> Tensor:
+        if kind != "vocab":
+            bank = pipeline.memory.bank(kind)
+            nearest = torch.cdist(tokens, bank.tokens).argmin(1)
+            assert bank.block is not None
+            seen["block"].append(bank.block[nearest])
+            if bank.group is not None:
+                seen[kind].append(bank.group[nearest].unflatten(0, (shape.heads, -1)))
+        return decode(kind, tokens, request, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_decode", watching)
+        for decoder in (pipeline(Request(shape, seed=seed, steps=8)) for seed in (0, 1)):
+            assert len([layer.q for layer in decoder.layers]) == 4
+    assert len(seen["block"]) == 3 * 8
+    for at in range(8):
+        of = torch.cat(seen["block"][3 * at : 3 * at + 3])
+        assert (of == of.mode().values).float().mean() > 0.98  # the noise may bring one nearer to a stranger
+        for q, v in zip(seen["qk"][at], seen["vo"][at], strict=True):
+            both = torch.cat([q, v])
+            assert (both == both.mode().values).float().mean() > 0.8
+    assert len(torch.stack([b.mode().values for b in seen["block"]]).unique()) > 1  # not the same for all layers
 
 
 def test_tokens_are_donors_tokens_of_the_same_string(pipeline: WeightDiffusionPipeline) -> None:
