@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -21,11 +21,12 @@ from zoo.decoder import Decoder, Layer
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.tensors import Metadata
-from zoo.units import addresses, energy, narrowed, principal_axes, scatter
+from zoo.units import ROLES, addresses, energy, narrowed, principal_axes, scatter
 
 # Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
 CHUNK = 1024
 NEAREST = 64  # units of the bank that a unit may be like: those of highest prior
+KEPT = 1 << 26  # numbers of a narrower target's units that are kept, so as not to be generated again
 ASKED = 256  # units of a kind whose priors choose the block that all of them are of
 CONDITIONS = ("true", "shape", "shuffled", "mean")
 
@@ -82,7 +83,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         when they are asked for, one in memory at a time; the same request gives the same bytes in any order."""
         context = self._context(request)
         pairs = self._vocabulary(request, context)
-        axes = self._axes(request, context, pairs)
+        units = lru_cache(maxsize=self._blocks_kept(request))(lambda index: self._units(request, context, index))
+        axes = self._axes(request, pairs, units)
         if axes is not None:
             pairs = narrowed({"vocab": pairs}, axes)["vocab"]
         width = request.metadata.width
@@ -90,7 +92,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             metadata=replace(request.metadata, tied=False),
             embed=pairs[:, 0],
             head=pairs[:, 1] * width**-0.5,
-            layers=_Layers(self, request, context, axes),  # type: ignore[arg-type]
+            layers=_Layers(request.metadata, units, axes),  # type: ignore[arg-type]
             gain={"final": torch.ones(width)},
         )
 
@@ -98,7 +100,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         told = self._told(request, "vocab", NOWHERE, "context")
         return self._solve(request, CONTEXT, "context", told, None, None, self.memory.bank(CONTEXT))[0]
 
-    def _axes(self, request: Request, context: Tensor, pairs: Tensor) -> Tensor | None:
+    def _axes(self, request: Request, pairs: Tensor, units: Callable[[int], dict[str, Tensor]]) -> Tensor | None:
         """[W, d] for a target narrower than the units of the zoo: the principal axes of what is generated, which takes
         generating it once before it is written. None for the others."""
         width = request.metadata.width
@@ -106,8 +108,16 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             return None
         total = energy({"vocab": pairs}, width)
         for index in range(request.metadata.layers):
-            total += energy(self._units(request, context, index), width)
+            total += energy(units(index), width)
         return principal_axes(total, width)
+
+    def _blocks_kept(self, request: Request) -> int:
+        """How many blocks' units are kept between the two times that a narrower target asks for them."""
+        if request.metadata.width >= self.autoencoder.width:
+            return 1
+        block = addresses(replace(request.metadata, layers=1, vocab=0))
+        numbers = sum(len(address[0]) * len(ROLES[kind]) for kind, address in block.items()) * self.autoencoder.width
+        return max(1, KEPT // numbers)
 
     def _vocabulary(self, request: Request, context: Tensor) -> Tensor:
         """[V, 2, W], wider for a wider target."""
@@ -118,15 +128,6 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         bank = self.memory.bank("vocab")
         tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(strings), bank, strings)
         return self._decode("vocab", tokens, request, "vocab")
-
-    def layer(self, request: Request, context: Tensor, axes: Tensor | None, index: int) -> Layer:
-        """One block, in the coordinates `axes` [W, d] if it is narrower than the zoo's units."""
-        shape = request.metadata
-        units = self._units(request, context, index)
-        if axes is not None:
-            units = narrowed(units, axes)
-        units["vocab"] = torch.zeros(shape.vocab, 2, shape.width)
-        return scatter(units, replace(shape, layers=1)).layers[0]
 
     @torch.no_grad()
     def _units(self, request: Request, context: Tensor, index: int) -> dict[str, Tensor]:
@@ -311,13 +312,19 @@ class WeightDiffusionPipeline(DiffusionPipeline):
 
 
 class _Layers(Sequence[Layer]):
-    """The layers of a request, made when asked for; the last one is kept."""
+    """The layers of a decoder of a shape, made of their units when asked for, in the coordinates `axes` [W, d] if it
+    is narrower than those; the last one is kept."""
 
-    def __init__(
-        self, pipeline: WeightDiffusionPipeline, request: Request, context: Tensor, axes: Tensor | None
-    ) -> None:
-        self.size = request.metadata.layers
-        self.make = lru_cache(maxsize=1)(lambda index: pipeline.layer(request, context, axes, index))
+    def __init__(self, shape: Metadata, units: Callable[[int], dict[str, Tensor]], axes: Tensor | None) -> None:
+        self.size = shape.layers
+
+        @lru_cache(maxsize=1)
+        def make(index: int) -> Layer:
+            found = units(index) if axes is None else narrowed(units(index), axes)
+            found = {**found, "vocab": torch.zeros(shape.vocab, 2, shape.width)}
+            return scatter(found, replace(shape, layers=1)).layers[0]
+
+        self.make = make
 
     def __len__(self) -> int:
         return self.size
