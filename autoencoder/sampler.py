@@ -35,7 +35,7 @@ class AutoencoderSampler(Sampler):
     needs: ClassVar[tuple[str, ...]] = ("donor", "model")
 
     donor: str | None = option(
-        None, "name of the donor; none: one that knows the tokens and is as wide, of lowest loss, nearest in size"
+        None, "name of the donor; none: by the share of tokens that it knows, as wide, of lowest loss, nearest in size"
     )
     model: str | None = option(None, "folder of the autoencoder, or of a pipeline that holds one")
     tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
@@ -81,7 +81,7 @@ class AutoencoderSampler(Sampler):
             if problem:
                 reasons.append(f"{aligned.name}: {problem}")
                 continue
-            known = (vocabulary_rows(aligned, target, self.tokenizer) >= 0).double().mean().item()
+            known = round((vocabulary_rows(aligned, target, self.tokenizer) >= 0).double().mean().item(), 1)
             narrower = max(0, target.width - aligned.metadata.width)
             loss = known_loss(aligned.facts)
             gap = size_gap(zoo.donor(aligned.name), blueprint)
@@ -110,7 +110,7 @@ class AutoencoderSampler(Sampler):
                 kind: coder.decode(kind, *coder.encode(kind, resized[kind].to(device)), width).cpu() for kind in ROLES
             }
         if width > target.width:
-            decoded = narrowed(decoded, principal_axes(energy(decoded, target.width), target.width))
+            decoded = narrowed(decoded, principal_axes(energy(decoded, target), target.width))
         decoder = scatter(decoded, target)
         yield from write_decoder(tie(decoder) if target.tied else decoder, blueprint)
 

@@ -81,6 +81,11 @@ def layer_and_head(features: Tensor) -> tuple[Tensor, Tensor]:
     return layer.round().long(), head.round().long()
 
 
+def query_heads_per_group(features: Tensor) -> int:
+    """Of the donor whose units' `features` [N, FEATURES] these are."""
+    return round(float(2.0 ** (features[0, 2] - features[0, 3]).double()))
+
+
 def model_condition(metadata: Metadata, loss: float | None) -> Tensor:
     """[FEATURES]: the features of a whole model, for the context."""
     return features("vocab", NOWHERE, metadata, loss)[0]

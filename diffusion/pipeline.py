@@ -1,4 +1,5 @@
-"""Generating a decoder: the model's context first, then its vocabulary, then every layer, unit by unit."""
+"""Generating a decoder: the model's context first, then its vocabulary, then every layer: which block and heads of the
+zoo it is like, then unit by unit."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from autoencoder.loading import load_component, local_folder
 from autoencoder.model import UnitAutoencoder
-from diffusion.conditions import MODEL_FEATURES, NOWHERE, SHAPE_FEATURES, Address, features
+from diffusion.conditions import MODEL_FEATURES, NOWHERE, SHAPE_FEATURES, Address, features, query_heads_per_group
 from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_group
 from diffusion.memory import Bank, ZooMemory
 from diffusion.views import sibling
@@ -80,7 +81,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(self, request: Request) -> Decoder:
         """A canonical decoder (float32, unit gains, untied head) of the requested shape. Its layers are generated
-        when they are asked for, one in memory at a time; the same request gives the same bytes in any order."""
+        when they are asked for, one in memory at a time; the same request gives the same bytes in any order. Those of
+        a target narrower than the zoo's units are generated here, and again where they are too large to be kept."""
         context = self._context(request)
         pairs = self._vocabulary(request, context)
         units = lru_cache(maxsize=self._blocks_kept(request))(lambda index: self._units(request, context, index))
@@ -106,18 +108,18 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         width = request.metadata.width
         if width >= self.autoencoder.width:
             return None
-        total = energy({"vocab": pairs}, width)
+        total = energy({"vocab": pairs}, request.metadata)
         for index in range(request.metadata.layers):
-            total += energy(units(index), width)
+            total += energy(units(index), request.metadata)
         return principal_axes(total, width)
 
     def _blocks_kept(self, request: Request) -> int:
-        """How many blocks' units are kept between the two times that a narrower target asks for them."""
+        """How many blocks' units are kept between the two times that a narrower target asks for them: all or none."""
         if request.metadata.width >= self.autoencoder.width:
-            return 1
+            return 0
         block = addresses(replace(request.metadata, layers=1, vocab=0))
         numbers = sum(len(address[0]) * len(ROLES[kind]) for kind, address in block.items()) * self.autoencoder.width
-        return max(1, KEPT // numbers)
+        return request.metadata.layers if numbers * request.metadata.layers <= KEPT else 0
 
     def _vocabulary(self, request: Request, context: Tensor) -> Tensor:
         """[V, 2, W], wider for a wider target."""
@@ -144,20 +146,16 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         if not free:
             banks = self._block(request, told, context, banks, f"layer {index} block")
 
-        def solved(kind: str, name: str, partner: Tensor | None, wanted: dict[str, Tensor]) -> Tensor:
+        wanted = {} if free else self._heads(request, told, heads, context, banks, f"layer {index} heads")
+
+        def solved(kind: str, name: str, partner: Tensor | None) -> Tensor:
             return self._solve(request, kind, name, told[kind], context, partner, banks[kind], wanted.get(kind))
 
-        def chosen(partners: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-            return {} if free else self._heads(request, told, heads, context, partners, banks, name)
-
-        wanted = chosen({}, f"layer {index} heads")
-        tokens = {kind: solved(kind, f"layer {index} {kind}", None, wanted) for kind in told}
+        tokens = {kind: solved(kind, f"layer {index} {kind}", None) for kind in told}
         if shape.heads > shape.kv_heads:  # query heads that share k and v are told the first's
             first = {kind: sibling(replace(shape, layers=1), kind) for kind in ("qk", "vo")}
-            partners = {kind: tokens[kind][row] for kind, row in first.items()}
-            wanted = chosen(partners, f"layer {index} siblings")
             for kind, row in first.items():
-                again = solved(kind, f"layer {index} {kind} siblings", partners[kind], wanted)
+                again = solved(kind, f"layer {index} {kind} siblings", tokens[kind][row])
                 tokens[kind] = torch.where((row >= 0)[:, None], again, tokens[kind])
         return {kind: self._decode(kind, tokens[kind], request, f"layer {index} {kind}") for kind in told}
 
@@ -181,21 +179,31 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         told: dict[str, Tensor],
         heads: dict[str, Tensor],
         context: Tensor,
-        partners: dict[str, Tensor],
         banks: dict[str, Bank],
         name: str,
     ) -> dict[str, Tensor]:
-        """int64 [N] for Q/K and V/O: of the heads of the banks, the one for each unit, drawn for every head from the
-        mean of the priors of its units."""
-        total = torch.zeros(request.metadata.heads, 1)
+        """int64 [N] for Q/K and V/O: of the heads of the banks, the one for each unit. For every KV head in turn one of
+        the donor's is drawn from the mean of the priors of its units, none twice before all are taken; its query heads
+        take that one's in their order."""
+        shape = request.metadata
+        total = torch.zeros(shape.heads, 1)
         for kind in ("qk", "vo"):
             bank = banks[kind]
             assert bank.group is not None
-            prior = self._prior(request, kind, told[kind], context, partners.get(kind), bank).cpu()
+            prior = self._prior(request, kind, told[kind], context, None, bank).cpu()
             of_head = torch.zeros(len(prior), int(bank.group.max()) + 1).index_add_(1, bank.group.cpu(), prior)
             total = total + torch.zeros(len(total), of_head.shape[1]).index_add_(0, heads[kind], of_head)
-        drawn = torch.multinomial(total, 1, generator=stream(request.seed, name))[:, 0]
-        return {kind: drawn[heads[kind]] for kind in ("qk", "vo")}
+        share, theirs = shape.heads // shape.kv_heads, query_heads_per_group(banks["qk"].features)
+        weights = total[::share].unflatten(1, (-1, theirs)).sum(2)  # [K, the donor's K]
+        rng, left = stream(request.seed, name), torch.ones(weights.shape[1])
+        first = []
+        for weight in weights:
+            left = left if left.any() else torch.ones_like(left)
+            drawn = int(torch.multinomial(weight.clamp_min(1e-12) * left, 1, generator=rng))
+            left[drawn] = 0
+            first.append(drawn * theirs)
+        wanted = (torch.tensor(first)[:, None] + torch.arange(share) % theirs).flatten()
+        return {kind: wanted[heads[kind]] for kind in ("qk", "vo")}
 
     def _prior(
         self, request: Request, kind: str, told: Tensor, context: Tensor, partner: Tensor | None, bank: Bank
@@ -283,7 +291,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
                 free = denoiser.unconditional.expand_as(condition)
                 own = None if wanted is None else wanted[rows].to(device)
                 pair = [self._nearest(kind, condition, bank, known, own)]
-                pair += [self._nearest(kind, free, bank, known)] if request.guidance != 1.0 else []
+                if request.guidance != 1.0:  # heads are chosen without it; of a string it is told, or of any
+                    pair.append(self._nearest(kind, free, bank, known, None if kind == "vocab" else own))
             x = noise[rows].to(device) * (1.0 if kind == CONTEXT else request.temperature)
             out.append(self._denoise(request, kind, x, condition, pair))
         return torch.cat(out)

@@ -163,20 +163,25 @@ def to_width(vectors: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(vectors, (0, width - vectors.shape[-1]))
 
 
-def energy(units: Mapping[str, Tensor], width: int) -> Tensor:
-    """float64 [D, D]: the second moment, summed over vectors [N, P, D] by kind, of a decoder of that width: its
-    readers weigh as they do in its tensors."""
+def energy(units: Mapping[str, Tensor], metadata: Metadata) -> Tensor:
+    """float64 [D, D]: the second moment, summed over vectors [N, P, D] by kind, of a decoder of that width and those
+    groups of heads: everything weighs as it does in its tensors."""
     total = torch.zeros(())
     for kind, vectors in units.items():
         for part, role in enumerate(ROLES[kind]):
             rows = vectors[:, part].double()
-            total = total + rows.mT @ rows / (width if role in _READS else 1)
+            held = metadata.width if role in _READS else 1
+            shared = metadata.heads // metadata.kv_heads if role in ("k", "v") else 1  # once per query head in units
+            total = total + rows.mT @ rows / (held * shared)
     return total
 
 
 def principal_axes(energy: Tensor, width: int) -> Tensor:
-    """[D, width]: the orthonormal axes that hold most of an `energy` [D, D], largest first."""
-    return torch.linalg.eigh(energy).eigenvectors.flip(-1)[:, :width]
+    """[D, width]: the orthonormal axes that hold most of an `energy` [D, D], largest first; the largest entry of each
+    is positive."""
+    axes = torch.linalg.eigh(energy).eigenvectors.flip(-1)[:, :width]
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    return axes * torch.where(largest < 0, -1.0, 1.0)
 
 
 def narrowed(units: Mapping[str, Tensor], axes: Tensor) -> dict[str, Tensor]:

@@ -134,6 +134,9 @@ def test_training_says_what_it_is_worth_beside_pca_and_resumes_to_the_same_bytes
         assert found["autoencoder"] == pytest.approx(found["pca"], rel=0.02)
         assert found["autoencoder_noised"] == pytest.approx(found["pca_noised"], rel=0.02)
         assert found["pca_noised"] > found["pca"]
+    exact = training.train(zoo.path, tmp_path / "exact", **settings, noise=0.0)
+    still = training.train(zoo.path, tmp_path / "still", **settings, lr=0.0)
+    assert len({(path / "diffusion_pytorch_model.safetensors").read_bytes() for path in (whole, exact, still)}) == 3
 
     real = training.batch
 

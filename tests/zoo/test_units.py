@@ -50,19 +50,22 @@ def test_zero_padding_is_exact_growth_of_the_residual_stream() -> None:
     assert (logits(grown, config, IDS) - expected).abs().max() < 1e-9
 
 
-def test_a_stream_that_needs_no_more_is_narrowed_without_loss() -> None:
-    model = random_model({**CONFIGS["llama-mha"], "rms_norm_eps": 1e-30})
+@pytest.mark.parametrize("name", ["llama-mha", "llama-gqa-tied"])
+def test_a_stream_that_needs_no_more_is_narrowed_without_loss(name: str) -> None:
+    model = random_model({**CONFIGS[name], "rms_norm_eps": 1e-30})
     canonical = canonicalise(decoder_of(model)[0]).decoder
     width = canonical.metadata.width
     turn = torch.linalg.qr(torch.randn(44, 44, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     hidden = {kind: to_width(unit.vectors, 44) @ turn for kind, unit in gather(canonical).items()}
-    found = narrowed(hidden, principal_axes(energy(hidden, width), width))
+    found = narrowed(hidden, principal_axes(energy(hidden, canonical.metadata), width))
     with torch.no_grad():
         expected = in_own_dtype(model)(IDS).logits
     again = scatter(found, canonical.metadata)
     assert (logits(again, model.config, IDS) - expected).abs().max() < 1e-9
     rows = residual_vectors(again)
-    assert torch.allclose(rows.mT @ rows, energy(found, width))  # what the axes weigh is what the tensors hold
+    assert torch.allclose(
+        rows.mT @ rows, energy(found, canonical.metadata)
+    )  # what the axes weigh is what the tensors hold
 
 
 def test_cropping_undoes_padding() -> None:
