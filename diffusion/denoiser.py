@@ -6,8 +6,8 @@ flow's velocity is known in closed form (2310.12395). adaLN-Zero blocks (DiT, 22
 they start at zero, and alone they are a plain diffusion.
 
 Units are independent given their condition, so the cost is linear in their number. What binds the units of a model is
-a context vector that all of them share and that is generated first, as a token of its own kind; what binds those of a
-block or a head is that the pipeline chooses one of the bank's for them all; and query heads of a group, the partner token.
+a context vector that all of them share and that is generated first, as a token of its own kind; those of a block or a
+head, that the pipeline chooses one of the bank's for them all; query heads of a group, the partner token.
 
 Letters: N units, M units of the bank, T token size of a kind, H hidden size, X context size.
 """
