@@ -20,7 +20,7 @@ from zoo.errors import UserError, unknown
 from zoo.sampler import Sampler, option
 from zoo.store import Zoo, size_gap
 from zoo.tensors import Metadata
-from zoo.text import read_vocabulary
+from zoo.text import read_vocabulary, rows_by_token
 from zoo.units import ROLES, energy, narrowed, principal_axes, require_unit_target, resize, scatter
 
 
@@ -65,6 +65,9 @@ class AutoencoderSampler(Sampler):
             )
         return load_autoencoder(self.model)
 
+    def _vocabulary(self) -> dict[str, int] | None:
+        return None if self.tokenizer is None else read_vocabulary(self.tokenizer)
+
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         target = require_unit_target(blueprint, "target")
         self._autoencoder = self._load()
@@ -72,6 +75,7 @@ class AutoencoderSampler(Sampler):
             raise UserError("autoencoder: needs a donor; give --zoo, or --donor with a folder or hub id")
         if self.donor is not None and self.donor not in {d.name for d in zoo.donors}:
             raise unknown("donor", self.donor, (d.name for d in zoo.donors))
+        vocabulary = self._vocabulary()
         reasons = []
         best: tuple[tuple[float, ...], Aligned] | None = None
         for aligned in align(zoo):
@@ -81,7 +85,7 @@ class AutoencoderSampler(Sampler):
             if problem:
                 reasons.append(f"{aligned.name}: {problem}")
                 continue
-            known = round((vocabulary_rows(aligned, target, self.tokenizer) >= 0).double().mean().item(), 1)
+            known = round((known_rows(aligned, target, vocabulary) >= 0).double().mean().item(), 1)
             narrower = max(0, target.width - aligned.metadata.width)
             loss = known_loss(aligned.facts)
             gap = size_gap(zoo.donor(aligned.name), blueprint)
@@ -99,7 +103,7 @@ class AutoencoderSampler(Sampler):
             raise RuntimeError("autoencoder: call fit before sample")
         donor, target = self._source, blueprint.metadata
         assert target is not None
-        units = {**donor.units, "vocab": vocabulary_units(donor, target, self.tokenizer)}
+        units = {**donor.units, "vocab": vocabulary_units(donor, target, self._vocabulary())}
         source = replace(donor.metadata, vocab=target.vocab)
         width = max(source.width, target.width)  # a narrower stream is cut at the end, along its own axes
         resized = resize(units, source, replace(target, width=width))
@@ -134,19 +138,16 @@ def misfit(donor: Metadata, target: Metadata, tokenizer: str | None) -> str | No
     return None
 
 
-def vocabulary_rows(donor: Aligned, target: Metadata, tokenizer: str | None) -> Tensor:
-    """int64 [V]: the donor's row for each of the target's tokens, by string; -1 where it has none."""
-    if tokenizer is None:
+def known_rows(donor: Aligned, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
+    """int64 [V]: the donor's row for each of the target's tokens, by string; -1 where it has none. No vocabulary: the
+    tokens are the donor's."""
+    if vocabulary is None:
         return torch.arange(target.vocab)
-    row = {token: i for i, token in enumerate(donor.tokens)}
-    index = torch.full((target.vocab,), -1)
-    for token, i in read_vocabulary(tokenizer).items():
-        if i < target.vocab:
-            index[i] = row.get(token, -1)
-    return index
+    own = {token: i for i, token in enumerate(donor.tokens)}
+    return rows_by_token(own, vocabulary, len(own), target.vocab)
 
 
-def vocabulary_units(donor: Aligned, target: Metadata, tokenizer: str | None) -> Tensor:
+def vocabulary_units(donor: Aligned, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
     """[V, P, d]: the donor's vocabulary pairs for the target's tokens; the mean pair where it has none."""
-    pairs, index = donor.units["vocab"], vocabulary_rows(donor, target, tokenizer)
+    pairs, index = donor.units["vocab"], known_rows(donor, target, vocabulary)
     return torch.where((index >= 0)[:, None, None], pairs[index], pairs.mean(0))

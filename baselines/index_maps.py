@@ -205,17 +205,6 @@ def flatten_heads(heads: Tensor, donor_head_dim: int, head_dim: Tensor) -> Tenso
     return (heads[:, None] * donor_head_dim + head_dim).flatten()
 
 
-def rows_by_token(donor: dict[str, int], target: dict[str, int], rows: int, wanted: int) -> Tensor:
-    """[wanted] int64: the donor's row for every token string of the target, -1 where the donor has none.
-
-    rows: of the donor's embedding; wanted: of the target's."""
-    index = torch.full((wanted,), -1)
-    for token, row in target.items():
-        if row < wanted and donor.get(token, rows) < rows:
-            index[row] = donor[token]
-    return index
-
-
 def past_the_end(index: Tensor, rows: int) -> Tensor:
     """-1 -> rows, rows + 1, …: the place of the rows that are appended to the donor's for what it lacks."""
     missing = index < 0

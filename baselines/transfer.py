@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from baselines.index_maps import Axis, Maps, changes, past_the_end, rope_pairs, rows_by_token, take
+from baselines.index_maps import Axis, Maps, changes, past_the_end, rope_pairs, take
 from zoo.blueprint import Blueprint
 from zoo.errors import UserError
 from zoo.sampler import Sampler, option
@@ -18,7 +18,7 @@ from zoo.single import kept, reopen
 from zoo.store import Donor, Zoo, unlikeness
 from zoo.streams import stream
 from zoo.tensors import Metadata, Part, TensorSpec, join, split
-from zoo.text import read_vocabulary
+from zoo.text import read_vocabulary, rows_by_token
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ Letters: M units of the bank, T token size, X context size, D donors, V tokens o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,14 +113,15 @@ class ZooMemory(ModelMixin, ConfigMixin):
         if kind == "context":
             buffers = (self.get_buffer(name) for name in ("contexts", "features_context", "families"))
             return Bank(*buffers)
-        donor, told = self.get_buffer(f"donor_{kind}"), self.get_buffer(f"features_{kind}")
-        layer, head = layer_and_head(told)
-        return Bank(
+        donor = self.get_buffer(f"donor_{kind}")
+        bank = Bank(
             tokens=self.get_buffer(f"tokens_{kind}"),
-            features=told,
+            features=self.get_buffer(f"features_{kind}"),
             partners=self.get_buffer(f"partners_{kind}"),
             family=self.get_buffer("families")[donor],
             context=self.get_buffer("contexts")[donor],
-            group=self.get_buffer("strings_vocab") if kind == "vocab" else None if kind == "neuron" else head,
-            block=None if kind == "vocab" else donor * MOST_LAYERS + layer,
         )
+        if kind == "vocab":
+            return replace(bank, group=self.get_buffer("strings_vocab"))
+        layer, head = layer_and_head(bank.features)
+        return replace(bank, group=None if kind == "neuron" else head, block=donor * MOST_LAYERS + layer)

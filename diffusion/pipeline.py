@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -85,11 +85,12 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         a target narrower than the zoo's units are generated here, and again where they are too large to be kept."""
         context = self._context(request)
         pairs = self._vocabulary(request, context)
-        units = lru_cache(maxsize=self._blocks_kept(request))(lambda index: self._units(request, context, index))
-        axes = self._axes(request, pairs, units)
-        if axes is not None:
+        units: Callable[[int], dict[str, Tensor]] = partial(self._units, request, context)
+        width, axes = request.metadata.width, None
+        if width < self.autoencoder.width:
+            units = cache(units) if self._size(request.metadata) <= KEPT else units
+            axes = self._axes(request.metadata, pairs, units)
             pairs = narrowed({"vocab": pairs}, axes)["vocab"]
-        width = request.metadata.width
         return Decoder(
             metadata=replace(request.metadata, tied=False),
             embed=pairs[:, 0],
@@ -102,24 +103,19 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         told = self._told(request, "vocab", NOWHERE, "context")
         return self._solve(request, CONTEXT, "context", told, None, None, self.memory.bank(CONTEXT))[0]
 
-    def _axes(self, request: Request, pairs: Tensor, units: Callable[[int], dict[str, Tensor]]) -> Tensor | None:
+    def _axes(self, shape: Metadata, pairs: Tensor, units: Callable[[int], dict[str, Tensor]]) -> Tensor:
         """[W, d] for a target narrower than the units of the zoo: the principal axes of what is generated, which takes
-        generating it once before it is written. None for the others."""
-        width = request.metadata.width
-        if width >= self.autoencoder.width:
-            return None
-        total = energy({"vocab": pairs}, request.metadata)
-        for index in range(request.metadata.layers):
-            total += energy(units(index), request.metadata)
-        return principal_axes(total, width)
+        generating it once before it is written."""
+        total = energy({"vocab": pairs}, shape)
+        for index in range(shape.layers):
+            total += energy(units(index), shape)
+        return principal_axes(total, shape.width)
 
-    def _blocks_kept(self, request: Request) -> int:
-        """How many blocks' units are kept between the two times that a narrower target asks for them: all or none."""
-        if request.metadata.width >= self.autoencoder.width:
-            return 0
-        block = addresses(replace(request.metadata, layers=1, vocab=0))
-        numbers = sum(len(address[0]) * len(ROLES[kind]) for kind, address in block.items()) * self.autoencoder.width
-        return request.metadata.layers if numbers * request.metadata.layers <= KEPT else 0
+    def _size(self, shape: Metadata) -> int:
+        """Numbers in the units of all blocks of a shape, as wide as the zoo's."""
+        block = addresses(replace(shape, layers=1, vocab=0))
+        vectors = sum(len(address[0]) * len(ROLES[kind]) for kind, address in block.items())
+        return shape.layers * vectors * self.autoencoder.width
 
     def _vocabulary(self, request: Request, context: Tensor) -> Tensor:
         """[V, 2, W], wider for a wider target."""
@@ -142,19 +138,18 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             layer, heads[kind], slot = (t.unflatten(0, (shape.layers, -1))[index] for t in addresses(shape)[kind])
             told[kind] = self._told(request, kind, (layer, heads[kind], slot), f"layer {index} {kind}")
         banks = {kind: self.memory.bank(kind) for kind in told}
-        free = self.denoiser.config["bandwidth"] is None
-        if not free:
+        wanted: dict[str, Tensor] = {}
+        if self.denoiser.config["bandwidth"] is not None:
             banks = self._block(request, told, context, banks, f"layer {index} block")
-
-        wanted = {} if free else self._heads(request, told, heads, context, banks, f"layer {index} heads")
+            wanted = self._heads(request, told, heads, context, banks, f"layer {index} heads")
 
         def solved(kind: str, name: str, partner: Tensor | None) -> Tensor:
             return self._solve(request, kind, name, told[kind], context, partner, banks[kind], wanted.get(kind))
 
         tokens = {kind: solved(kind, f"layer {index} {kind}", None) for kind in told}
         if shape.heads > shape.kv_heads:  # query heads that share k and v are told the first's
-            first = {kind: sibling(replace(shape, layers=1), kind) for kind in ("qk", "vo")}
-            for kind, row in first.items():
+            for kind in ("qk", "vo"):
+                row = sibling(replace(shape, layers=1), kind)
                 again = solved(kind, f"layer {index} {kind} siblings", tokens[kind][row])
                 tokens[kind] = torch.where((row >= 0)[:, None], again, tokens[kind])
         return {kind: self._decode(kind, tokens[kind], request, f"layer {index} {kind}") for kind in told}
@@ -163,15 +158,15 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         self, request: Request, told: dict[str, Tensor], context: Tensor, banks: dict[str, Bank], name: str
     ) -> dict[str, Bank]:
         """By kind, the units of one block of one donor, drawn from the mean of the priors of all units."""
-        of, priors = {}, []
+        priors = []
         for kind, bank in banks.items():
             assert bank.block is not None
-            blocks, of[kind] = torch.unique(bank.block, return_inverse=True)  # every kind has the same blocks
+            blocks, of = torch.unique(bank.block, return_inverse=True)  # every kind has the same blocks
             asked = torch.linspace(0, len(told[kind]) - 1, min(ASKED, len(told[kind]))).long()
-            prior = self._prior(request, kind, told[kind][asked], context, None, bank).mean(0)
-            priors.append(torch.zeros(len(blocks)).index_add_(0, of[kind].cpu(), prior.cpu()))
-        block = int(torch.multinomial(torch.stack(priors).sum(0), 1, generator=stream(request.seed, name)))
-        return {kind: bank[of[kind] == block] for kind, bank in banks.items()}
+            prior = self._prior(request, kind, told[kind][asked], context, bank).mean(0)
+            priors.append(torch.zeros(len(blocks)).index_add_(0, of.cpu(), prior.cpu()))
+        block = blocks[torch.multinomial(torch.stack(priors).sum(0), 1, generator=stream(request.seed, name))]
+        return {kind: bank[bank.block == block] for kind, bank in banks.items()}
 
     def _heads(
         self,
@@ -190,7 +185,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         for kind in ("qk", "vo"):
             bank = banks[kind]
             assert bank.group is not None
-            prior = self._prior(request, kind, told[kind], context, None, bank).cpu()
+            prior = self._prior(request, kind, told[kind], context, bank).cpu()
             of_head = torch.zeros(len(prior), int(bank.group.max()) + 1).index_add_(1, bank.group.cpu(), prior)
             total = total + torch.zeros(len(total), of_head.shape[1]).index_add_(0, heads[kind], of_head)
         share, theirs = shape.heads // shape.kv_heads, query_heads_per_group(banks["qk"].features)
@@ -205,12 +200,10 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         wanted = (torch.tensor(first)[:, None] + torch.arange(share) % theirs).flatten()
         return {kind: wanted[heads[kind]] for kind in ("qk", "vo")}
 
-    def _prior(
-        self, request: Request, kind: str, told: Tensor, context: Tensor, partner: Tensor | None, bank: Bank
-    ) -> Tensor:
+    def _prior(self, request: Request, kind: str, told: Tensor, context: Tensor, bank: Bank) -> Tensor:
         """[N, M]: how likely each unit of a bank is for each of N that are told so much."""
         bank = bank.to(self.denoiser.device)
-        condition = self._condition(request, kind, told, context, partner)
+        condition = self._condition(request, kind, told, context, None)
         return self.denoiser.log_prior(kind, condition, self.denoiser.bank_told(kind, bank)).softmax(1)
 
     def _condition(

@@ -179,6 +179,7 @@ def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Bat
     pool: dict[int, tuple[int, View]] = {}
     banks = {kind: material.memory.bank(kind) for kind in (*SHARES, CONTEXT)}
     families, contexts_of = material.memory.get_buffer("families"), material.memory.get_buffer("contexts")
+    strings = material.memory.get_buffer("strings_vocab")
     for step in range(start, recipe.steps):
         rng = stream(recipe.seed, f"step {step}")
         for slot in range(recipe.pool):
@@ -211,7 +212,7 @@ def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Bat
                     rng,
                     bank[drawn] if recipe.bandwidth is not None else None,
                     log_count,
-                    bank.group[row] if kind == "vocab" and bank.group is not None else None,
+                    strings[row] if kind == "vocab" else None,
                 )
             )
         views = [pool[slot][1] for slot in torch.randint(recipe.pool, (CONTEXTS,), generator=rng).tolist()]

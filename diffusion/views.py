@@ -1,8 +1,8 @@
 """Training data of the diffusion: donors as tokens, at many shapes.
 
 Every donor yields endless valid sub-networks and growths (its most important neurons and groups, some of its layers,
-copies that share what they write): a *view* is a donor addressed as if it had another
-shape. The width of a view only shows in its metadata: tokens are whole units, narrowed when they are written.
+copies that share what they write): a *view* is a donor addressed as if it had another shape. The width of a view only
+shows in its metadata: tokens are whole units, narrowed when they are written.
 
 Letters: N units, P residual vectors per unit, R latent size, T = R + P token size, X context size, V tokens.
 """

@@ -142,6 +142,17 @@ def read_vocabulary(tokenizer: str | Path) -> dict[str, int]:
         raise UserError(f"{path}: is no tokenizer ({_reason(error)}); save it again with save_pretrained") from error
 
 
+def rows_by_token(donor: dict[str, int], target: dict[str, int], rows: int, wanted: int) -> Tensor:
+    """[wanted] int64: the donor's row for every token string of the target, -1 where the donor has none.
+
+    rows: of the donor's embedding; wanted: of the target's."""
+    index = torch.full((wanted,), -1)
+    for token, row in target.items():
+        if row < wanted and donor.get(token, rows) < rows:
+            index[row] = donor[token]
+    return index
+
+
 def _reason(error: Exception) -> str:
     lines = str(error).splitlines()
     return f"{lines[0] if lines else type(error).__name__}"[:200]

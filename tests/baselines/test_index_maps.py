@@ -20,7 +20,6 @@ from baselines.index_maps import (
     past_the_end,
     random_subset,
     rope_pairs,
-    rows_by_token,
     shares,
     spread_queries,
     take,
@@ -29,6 +28,7 @@ from baselines.index_maps import (
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.tensors import Metadata, Part
+from zoo.text import rows_by_token
 
 
 def published_rule(t: int, s: int) -> list[int]:

@@ -63,9 +63,8 @@ def test_a_stream_that_needs_no_more_is_narrowed_without_loss(name: str) -> None
     again = scatter(found, canonical.metadata)
     assert (logits(again, model.config, IDS) - expected).abs().max() < 1e-9
     rows = residual_vectors(again)
-    assert torch.allclose(
-        rows.mT @ rows, energy(found, canonical.metadata)
-    )  # what the axes weigh is what the tensors hold
+    held = energy(found, canonical.metadata)
+    assert torch.allclose(rows.mT @ rows, held)  # what the axes weigh is what the tensors hold
 
 
 def test_cropping_undoes_padding() -> None:
