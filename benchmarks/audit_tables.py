@@ -65,7 +65,7 @@ def conditioning(found: Found) -> str:
             if control not in e or not e[control]["curves"]:
                 cells += ["–", "–"]
                 continue
-            gap, _ = beside(e[control], own, c.steps)
+            gap, _ = beside(e[control], own)
             cells += [f"{e[control]['step0_loss']:.2f}", f"{gap['mean']:+.3f} ± {half(gap):.3f}"]
         final = own["final_loss"]["mean"]
         lines.append(

@@ -6,7 +6,7 @@
         interrupted. Without --data (a folder of real models and texts) C and Shakespeare are left out. --hours:
         begins nothing after that time.
     python -m benchmarks.head_start --work DIR --small
-        one target, the eight strongest methods, two learning rates: at most forty minutes on two cores, into DIR
+        one target, the eight strongest methods, two learning rates: a quarter of an hour on two cores, into DIR
     python -m benchmarks.head_start --tables
         writes BENCHMARKS.md and the tables of the READMEs again from the committed figures
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import audits, costs, rows, scored, tables, tasks
+from benchmarks import audits, costs, donors, rows, scored, tables, tasks
 from benchmarks.tasks import Comparison
 from headstart.compare import compare
 from headstart.generate import versions
@@ -74,7 +74,7 @@ def measure(comparison: Comparison, work: Path, data: Path | None, small: bool =
     return results
 
 
-def keep(results: dict[str, Any], comparison: Comparison, work: Path) -> None:
+def keep(results: dict[str, Any], comparison: Comparison, work: Path, data: Path | None) -> None:
     """What the rows do not say, in FACTS: what was compared on what, by which versions, who refused."""
     facts = read_facts()
     facts["versions"] = versions() | {"python": platform.python_version()}
@@ -85,6 +85,8 @@ def keep(results: dict[str, Any], comparison: Comparison, work: Path) -> None:
     own = audits.identity(*(tasks.paths(work, comparison.zoo)[key] for key in ("zoo", "model")))
     facts.setdefault("made_from", {})[comparison.zoo] = own
     about = {key: results[key] for key in KEPT} | {"runs": rows.digest(results["runs"]), "made_from": own}
+    target = tasks.target_folder(work, comparison, data)
+    about["as_they_are"] = donors.as_they_are(zoo, target, _corpus(work, comparison.text, data))
     facts.setdefault("comparisons", {})[comparison.name] = about
     write_facts(facts)
 
@@ -181,7 +183,7 @@ def main() -> None:
         for comparison in tasks.comparisons():
             if wanted(comparison, a.data, a.only) and in_time():
                 print(comparison.name, flush=True)
-                keep(measure(comparison, a.work, a.data), comparison, a.work)
+                keep(measure(comparison, a.work, a.data), comparison, a.work, a.data)
         for audit in scored.AUDITS:
             if (audit in a.only or not a.only) and in_time():
                 print(audit, flush=True)

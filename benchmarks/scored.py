@@ -71,16 +71,19 @@ def ranked(found: Iterable[Entries]) -> list[str]:
     return sorted(gains, key=lambda name: (-len(gains[name]), fmean(gains[name]) if gains[name] else 0.0))
 
 
-def beside(entry: Mapping[str, Any], other: Mapping[str, Any], budget: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def beside(entry: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(difference of final losses, {steps, ratio} to the final loss of the other), both paired by seed. {} for each
     where one of the two has no result."""
     if not entry["curves"] or not other["curves"]:
         return {}, {}
-    pairs = list(zip(entry["curves"], other["curves"], strict=True))
-    ends = [curve["losses"][-1] for _, curve in pairs]
-    steps = [crossing(own["steps"], own["losses"], end) for (own, _), end in zip(pairs, ends, strict=True)]
-    gap = interval([own["losses"][-1] - end for (own, _), end in zip(pairs, ends, strict=True)])
-    return gap, {"steps": steps, "ratio": speedup(budget, steps)}
+    ends = [curve["losses"][-1] for curve in other["curves"]]
+    gap = interval([own["losses"][-1] - end for own, end in zip(entry["curves"], ends, strict=True)])
+    now, before = (_steps_to(curves, ends) for curves in (entry["curves"], other["curves"]))
+    return gap, {"steps": now, "ratio": speedup([steps or 0.0 for steps in before], now)}
+
+
+def _steps_to(curves: Sequence[Mapping[str, Any]], losses: Sequence[float]) -> list[float | None]:
+    return [crossing(curve["steps"], curve["losses"], loss) for curve, loss in zip(curves, losses, strict=True)]
 
 
 def half(stats: Mapping[str, Any]) -> float:

@@ -17,11 +17,12 @@ from benchmarks.scored import Entries, Facts, Found, Rows, beside, half, ranked
 from headstart import methods
 from headstart.findings import fewer
 from headstart.scores import REFERENCE
+from zoo.blueprint import Blueprint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, DETAILS, FIGURES = ROOT / "BENCHMARKS.md", ROOT / "benchmarks" / "details.md", ROOT / "benchmarks" / "figures"
 GENERATOR = "diffusion"
-STABLE = 0.1  # nats above its best rate, up to which a rate counts as borne; as much as seeds differ by
+BORNE = (0.1, 0.25)  # nats above the loss at a method's best rate, up to which a rate counts as borne
 
 
 def write(rows: Rows, facts: Facts) -> None:
@@ -58,6 +59,7 @@ def head_starts(task: str, text: str, budget: str) -> Callable[[Found], str]:
             "| method | " + " | ".join(c.target for c in chosen) + " |",
             "|---" * (len(chosen) + 1) + "|",
             f"| {REFERENCE}, tuned | " + " | ".join(_reference(e[REFERENCE]) for e in chosen.values()) + " |",
+            "| best donor, as it is | " + " | ".join(_copy(found.facts["comparisons"][c.name]) for c in chosen) + " |",
         ]
         for name in ranked(chosen.values()):
             cells = [
@@ -73,7 +75,15 @@ def _reference(entry: dict[str, Any]) -> str:
     loss = entry["final_loss"]
     if loss["mean"] is None:
         return "diverged"
-    return f"{loss['mean']:.3f} ± {half(loss):.3f} ({_rate(entry)}, scale {_scale(entry)})"
+    plain = [end for end in entry["scales"].get("1", {}).values() if end is not None]
+    told = f"; {min(plain):.3f} at scale 1" if plain else ""
+    return f"{loss['mean']:.3f} ± {half(loss):.3f} ({_rate(entry)}, scale {_scale(entry)}{told})"
+
+
+def _copy(about: Facts) -> str:
+    """The lowest loss of a donor that has the target's tokens."""
+    known = [loss for loss in about["as_they_are"].values() if loss is not None]
+    return f"{min(known):.3f}" if known else "–"
 
 
 def _rate(entry: dict[str, Any]) -> str:
@@ -112,7 +122,7 @@ def rivals(found: Found) -> str:
         cells = [f"{c.task} {c.target}, {c.text}, {c.budget}"]
         for donors in (False, True):
             best = _best(e, donors)
-            gap, ahead = beside(e[GENERATOR], e[best], c.steps)
+            gap, ahead = beside(e[GENERATOR], e[best])
             before = "" if best == REFERENCE else f" ({_gap(e[best]['difference'])})"
             cells += [best + before, _gap(gap), fewer(ahead) if ahead else "–"]
         lines.append("| " + " | ".join(cells[:-1]) + " |")
@@ -120,6 +130,26 @@ def rivals(found: Found) -> str:
         return ""
     heads = "| comparison | best without donors | diffusion minus it | fewer steps | best with | diffusion minus it |"
     return "\n".join([heads, "|---" * 6 + "|", *lines])
+
+
+def each_donor(found: Found) -> str:
+    """What the choice of the donor is worth: one method with every donor of the zoo, and the diffusion beside it."""
+    done = {c.budget: c for c in found.entries if (c.task, c.target) == ("A", tasks.REPEATED)}
+    if "donors" not in done or "long" not in done or GENERATOR not in found.entries[done["long"]]:
+        return ""
+    entries, own = found.entries[done["donors"]], found.entries[done["long"]][GENERATOR]
+    alone = found.facts["comparisons"][done["donors"].name]["as_they_are"]
+    lines = ["| donor | its loss as it is | final loss (learning rate) | diffusion minus it |", "|---" * 4 + "|"]
+    for name in ranked([entries]):
+        if name not in entries or entries[name]["final_loss"]["mean"] is None:
+            continue
+        e, donor = entries[name], name.partition("donor=")[2]
+        loss = e["final_loss"]
+        lines.append(
+            f"| {donor} | {alone[donor]:.3f} | {loss['mean']:.3f} ± {half(loss):.3f} ({_rate(e)}) "
+            f"| {_gap(beside(own, e)[0])} |"
+        )
+    return "\n".join(lines)
 
 
 def _best(entries: Entries, donors: bool) -> str:
@@ -141,18 +171,19 @@ def overview(found: Found) -> str:
     facts = found.facts
     if not found.entries:
         return ""
-    lines = ["| comparison | target | parameters | text | steps | donors |", "|---|---|---|---|---|---|"]
+    lines = ["| comparison | target | parameters | text | steps | FLOPs | donors |", "|---" * 7 + "|"]
     for c in found.entries:
         about = facts["comparisons"][c.name]
-        t = about["target"]
+        m = Blueprint.from_config(about["target"]).metadata
+        assert m is not None
         shape = (
-            f"{t['num_hidden_layers']} layers, {t['hidden_size']} wide, {t['num_attention_heads']} heads "
-            f"({t['num_key_value_heads']} kv) of {t['head_dim']}, FFN {t['intermediate_size']}, "
-            f"{t['vocab_size']} tokens{', tied' if t['tie_word_embeddings'] else ''}"
+            f"{m.layers} layers, {m.width} wide, {m.heads} heads ({m.kv_heads} kv) of {m.head_dim}, FFN {m.ffn}, "
+            f"{m.vocab} tokens{', tied' if m.tied else ''}{'' if m.architecture == 'llama' else ', ' + m.architecture}"
         )
+        flops = 6 * about["parameters"] * about["steps"] * about["batch_size"] * about["sequence"]
         lines.append(
             f"| {c.task} {c.target}, {c.budget} | {shape} | {about['parameters']:,} "
-            f"| {c.text} ({c.tokenizer}) | {about['steps']} | {len(facts['zoos'][c.zoo])} {c.zoo} |"
+            f"| {c.text} ({c.tokenizer}) | {about['steps']} | {flops:.2g} | {len(facts['zoos'][c.zoo])} {c.zoo} |"
         )
     told = []
     for zoo, donors in facts["zoos"].items():
@@ -185,7 +216,8 @@ def per_method(found: Found) -> str:
                 lines.append(f"| {name}, on {cost['target']} | {spent} | {memory} " + "| – " * 8 + "|")
             continue
         flops = "unknown" if e["donor_cost"] is None else f"{e['donor_cost']:.2g}" if e["donor_cost"] else "0"
-        stable = largest_stable([r for r in ladder if r["method"] == name])
+        own = [r for r in ladder if r["method"] == name]
+        stable = "; ".join(largest_borne(own, within) for within in BORNE)
         lines.append(
             f"| {name} | {spent} | {memory} | {len(e['donors'])} | {flops} | {e['step0_loss']:.2f} | {_rate(e)} "
             f"| {stable} | {e['grad_spikes']:.1f} | {e['max_grad_norm']:.1f} | {_growth(e)} |"
@@ -199,32 +231,24 @@ def _growth(entry: dict[str, Any]) -> str:
     return ", ".join(f"{rms[when][1]:.2g} to {rms[when][-2]:.2g}" for when in ("start", "end"))
 
 
-def largest_stable(runs: Rows) -> str:
-    """Of a method's rows of the ladder: the largest rate up to which every seed ends finite and within STABLE of the
-    lowest loss that any rate gives it on average; of the default's scales, the one with the best such loss."""
+def largest_borne(runs: Rows, within: float) -> str:
+    """Of a method's rows of the ladder: the largest rate up to which every seed ends finite and within so many nats of
+    what the method's best rate gives that seed; of the default's scales, the one with the best mean."""
     if not runs:
         return "–"
-    finals: dict[float, dict[float, list[float | None]]] = {}
+    finals: dict[float, dict[float, dict[int, float]]] = {}
     for r in runs:
-        final = None if r["diverged"] is not None else r["losses"][-1]
-        finals.setdefault(r["scale"], {}).setdefault(r["lr"], []).append(final)
-    best = {
-        scale: min((fmean(ends) for ends in of.values() if None not in ends), default=None)  # type: ignore[type-var,arg-type]
-        for scale, of in finals.items()
-    }
-    usable = {scale: loss for scale, loss in best.items() if loss is not None}
-    if not usable:
+        ends = finals.setdefault(r["scale"], {}).setdefault(r["lr"], {})
+        ends[r["seed"]] = math.inf if r["diverged"] is not None else r["losses"][-1]
+    means = {(scale, lr): fmean(ends.values()) for scale, of in finals.items() for lr, ends in of.items()}
+    scale, best = min(means, key=lambda key: means[key])
+    if not math.isfinite(means[scale, best]):
         return "none"
-    scale = min(usable, key=lambda s: usable[s])
-    borne = None
-    for lr in sorted(finals[scale]):
-        if not all(final is not None and final <= usable[scale] + STABLE for final in finals[scale][lr]):
-            if borne is None and lr < max(tasks.LRS["ladder"]):  # too small a rate is no sign of instability
-                continue
+    least, borne = finals[scale][best], best
+    for lr in sorted(lr for lr in finals[scale] if lr > best):
+        if any(loss > least[seed] + within for seed, loss in finals[scale][lr].items()):
             break
         borne = lr
-    if borne is None:
-        return "none"
     return f"{borne:g}" + (" or more" if borne == max(tasks.LRS["ladder"]) else "")
 
 
@@ -236,7 +260,9 @@ def details(found: Found) -> str:
         if c.budget == "ladder":
             continue
         levels = next((m["thresholds"] for m in e.values() if m["thresholds"]), {})
-        heads = [f"steps to {of['loss']:.3f} (default's at {float(at):.0%})" for at, of in levels.items()]
+        heads = [f"times fewer steps to {of['loss']:.3f} (default's at {float(at):.0%})" for at, of in levels.items()]
+        hard = e.get(GENERATOR, {"curves": []})
+        heads.append(f"to the {GENERATOR}'s last, its steps over these")
         heads = ["method", "lr", "step 0", "final loss", *heads, "spikes", "largest gradient", "diverged"]
         parts += ["", f"## {c.task} {c.target}, {c.text}, {c.budget}: {c.steps} steps", "",
                   "| " + " | ".join([*heads, "activation RMS by layer at the start", "at the end"]) + " |",
@@ -246,18 +272,25 @@ def details(found: Found) -> str:
                 continue
             m = e[name]
             if not m["curves"]:
-                cells = ["–", "–", "diverged", *["–"] * (len(levels) + 2), str(len(m["diverged"])), "–", "–"]
+                cells = ["–", "–", "diverged", *["–"] * (len(levels) + 3), str(len(m["diverged"])), "–", "–"]
             else:
                 loss, rms = m["final_loss"], m["activation_rms"]
                 cells = [
                     _rate(m), f"{m['step0_loss']:.2f}", f"{loss['mean']:.3f} ± {half(loss):.3f}",
-                    *(times(m, at) for at in levels), f"{m['grad_spikes']:.1f}", f"{m['max_grad_norm']:.1f}",
-                    str(len(m["diverged"])), *(" ".join(f"{x:.2g}" for x in rms[when]) for when in ("start", "end")),
+                    *(times(m, at) for at in levels), _there(m, hard),
+                    f"{m['grad_spikes']:.1f}", f"{m['max_grad_norm']:.1f}", str(len(m["diverged"])),
+                    *(" ".join(f"{x:.2g}" for x in rms[when]) for when in ("start", "end")),
                 ]  # fmt: skip
             parts.append(f"| {name} | " + " | ".join(cells) + " |")
         refused = found.facts["comparisons"][c.name]["refused"]
         parts += ["", *(f"- {name} refused: {_plain(why)}" for name, why in refused.items())]
     return "\n".join(parts) + "\n"
+
+
+def _there(entry: dict[str, Any], other: dict[str, Any]) -> str:
+    """How many times fewer steps than the other took to its last loss."""
+    ahead = beside(entry, other)[1]
+    return fewer(ahead) if ahead else "–"
 
 
 def _plain(text: str) -> str:
@@ -288,7 +321,8 @@ def counted(found: Found) -> str:
     makers = "; ".join(f"{versions}, at {', '.join(sorted(of))}" for versions, of in commits.items())
     families = len({methods.get(name).family for name in tasks.plain()})
     return (
-        f"{len(done):,} runs of {len(tasks.plain())} methods of {families} families (with options that lift a refusal, "
+        f"{len(done):,} rows, {len({r['file'] for r in done}):,} different runs, of {len(tasks.plain())} methods "
+        f"of {families} families (with options that lift a refusal, "
         f"and the diffusion under wrong metadata), seeds {', '.join(map(str, tasks.SEEDS))}, learning rates "
         f"{', '.join(f'{lr:g}' for lr in tasks.LRS['long'])} (with the short budget {tasks.LRS['short'][-1]:g} too, "
         f"others for the largest stable one), {tasks.BATCH} x {tasks.SEQUENCE} tokens a step; {makers}."
@@ -301,6 +335,7 @@ PARTS: dict[str, Callable[[Found], str]] = {
     "activations": picture("activations"),
     "overview": overview,
     "rivals": rivals,
+    "each_donor": each_donor,
     **{
         f"{task}-{text}-{budget}": head_starts(task, text, budget)
         for task, text in (("A", "reference"), ("B", "source"), ("B", "shakespeare"), ("C", "stories"))

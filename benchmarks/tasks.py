@@ -60,7 +60,7 @@ class Comparison:
     task: str  # A | B | C
     target: str
     text: str
-    budget: str  # short | long | ladder
+    budget: str  # short | long | ladder | donors
     zoo: str  # embedded | real
     config: dict[str, Any] = field(hash=False)
     tokenizer: str  # bytes, or a donor's folder in the data
@@ -69,11 +69,20 @@ class Comparison:
 
     @property
     def steps(self) -> int:
-        return BUDGETS["short" if self.budget == "ladder" else self.budget]
+        return BUDGETS[{"ladder": "short", "donors": "long"}.get(self.budget, self.budget)]
 
     @property
     def name(self) -> str:
         return f"{self.task}-{self.target}-{self.text}-{self.budget}"
+
+
+def gpt2(width: int, layers: int, heads: int, ffn: int, vocab: int) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab, "n_embd": width,
+        "n_layer": layers, "n_head": heads, "n_inner": ffn, "n_positions": 128, "activation_function": "gelu",
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
 
 
 def llama(
@@ -96,6 +105,7 @@ UNSEEN = {
     "wider": llama(160, 3, 10, 10, 416),
 }
 MAIN = "heads"  # most methods fit it: for costs, stability, novelty, peers and the small benchmark
+REPEATED, GROWN = "gqa", "row-column"  # where a donor has to be grown by repetition: from each of them, by this method
 SEEN = llama(80, 3, 5, 5, 208)  # four donors have it: for what is made of donors of one shape
 # The real Llamas are 64, 64 and 128 wide with 5 layers of 8 heads; those of 64, with heads of 8, have the tokenizer of
 # the first two targets.
@@ -103,6 +113,8 @@ STORY_TARGETS = {
     "between": (llama(96, 6, 12, 6, 256, vocab=512, tied=True, head=8), "stories260K"),
     "narrower": (llama(48, 4, 6, 3, 128, vocab=512, tied=True, head=8), "stories260K"),
     "bytes": (llama(56, 4, 7, 7, 160, tied=True, head=8), "bytes"),
+    # The GPT-2s are 64 and 128 wide with 4 layers; that of 128 learned a small text by heart, and no stories.
+    "gpt2": (gpt2(96, 4, 3, 192, vocab=102), "arthur/run3-ep183"),
 }
 
 
@@ -133,6 +145,10 @@ def comparisons() -> Iterator[Comparison]:
         for target, (config, tokenizer) in STORY_TARGETS.items():
             yield Comparison("C", target, "stories", budget, "real", config, tokenizer, LRS[budget])
     yield Comparison("A", MAIN, "reference", "ladder", "embedded", UNSEEN[MAIN], "bytes", LRS["ladder"])
+    each = tuple(f"{GROWN}:donor={recipe.name}" for recipe in donors())
+    yield Comparison(
+        "A", REPEATED, "reference", "donors", "embedded", UNSEEN[REPEATED], "bytes", LRS["long"], ("default", *each)
+    )
     for text in ("source", "shakespeare"):
         for budget in BUDGETS:
             for target, config in UNSEEN.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from headstart.scores import REFERENCE
@@ -174,13 +175,19 @@ def fewer(found: dict[str, Any]) -> str:
         arrived = sum(s is not None for s in steps)
         return f"{arrived} of {len(steps)} arrive" if arrived else "never"
     if min(steps) < 1:
-        return f"≥ {_two_digits(ratio['mean'])}×"
+        return f"≥ {_at_least(ratio['mean'])}×"
     bounds = "" if ratio["ci95"] is None else f" ({'–'.join(_two_digits(x) for x in ratio['ci95'])})"
     return f"{_two_digits(ratio['mean'])}×{bounds}"
 
 
 def _two_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _at_least(value: float) -> str:
+    """Two digits, rounded down; up only what falls short by the error of its logarithm."""
+    unit = 1.0 if value >= 10 else 0.1 if value >= 1 else 0.01
+    return _two_digits(math.floor(value / unit * (1 + 1e-9)) * unit)
 
 
 def count(number: float, noun: str) -> str:

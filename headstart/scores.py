@@ -58,13 +58,14 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
 
 
-def speedup(budget: float, per_seed: Sequence[float | None]) -> dict[str, Any]:
-    """{mean, ci95} of budget / steps. Ratios are skewed, so the mean is geometric and the interval is Student's t on
-    their logarithms. A start that needs no step at all counts as one step. {None, None} unless every seed arrives:
-    an average over those that did would flatter the method."""
+def speedup(before: Sequence[float], per_seed: Sequence[float | None]) -> dict[str, Any]:
+    """{mean, ci95} of the steps before over the steps now, seed by seed. Ratios are skewed, so the mean is geometric
+    and the interval is Student's t on their logarithms. A start that needs no step at all counts as one step. {None,
+    None} unless every seed arrives: an average over those that did would flatter the method."""
     if any(steps is None for steps in per_seed):
         return {"mean": None, "ci95": None}
-    logs = interval([math.log(budget / max(steps, 1.0)) for steps in per_seed if steps is not None])
+    pairs = zip(before, per_seed, strict=True)
+    logs = interval([math.log(max(old, 1.0) / max(new, 1.0)) for old, new in pairs if new is not None])
     return {"mean": math.exp(logs["mean"]), "ci95": logs["ci95"] and [math.exp(x) for x in logs["ci95"]]}
 
 
@@ -105,12 +106,15 @@ def score(
     entries = {
         name: _entry(name, of, chosen[name], tuned[name], threshold, reference, budget) for name, of in methods.items()
     }
+    first = {  # not simply the share of its steps: a curve that rises again was there before
+        at: [crossing(r["steps"], r["losses"], loss) or 0.0 for r, loss in zip(chosen[REFERENCE], losses, strict=True)]
+        for at, losses in levels.items()
+    }
     for name, entry in entries.items():  # the default's own curve of the same seed, so that both are paired
         entry["thresholds"] = {}
         for at, losses in levels.items() if chosen[name] else ():
-            pairs = zip(chosen[name], losses, strict=True)
-            steps = [crossing(r["steps"], r["losses"], loss) for r, loss in pairs]
-            fast = speedup(float(at) * budget, steps)
+            steps = [crossing(r["steps"], r["losses"], loss) for r, loss in zip(chosen[name], losses, strict=True)]
+            fast = speedup(first[at], steps)
             entry["thresholds"][at] = {"loss": float(np.mean(losses)), "steps": steps, "ratio": fast}
     return threshold, entries
 
@@ -135,7 +139,7 @@ def _entry(
     elif name == REFERENCE:
         fast = {"mean": 1.0, "ci95": None}  # by definition
     else:
-        fast = speedup(budget, crossings)
+        fast = speedup([budget] * len(crossings), crossings)
     difference = interval([a - b for a, b in zip(losses, reference, strict=True)]) if best and reference else nothing
     init = (best or runs)[0]["init"]
     return {

@@ -19,7 +19,6 @@ SHAPES = (dict(hidden_size=32, kv=2), dict(hidden_size=32, kv=4), dict(hidden_si
 
 def config(hidden_size: int = 32, kv: int = 2, layers: int = 2, **more: object) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=48,
         hidden_size=hidden_size,
         intermediate_size=40,
         num_hidden_layers=layers,
@@ -27,7 +26,7 @@ def config(hidden_size: int = 32, kv: int = 2, layers: int = 2, **more: object) 
         num_key_value_heads=kv,
         head_dim=8,
         max_position_embeddings=64,
-        **{"tie_word_embeddings": False, **more},
+        **{"vocab_size": 48, "tie_word_embeddings": False, **more},
     )
 
 

@@ -60,11 +60,11 @@ def test_interval_is_students_t() -> None:
 
 
 def test_speedup_is_geometric_and_needs_every_seed() -> None:
-    fast = scores.speedup(100, [10.0, 40.0])
+    fast = scores.speedup([100, 100], [10.0, 40.0])
     assert fast["mean"] == pytest.approx(5.0)
     assert fast["ci95"][0] * fast["ci95"][1] == pytest.approx(25.0)  # symmetric about the mean as a ratio
-    assert scores.speedup(100, [10.0, None]) == {"mean": None, "ci95": None}
-    assert scores.speedup(100, [0.0, 0.0])["mean"] == pytest.approx(100)
+    assert scores.speedup([100, 100], [10.0, None]) == {"mean": None, "ci95": None}
+    assert scores.speedup([100, 100], [0.0, 0.0])["mean"] == pytest.approx(100)
 
 
 def test_evaluation_points_hold_both_ends() -> None:
@@ -113,6 +113,17 @@ def test_steps_to_several_thresholds() -> None:
     assert fast["0.5"]["ratio"]["mean"] == pytest.approx(50 / math.sqrt(50 * 0.75 / 1.75 * 25))
     assert fast["1"]["steps"] == [50.0, None] and fast["1"]["ratio"]["mean"] is None
     assert default["1"]["ratio"]["mean"] == 1.0 and fast["0.5"]["ratio"]["ci95"][0] < 2
+
+
+def test_a_default_that_rises_again_is_no_faster_than_itself() -> None:
+    """Its loss at half of its steps was reached before; that is where the ratio counts from."""
+    runs = [run("default", 0, 1e-3, [5.0, 3.0, 4.0, 2.0]), run("other", 0, 1e-3, [4.0, 3.5, 3.0, 2.0])]
+    runs = [r | {"steps": [0, 20, 50, 100]} for r in runs]
+    _, methods = scores.score(runs, budget=100)
+    default, other = (methods[name]["thresholds"]["0.5"] for name in ("default", "other"))
+    assert default["loss"] == 4.0 and default["steps"] == [pytest.approx(10.0)]
+    assert default["ratio"]["mean"] == pytest.approx(1.0)
+    assert other["ratio"]["mean"] == pytest.approx(10.0), "as if in one step, of ten and not of fifty"
 
 
 def test_the_default_is_tuned_over_its_scale() -> None:

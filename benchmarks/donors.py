@@ -1,0 +1,29 @@
+"""What the donors of a comparison are worth on its text as they are: what a copy of one starts from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks.peers.scoring import loss_of
+from headstart.trials import cut
+from zoo.store import Donor, Zoo
+from zoo.text import encode_corpus, find_tokenizer, read_vocabulary
+
+
+def as_they_are(zoo: Zoo, target: Path, corpus: Path) -> dict[str, float | None]:
+    """{donor: its loss on what a comparison measures on}, nats per token, of the donors that have the tokens of the
+    target, a folder; None where it is not finite."""
+    folder = find_tokenizer(None, target)
+    assert folder is not None
+    own = read_vocabulary(folder)
+    tokens = encode_corpus(corpus, folder, max(own.values()) + 1)
+    held = tokens[cut(tokens) :]
+    found = {d.name: _loss(d, held) for d in zoo.donors if d.vocabulary() == own}
+    return {name: loss if math.isfinite(loss) else None for name, loss in found.items()}
+
+
+def _loss(donor: Donor, held: Tensor) -> float:
+    return loss_of(donor.config, {s.name: donor.read(s.name).float() for s in donor.blueprint.specs}, held)
