@@ -203,8 +203,8 @@ def per_method(found: Found) -> str:
     long, costs = found.entries[done["long"]], found.facts.get("cost", {}).get("methods", {})
     ladder = store.of(found.rows, done["ladder"]) if "ladder" in done else []
     lines = [
-        "| method | seconds | MiB | donors | their training, FLOPs | step 0 | learning rate | largest stable "
-        "| gradient spikes | largest gradient | activation RMS, first block to last but one: start, end |",
+        "| method | seconds | MiB | donors | their training, FLOPs | step 0 | learning rate "
+        "| largest borne within 0.1; 0.25 | gradient spikes | largest gradient | activation RMS, first block to last but one: start, end |",
         "|---" * 11 + "|",
     ]
     for name in [REFERENCE, *ranked([long])]:
@@ -325,7 +325,7 @@ def counted(found: Found) -> str:
         f"of {families} families (with options that lift a refusal, "
         f"and the diffusion under wrong metadata), seeds {', '.join(map(str, tasks.SEEDS))}, learning rates "
         f"{', '.join(f'{lr:g}' for lr in tasks.LRS['long'])} (with the short budget {tasks.LRS['short'][-1]:g} too, "
-        f"others for the largest stable one), {tasks.BATCH} x {tasks.SEQUENCE} tokens a step; {makers}."
+        f"others for the largest that is borne), {tasks.BATCH} x {tasks.SEQUENCE} tokens a step; {makers}."
     )
 
 
