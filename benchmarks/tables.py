@@ -204,7 +204,8 @@ def per_method(found: Found) -> str:
     ladder = store.of(found.rows, done["ladder"]) if "ladder" in done else []
     lines = [
         "| method | seconds | MiB | donors | their training, FLOPs | step 0 | learning rate "
-        "| largest borne within 0.1; 0.25 | gradient spikes | largest gradient | activation RMS, first block to last but one: start, end |",
+        "| largest borne within 0.1; 0.25 | gradient spikes | largest gradient "
+        "| activation RMS, first block to last but one: start, end |",
         "|---" * 11 + "|",
     ]
     for name in [REFERENCE, *ranked([long])]:
