@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks import tasks
 from benchmarks.controls import Average, Interpolation, Noise, PerDimension
 from benchmarks.peers import d2nwg, sane
-from benchmarks.peers.scoring import build
+from benchmarks.peers.scoring import build, own_tensors
 from headstart import methods, novelty
 from headstart.compare import folder_hash, zoo_hash
 from headstart.generate import complete, configure, fit, language_model
@@ -162,7 +162,7 @@ def _known(place: Place) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], T
     learned, held = tokens[: cut(tokens)], tokens[cut(tokens) :]
     guesses, truth = {}, held
     for donor in zoo.donors:
-        model = build(donor.config, {s.name: donor.read(s.name).float() for s in donor.blueprint.specs})
+        model = build(donor.config, own_tensors(donor))
         guesses[donor.name], truth = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
     return zoo, [novelty.frame(d) for d in zoo.donors], guesses, truth, learned, held
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-from torch import Tensor
-
-from benchmarks.peers.scoring import loss_of
+from benchmarks.peers.scoring import own_loss
 from headstart.trials import cut
-from zoo.store import Donor, Zoo
+from zoo.store import Zoo
 from zoo.text import encode_corpus, find_tokenizer, read_vocabulary
 
 
@@ -21,9 +18,4 @@ def as_they_are(zoo: Zoo, target: Path, corpus: Path) -> dict[str, float | None]
     own = read_vocabulary(folder)
     tokens = encode_corpus(corpus, folder, max(own.values()) + 1)
     held = tokens[cut(tokens) :]
-    found = {d.name: _loss(d, held) for d in zoo.donors if d.vocabulary() == own}
-    return {name: loss if math.isfinite(loss) else None for name, loss in found.items()}
-
-
-def _loss(donor: Donor, held: Tensor) -> float:
-    return loss_of(donor.config, {s.name: donor.read(s.name).float() for s in donor.blueprint.specs}, held)
+    return {d.name: own_loss(d, held) for d in zoo.donors if d.vocabulary() == own}

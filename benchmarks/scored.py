@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import rows as store
 from benchmarks import tasks
 from benchmarks.tasks import Comparison
-from headstart.scores import REFERENCE, crossing, interval, score, speedup
+from headstart.scores import REFERENCE, crossings, interval, score, speedup
 
 Rows = Sequence[dict[str, Any]]
 Facts = Mapping[str, Any]
@@ -78,12 +78,8 @@ def beside(entry: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[dict[str
         return {}, {}
     ends = [curve["losses"][-1] for curve in other["curves"]]
     gap = interval([own["losses"][-1] - end for own, end in zip(entry["curves"], ends, strict=True)])
-    now, before = (_steps_to(curves, ends) for curves in (entry["curves"], other["curves"]))
-    return gap, {"steps": now, "ratio": speedup([steps or 0.0 for steps in before], now)}
-
-
-def _steps_to(curves: Sequence[Mapping[str, Any]], losses: Sequence[float]) -> list[float | None]:
-    return [crossing(curve["steps"], curve["losses"], loss) for curve, loss in zip(curves, losses, strict=True)]
+    steps = crossings(entry["curves"], ends)
+    return gap, {"steps": steps, "ratio": speedup(crossings(other["curves"], ends), steps)}
 
 
 def half(stats: Mapping[str, Any]) -> float:

@@ -109,8 +109,11 @@ def _cell(entry: dict[str, Any] | None, refused: str | None) -> str:
 
 
 def times(entry: dict[str, Any], at: str = "1") -> str:
-    found = entry["thresholds"].get(at)
-    return "–" if found is None else fewer(found)
+    return _fewer(entry["thresholds"].get(at))
+
+
+def _fewer(found: dict[str, Any] | None) -> str:
+    return fewer(found) if found else "–"
 
 
 def rivals(found: Found) -> str:
@@ -124,7 +127,7 @@ def rivals(found: Found) -> str:
             best = _best(e, donors)
             gap, ahead = beside(e[GENERATOR], e[best])
             before = "" if best == REFERENCE else f" ({_gap(e[best]['difference'])})"
-            cells += [best + before, _gap(gap), fewer(ahead) if ahead else "–"]
+            cells += [best + before, _gap(gap), _fewer(ahead)]
         lines.append("| " + " | ".join(cells[:-1]) + " |")
     if not lines:
         return ""
@@ -262,7 +265,7 @@ def details(found: Found) -> str:
             continue
         levels = next((m["thresholds"] for m in e.values() if m["thresholds"]), {})
         heads = [f"times fewer steps to {of['loss']:.3f} (default's at {float(at):.0%})" for at, of in levels.items()]
-        hard = e.get(GENERATOR, {"curves": []})
+        generated = e.get(GENERATOR, {"curves": []})
         heads.append(f"to the {GENERATOR}'s last, its steps over these")
         heads = ["method", "lr", "step 0", "final loss", *heads, "spikes", "largest gradient", "diverged"]
         parts += ["", f"## {c.task} {c.target}, {c.text}, {c.budget}: {c.steps} steps", "",
@@ -278,7 +281,7 @@ def details(found: Found) -> str:
                 loss, rms = m["final_loss"], m["activation_rms"]
                 cells = [
                     _rate(m), f"{m['step0_loss']:.2f}", f"{loss['mean']:.3f} ± {half(loss):.3f}",
-                    *(times(m, at) for at in levels), _there(m, hard),
+                    *(times(m, at) for at in levels), _fewer(beside(m, generated)[1]),
                     f"{m['grad_spikes']:.1f}", f"{m['max_grad_norm']:.1f}", str(len(m["diverged"])),
                     *(" ".join(f"{x:.2g}" for x in rms[when]) for when in ("start", "end")),
                 ]  # fmt: skip
@@ -286,12 +289,6 @@ def details(found: Found) -> str:
         refused = found.facts["comparisons"][c.name]["refused"]
         parts += ["", *(f"- {name} refused: {_plain(why)}" for name, why in refused.items())]
     return "\n".join(parts) + "\n"
-
-
-def _there(entry: dict[str, Any], other: dict[str, Any]) -> str:
-    """How many times fewer steps than the other took to its last loss."""
-    ahead = beside(entry, other)[1]
-    return fewer(ahead) if ahead else "–"
 
 
 def _plain(text: str) -> str:

@@ -8,7 +8,7 @@ diverged: step or None, grad_spikes, activation_rms: {start, end}, init: {second
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,11 @@ def crossing(steps: Sequence[int], losses: Sequence[float], threshold: float | N
     return None
 
 
+def crossings(curves: Sequence[Mapping[str, Any]], losses: Sequence[float]) -> list[float | None]:
+    """Where each of the curves, {steps, losses, …}, is at or below its own one of the losses."""
+    return [crossing(curve["steps"], curve["losses"], loss) for curve, loss in zip(curves, losses, strict=True)]
+
+
 def spikes(norms: Sequence[float], window: int = 20, factor: float = 3.0) -> int:
     """Steps whose gradient norm is more than `factor` times the median of the `window` norms before it."""
     before = (norms[i - window : i] for i in range(window, len(norms)))
@@ -58,14 +63,14 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
 
 
-def speedup(before: Sequence[float], per_seed: Sequence[float | None]) -> dict[str, Any]:
+def speedup(before: Sequence[float | None], now: Sequence[float | None]) -> dict[str, Any]:
     """{mean, ci95} of the steps before over the steps now, seed by seed. Ratios are skewed, so the mean is geometric
     and the interval is Student's t on their logarithms. A start that needs no step at all counts as one step. {None,
     None} unless every seed arrives: an average over those that did would flatter the method."""
-    if any(steps is None for steps in per_seed):
+    pairs = [(old, new) for old, new in zip(before, now, strict=True) if old is not None and new is not None]
+    if len(pairs) < len(now):
         return {"mean": None, "ci95": None}
-    pairs = zip(before, per_seed, strict=True)
-    logs = interval([math.log(max(old, 1.0) / max(new, 1.0)) for old, new in pairs if new is not None])
+    logs = interval([math.log(max(old, 1.0) / max(new, 1.0)) for old, new in pairs])
     return {"mean": math.exp(logs["mean"]), "ci95": logs["ci95"] and [math.exp(x) for x in logs["ci95"]]}
 
 
@@ -106,14 +111,11 @@ def score(
     entries = {
         name: _entry(name, of, chosen[name], tuned[name], threshold, reference, budget) for name, of in methods.items()
     }
-    first = {  # not simply the share of its steps: a curve that rises again was there before
-        at: [crossing(r["steps"], r["losses"], loss) or 0.0 for r, loss in zip(chosen[REFERENCE], losses, strict=True)]
-        for at, losses in levels.items()
-    }
+    first = {at: crossings(chosen[REFERENCE], losses) for at, losses in levels.items()}  # a curve may rise again
     for name, entry in entries.items():  # the default's own curve of the same seed, so that both are paired
         entry["thresholds"] = {}
         for at, losses in levels.items() if chosen[name] else ():
-            steps = [crossing(r["steps"], r["losses"], loss) for r, loss in zip(chosen[name], losses, strict=True)]
+            steps = crossings(chosen[name], losses)
             fast = speedup(first[at], steps)
             entry["thresholds"][at] = {"loss": float(np.mean(losses)), "steps": steps, "ratio": fast}
     return threshold, entries
@@ -131,15 +133,15 @@ def _entry(
     key, finals = tuned
     scale, lr = key if key is not None else (None, None)
     losses = [r["losses"][-1] for r in best]
-    crossings = [crossing(r["steps"], r["losses"], threshold) for r in best]
-    arrived = [c for c in crossings if c is not None]
+    steps = [crossing(r["steps"], r["losses"], threshold) for r in best]
+    arrived = [c for c in steps if c is not None]
     nothing = {"mean": None, "std": None, "ci95": None}
     if not best:
         fast: dict[str, Any] = {"mean": None, "ci95": None}
     elif name == REFERENCE:
         fast = {"mean": 1.0, "ci95": None}  # by definition
     else:
-        fast = speedup([budget] * len(crossings), crossings)
+        fast = speedup([budget] * len(steps), steps)
     difference = interval([a - b for a, b in zip(losses, reference, strict=True)]) if best and reference else nothing
     init = (best or runs)[0]["init"]
     return {
@@ -149,7 +151,7 @@ def _entry(
         "final_loss": interval(losses) if best else nothing,
         "steps_to_threshold": {
             "mean": float(np.mean(arrived)) if best and len(arrived) == len(best) else None,
-            "per_seed": crossings,
+            "per_seed": steps,
         },
         "speedup": fast,
         "step0_loss": float(np.mean([r["losses"][0] for r in best])) if best else None,

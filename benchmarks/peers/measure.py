@@ -26,7 +26,7 @@ from torch import Tensor
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
 from benchmarks.peers import d2nwg, sane
-from benchmarks.peers.scoring import WINDOWS, loss_of
+from benchmarks.peers.scoring import WINDOWS, loss_of, own_loss
 from benchmarks.peers.training import parameters
 from benchmarks.peers.weights import Rebuilt, canonical, principal, read, rebuilt
 from diffusion.pipeline import load_pipeline
@@ -215,10 +215,7 @@ def _draw(
 
 
 def own_losses(setup: Setup) -> dict[str, float | None]:
-    return {
-        d.name: _loss(setup, d.config, {s.name: d.read(s.name).float() for s in d.blueprint.specs})
-        for d in setup.zoo.donors
-    }
+    return {d.name: own_loss(d, setup.tokens) for d in setup.zoo.donors}
 
 
 def apart(setup: Setup) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.tasks import SEQUENCE, WINDOWS
 from zoo.blueprint import Blueprint
 from zoo.lm import evaluate
+from zoo.store import Donor
 from zoo.text import encode_corpus
 
 
@@ -33,6 +35,17 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
 def loss_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor, windows: int = WINDOWS) -> float:
     """Nats per token on int64 [N], in windows of 64."""
     return evaluate(build(config, tensors), tokens, SEQUENCE, limit=windows)
+
+
+def own_tensors(donor: Donor) -> dict[str, Tensor]:
+    """All of a donor's tensors, float32."""
+    return {spec.name: donor.read(spec.name).float() for spec in donor.blueprint.specs}
+
+
+def own_loss(donor: Donor, tokens: Tensor) -> float | None:
+    """What a donor is worth as it is, None where that is not finite."""
+    loss = loss_of(donor.config, own_tensors(donor), tokens)
+    return loss if math.isfinite(loss) else None
 
 
 def text_loss(blueprint: Blueprint, tensors: Mapping[str, Tensor], text: str | Path) -> float:
