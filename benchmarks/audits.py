@@ -39,15 +39,15 @@ SEEDS = tuple(range(10))
 TAUS = (1.0, 2.0, 3.0, 4.0)
 RATES = tasks.LRS["long"][1:3]  # of the training that tells whether a sample is performant: a label's better one
 SHAPES = {"seen": tasks.SEEN, "unseen": tasks.UNSEEN[tasks.MAIN]}
-# Methods that draw something from what they know of donors; the autoencoder passes one through, the ceiling of the
-# diffusion. `default`, which knows of none, is no nearer to donors than anything can be.
+# Methods that draw something from what they know of donors; the autoencoder passes one through.
+# `default`, which knows of none, is no nearer to donors than anything can be.
 CLAIMS = ("diffusion", "autoencoder", "row-column", "matrix-normal", "normal", "default")
 # Entries drawn one by one, which differ in their law alone: at the seen shape.
 LAWS = (
     "laplace", "student-t", "generalized-normal", "stable", "mixture", "auto-fit", "histogram", "kde", "permuted",
     "hybrid",
 )  # fmt: skip
-PEERS: dict[str, type[Sampler]] = {"d2nwg": d2nwg.D2NWG, "sane": sane.SANE}  # as published, trained by peers/measure.py
+PEERS: dict[str, type[Sampler]] = {"d2nwg": d2nwg.D2NWG, "sane": sane.SANE}  # trained by peers/measure.py
 CONTROLS: dict[str, Sampler] = {
     **{f"a donor with {amount:.0%} noise": Noise(amount=amount) for amount in (0.05, 0.2, 0.5)},
     "average of donors": Average(),

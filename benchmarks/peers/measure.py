@@ -59,10 +59,10 @@ class Variant:
 
 
 VARIANTS = {
-    "d2nwg": Variant("d2nwg", "as published"),
-    "d2nwg-helped": Variant("d2nwg", "our coordinates, our rate", {"coordinates": "canonical", "rate": 1.5}),
-    "sane": Variant("sane", "as published, aligned by our coordinates"),
-    "sane-helped": Variant("sane", "our coordinates, our rate", {"rate": 1.5}),
+    "d2nwg": Variant("d2nwg", "nearest to published"),
+    "d2nwg-helped": Variant("d2nwg", "in our coordinates, at our rate", {"coordinates": "canonical", "rate": 1.5}),
+    "sane": Variant("sane", "nearest to published, in our coordinates"),
+    "sane-helped": Variant("sane", "in our coordinates, at our rate", {"rate": 1.5}),
 }
 SAMPLERS: dict[str, type[Sampler]] = {"d2nwg": d2nwg.D2NWG, "sane": sane.SANE}
 MODULES: dict[str, Any] = {"d2nwg": d2nwg, "sane": sane}
