@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks import tasks
 from benchmarks.audits import SHAPES, TAUS, labels, shares
-from benchmarks.scored import Found, beside, half
+from benchmarks.scored import Found, beside, plus_minus
 from headstart.scores import REFERENCE
 
 
@@ -66,7 +66,7 @@ def conditioning(found: Found) -> str:
                 cells += ["–", "–"]
                 continue
             gap, _ = beside(e[control], own)
-            cells += [f"{e[control]['step0_loss']:.2f}", f"{gap['mean']:+.3f} ± {half(gap):.3f}"]
+            cells += [f"{e[control]['step0_loss']:.2f}", plus_minus(gap, "+")]
         final = own["final_loss"]["mean"]
         lines.append(
             f"| {c.task} {c.target}, {c.text}, {c.budget} | {own['step0_loss']:.2f} | {final:.3f} | "

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from benchmarks import tasks
 from benchmarks.controls import Average, Interpolation, Noise, PerDimension
 from benchmarks.peers import d2nwg, sane
-from benchmarks.peers.scoring import build, own_tensors
+from benchmarks.peers.scoring import build
+from benchmarks.peers.weights import own_tensors
 from headstart import methods, novelty
 from headstart.compare import folder_hash, zoo_hash
 from headstart.generate import complete, configure, fit, language_model

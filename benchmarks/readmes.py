@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tasks
-from benchmarks.scored import Entries, Found, half, ranked
+from benchmarks.scored import Entries, Found, plus_minus, ranked
 from headstart import methods
 from headstart.scores import REFERENCE
 
@@ -46,10 +46,9 @@ def _final(entries: Entries, name: str) -> str:
     if name not in entries:
         return "–"
     if name == REFERENCE:
-        loss = entries[name]["final_loss"]
-        return f"{loss['mean']:.3f} ± {half(loss):.3f}"
+        return plus_minus(entries[name]["final_loss"])
     gap = entries[name]["difference"]
-    return "diverged" if gap["mean"] is None else f"{gap['mean']:+.2f} ± {half(gap):.2f}"
+    return "diverged" if gap["mean"] is None else plus_minus(gap, "+", digits=2)
 
 
 def took(cost: Mapping[str, Any]) -> str:

@@ -84,3 +84,8 @@ def beside(entry: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[dict[str
 
 def half(stats: Mapping[str, Any]) -> float:
     return stats["ci95"][1] - stats["mean"] if stats["ci95"] else 0.0
+
+
+def plus_minus(stats: Mapping[str, Any], sign: str = "", digits: int = 3) -> str:
+    """`2.435 ± 0.066`; sign `+`: of a difference, `+0.012 ± 0.186`."""
+    return f"{stats['mean']:{sign}.{digits}f} ± {half(stats):.{digits}f}"

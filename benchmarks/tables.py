@@ -13,7 +13,7 @@ from benchmarks import readmes, tasks
 from benchmarks import rows as store
 from benchmarks.audit_tables import conditioning, novelty, peers
 from benchmarks.marks import placed
-from benchmarks.scored import Entries, Facts, Found, Rows, beside, half, ranked
+from benchmarks.scored import Entries, Facts, Found, Rows, beside, plus_minus, ranked
 from headstart import methods
 from headstart.findings import fewer
 from headstart.scores import REFERENCE
@@ -77,7 +77,7 @@ def _reference(entry: dict[str, Any]) -> str:
         return "diverged"
     plain = [end for end in entry["scales"].get("1", {}).values() if end is not None]
     told = f"; {min(plain):.3f} at scale 1" if plain else ""
-    return f"{loss['mean']:.3f} ± {half(loss):.3f} ({_rate(entry)}, scale {_scale(entry)}{told})"
+    return f"{plus_minus(loss)} ({_rate(entry)}, scale {_scale(entry)}{told})"
 
 
 def _copy(about: Facts) -> str:
@@ -105,7 +105,7 @@ def _cell(entry: dict[str, Any] | None, refused: str | None) -> str:
     gap = entry["difference"]
     if gap["mean"] is None:
         return f"{entry['final_loss']['mean']:.3f}; the default diverged"
-    return f"{gap['mean']:+.3f} ± {half(gap):.3f}, {times(entry)}"
+    return f"{plus_minus(gap, '+')}, {times(entry)}"
 
 
 def times(entry: dict[str, Any], at: str = "1") -> str:
@@ -147,10 +147,8 @@ def each_donor(found: Found) -> str:
         if name not in entries or entries[name]["final_loss"]["mean"] is None:
             continue
         e, donor = entries[name], name.partition("donor=")[2]
-        loss = e["final_loss"]
         lines.append(
-            f"| {donor} | {alone[donor]:.3f} | {loss['mean']:.3f} ± {half(loss):.3f} ({_rate(e)}) "
-            f"| {_gap(beside(own, e)[0])} |"
+            f"| {donor} | {alone[donor]:.3f} | {plus_minus(e['final_loss'])} ({_rate(e)}) | {_gap(beside(own, e)[0])} |"
         )
     return "\n".join(lines)
 
@@ -166,7 +164,7 @@ def _best(entries: Entries, donors: bool) -> str:
 
 
 def _gap(gap: dict[str, Any]) -> str:
-    return f"{gap['mean']:+.3f} ± {half(gap):.3f}" if gap and gap["mean"] is not None else "–"
+    return plus_minus(gap, "+") if gap and gap["mean"] is not None else "–"
 
 
 def overview(found: Found) -> str:
@@ -207,7 +205,7 @@ def per_method(found: Found) -> str:
     ladder = store.of(found.rows, done["ladder"]) if "ladder" in done else []
     lines = [
         "| method | seconds | MiB | donors | their training, FLOPs | step 0 | learning rate "
-        "| largest borne within 0.1; 0.25 | gradient spikes | largest gradient "
+        f"| largest borne within {'; '.join(f'{within:g}' for within in BORNE)} | gradient spikes | largest gradient "
         "| activation RMS, first block to last but one: start, end |",
         "|---" * 11 + "|",
     ]
@@ -278,9 +276,9 @@ def details(found: Found) -> str:
             if not m["curves"]:
                 cells = ["–", "–", "diverged", *["–"] * (len(levels) + 3), str(len(m["diverged"])), "–", "–"]
             else:
-                loss, rms = m["final_loss"], m["activation_rms"]
+                rms = m["activation_rms"]
                 cells = [
-                    _rate(m), f"{m['step0_loss']:.2f}", f"{loss['mean']:.3f} ± {half(loss):.3f}",
+                    _rate(m), f"{m['step0_loss']:.2f}", plus_minus(m["final_loss"]),
                     *(times(m, at) for at in levels), _fewer(beside(m, generated)[1]),
                     f"{m['grad_spikes']:.1f}", f"{m['max_grad_norm']:.1f}", str(len(m["diverged"])),
                     *(" ".join(f"{x:.2g}" for x in rms[when]) for when in ("start", "end")),

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from benchmarks import audit_tables, audits, controls, costs, donors, figures, head_start, rows, scored, tables, tasks
 from benchmarks.marks import placed
 from benchmarks.peers.scoring import loss_of
-from benchmarks.peers.weights import Weights
+from benchmarks.peers.weights import Weights, own_tensors
 from headstart import scores
 from headstart.generate import complete
 from tests.headstart.test_compare import TARGET, run
@@ -112,10 +112,7 @@ def test_a_donor_with_hardly_any_noise_is_the_donor(zoo: Zoo) -> None:
     alike = [d for d in zoo.donors if [s.shape for s in d.blueprint.specs] == [s.shape for s in blueprint.specs]]
     assert blueprint.config is not None and blueprint.metadata is not None
     tokens = byte_tokens(python_reference()[:4000]) % blueprint.metadata.vocab
-    own = {
-        d.name: loss_of(d.config, {s.name: d.read(s.name).float() for s in d.blueprint.specs}, tokens, windows=8)
-        for d in alike
-    }
+    own = {d.name: loss_of(d.config, own_tensors(d), tokens, windows=8) for d in alike}
     sampler = controls.Noise(amount=1e-6).fit(zoo, blueprint)
     assert set(sampler.donors) == set(own)
     for seed in range(4):

@@ -18,7 +18,7 @@ from autoencoder.training import train as train_autoencoder
 from benchmarks.peers import chunks, d2nwg, measure, sane, training
 from benchmarks.peers import tokens as row_tokens
 from benchmarks.peers.scoring import loss_of
-from benchmarks.peers.weights import principal, read, rebuilt
+from benchmarks.peers.weights import own_tensors, principal, read, rebuilt
 from diffusion.training import train as train_diffusion
 from headstart.generate import generate
 from tests.tiny import config, make_zoo
@@ -76,7 +76,7 @@ def test_cutting_and_joining_is_exact(zoo: Zoo, size: int, coordinates: str) -> 
 def test_canonical_donors_compute_what_they_did(zoo: Zoo) -> None:
     tokens = torch.randint(48, (2000,), generator=stream(0, "text"))
     for donor in zoo.donors:
-        own = loss_of(donor.config, {s.name: donor.read(s.name) for s in donor.blueprint.specs}, tokens)
+        own = loss_of(donor.config, own_tensors(donor), tokens)
         weights = next(w for w in read(zoo, "canonical") if w.name == donor.name)
         whole = rebuilt(weights, weights.tensors, 1, "canonical")
         assert loss_of(whole.config, whole.own, tokens) == pytest.approx(own, abs=1e-4)

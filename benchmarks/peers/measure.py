@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
 from benchmarks.peers import d2nwg, sane
-from benchmarks.peers.scoring import WINDOWS, loss_of, own_loss
+from benchmarks.peers.scoring import WINDOWS, finite_loss, own_loss
 from benchmarks.peers.training import parameters
 from benchmarks.peers.weights import Rebuilt, canonical, principal, read, rebuilt
 from diffusion.pipeline import load_pipeline
@@ -176,8 +175,8 @@ def _summary(setup: Setup, found: Iterator[tuple[str, Rebuilt, Rebuilt]]) -> dic
     """{rate, error, rebuilt_loss, pca_error, pca_loss, by_donor}: means over the donors."""
     by_donor = {
         name: {
-            "rate": one.rate, "error": one.error, "rebuilt_loss": _loss(setup, one.config, one.tensors),
-            "pca_error": pca.error, "pca_loss": _loss(setup, pca.config, pca.tensors),
+            "rate": one.rate, "error": one.error, "rebuilt_loss": finite_loss(one.config, one.tensors, setup.tokens),
+            "pca_error": pca.error, "pca_loss": finite_loss(pca.config, pca.tensors, setup.tokens),
         }
         for name, one, pca in found
     }  # fmt: skip
@@ -211,7 +210,7 @@ def _draw(
     began = time.perf_counter()
     tensors = {name: tensor.float() for name, tensor in complete(fitted, blueprint, seed)}
     seconds = time.perf_counter() - began
-    return _loss(setup, config, tensors), seconds, tensors
+    return finite_loss(config, tensors, setup.tokens), seconds, tensors
 
 
 def own_losses(setup: Setup) -> dict[str, float | None]:
@@ -230,12 +229,6 @@ def _nearest(setup: Setup, target: Blueprint, tensors: Mapping[str, Tensor]) -> 
     tokens = token_strings(setup.zoo.donors[0])
     found = novelty.nearest(decoder, tokens, setup.frames)
     return {"donor": found.donor, "total": found.total, **found.kinds}
-
-
-def _loss(setup: Setup, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> float | None:
-    """None where it is not finite."""
-    loss = loss_of(config, tensors, setup.tokens)
-    return loss if math.isfinite(loss) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

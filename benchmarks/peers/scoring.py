@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers.weights import own_tensors
 from benchmarks.tasks import SEQUENCE, WINDOWS
 from zoo.blueprint import Blueprint
 from zoo.lm import evaluate
@@ -37,15 +38,15 @@ def loss_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Te
     return evaluate(build(config, tensors), tokens, SEQUENCE, limit=windows)
 
 
-def own_tensors(donor: Donor) -> dict[str, Tensor]:
-    """All of a donor's tensors, float32."""
-    return {spec.name: donor.read(spec.name).float() for spec in donor.blueprint.specs}
+def finite_loss(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor) -> float | None:
+    """`loss_of`, None where it is not finite."""
+    loss = loss_of(config, tensors, tokens)
+    return loss if math.isfinite(loss) else None
 
 
 def own_loss(donor: Donor, tokens: Tensor) -> float | None:
     """What a donor is worth as it is, None where that is not finite."""
-    loss = loss_of(donor.config, own_tensors(donor), tokens)
-    return loss if math.isfinite(loss) else None
+    return finite_loss(donor.config, own_tensors(donor), tokens)
 
 
 def text_loss(blueprint: Blueprint, tensors: Mapping[str, Tensor], text: str | Path) -> float:

@@ -45,6 +45,11 @@ class Weights:
         return self.blueprint.metadata
 
 
+def own_tensors(donor: Donor) -> dict[str, Tensor]:
+    """All of a donor's tensors as stored, float32."""
+    return {spec.name: donor.read(spec.name).float() for spec in donor.blueprint.specs}
+
+
 def read(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list[Weights]:
     """The donors that a Llama-like target can be made from (the others are named on stderr); all are in memory.
     Raises UserError where there is none."""
@@ -58,8 +63,7 @@ def read(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list[Weights
             if not quiet:
                 print(f"left out: {error}", file=sys.stderr)
             continue
-        tensors = {spec.name: donor.read(spec.name).float() for spec in donor.blueprint.specs}
-        found.append(Weights(donor.name, donor.blueprint, tensors, known_loss(donor.facts)))
+        found.append(Weights(donor.name, donor.blueprint, own_tensors(donor), known_loss(donor.facts)))
     if not found:
         raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")
     return found
