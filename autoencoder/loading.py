@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from autoencoder.model import UnitAutoencoder
+from zoo.checkpoints.headers import read_json
+from zoo.checkpoints.hub import patiently
 from zoo.errors import UserError
-from zoo.hub import patiently
-from zoo.safe import read_json
 
 
 def local_folder(source: str | Path, what: str) -> Path:

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder
-from zoo.aligned import Aligned, align, known_loss
-from zoo.blueprint import Blueprint
-from zoo.canonical import tie
-from zoo.decoder import write_decoder
+from zoo.donors.store import Zoo, size_gap
 from zoo.errors import UserError, unknown
-from zoo.sampler import Sampler, option
-from zoo.store import Zoo, size_gap
+from zoo.options import option
+from zoo.sampler import Sampler
+from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
-from zoo.text import read_vocabulary, rows_by_token
-from zoo.units import ROLES, energy, narrowed, principal_axes, require_unit_target, resize, scatter
+from zoo.training.text import read_vocabulary, rows_by_token
+from zoo.units.aligned import Aligned, align, known_loss
+from zoo.units.canonical import tie
+from zoo.units.decoder import write_decoder
+from zoo.units.units import ROLES, energy, narrowed, principal_axes, require_unit_target, resize, scatter
 
 
 @dataclass(kw_only=True)

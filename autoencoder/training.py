@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
-from zoo.aligned import Aligned, align
+from zoo.checkpoints.writer import writing
+from zoo.donors.store import Zoo, record
 from zoo.errors import UserError
-from zoo.progress import (
+from zoo.streams import stream
+from zoo.training.resumable import (
     STAGED,
     STATE,
     claim,
@@ -27,10 +29,8 @@ from zoo.progress import (
     save_state,
     training_tensors,
 )
-from zoo.store import Zoo, record
-from zoo.streams import stream
-from zoo.units import ROLES, to_width
-from zoo.writer import writing
+from zoo.units.aligned import Aligned, align
+from zoo.units.units import ROLES, to_width
 
 REPORT = "report.json"
 SAVE_EVERY = 200

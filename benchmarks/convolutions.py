@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.costs import rates
-from headstart import methods
-from headstart.scores import interval
-from zoo.blueprint import Blueprint
-from zoo.lm import reproducible
-from zoo.modules import load_into, zoo_of
-from zoo.store import Zoo
+from benchmarks import paths
+from benchmarks.head_start.costs import rates
+from headstart import samplers
+from headstart.compare.scores import interval
+from zoo.donors.memory import load_into, zoo_of
+from zoo.donors.store import Zoo
+from zoo.targets.blueprint import Blueprint
+from zoo.training.loop import reproducible
 
-RESULTS = Path(__file__).with_name("convolutions.json")
+RESULTS = paths.RESULTS / "convolutions.json"
 STEPS, SEEDS, LRS, SCALES, WIDTH = 80, (0, 1, 2), (1e-3, 2e-3, 5e-3, 1e-2), (1.0, 1.5, 2.0, 3.0), 20
 TRAINED = 1300  # of the 1,797 digits; the rest is held out
 
@@ -78,7 +78,7 @@ def filters(method: str, zoo: Zoo, seed: int) -> dict[str, Tensor]:
     """The target's four convolutions by a method; `conv-covariance, permuted`: its values in random places."""
     blueprint = Blueprint.from_module(net(WIDTH))
     name, _, control = method.partition(", ")
-    sampler = methods.get(name)().fit(zoo, blueprint)
+    sampler = samplers.get(name)().fit(zoo, blueprint)
     drawn = {k: t for k, t in sampler.sample(blueprint, seed) if t.ndim == 4}
     if control:
         generator = torch.Generator().manual_seed(seed)
@@ -131,7 +131,7 @@ def table(found: dict[str, dict[str, object]]) -> str:
 def main() -> None:
     with reproducible():
         found = measure(print)
-        sampler = methods.get("conv-covariance")()
+        sampler = samplers.get("conv-covariance")()
         cost = rates(sampler, donors(digits()), Blueprint.from_module(net(WIDTH)))
     content = {"steps": STEPS, "seeds": SEEDS, "lrs": LRS, "scales": SCALES, "torch": torch.__version__}
     RESULTS.write_text(json.dumps(content | {"cost": cost, "methods": found}, indent=1) + "\n")

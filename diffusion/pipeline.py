@@ -18,11 +18,11 @@ from diffusion.conditions import MODEL_FEATURES, NOWHERE, SHAPE_FEATURES, Addres
 from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_group
 from diffusion.memory import Bank, ZooMemory
 from diffusion.views import sibling
-from zoo.decoder import Decoder, Layer
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.tensors import Metadata
-from zoo.units import ROLES, addresses, energy, narrowed, principal_axes, scatter
+from zoo.units.decoder import Decoder, Layer
+from zoo.units.units import ROLES, addresses, energy, narrowed, principal_axes, scatter
 
 # Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
 CHUNK = 1024

@@ -10,14 +10,15 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from diffusion.pipeline import CONDITIONS, Request, WeightDiffusionPipeline, load_pipeline
-from zoo.blueprint import Blueprint
-from zoo.canonical import tie
-from zoo.decoder import write_decoder
+from zoo.donors.store import Zoo
 from zoo.errors import UserError
-from zoo.sampler import Sampler, option
-from zoo.store import Zoo
-from zoo.text import read_vocabulary
-from zoo.units import require_unit_target
+from zoo.options import option
+from zoo.sampler import Sampler
+from zoo.targets.blueprint import Blueprint
+from zoo.training.text import read_vocabulary
+from zoo.units.canonical import tie
+from zoo.units.decoder import write_decoder
+from zoo.units.units import require_unit_target
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,11 @@ from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_group
 from diffusion.memory import Bank, ZooMemory
 from diffusion.pipeline import WeightDiffusionPipeline, scheduler
 from diffusion.views import View, contexts, donor_tokens, fit_scale, make_view, mean_tokens, view_shape
-from zoo.aligned import Aligned, align, known_loss
+from zoo.checkpoints.writer import writing
+from zoo.donors.store import Zoo, record
 from zoo.errors import UserError
-from zoo.progress import (
+from zoo.streams import stream
+from zoo.training.resumable import (
     STAGED,
     STATE,
     claim,
@@ -36,10 +38,8 @@ from zoo.progress import (
     save_state,
     training_tensors,
 )
-from zoo.store import Zoo, record
-from zoo.streams import stream
-from zoo.units import ROLES
-from zoo.writer import writing
+from zoo.units.aligned import Aligned, align, known_loss
+from zoo.units.units import ROLES
 
 
 @dataclass(frozen=True)

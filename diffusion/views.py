@@ -17,10 +17,10 @@ from torch import Tensor
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import features, model_condition
 from diffusion.memory import TokenScale
-from zoo.aligned import Aligned, known_loss
 from zoo.streams import stream
 from zoo.tensors import Metadata
-from zoo.units import ROLES, addresses, unit_map
+from zoo.units.aligned import Aligned, known_loss
+from zoo.units.units import ROLES, addresses, unit_map
 
 
 @dataclass(frozen=True)

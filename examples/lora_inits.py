@@ -35,18 +35,18 @@ import torch
 from lora_report import PEFT, against, published, table, verdict
 from torch import Tensor
 
-from headstart import initialize_lora_weights, methods
-from headstart.evaluate import load_model, load_tokenizer
-from headstart.generate import versions
-from headstart.local_tasks import is_file, local_task, question_files
-from headstart.scores import interval
+from headstart import initialize_lora_weights, samplers
+from headstart.compare.scores import interval
+from headstart.evaluate.evaluate import load_model, load_tokenizer
+from headstart.evaluate.local_tasks import is_file, local_task, question_files
+from headstart.generate.generate import versions
+from zoo.donors.standalone import single
 from zoo.errors import UserError
-from zoo.lm import Training, evaluate, reproducible, train_steps
-from zoo.pool import Report, run_jobs
-from zoo.single import single
 from zoo.statistics.grouping import Grouping, characterise
 from zoo.streams import stream_seed
-from zoo.text import encode_corpus
+from zoo.training.loop import Training, evaluate, reproducible, train_steps
+from zoo.training.text import encode_corpus
+from zoo.training.workers import Report, run_jobs
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "lora_inits.json"
@@ -145,7 +145,7 @@ def prepare(setup: Setup, job: Job) -> Any:
         adapted = peft.get_peft_model(model, config)
     if method == "pareto":
         options = options | {"reference_model": setup.reference, "reference_rank": setup.reference_rank}
-    initialize_lora_weights(adapted, methods.get(method)(**options), seed=job.seed)  # type: ignore[arg-type]
+    initialize_lora_weights(adapted, samplers.get(method)(**options), seed=job.seed)  # type: ignore[arg-type]
     return adapted
 
 
@@ -196,7 +196,7 @@ def score(setup: Setup, job: Job) -> dict[str, Any]:
     """Accuracy in each group of tasks: acc_norm where lm-eval has it, else acc; the mean over the group's files."""
     from safetensors.torch import load_file
 
-    from headstart.harness import Scorer, find_tasks, run_tasks
+    from headstart.evaluate.lm_eval_model import Scorer, find_tasks, run_tasks
 
     model = prepare(setup, job)
     if job.init is not None:

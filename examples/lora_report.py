@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from headstart.scores import interval
+from headstart.compare.scores import interval
 
 PEFT = "peft-default"  # what all others are compared with
 PUBLISHED = {

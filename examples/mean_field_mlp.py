@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.row_column import RowColumn
-from zoo.blueprint import Blueprint
+from baselines.transfer.row_column import RowColumn
+from zoo.donors.memory import load_into, zoo_of
+from zoo.donors.store import Zoo
 from zoo.errors import UserError
-from zoo.modules import load_into, zoo_of
-from zoo.store import Zoo
 from zoo.streams import stream
+from zoo.targets.blueprint import Blueprint
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "balanced, n/N": {"sampling": "balanced", "scale": "n/N"},

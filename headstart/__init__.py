@@ -8,8 +8,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Blueprint": ("zoo.blueprint", "Blueprint"),
-    "initialize_lora_weights": ("headstart.lora", "initialize_lora_weights"),
+    "Blueprint": ("zoo.targets.blueprint", "Blueprint"),
+    "initialize_lora_weights": ("headstart.lora.lora", "initialize_lora_weights"),
     "samplers": ("headstart.samplers", None),
 }
 __all__ = ["Blueprint", "__version__", "initialize_lora_weights", "samplers"]

@@ -71,9 +71,9 @@ def demo(
 def list_methods(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the methods, what each needs and its options."""
     with session(quiet):
-        from headstart import methods
+        from headstart import samplers
 
-        rows = methods.describe()
+        rows = samplers.describe()
         if as_json:
             print_json(rows)
             return
@@ -114,7 +114,7 @@ def zoo_train(
 ) -> None:
     """Train the embedded zoo: tiny Llama-style models on the text that every Python ships."""
     with session(quiet):
-        from zoo.nursery import train
+        from zoo.training.nursery import train
 
         train(zoo, preset=preset, seed=seed, quiet=quiet)
 
@@ -123,7 +123,7 @@ def zoo_train(
 def zoo_list(zoo: ZooOption, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the donors of a zoo."""
     with session(quiet):
-        from zoo.store import Zoo
+        from zoo.donors.store import Zoo
 
         rows = Zoo.open(zoo).describe()
         print_rows(["name", "architecture", "parameters", "tensors", "license", "revision"], rows, as_json)
@@ -133,7 +133,7 @@ def zoo_list(zoo: ZooOption, as_json: JsonOption = False, quiet: QuietOption = F
 def zoo_verify(zoo: ZooOption, quiet: QuietOption = False) -> None:
     """Read every byte of a zoo again and compare it with the manifest."""
     with session(quiet):
-        from zoo.store import Zoo, notes, verify
+        from zoo.donors.store import Zoo, notes, verify
 
         found = verify(zoo)
         if not quiet:
@@ -206,7 +206,7 @@ def generate(
 ) -> None:
     """Write initial weights for a config: a folder that `AutoModelForCausalLM.from_pretrained` loads."""
     with session(quiet):
-        from headstart.generate import generate as run
+        from headstart.generate.generate import generate as run
 
         result = run(
             target,
@@ -268,7 +268,7 @@ def compare(
 ) -> None:
     """Train the target from each initialisation, on the same data in the same order, and report."""
     with session(quiet):
-        from headstart.compare import compare as run
+        from headstart.compare.compare import compare as run
 
         run(
             target,
@@ -313,7 +313,7 @@ def analyze(
 ) -> None:
     """Marginals, spectra, similarity of layers, rows and columns, health: what the weights look like, and what not."""
     with session(quiet):
-        from headstart.analyze import analyze as run
+        from headstart.analyze.analyze import analyze as run
 
         run(
             out,
@@ -360,7 +360,7 @@ def lora(
 ) -> None:
     """Write an initial LoRA adapter: a folder that `PeftModel.from_pretrained` loads."""
     with session(quiet):
-        from headstart.lora import lora as run
+        from headstart.lora.lora import lora as run
 
         result = run(
             base,
@@ -408,7 +408,7 @@ def evaluate(
 ) -> None:
     """Score a checkpoint or an adapter with lm-eval, on its tasks or on local files."""
     with session(quiet):
-        from headstart.evaluate import evaluate as run
+        from headstart.evaluate.evaluate import evaluate as run
 
         results = run(
             model,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoo.checkpoints.writer import replace_file
 from zoo.errors import UserError
-from zoo.writer import replace_file
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def demo(
     Raises UserError where `out` holds something else."""
     from autoencoder.training import train as train_autoencoder
     from diffusion.training import train as train_diffusion
-    from headstart.compare import compare
-    from headstart.generate import generate
-    from zoo.nursery import train as train_zoo
-    from zoo.text import reference_corpus, save_byte_tokenizer
+    from headstart.compare.compare import compare
+    from headstart.generate.generate import generate
+    from zoo.training.nursery import train as train_zoo
+    from zoo.training.text import reference_corpus, save_byte_tokenizer
 
     plan = plan or (QUICK if quick else FULL)
     out = Path(out)
@@ -144,8 +144,8 @@ def demo(
 
 def table(results: dict[str, Any]) -> str:
     """The comparison as text, the fastest first."""
-    from headstart.findings import ranked
-    from headstart.scores import REFERENCE
+    from headstart.compare.scores import REFERENCE
+    from headstart.report.comparison_findings import ranked
 
     rows = [("method", "lr", "step 0", "final loss", "steps to the default's", "speed-up")]
     for name, entry in ranked(results):
@@ -195,7 +195,7 @@ def _stage(took: dict[str, dict[str, float]], quiet: bool) -> Callable[[str, Cal
 
 def _keep(path: Path, took: dict[str, dict[str, float]]) -> None:
     """demo.json: of every stage its longest call. A stage that an earlier call finished has nothing left to do."""
-    from headstart.generate import versions
+    from headstart.generate.generate import versions
 
     stages = json.loads(path.read_text())["stages"] if path.is_file() else {}
     for name, entry in took.items():

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from zoo.checkpoint import Checkpoint, check_against_blueprint
+from zoo.checkpoints.checkpoint import Checkpoint, check_against_blueprint
+from zoo.checkpoints.sources import Source, Stamps, count_tensors, obtain, resolve
+from zoo.checkpoints.writer import writing
+from zoo.donors.manifest import MANIFEST, ROWS, joined, measure, rows, write_rows
+from zoo.donors.store import RECORD, content_hash, file_hash, read_record, write_record
 from zoo.errors import UserError
-from zoo.manifest import MANIFEST, ROWS, joined, measure, rows, write_rows
-from zoo.sources import Source, Stamps, count_tensors, obtain, resolve
 from zoo.statistics.health import Finding, health, summary
-from zoo.store import RECORD, content_hash, file_hash, read_record, write_record
-from zoo.writer import writing
 
 CHUNK = 1 << 22
 LOCK = ".lock"  # held while names are given and the manifest is written

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zoo.errors import UserError, unknown
+from zoo.options import bounds_problem
 
 if TYPE_CHECKING:
-    from zoo.blueprint import Blueprint
-    from zoo.store import Zoo
-
-
-def option(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field that is an option of a sampler: `--set NAME=VALUE` on the command line. extra: `least`, `most`
-    or `above`, the bounds of a number."""
-    return dataclasses.field(default=default, metadata={"help": help, **extra})
+    from zoo.donors.store import Zoo
+    from zoo.targets.blueprint import Blueprint
 
 
 @dataclass(kw_only=True)
@@ -54,7 +48,9 @@ class Sampler(ABC):
             if getattr(self, key) not in words:
                 raise unknown(f"{key} of {self.name}", str(getattr(self, key)), words)
         for field in dataclasses.fields(self):
-            _check_number(self.name, field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if problem := bounds_problem(field, value):
+                raise UserError(f"{self.name}: {field.name} is {value}; give {problem}")
 
     @abstractmethod
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self: ...
@@ -68,7 +64,7 @@ class Sampler(ABC):
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
         """[{name, revision, sha256, license}] of the donors behind what is sampled, for cards and `headstart.json`."""
-        from zoo.store import record
+        from zoo.donors.store import record
 
         return [record(zoo.donor(name)) for name in self.donors] if zoo is not None else []
 
@@ -120,19 +116,3 @@ class Sampler(ABC):
     def options(self) -> dict[str, Any]:
         """The options of this instance as JSON values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "help" in f.metadata}
-
-
-def _check_number(method: str, field: dataclasses.Field[Any], value: Any) -> None:
-    """UserError for a number that is not finite, or beyond the bounds that its option states."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    bounds = field.metadata
-    wrong = (
-        "a finite number" if not math.isfinite(value)
-        else f"more than {bounds['above']:g}" if "above" in bounds and value <= bounds["above"]
-        else f"at least {bounds['least']:g}" if "least" in bounds and value < bounds["least"]
-        else f"at most {bounds['most']:g}" if "most" in bounds and value > bounds["most"]
-        else None
-    )  # fmt: skip
-    if wrong:
-        raise UserError(f"{method}: {field.name} is {value}; give {wrong}")

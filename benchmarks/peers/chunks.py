@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.conditions import MODEL_FEATURES, PERIODS, model_features
-from zoo.blueprint import Blueprint
+from zoo.targets.blueprint import Blueprint
 from zoo.tensors import TensorSpec
 
 FEATURES = MODEL_FEATURES + 3 + 2 * 7 + 2 * len(PERIODS)

@@ -32,11 +32,12 @@ from benchmarks.peers import training
 from benchmarks.peers.chunks import FEATURES, conditions, cut, groups, uncut
 from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, rebuilt, records
 from diffusion.conditions import MODEL_FEATURES, model_features
-from zoo.blueprint import Blueprint
-from zoo.sampler import Sampler, option
-from zoo.store import Zoo
+from zoo.donors.store import Zoo
+from zoo.options import option
+from zoo.sampler import Sampler
 from zoo.streams import stream
-from zoo.units import require_unit_target
+from zoo.targets.blueprint import Blueprint
+from zoo.units.units import require_unit_target
 
 PEER = "d2nwg"
 TIMES = 1024

@@ -24,25 +24,25 @@ from torch import Tensor
 
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
+from benchmarks.novelty import distance as novelty
 from benchmarks.peers import d2nwg, sane
 from benchmarks.peers.scoring import WINDOWS, finite_loss, own_loss
 from benchmarks.peers.training import parameters
 from benchmarks.peers.weights import Rebuilt, canonical, principal, read, rebuilt
 from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
-from headstart import novelty
-from headstart.generate import complete
-from headstart.trials import cut
-from zoo.aligned import align, token_strings
-from zoo.blueprint import Blueprint
-from zoo.decoder import read_decoder
+from headstart.compare.trials import cut
+from headstart.generate.generate import complete
+from zoo.checkpoints.writer import replace_file
+from zoo.donors.store import Zoo
 from zoo.errors import UserError
-from zoo.progress import identity
 from zoo.sampler import Sampler
-from zoo.store import Zoo
-from zoo.text import encode_corpus, find_tokenizer
-from zoo.units import ROLES, to_width
-from zoo.writer import replace_file
+from zoo.targets.blueprint import Blueprint
+from zoo.training.resumable import identity
+from zoo.training.text import encode_corpus, find_tokenizer
+from zoo.units.aligned import align, token_strings
+from zoo.units.decoder import read_decoder
+from zoo.units.units import ROLES, to_width
 
 OURS = "diffusion"
 

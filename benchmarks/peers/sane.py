@@ -38,12 +38,13 @@ from benchmarks.peers.tokens import (
     windows,
 )
 from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, rebuilt, records
-from zoo.blueprint import Blueprint
+from zoo.donors.store import Donor, Zoo
 from zoo.errors import UserError
-from zoo.sampler import Sampler, option
-from zoo.store import Donor, Zoo
+from zoo.options import option
+from zoo.sampler import Sampler
 from zoo.streams import stream
-from zoo.units import require_unit_target
+from zoo.targets.blueprint import Blueprint
+from zoo.units.units import require_unit_target
 
 PEER = "sane"
 ANCHORS = "anchors.safetensors"

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.head_start.tasks import SEQUENCE, WINDOWS
 from benchmarks.peers.weights import own_tensors
-from benchmarks.tasks import SEQUENCE, WINDOWS
-from zoo.blueprint import Blueprint
-from zoo.lm import evaluate
-from zoo.store import Donor
-from zoo.text import encode_corpus
+from zoo.donors.store import Donor
+from zoo.targets.blueprint import Blueprint
+from zoo.training.loop import evaluate
+from zoo.training.text import encode_corpus
 
 
 def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.peers.weights import Weights, nearest_layer, place
-from zoo.blueprint import Blueprint
 from zoo.errors import UserError
+from zoo.targets.blueprint import Blueprint
 from zoo.tensors import TensorSpec
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoder.loading import local_folder
+from zoo.checkpoints.headers import read_json
+from zoo.checkpoints.writer import replace_file
+from zoo.donors.store import Zoo
 from zoo.errors import UserError
-from zoo.progress import interruptible, load_state, restore_training, save_state, training_tensors
-from zoo.safe import read_json
-from zoo.store import Zoo
-from zoo.writer import replace_file
+from zoo.training.resumable import interruptible, load_state, restore_training, save_state, training_tensors
 
 RECORD = "peer.json"  # of a finished peer: written last
 SAVE_SECONDS = 20.0

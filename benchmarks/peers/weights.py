@@ -1,8 +1,8 @@
 """Donors as the peers see them: named tensors, raw or in canonical coordinates, and back to checkpoints.
 
-`raw`: as stored. `canonical`: after the exact symmetries of `zoo/canonical.py`, aligned across donors, the head untied
-and the readers times sqrt(width), as `zoo/units.py` keeps them. Both peers read and write through here, so that what
-they are given of our coordinates is one word.
+`raw`: as stored. `canonical`: after the exact symmetries of `zoo.units.canonical`, aligned across donors, the head
+untied and the readers times sqrt(width), as `zoo.units.units` keeps them. Both peers read and write through here, so
+what they are given of our coordinates is one word.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.aligned import Aligned, align, known_loss
-from zoo.blueprint import Blueprint
-from zoo.canonical import tie
-from zoo.decoder import read_decoder, write_decoder
+from zoo.donors.store import Donor, Zoo, record
 from zoo.errors import UserError
-from zoo.store import Donor, Zoo, record
+from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, TensorSpec
-from zoo.units import require_unit_target, scatter
+from zoo.units.aligned import Aligned, align, known_loss
+from zoo.units.canonical import tie
+from zoo.units.decoder import read_decoder, write_decoder
+from zoo.units.units import require_unit_target, scatter
 
 COORDINATES = ("raw", "canonical")
 READERS = {"head", "attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"}
@@ -98,7 +98,7 @@ def finish(
     tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, coordinates: str
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of `modelled(blueprint)` -> those of the blueprint. A tied target in canonical coordinates gets
-    the embedding and the final gain of `zoo.canonical.tie`."""
+    the embedding and the final gain of `zoo.units.canonical.tie`."""
     if coordinates == "raw":
         yield from tensors
         return

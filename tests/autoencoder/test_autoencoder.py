@@ -16,13 +16,13 @@ from torch import Tensor
 from autoencoder import training
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
 from autoencoder.sampler import AutoencoderSampler
-from tests.tiny import config, donor, make_zoo
+from tests.support.tiny import config, donor, make_zoo
 from zoo.add import add
-from zoo.aligned import Aligned, align
-from zoo.blueprint import Blueprint
+from zoo.donors.store import Zoo
 from zoo.errors import UserError
-from zoo.store import Zoo
-from zoo.units import ROLES
+from zoo.targets.blueprint import Blueprint
+from zoo.units.aligned import Aligned, align
+from zoo.units.units import ROLES
 
 
 @pytest.fixture(scope="module")

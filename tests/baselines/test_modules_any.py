@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from baselines.default import Default
-from baselines.mimetic import Mimetic
-from baselines.schemes import GPT2, Identity, ScaledDefault, TruncatedNormal
-from zoo.blueprint import Blueprint
-from zoo.modules import load_into
+from baselines.schemes.default import Default
+from baselines.schemes.mimetic import Mimetic
+from baselines.schemes.rules import GPT2, Identity, ScaledDefault, TruncatedNormal
+from zoo.donors.memory import load_into
 from zoo.sampler import Sampler
+from zoo.targets.blueprint import Blueprint
 
 
 class Odd(nn.Module):

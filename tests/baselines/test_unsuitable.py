@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from baselines.empirical import Permuted
-from baselines.hypercloning import HyperCloning
-from baselines.matrix_normal import MatrixNormal
-from baselines.mimetic import Mimetic
-from baselines.sliced import Sliced
-from baselines.subcloning import Subcloning
-from headstart import methods
-from tests.tiny import config, make_zoo
-from zoo.blueprint import Blueprint
+from baselines.distributions.empirical import Permuted
+from baselines.distributions.matrix_normal import MatrixNormal
+from baselines.schemes.mimetic import Mimetic
+from baselines.transfer.growth.hypercloning import HyperCloning
+from baselines.transfer.shrinking.sliced import Sliced
+from baselines.transfer.shrinking.subcloning import Subcloning
+from headstart import samplers
+from tests.support.tiny import config, make_zoo
+from zoo.donors.memory import load_into, zoo_of
 from zoo.errors import UserError
-from zoo.modules import load_into, zoo_of
 from zoo.sampler import Sampler
+from zoo.targets.blueprint import Blueprint
 
 SMALL = dict(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
@@ -39,7 +39,7 @@ def mamba() -> nn.Module:
 def test_a_donor_without_heads_stands_in_nobodys_way(name: str) -> None:
     llama = model("llama", **SMALL, num_key_value_heads=4)
     target = Blueprint.from_module(llama)
-    sampler = methods.get(name)()
+    sampler = samplers.get(name)()
     assert sampler.reads(zoo_of({"llama": llama, "mamba": mamba()}), target) == ("llama",)
     with pytest.raises(UserError, match="has no attention heads"):
         sampler.reads(zoo_of({"mamba": mamba()}), target)
@@ -52,15 +52,15 @@ def test_layers_of_several_kinds_are_refused() -> None:
     donor = model("qwen2_moe", **SMALL, **moe, num_key_value_heads=4, mlp_only_layers=[0])
     for name in ("weight-selection", "row-column", "pruning", "subcloning"):
         with pytest.raises(UserError, match="not all of one kind"):
-            methods.get(name)().reads(zoo_of({"moe": donor}), Blueprint.from_module(donor))
+            samplers.get(name)().reads(zoo_of({"moe": donor}), Blueprint.from_module(donor))
 
 
 def test_importance_needs_known_attention() -> None:
     falcon = model("falcon", **SMALL)
-    assert methods.get("weight-selection")().reads(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
+    assert samplers.get("weight-selection")().reads(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
     for name in ("pruning", "subcloning"):
         with pytest.raises(UserError, match=r"attn\.q.* not known.*weight-selection"):
-            methods.get(name)().reads(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
+            samplers.get(name)().reads(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
 
 
 def test_experts_are_subcloned() -> None:
@@ -119,7 +119,7 @@ def test_saving_over_another_sampler_leaves_nothing_of_it(tmp_path: Path) -> Non
     cut.save(tmp_path / "saved")
     plain = Sliced(donor="d0").fit(zoo, blueprint)
     plain.save(tmp_path / "saved")
-    loaded = dict(methods.load(tmp_path / "saved").sample(blueprint))
+    loaded = dict(samplers.load(tmp_path / "saved").sample(blueprint))
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in plain.sample(blueprint))
 
 
@@ -148,6 +148,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "options", "says"), WRONG)
 def test_numbers_out_of_bounds_are_refused_at_once(name: str, options: dict[str, Any], says: str) -> None:
-    cls: type[Sampler] = methods.get(name)
+    cls: type[Sampler] = samplers.get(name)
     with pytest.raises(UserError, match=says):
         cls(**options)

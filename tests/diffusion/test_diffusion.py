@@ -26,14 +26,14 @@ from diffusion.memory import MOST_LAYERS, TokenScale
 from diffusion.pipeline import CONDITIONS
 from diffusion.sampler import DiffusionSampler
 from diffusion.views import contexts, mean_tokens, sibling, view_shape
-from headstart.generate import generate
-from tests.tiny import STD, config, make_zoo, role
-from zoo.blueprint import Blueprint
-from zoo.canonical import residual_vectors
+from headstart.generate.generate import generate
+from tests.support.tiny import STD, config, make_zoo, role
+from zoo.donors.store import Zoo
 from zoo.errors import UserError
-from zoo.store import Zoo
+from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
-from zoo.units import addresses, energy
+from zoo.units.canonical import residual_vectors
+from zoo.units.units import addresses, energy
 
 SMALL = {"steps": 60, "batch": 128, "hidden": 64, "blocks": 2, "pool": 8, "lr": 3e-3, "ema": 0.99, "quiet": True}
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from headstart import methods
+from headstart import samplers
 from headstart.cli import main
-from tests.baselines.shaken import CONFIGS, donor
+from tests.support.shaken import CONFIGS, donor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,7 +172,7 @@ def test_an_output_in_an_existing_folder_is_refused_untouched(tmp_path: Path, ta
 
 
 def test_our_own_faults_are_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(methods.METHODS, "broken", ("no_such_module", "Nothing"))
+    monkeypatch.setitem(samplers.METHODS, "broken", ("no_such_module", "Nothing"))
     done = headstart("methods")
     assert done.returncode == 1 and "Traceback" in done.stderr and done.stdout == ""
 

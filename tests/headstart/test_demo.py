@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from headstart.demo import TARGET, Plan, demo
-from zoo import nursery
-from zoo.blueprint import Blueprint
 from zoo.errors import UserError
-from zoo.nursery import Recipe
+from zoo.targets.blueprint import Blueprint
+from zoo.training import nursery
+from zoo.training.nursery import Recipe
 
 
 def micro() -> list[Recipe]:

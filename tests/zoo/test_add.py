@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo.add
-import zoo.manifest
+import zoo.donors.manifest
 from zoo.add import add
-from zoo.checkpoint import Checkpoint
+from zoo.checkpoints.checkpoint import Checkpoint
+from zoo.checkpoints.headers import INDEX
+from zoo.donors.store import Zoo, notes, verify
 from zoo.errors import UserError
-from zoo.safe import INDEX
-from zoo.store import Zoo, notes, verify
 
 Make = Callable[..., Path]
 Tree = dict[str, tuple[bytes, int]]
@@ -75,7 +75,7 @@ def test_a_donor_is_copied_and_described(tmp_path: Path, tiny_llama: Make) -> No
 def test_statistics_are_scipys(
     tmp_path: Path, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(zoo.manifest, "CHUNK", 1000)  # many chunks per tensor
+    monkeypatch.setattr(zoo.donors.manifest, "CHUNK", 1000)  # many chunks per tensor
     folder = tiny_llama(tmp_path / "a")
     tensors = {n: t.to(dtype) for n, t in load_file(folder / "model.safetensors").items()}
     heavy = torch.distributions.StudentT(3.0).sample(tensors["model.embed_tokens.weight"].shape)

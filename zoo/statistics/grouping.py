@@ -9,10 +9,10 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from zoo.checkpoints.headers import read_json
+from zoo.donors.store import Donor, record
 from zoo.errors import UserError, unknown
-from zoo.safe import read_json
 from zoo.statistics.similarity import PROJECTIONS, stacks, study
-from zoo.store import Donor, record
 
 SOURCE = {"name", "revision", "sha256", "license"}
 
@@ -27,7 +27,7 @@ class Grouping:
     gaussian: tuple[str, ...]
     pareto: tuple[str, ...]
     undifferentiated: bool  # no pair stands out: all projections are one Pareto group
-    source: dict[str, Any] = field(default_factory=dict)  # which model this was read from: `zoo.store.record`, or none
+    source: dict[str, Any] = field(default_factory=dict)  # which model this was read from: `record`, or none
     undecided: int = 0  # pairs of projections with too little data for a verdict, of all `pairs`
 
     @property

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zoo.checkpoint import Checkpoint
+from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.errors import NotFinite
 from zoo.statistics.noise import beyond_edge, kurtosis, normal_scores, uneven
 from zoo.statistics.row_column import cut

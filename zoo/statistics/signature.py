@@ -12,9 +12,9 @@ import torch
 from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor
 
+from zoo.donors.store import Donor
 from zoo.errors import UserError
 from zoo.statistics.similarity import PROJECTIONS
-from zoo.store import Donor
 from zoo.streams import stream_seed
 from zoo.tensors import split
 

@@ -15,11 +15,11 @@ from scipy.linalg import eigvalsh_tridiagonal
 from scipy.stats import skew
 from torch import Tensor
 
+from zoo.donors.store import Donor
 from zoo.errors import UserError, unknown
 from zoo.statistics.goodness import Sample, goodness
 from zoo.statistics.power_law import LEAST
 from zoo.statistics.spectra import top_singular_values
-from zoo.store import Donor
 from zoo.streams import stream, stream_seed
 from zoo.tensors import TensorSpec, split
 

@@ -8,8 +8,8 @@ from itertools import combinations_with_replacement
 
 import pytest
 
+from zoo.donors.standalone import single
 from zoo.errors import UserError
-from zoo.single import single
 from zoo.statistics.grouping import Grouping, characterise, group, read_grouping
 from zoo.statistics.similarity import PROJECTIONS, stacks, study
 

@@ -20,8 +20,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from zoo.checkpoint import Checkpoint
-from zoo.modules import zoo_of
+from zoo.checkpoints.checkpoint import Checkpoint
+from zoo.donors.memory import zoo_of
 from zoo.statistics.health import Finding, health, summary
 
 Change = Callable[[str, Tensor], Tensor]

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from tests.tiny import config
+from tests.support.tiny import config
+from zoo.donors.memory import zoo_of
+from zoo.donors.standalone import open_donor
+from zoo.donors.store import Donor
 from zoo.errors import UserError
-from zoo.modules import zoo_of
-from zoo.single import open_donor
 from zoo.statistics.row_column import cut, row_column, shuffled, statistics
-from zoo.store import Donor
 
 NAMES = ("row_spread", "column_spread", "row_correlation")
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import STD, make_zoo
+from tests.support.tiny import STD, make_zoo
+from zoo.donors.memory import zoo_of
+from zoo.donors.standalone import single
 from zoo.errors import UserError
-from zoo.modules import zoo_of
-from zoo.single import single
 from zoo.statistics.signature import clustering_vector, signature_distances, std_vector
 from zoo.statistics.similarity import PROJECTIONS, stacks
 

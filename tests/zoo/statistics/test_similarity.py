@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import make_llama
+from zoo.donors.memory import zoo_of
+from zoo.donors.standalone import single
 from zoo.errors import UserError
-from zoo.modules import zoo_of
-from zoo.single import single
 from zoo.statistics.similarity import PROJECTIONS, distances, null_stacks, stacks, study
 
 NAMES = {

@@ -1,0 +1,90 @@
+"""The law of each tensor chosen among families by the likelihood of values that were held out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from baselines.distributions.laws import LAWS
+from baselines.distributions.parametric import Parametric
+from baselines.distributions.statistical import Fit, thin
+from baselines.distributions.summary import moments
+from zoo.errors import UserError, unknown
+from zoo.options import option
+from zoo.streams import stream
+
+if TYPE_CHECKING:
+    from zoo.donors.store import Zoo
+    from zoo.targets.blueprint import Blueprint
+
+log = logging.getLogger(__name__)
+
+HELD_OUT = 0.25  # of the values
+MOST = 1 << 20  # values that decide; the law that was chosen is fitted to all
+
+
+@dataclass(kw_only=True)
+class AutoFit(Parametric):
+    """Fits every family to three quarters of a group's values and scores the rest. The first of `families` that is
+    within two standard errors of the best mean log-likelihood is taken, so that a law with more parameters has to
+    earn them, and fitted to all values. Constant groups, and those of fewer than 64 values, get the first family.
+    The choice is logged, and kept beside each law with the scores (`family`, `scores` in nats per value)."""
+
+    name: ClassVar[str] = "auto-fit"
+    summary: ClassVar[str] = "per tensor the law of highest held-out likelihood among six families"
+    reference: ClassVar[str] = "2405.03103"
+
+    families: str = option(",".join(LAWS), "laws to choose from, comma-separated; of equals the first is taken")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for family in self._families:
+            if family not in LAWS:
+                raise unknown(f"family of {self.name}", family, LAWS)
+        if not self._families:
+            raise UserError(f"families of {self.name} is empty: give some of {', '.join(LAWS)}")
+
+    @property
+    def _families(self) -> list[str]:
+        return [word.strip() for word in self.families.split(",") if word.strip()]
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        super().fit(zoo, blueprint)
+        chosen = Counter(fit["family"] for fit in self._fits.values() if "family" in fit)
+        log.info("%s: %s", self.name, ", ".join(f"{family} {count}" for family, count in chosen.most_common()))
+        return self
+
+    def fit_values(self, values: Tensor) -> Fit:
+        scores = held_out(thin(values, MOST), self._families)
+        family = simplest(scores) if scores else self._families[0]
+        means = {name: score.mean().item() for name, score in scores.items()}
+        return {"family": family, "law": LAWS[family].fit(values), "scores": means}
+
+    def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return LAWS[fit["family"]].sample(fit["law"], shape, generator)
+
+
+def held_out(values: Tensor, families: list[str]) -> dict[str, Tensor]:
+    """values [n] -> family -> log density of a fixed random quarter of them [~ n / 4] float64 under the law that the
+    others give. Empty for values that say nothing: constant ones, and fewer than 64."""
+    is_test = (torch.rand(len(values), generator=stream(0, "auto-fit/held-out")) < HELD_OUT).to(values.device)
+    train, test = values[~is_test], values[is_test]
+    if len(values) < 64 or moments(train)[2]:
+        return {}
+    return {name: LAWS[name].log_prob(LAWS[name].fit(train), test) for name in families}
+
+
+def simplest(scores: dict[str, Tensor]) -> str:
+    """The first family whose mean is within two standard errors (of the paired difference) of the best."""
+    best = max(scores.values(), key=lambda score: score.mean().item())
+    for name, score in scores.items():
+        behind = best - score
+        if behind.mean() <= 2 * behind.std(correction=0) / math.sqrt(len(behind)):
+            return name
+    raise AssertionError("the best is within any distance of itself")

@@ -1,0 +1,186 @@
+"""Non-parametric fits: tensors drawn from what donors' values are, not from a formula for them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from baselines.distributions.statistical import Fit, Member, Statistical, choose, fan_in, first, groups, members
+from baselines.distributions.summary import moments, ordered, summary
+from zoo.donors.standalone import kept, reopen
+from zoo.donors.store import Donor, Zoo, size_gap
+from zoo.errors import UserError
+from zoo.options import option
+from zoo.sampler import Sampler
+from zoo.streams import stream
+from zoo.targets.blueprint import Blueprint
+from zoo.tensors import Part, TensorSpec, join, split
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Histogram(Statistical):
+    """Inverse transform sampling from a table of quantiles, linear in between: evenly spaced probabilities from .01
+    to .99, and log-spaced ones to 1e-7 on either side. With even spacing alone the last bins would smear the few
+    extreme values over the tails and multiply the kurtosis."""
+
+    name: ClassVar[str] = "histogram"
+    family: ClassVar[str] = "empirical"
+    summary: ClassVar[str] = "independent draws from a table of a donor's quantiles, tails log-spaced"
+    reference: ClassVar[str] = "Devroye 1986"
+
+    points: int = option(2048, "quantiles in the table; half of them in the tails", most=1 << 20)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.points < 16:
+            raise UserError(f"points of {self.name} is {self.points}: give 16 or more")
+
+    def fit_values(self, values: Tensor) -> Fit:
+        x = ordered(values).double()
+        at = probabilities(self.points).to(x.device) * (len(x) - 1)
+        left = at.long().clamp(max=max(0, len(x) - 2))
+        right = (left + 1).clamp(max=len(x) - 1)
+        return {"quantiles": torch.lerp(x[left], x[right], at - left).float().cpu()}
+
+    def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        table = fit["quantiles"].to(self.device)
+        p = probabilities(len(table)).to(self.device)
+        u = torch.rand(shape, generator=generator, dtype=torch.float64).to(self.device).clamp(p[0], p[-1])
+        right = torch.searchsorted(p, u).clamp(min=1)
+        share = (u - p[right - 1]) / (p[right] - p[right - 1])
+        return torch.lerp(table[right - 1], table[right], share.float()).cpu()
+
+
+def probabilities(points: int) -> Tensor:
+    """[points] float64, ascending: where a table of that many quantiles has them."""
+    tail = torch.logspace(-7, -2, points // 4, dtype=torch.float64)
+    body = torch.linspace(0.01, 0.99, points - 2 * len(tail) + 2, dtype=torch.float64)
+    return torch.cat([tail, body[1:-1], 1 - tail.flip(0)])
+
+
+@dataclass(kw_only=True)
+class KDE(Statistical):
+    """The smoothed bootstrap: a random datum plus h N(0, 1), shrunk towards the mean so that the variance stays that
+    of the data. h is Silverman's rule, 0.9 min(std, IQR / 1.34) n^(-1/5), times `bandwidth`: made for one mode, and
+    too wide for several narrow ones. Of large groups `data` points are kept: the extreme values, and means of
+    neighbours that are drawn as often as they stand for values."""
+
+    name: ClassVar[str] = "kde"
+    family: ClassVar[str] = "empirical"
+    summary: ClassVar[str] = "a donor's values drawn at random and smoothed, mean and variance kept"
+    reference: ClassVar[str] = "Silverman 1986"
+
+    bandwidth: float = option(1.0, "multiplies the width of the kernel; 0 draws the points that are kept", least=0.0)
+    data: int = option(8192, "points kept per group", least=64, most=1 << 24)
+
+    def fit_values(self, values: Tensor) -> Fit:
+        mean, std, _ = moments(values)
+        points, counts = summary(values, self.data)
+        low, high = points[torch.searchsorted(counts.cumsum(0), torch.tensor([0.25, 0.75]) * len(values))].tolist()
+        width = 0.9 * min(std, (high - low) / 1.34 or std) * len(values) ** -0.2 * self.bandwidth
+        return {"mean": mean, "std": std, "width": width, "points": points.float(), "counts": counts.int()}
+
+    def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        points, mean = fit["points"].to(self.device), fit["mean"]
+        cumulative = fit["counts"].to(self.device).double().cumsum(0)
+        u = torch.rand(shape, generator=generator, dtype=torch.float64).to(self.device) * cumulative[-1]
+        which = torch.searchsorted(cumulative, u, right=True).clamp(max=len(points) - 1)
+        kernel = fit["width"] * torch.randn(shape, generator=generator).to(self.device)
+        shrink = math.hypot(1, fit["width"] / (fit["std"] or 1))
+        return (mean + (points[which] - mean + kernel) / shrink).cpu()
+
+
+@dataclass(kw_only=True)
+class Permuted(Sampler):
+    """One donor's weights in random order within each matrix, bias or gain: the same values, no structure. The
+    control that tells what a marginal law is worth at best.
+
+    Where a shape differs from the donor's, values of the donor's tensor of the same role and nearest relative depth
+    (of several, the same expert or the nearest in size) are drawn without replacement as long as they last, so that
+    every value comes equally often, give or take one. The weights are read while sampling.
+    """
+
+    name: ClassVar[str] = "permuted"
+    family: ClassVar[str] = "empirical"
+    summary: ClassVar[str] = "a donor's weights shuffled within each tensor: its marginals without structure"
+    reference: ClassVar[str] = "1902.07208"
+    needs: ClassVar[tuple[str, ...]] = ("donor",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"rescale": ("fan-in", "none")}
+
+    donor: str | None = option(None, "name of the donor; none: the nearest in size of those that have the roles")
+    rescale: str = option("fan-in", "of the spread when the input axis changes: fan-in (1 / sqrt) or none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._source: Donor | None = None
+        self._members: tuple[Blueprint, dict[tuple[str, ...], list[Member]]] | None = None  # of the last target
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        return () if self._source is None else (self._source.name,)
+
+    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+        return (self._choose(zoo, blueprint).name,)
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        self._source = self._choose(zoo, blueprint)
+        if self.donor is None:
+            log.info("%s: donor %s (%s parameters)", self.name, self._source.name, f"{self._source.parameters:,}")
+        return self
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        for spec in blueprint.specs:
+            tensor = self.tensor(blueprint, spec, seed)
+            if tensor is not None:
+                yield spec.name, tensor
+
+    def tensor(self, blueprint: Blueprint, spec: TensorSpec, seed: int) -> Tensor | None:
+        """The tensor of one spec, None where the donor has nothing for it."""
+        generator = stream(seed, f"{self.name}/{spec.name}")
+        parts = {}
+        for part in spec.parts:
+            found = self._found(blueprint)
+            group = first(groups(blueprint, spec, part, "layer"), found)
+            if group is None:
+                return None
+            donor, own, matrix = min(found[group], key=partial(_distance, spec, part))
+            values = split(own, donor.read(own.name, torch.float32))[matrix.role].flatten()
+            size, rounds = math.prod(part.shape), math.ceil(math.prod(part.shape) / len(values))
+            order = torch.cat([torch.randperm(len(values), generator=generator) for _ in range(rounds)])[:size]
+            scale = fan_in(own, matrix, self.rescale) / fan_in(spec, part, self.rescale)  # 1 for equal shapes, exactly
+            shift = donor.blueprint.offset(own) - blueprint.offset(spec)
+            parts[part.role] = values[order].view(part.shape) * scale + shift
+        return join(spec, parts)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        assert self._source is not None
+        return {**kept(self._source)}, {}
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._source = reopen(values, self.name)
+
+    def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Donor:
+        chosen = choose(zoo, blueprint, self.donor, self.name)
+        return min(chosen, key=lambda donor: size_gap(donor, blueprint))
+
+    def _found(self, blueprint: Blueprint) -> dict[tuple[str, ...], list[Member]]:
+        if self._source is None:
+            raise RuntimeError(f"{self.name}: call fit before sample")
+        if self._members is None or self._members[0] is not blueprint:
+            self._members = (blueprint, members([self._source], blueprint, "layer"))
+        return self._members[1]
+
+
+def _distance(spec: TensorSpec, part: Part, member: Member) -> tuple[bool, float]:
+    """Of a donor's part from a target's: another expert, another size."""
+    _, own, matrix = member
+    return own.expert != spec.expert, abs(math.log(math.prod(matrix.shape) / math.prod(part.shape)))

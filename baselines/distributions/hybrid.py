@@ -1,0 +1,125 @@
+"""Between actual values and a law: a mixture of the two, with noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from baselines.distributions.auto_fit import AutoFit
+from baselines.distributions.empirical import KDE, Histogram, Permuted
+from baselines.distributions.parametric import GeneralizedNormal, Laplace, Mixture, Normal, Parametric, Stable, StudentT
+from zoo.errors import UserError
+from zoo.options import option
+from zoo.sampler import Sampler
+from zoo.streams import stream
+from zoo.tensors import TensorSpec, join, split
+
+if TYPE_CHECKING:
+    from zoo.donors.store import Zoo
+    from zoo.targets.blueprint import Blueprint
+
+VALUES: dict[str, type[Histogram | KDE | Permuted]] = {"histogram": Histogram, "kde": KDE, "permuted": Permuted}
+LAWS: dict[str, type[Parametric]] = {
+    law.name: law for law in (Normal, Laplace, StudentT, GeneralizedNormal, Stable, Mixture, AutoFit)
+}
+
+
+@dataclass(kw_only=True)
+class Hybrid(Sampler):
+    """Actual values of a donor, of which a share `mix` comes from a fitted law, plus relative noise. Published text
+    leaves open what mixing means [R], so `mixing` says it:
+
+    entries  each entry is, with probability `mix` and independently of all others, the law's draw instead of the
+             value. The entries' law is (1 - mix) values + mix law: mean and variance stay where the two agree on them,
+             and so does everything else that they agree on, tails included. The default for that reason.
+    linear   m + sqrt(1 - mix) (value - mean) + sqrt(mix) (draw - mean), m the mix of both means: for independent
+             entries the variance is the mix of both variances, where mix itself as the factor would lose up to half
+             of it. Every entry keeps a trace of its value, but sums of two heavy-tailed numbers have lighter tails.
+
+    Noise is added after that: N(0, (noise * std)^2), std being that of the matrix, bias or gain that it is added to,
+    so that the variance grows by a factor 1 + noise^2. The values are those of the method `values` and the draws those
+    of the method `law` for the same seed: with mixing=entries and noise=0, mix=0 is the one and mix=1 the other.
+    """
+
+    name: ClassVar[str] = "hybrid"
+    family: ClassVar[str] = "empirical"
+    summary: ClassVar[str] = "a donor's values mixed with draws from a fitted law, with relative noise"
+    reference: ClassVar[str] = "1902.07208"
+    needs: ClassVar[tuple[str, ...]] = ("donors",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "values": tuple(VALUES), "law": tuple(LAWS), "mixing": ("entries", "linear"),
+        "granularity": ("layer", "role", "global"), "rescale": ("fan-in", "none"),
+    }  # fmt: skip
+
+    donor: str | None = option(None, "name of the donor; none: as `values` chooses")
+    values: str = option("histogram", "where values come from: histogram, kde or permuted")
+    law: str = option("student-t", "the law: any of the parametric methods, or auto-fit")
+    mix: float = option(0.5, "share of the law, from 0 to 1")
+    mixing: str = option("entries", "the law's draw replaces a share of the entries, or is added to all (linear)")
+    noise: float = option(0.0, "standard deviation of added normal noise, relative to that of the tensor")
+    granularity: str = option("layer", "one fit per tensor (layer), per role, or for all matrices (global)")
+    rescale: str = option("fan-in", "of the spread when the input axis changes: fan-in (1 / sqrt) or none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mix <= 1 or self.noise < 0:
+            raise UserError(f"{self.name} wants a mix from 0 to 1 and a noise of 0 or more: {self.mix}, {self.noise}")
+        shared: dict[str, Any] = {"donor": self.donor, "rescale": self.rescale, "device": self.device}
+        of_fits: dict[str, Any] = {"granularity": self.granularity}
+        self._values = VALUES[self.values](**shared, **({} if self.values == "permuted" else of_fits))
+        self._law = LAWS[self.law](**shared, **of_fits)
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        return self._values.donors
+
+    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+        return self._values.reads(zoo, blueprint)
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        self._values.fit(zoo, blueprint)
+        if self.values == "permuted":  # one donor's values: the law is fitted to the same
+            self._law.donor = self._values.donors[0]
+        self._law.fit(zoo, blueprint)
+        return self
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        for spec in blueprint.specs:
+            values = self._values.tensor(blueprint, spec, seed)
+            draws = self._law.tensor(blueprint, spec, seed)
+            if values is not None and draws is not None:
+                yield spec.name, self._mixed(spec, values, draws, stream(seed, f"{self.name}/{spec.name}"))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values, tensors = self._values.state()
+        law, law_tensors = self._law.state()
+        return {"values": values, "law": law}, {
+            **{f"values/{name}": tensor for name, tensor in tensors.items()},
+            **{f"law/{name}": tensor for name, tensor in law_tensors.items()},
+        }
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for key, sampler in (("values", self._values), ("law", self._law)):
+            own = {name.removeprefix(f"{key}/"): t for name, t in tensors.items() if name.startswith(f"{key}/")}
+            sampler.restore(values[key], own)
+
+    def _mixed(self, spec: TensorSpec, values: Tensor, draws: Tensor, generator: torch.Generator) -> Tensor:
+        parts = {}
+        drawn = split(spec, draws)
+        for role, value in split(spec, values).items():
+            draw = drawn[role]
+            if self.mixing == "entries":
+                part = torch.where(torch.rand(value.shape, generator=generator) < self.mix, draw, value)
+            else:
+                center = (1 - self.mix) * value.mean() + self.mix * draw.mean()
+                part = math.sqrt(1 - self.mix) * (value - value.mean()) + math.sqrt(self.mix) * (draw - draw.mean())
+                part += center
+            if self.noise:
+                part = part + self.noise * part.std(correction=0) * torch.randn(part.shape, generator=generator)
+            parts[role] = part
+        return join(spec, parts)

@@ -1,0 +1,318 @@
+"""Matrix normal draws: the donors' mean, and the covariances of their rows and of their columns."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from baselines.distributions.kronecker import FULL, draw, factor, flip_flop, sized
+from baselines.transfer.transfer import vocabulary_rows
+from zoo.donors.store import Chosen, Donor, Zoo, unlikeness
+from zoo.errors import UserError
+from zoo.options import option
+from zoo.sampler import Sampler
+from zoo.streams import stream
+from zoo.targets.blueprint import Blueprint
+from zoo.tensors import Metadata
+from zoo.units.aligned import Aligned, align
+from zoo.units.canonical import tie
+from zoo.units.decoder import write_decoder
+from zoo.units.units import ROLES, require_unit_target, resize, scatter
+
+log = logging.getLogger(__name__)
+
+NOTHING = 1e-12  # the RMS of samples that are all alike
+CHOICES = {
+    "basis": ("auto", "canonical", "stored"),
+    "mean": ("pooled", "zero"),
+    "granularity": ("role", "layer"),
+    "toward": ("diagonal", "identity"),
+}
+
+
+@dataclass(kw_only=True)
+class MatrixNormal(Sampler):
+    """W = M + A Z B^T with Z of independent normals: A A^T is the covariance of rows, B B^T that of columns, both
+    fitted by the flip-flop of maximum likelihood with shrinkage; their size is the samples'.
+
+    canonical   Covariances mean something in the donor's own residual basis only, so donors are brought into canonical
+                form, aligned to the widest by their tokens (`zoo.units.aligned`) and resized to the target
+                (`zoo.units.units.resize`): first coordinates, most important units. One law per kind of unit [R]:
+                rows are a layer's neurons, query planes, or components, in their order of importance; columns are
+                the residual vectors of a unit side by side (gate, up and down of a neuron), so that what a unit reads
+                and writes stays coupled. Tokens, matched by string, are independent rows with variances of their own;
+                one that no donor knows gets the mean row. Of heads that share keys and values, the first one's count.
+    stored      Tensors as they lie on disk, of modules of any kind: from donors' tensors of the same name and shape,
+                with a law each; what has one axis is set to the donors' mean. Covariances of independently trained
+                donors average out in these coordinates: it is for donors that share them.
+
+    A layer's law comes from the nearest relative depth of every donor; `granularity=role` fits one covariance to all
+    layers of a kind, each scaled to unit RMS and back. With `mean=pooled` a single donor has no spread: it is then
+    taken as the spread around zero; a block that is constant, or that one donor alone has, is its mean. A side longer
+    than 4096 has a diagonal covariance. While fitting, the donors' units lie in a temporary folder; means (a whole
+    target with `mean=pooled`) and covariances are in memory, as are one donor at a time in float64, a few times over,
+    and one target while sampling.
+    """
+
+    name: ClassVar[str] = "matrix-normal"
+    family: ClassVar[str] = "parametric"
+    summary: ClassVar[str] = "normal draws with the donors' mean and their covariances of rows and of columns"
+    reference: ClassVar[str] = "Dutilleul 1999, doi:10.1080/00949659908811970"
+    needs: ClassVar[tuple[str, ...]] = ("donors",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
+
+    donor: str | None = option(None, "name of the donor; none: all that fit together")
+    tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
+    basis: str = option("auto", "canonical, or stored (same names and shapes); auto: stored where there is no config")
+    mean: str = option("pooled", "M: pooled (the donors' mean) or zero")
+    granularity: str = option("role", "one covariance for all layers (role), or one for each (layer)")
+    shrinkage: float | None = option(
+        None, "of the covariances, 0 to 1; none: estimated (0907.4698)", least=0.0, most=1.0
+    )
+    toward: str = option("diagonal", "what covariances are shrunk to: their diagonal, or a multiple of the identity")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._donors: tuple[str, ...] = ()
+        self._scales: dict[str, float] = {}  # by block: a layer of a kind, or a tensor
+        self._group: dict[str, str] = {}  # block -> the law that it has
+        self._tensors: dict[str, Tensor] = {}  # mean/BLOCK, rows/LAW and columns/LAW (factors), float32
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        return self._donors
+
+    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+        return self._choose(zoo, blueprint).names
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        pool = self._choose(zoo, blueprint)
+        self._donors = pool.names
+        log.info("%s: fitted to %d donors: %s", self.name, len(pool.names), ", ".join(pool.names))
+        self._scales, self._group, self._tensors = {}, {}, {}
+        pooled = self.mean == "pooled" and len(pool.names) > 1
+        if self.mean == "pooled" and not pooled:
+            log.info("%s: one donor has no spread around its mean: the mean is taken to be zero", self.name)
+        with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
+            canonical = self._canonical(blueprint)
+            blocks = Blocks(Path(folder), self.device, pooled, frozenset({"vocab 0"} if canonical else ()))
+            if canonical:
+                left = set(pool.names)
+                for aligned in align(pool):
+                    left.discard(aligned.name)
+                    blocks.add(_unit_blocks(aligned, pool.donor(aligned.name), blueprint, self.tokenizer))
+                if left:
+                    raise UserError(f"{pool.path}: donor {min(left)!r} has no canonical form; leave it out")
+            else:
+                for donor in pool.donors:
+                    blocks.add(_stored_blocks(donor, blueprint))
+            self._learn(blocks, by_kind=canonical and self.granularity == "role")
+        return self
+
+    def _learn(self, blocks: Blocks, by_kind: bool) -> None:
+        laws: dict[str, list[str]] = {}
+        for name, mean in blocks.means().items():
+            self._tensors |= {f"mean/{name}": mean} if blocks.pooled or mean.ndim == 1 else {}
+            if mean.ndim == 2:
+                self._group[name] = name.partition(" ")[0] if by_kind else name
+                self._scales[name] = blocks.scale(name)
+                if self._scales[name] > NOTHING and float(blocks.counts(name).sum()):
+                    laws.setdefault(self._group[name], []).append(name)
+                else:  # constant, or one donor's alone: what there is of it is its mean
+                    self._tensors[f"mean/{name}"] = mean
+                    self._scales[name] = 0.0
+        for law, names in laws.items():
+            counts = torch.stack([blocks.counts(name) for name in names]).sum(0)
+            rows, columns = flip_flop(
+                lambda names=names: (x for name in names for x in blocks.samples(name, self._scales[name])),  # type: ignore[misc]
+                counts,
+                blocks.shape(names[0])[1],
+                self.toward,
+                self.shrinkage,
+                diagonal_rows=names[0] in blocks.partial,
+            )
+            columns = sized(rows, columns, counts)
+            for side, covariance in (("rows", rows), ("columns", columns)):
+                if covariance.ndim == 1 and len(covariance) > FULL:
+                    log.info("%s: the %d %s of %s have a diagonal covariance", self.name, len(covariance), side, law)
+                self._tensors[f"{side}/{law}"] = factor(covariance).float().cpu()
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if not self._canonical(blueprint):
+            for spec in blueprint.specs:
+                if spec.name in self._group or f"mean/{spec.name}" in self._tensors:
+                    yield spec.name, self._draw(spec.name, seed).reshape(spec.shape)
+            return
+        target = blueprint.metadata
+        assert target is not None
+        units = {}
+        for kind, roles in ROLES.items():
+            layers = [self._draw(name, seed) for name in self._group if name.partition(" ")[0] == kind]
+            units[kind] = torch.cat(layers).unflatten(1, (len(roles), target.width))
+        decoder = scatter(units, target)
+        yield from write_decoder(tie(decoder) if target.tied else decoder, blueprint)
+
+    def _draw(self, name: str, seed: int) -> Tensor:
+        """One block, [p, q] float32, or the mean of what has one axis."""
+        mean = self._tensors.get(f"mean/{name}")
+        if name not in self._group:
+            assert mean is not None
+            return mean
+        if not self._scales[name]:
+            assert mean is not None
+            return mean
+        rows, columns = (self._tensors[f"{side}/{self._group[name]}"].to(self.device) for side in ("rows", "columns"))
+        z = torch.randn(len(rows), len(columns), generator=stream(seed, f"{self.name}/{name}")).to(self.device)
+        drawn = (self._scales[name] * draw(rows, columns, z)).cpu()
+        return drawn if mean is None else drawn + mean
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"donors": list(self._donors), "scales": self._scales, "group": self._group}, self._tensors
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._donors, self._scales, self._group = tuple(values["donors"]), values["scales"], values["group"]
+        self._tensors = tensors
+
+    def _canonical(self, blueprint: Blueprint) -> bool:
+        return self.basis == "canonical" or (self.basis == "auto" and blueprint.metadata is not None)
+
+    def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Chosen:
+        """The donors that fit; of these, in canonical form, those as wide as the target if there are any. Raises
+        UserError with the reason where none does, or not the one that is asked for. Reads configs only."""
+        if zoo is None or not zoo.donors:
+            raise UserError(f"{self.name} needs donors: give --zoo DIR, or --donor FOLDER")
+        target = None
+        if self._canonical(blueprint):
+            try:
+                target = require_unit_target(blueprint, "target")
+            except UserError as error:
+                raise UserError(f"{self.name}: {error}; or --set basis=stored with donors of the same shape") from error
+        fitting, refused = [], []
+        for donor in [zoo.donor(self.donor)] if self.donor is not None else zoo.donors:
+            problem = self._problem(donor, blueprint, target)
+            if problem is None:
+                fitting.append(donor)
+            else:
+                refused.append((*unlikeness(donor, blueprint), f"{donor.name!r}: {problem}"))
+        if not fitting:
+            raise UserError(f"{self.name}: no donor fits the target; nearest {min(refused)[-1]}")
+        if target is not None:
+            wide = [d for d in fitting if d.blueprint.metadata and d.blueprint.metadata.width >= target.width]
+            fitting = wide or fitting
+        return Chosen(zoo.path, tuple(fitting))
+
+    def _problem(self, donor: Donor, blueprint: Blueprint, target: Metadata | None) -> str | None:
+        """Why a donor says nothing about a target, or None."""
+        if target is None:
+            shared = [s for s in blueprint.specs if len(s.shape) >= 2 and _same(donor, s.name, s.shape)]
+            return None if shared else "it has no matrix of the same name and shape as one of the target's"
+        try:
+            source = require_unit_target(donor.blueprint, donor.name)
+            vocabulary_rows(donor, blueprint, self.tokenizer)
+        except UserError as error:
+            return str(error)
+        if source.head_dim != target.head_dim:
+            return f"head_dim {source.head_dim} is not the target's {target.head_dim}; set that, or use normal"
+        return None
+
+
+class Blocks:
+    """The donors' matrices by name, in a folder: one file for each donor, one block in memory at a time."""
+
+    def __init__(self, folder: Path, device: str, pooled: bool, partial: frozenset[str]) -> None:
+        """pooled: samples are what is left when their mean is taken away; partial: blocks whose rows of zeros are not
+        known."""
+        self.folder, self.device, self.pooled, self.partial = folder, device, pooled, partial
+        self.files: list[Path] = []
+        self.members: dict[str, list[Path]] = {}  # block -> the files that hold it
+        self._means: dict[str, Tensor] = {}
+
+    def add(self, blocks: dict[str, Tensor]) -> None:
+        """One donor's: [p, q] or [p], float32."""
+        path = self.folder / f"{len(self.files)}.safetensors"
+        save_file(blocks, path)
+        self.files.append(path)
+        for name in blocks:
+            self.members.setdefault(name, []).append(path)
+
+    def _read(self, name: str) -> Iterator[Tensor]:
+        for path in self.members[name]:
+            with safe_open(path, "pt") as f:
+                yield f.get_tensor(name)
+
+    def _known(self, name: str, x: Tensor) -> Tensor:
+        """[p] float32: 1 for rows that a donor has."""
+        return (x != 0).any(1).float() if name in self.partial else torch.ones(len(x))
+
+    def means(self) -> dict[str, Tensor]:
+        """Block -> its mean over the donors that know a row, [p, q] or [p]; the mean row where none does."""
+        for name in self.members:
+            first = next(self._read(name))
+            total = torch.zeros_like(first)
+            known = torch.zeros(len(first))
+            for x in self._read(name):
+                total += x
+                known += self._known(name, x)
+            mean = total / known.clamp_min(1).view(-1, *[1] * (total.ndim - 1))
+            if total.ndim == 2 and 0 < int((known > 0).sum()) < len(known):
+                mean[known == 0] = mean[known > 0].mean(0)
+            self._means[name] = mean
+        return self._means
+
+    def shape(self, name: str) -> tuple[int, int]:
+        rows, columns = self._means[name].shape
+        return rows, columns
+
+    def counts(self, name: str) -> Tensor:
+        """[p]: how many samples each row of a block is known in, less one for the mean; never below zero."""
+        known = sum(self._known(name, x).double() for x in self._read(name)) - (1.0 if self.pooled else 0.0)
+        return torch.as_tensor(known).clamp_min(0).to(self.device)
+
+    def samples(self, name: str, scale: float = 1.0) -> Iterable[Tensor]:
+        """[p, q] float64 on the device, divided by `scale`, without the mean where that is pooled."""
+        for x in self._read(name):
+            left = (x - self._means[name]) * self._known(name, x)[:, None] if self.pooled else x
+            yield left.to(self.device).double() / scale
+
+    def scale(self, name: str) -> float:
+        """The RMS of a block's samples; a tiny number where all are alike."""
+        squares = sum(float(x.square().sum()) for x in self.samples(name))
+        return max(math.sqrt(squares / max(1.0, float(self.counts(name).sum()) * self.shape(name)[1])), NOTHING)
+
+
+def _same(donor: Donor, name: str, shape: tuple[int, ...]) -> bool:
+    return name in donor.blueprint and donor.blueprint[name].shape == shape
+
+
+def _stored_blocks(donor: Donor, blueprint: Blueprint) -> dict[str, Tensor]:
+    """Tensors of the target's names and shapes, the axes after the first flattened."""
+    return {
+        s.name: (x.flatten(1) if x.ndim > 1 else x).contiguous()
+        for s in blueprint.specs
+        if _same(donor, s.name, s.shape)
+        for x in [donor.read(s.name, torch.float32)]
+    }
+
+
+def _unit_blocks(aligned: Aligned, donor: Donor, blueprint: Blueprint, tokenizer: str | None) -> dict[str, Tensor]:
+    """'KIND LAYER' -> [units of a layer of the target, vectors x width]; 'vocab 0' -> the target's tokens."""
+    target = blueprint.metadata
+    assert target is not None
+    units = resize(aligned.units, aligned.metadata, replace(target, vocab=aligned.metadata.vocab))
+    rows = vocabulary_rows(donor, blueprint, tokenizer).index
+    units["vocab"] = units["vocab"][rows.clamp_min(0)] * (rows >= 0)[:, None, None]
+    out: dict[str, Tensor] = {}
+    for kind, vectors in units.items():
+        layers = vectors.flatten(1).chunk(1 if kind == "vocab" else target.layers)
+        out |= {f"{kind} {i}": layer.contiguous() for i, layer in enumerate(layers)}
+    return out

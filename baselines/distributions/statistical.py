@@ -1,0 +1,260 @@
+"""Statistics of donors' tensors: which tensors a target's tensor takes after, and the base of methods that fit them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from zoo.errors import UserError
+from zoo.options import option
+from zoo.sampler import Sampler
+from zoo.streams import stream
+from zoo.targets.blueprint import Blueprint
+from zoo.targets.roles import locate
+from zoo.tensors import Part, TensorSpec, join, split
+
+if TYPE_CHECKING:
+    from zoo.donors.store import Donor, Zoo
+
+log = logging.getLogger(__name__)
+
+CHOICES = {"granularity": ("layer", "role", "global"), "rescale": ("fan-in", "none")}
+POOL = 1 << 22  # values of one fit; larger groups are thinned evenly
+PIECE = 1 << 22  # values that are drawn at a time
+Group = tuple[str, ...]  # what tensors that share a fit have in common
+Member = tuple["Donor", TensorSpec, Part]
+Fit = dict[str, Any]  # JSON values and tensors
+
+
+@dataclass(kw_only=True)
+class Statistical(Sampler):
+    """Draws the entries of a tensor independently from what is fitted to donors' values. A method is `fit_values` and
+    `draw`. What no donor has is left out.
+
+    Values are fitted after multiplication by sqrt(fan-in) and divided by the target's when drawn (`rescale=fan-in`),
+    so that a donor of another width says something. A target's layer takes after the layers at the nearest relative
+    depth of every donor. Gains and shifts of norms are set to the donors' mean. Embeddings have fits of their own
+    whatever the granularity, because nothing is summed over their rows.
+
+    A plain module, which no config describes, takes after the donors' tensors of the same name where its role is not
+    known, and otherwise after all their tensors with as many axes: matrices after matrices, biases after biases,
+    gains after gains. So donors may be other modules (zoo.donors.memory.zoo_of) or language models.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("donors",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
+
+    donor: str | None = option(None, "name of the donor; none: all donors together, where they have the role")
+    granularity: str = option("layer", "one fit per tensor (layer), per role, or for all matrices (global)")
+    rescale: str = option("fan-in", "of the spread when the input axis changes: fan-in (1 / sqrt) or none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._donors: tuple[str, ...] = ()
+        self._fits: dict[str, Fit] = {}  # by group
+
+    @abstractmethod
+    def fit_values(self, values: Tensor) -> Fit:
+        """values [n] float32 on self.device -> JSON values, and tensors on the CPU."""
+
+    @abstractmethod
+    def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Independent draws, float32 on the CPU."""
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        return self._donors
+
+    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+        return tuple(donor.name for donor in choose(zoo, blueprint, self.donor, self.name))
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        chosen = choose(zoo, blueprint, self.donor, self.name)
+        self._donors, self._fits = tuple(donor.name for donor in chosen), {}
+        if self.donor is None:
+            log.info("%s: fitted to %d donors: %s", self.name, len(chosen), ", ".join(self._donors))
+        found = members(chosen, blueprint, self.granularity)
+        wanted = {
+            group: found[group]
+            for spec in blueprint.specs
+            for part in spec.parts
+            if (group := first(groups(blueprint, spec, part, self.granularity), found)) is not None
+        }
+        for group, own in wanted.items():
+            share = max(1, POOL // len(own))
+            pooled = torch.cat([thin(standard(member, self.rescale), share) for member in own])
+            is_norm = group[0] == "norm"
+            mean = {"mean": pooled.double().mean().item()}
+            self._fits["/".join(group)] = mean if is_norm else self.fit_values(pooled.to(self.device))
+        return self
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        for spec in blueprint.specs:
+            tensor = self.tensor(blueprint, spec, seed)
+            if tensor is not None:
+                yield spec.name, tensor
+
+    def tensor(self, blueprint: Blueprint, spec: TensorSpec, seed: int) -> Tensor | None:
+        """The tensor of one spec, None where no donor had anything for it."""
+        generator = stream(seed, f"{self.name}/{spec.name}")
+        parts = {}
+        for part in spec.parts:
+            keys = ["/".join(group) for group in groups(blueprint, spec, part, self.granularity)]
+            key = next((key for key in keys if key in self._fits), None)
+            if key is None:
+                return None
+            if key.startswith("norm/"):
+                parts[part.role] = torch.full(part.shape, self._fits[key]["mean"] - blueprint.offset(spec))
+            else:
+                flat = torch.empty(math.prod(part.shape))
+                for piece in flat.split(PIECE):
+                    piece.copy_(self.draw(self._fits[key], tuple(piece.shape), generator))
+                parts[part.role] = flat.view(part.shape) / fan_in(spec, part, self.rescale)
+        return join(spec, parts)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for group, fit in self._fits.items():
+            values[group] = {k: v for k, v in fit.items() if not isinstance(v, Tensor)}
+            tensors |= {f"{group}/{k}": v for k, v in fit.items() if isinstance(v, Tensor)}
+        return {"donors": list(self._donors), "fits": values}, tensors
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._donors, self._fits = tuple(values["donors"]), values["fits"]
+        for name, tensor in tensors.items():
+            group, _, key = name.rpartition("/")
+            self._fits[group][key] = tensor
+
+
+def choose(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) -> tuple[Donor, ...]:
+    """The donor called `name`, or all that have every role of the target's matrices, or the most of them; for a plain
+    module all that have the most of its tensors, by name or role before number of axes. UserError: there is none."""
+    if zoo is None or not zoo.donors:
+        raise UserError(f"{who} needs donors: give --zoo DIR, or --donor FOLDER")
+    if blueprint.metadata is None:
+        has = {donor: _served(donor, blueprint) for donor in zoo.donors}
+        lacking = "tensor of the target's names or with as many axes"
+    else:
+        wanted = _matrix_roles(blueprint)
+        if not wanted:
+            raise UserError(f"{who}: no tensor of the target has a known role")
+        has = {donor: (len(wanted & _matrix_roles(donor.blueprint)), 0) for donor in zoo.donors}
+        lacking = f"of the target's roles {', '.join(sorted(wanted))}"
+    if name is not None:
+        donor = zoo.donor(name)
+        if has[donor] == (0, 0):
+            raise UserError(f"{who}: donor {donor.name!r} has not any {lacking}")
+        return (donor,)
+    most = max(has.values())
+    if most == (0, 0):
+        raise UserError(f"{who}: no donor has any {lacking}")
+    return tuple(donor for donor, count in has.items() if count == most)
+
+
+def groups(blueprint: Blueprint, spec: TensorSpec, part: Part, granularity: str) -> list[Group]:
+    """The groups that a target's part may take after, the best first: its role, and for plain modules its name, then
+    its number of axes. Biases, norms and embeddings always have groups of their own."""
+    is_plain = blueprint.metadata is None
+    if len(part.axes) >= 2 and part.role != "embed" and granularity == "global" and (is_plain or part.role != "other"):
+        return [("all",)]
+    layer = (str(spec.layer),) if granularity == "layer" and spec.layer is not None else ()
+    found: list[Group] = [(*kind, *layer) for kind in _kinds(spec, part, is_plain)]
+    return [*found, _axes(spec, part)] if is_plain and part.role != "embed" else found
+
+
+def members(donors: Sequence[Donor], blueprint: Blueprint, granularity: str) -> dict[Group, list[Member]]:
+    """The donors' parts of every group that the target's parts may take after. A donor's layer belongs to the target's
+    layers that lie nearest to it in relative depth."""
+    is_plain, layers = blueprint.metadata is None, depth(blueprint)
+    found: dict[Group, list[Member]] = defaultdict(list)
+    for donor in donors:
+        for spec in donor.blueprint.specs:
+            for part in spec.parts:
+                kinds: list[Group] = _kinds(spec, part, is_plain and donor.blueprint.metadata is None)
+                if granularity == "layer" and spec.layer is not None:
+                    near = list(nearest(spec.layer, depth(donor.blueprint), layers))
+                    keys = [(*kind, str(layer)) for kind in kinds for layer in near]
+                else:
+                    keys = kinds
+                if len(part.axes) >= 2 and part.role != "embed" and granularity == "global" and kinds:
+                    keys = [("all",)]
+                if is_plain and part.role != "embed":
+                    keys = [*keys, _axes(spec, part)]
+                for key in keys:
+                    found[key].append((donor, spec, part))
+    return found
+
+
+def first(candidates: Sequence[Group], found: Collection[Group]) -> Group | None:
+    return next((group for group in candidates if group in found), None)
+
+
+def standard(member: Member, rescale: str) -> Tensor:
+    """[n] float32: the values of a donor's part, brought to fan-in 1; gains as what they multiply by."""
+    donor, spec, part = member
+    values = split(spec, donor.read(spec.name, torch.float32))[part.role].flatten()
+    return values * fan_in(spec, part, rescale) + donor.blueprint.offset(spec)
+
+
+def fan_in(spec: TensorSpec, part: Part, rescale: str) -> float:
+    """sqrt(fan-in) of what reads an axis, 1 for the rest and for rescale=none."""
+    reads = len(part.axes) >= 2 and part.role != "embed" and rescale == "fan-in"
+    return math.sqrt(math.prod(part.shape[1:])) if reads else 1.0
+
+
+def thin(values: Tensor, most: int) -> Tensor:
+    """At most `most` of the values: one at random of each run of neighbours, always the same. A regular stride would
+    see some columns of a matrix and never the others."""
+    if len(values) <= most:
+        return values
+    run = math.ceil(len(values) / most)
+    starts = torch.arange(0, len(values) - run + 1, run)
+    index = starts + torch.randint(run, starts.shape, generator=stream(0, "thin"))
+    return values[index.to(values.device)]
+
+
+def depth(blueprint: Blueprint) -> int:
+    """How many layers a model has; of a plain module what its names count."""
+    if blueprint.metadata is not None:
+        return blueprint.metadata.layers
+    return 1 + max((spec.layer for spec in blueprint.specs if spec.layer is not None), default=0)
+
+
+def nearest(layer: int, donor_layers: int, layers: int) -> Iterator[int]:
+    """The target's layers that lie nearest to a donor's layer in relative depth."""
+    for target in range(layers):
+        if round(target / max(1, layers - 1) * (donor_layers - 1)) == layer:
+            yield target
+
+
+def _kinds(spec: TensorSpec, part: Part, is_plain: bool) -> list[Group]:
+    """What a part is whatever its layer: by its role, or by its name where that says nothing."""
+    if is_plain and part.role in ("conv", "other"):
+        return [("name", locate(spec.name)[0], spec.kind, str(len(part.axes)))]
+    table = spec.site or (part.axes[0] if part.role == "embed" else "")
+    return [] if part.role == "other" else [(part.role, spec.kind, table)]
+
+
+def _axes(spec: TensorSpec, part: Part) -> Group:
+    return ("axes", spec.kind, str(len(part.axes)))
+
+
+def _served(donor: Donor, blueprint: Blueprint) -> tuple[int, int]:
+    """How many tensors of a plain module a donor serves by name or role, and how many at all."""
+    found = members([donor], blueprint, "layer")
+    keys = [first(groups(blueprint, s, part, "layer"), found) for s in blueprint.specs for part in s.parts]
+    served = [key for key in keys if key is not None]
+    return sum(key[0] != "axes" for key in served), len(served)
+
+
+def _matrix_roles(blueprint: Blueprint) -> set[str]:
+    return {part.role for s in blueprint.specs for part in s.parts if len(part.axes) >= 2} - {"other", "head"}

@@ -1,0 +1,159 @@
+"""The architecture's own initialisation, one block at a time: the honest default, and the filler of every method."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from zoo.options import option
+from zoo.sampler import Sampler
+from zoo.streams import stream_seed
+from zoo.targets.blueprint import Blueprint, meta_model, to_disk
+from zoo.targets.configs import parse
+from zoo.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from zoo.donors.store import Zoo
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Default(Sampler):
+    """transformers' own `_init_weights` for the target's class, or torch's `reset_parameters` for a plain module, whose
+    bare parameters, which only its constructor sets, are left out.
+
+    Each block (a decoder layer, an embedding, a final norm, a head) is materialised alone on the CPU, in float32,
+    and initialised under the stream (seed, block): the distribution is that of
+    `AutoModelForCausalLM.from_config`, the memory that of a block, and the bytes do not depend on the order.
+    """
+
+    name: ClassVar[str] = "default"
+    family: ClassVar[str] = "default"
+    summary: ClassVar[str] = "the architecture's own random initialisation under a seed"
+    reference: ClassVar[str] = "huggingface/transformers"
+
+    scale: float = option(1.0, "multiplies the weights of two and more dimensions")
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        return self
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        yield from self.fill(blueprint, blueprint.names, seed)
+
+    def fill(self, blueprint: Blueprint, names: Collection[str], seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """`sample`, for `names` only: blocks that hold none of them are never materialised."""
+        wanted = set(names)
+        if not wanted:
+            return
+        model = empty_model(blueprint)
+        for prefix, block, owner in blocks(model):
+            on_disk = disk_names(model, prefix, block)
+            if wanted.isdisjoint(on_disk):
+                continue
+            for name, tensor in disk_state(model, prefix, initialised(model, block, owner, prefix, seed)).items():
+                if name in wanted:
+                    wanted.discard(name)
+                    yield name, tensor * self.multiplier(blueprint[name])
+        if wanted and hasattr(model, "save_pretrained"):
+            raise RuntimeError(f"no block of {type(model).__name__} holds {sorted(wanted)[:3]}")
+        if wanted:
+            log.info("only a constructor sets %s: what the module holds there stays", ", ".join(sorted(wanted)))
+
+    def multiplier(self, spec: TensorSpec) -> float:
+        """What the default's draw of a tensor is multiplied by."""
+        return self.scale if len(spec.shape) >= 2 else 1.0
+
+
+def empty_model(blueprint: Blueprint) -> nn.Module:
+    """The model that a blueprint describes: its own module, or that of its config on the meta device."""
+    if blueprint.module is not None:
+        return blueprint.module
+    assert blueprint.config is not None  # a blueprint comes from a config or a module
+    return meta_model(parse(blueprint.config))
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(prefix, block, owner): the parts that a model is initialised in, in the model's order. A block is an entry of a
+    list of modules, a module without such a list inside, or a module that owns parameters beside its list; `owner` is
+    the innermost enclosing model, whose `_init_weights` applies."""
+
+    def walk(module: nn.Module, prefix: str, owner: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        if hasattr(module, "_init_weights"):
+            owner = module
+        if isinstance(module, nn.ModuleList):
+            for i, child in module.named_children():
+                yield f"{prefix}{i}.", child, owner
+        elif not any(isinstance(child, nn.ModuleList) for child in module.modules()):
+            if next(module.parameters(), None) is not None:
+                yield prefix, module, owner
+        else:
+            if module._parameters:
+                yield prefix, _shallow(module), owner
+            for name, child in module.named_children():
+                yield from walk(child, f"{prefix}{name}.", owner)
+
+    return walk(model, "", model)
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A module with its own parameters and none of its children."""
+    twin = copy.copy(module)
+    twin._modules = {}
+    return twin
+
+
+def initialised(model: nn.Module, block: nn.Module, owner: nn.Module, name: str, seed: int) -> dict[str, Tensor]:
+    """A copy of `block` on the CPU in float32, initialised under the stream (seed, name) -> its persistent tensors."""
+    twin = copy.deepcopy(block)
+    twin = twin.float().to_empty(device="cpu")
+    for seen in (*twin.modules(), *twin.parameters()):  # transformers skips what it has initialised before
+        seen.__dict__.pop("_is_hf_initialized", None)
+    with torch.no_grad():
+        for tensor in twin.state_dict().values():
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, f"default/{name}"))
+            _initialise(twin, owner)
+    state = twin.state_dict()
+    bare = [k for k, v in state.items() if v.isnan().any()]
+    if bare and not hasattr(model, "save_pretrained"):
+        return {k: v for k, v in state.items() if k not in bare}  # a plain module's constructor cannot be run again
+    if bare:
+        # Set in a constructor and nowhere else: the constructor has to run, for the whole model.
+        log.info("%s%s is initialised by its constructor only: building the whole model for it", name, bare[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "default/"))
+            whole = type(model)(copy.deepcopy(model.config)).float().state_dict()  # type: ignore[call-arg]
+        state |= {k: whole[name + k] for k in bare}
+    return state
+
+
+def _initialise(module: nn.Module, owner: nn.Module) -> None:
+    """Children first, then the module, as transformers does it: a parent rescales what its children drew (GPT-2)."""
+    owner = module if hasattr(module, "_init_weights") else owner
+    for child in module.children():
+        _initialise(child, owner)
+    if hasattr(owner, "_init_weights"):
+        owner._init_weights(module)  # type: ignore[operator]
+    elif hasattr(module, "reset_parameters"):
+        module.reset_parameters()  # type: ignore[operator]
+    elif hasattr(module, "_reset_parameters"):  # torch's attention and its whole transformer
+        module._reset_parameters()  # type: ignore[operator]
+
+
+def disk_state(model: nn.Module, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names and tensors of a block in memory -> as on disk (Mixtral's experts are fused in memory only)."""
+    full = {prefix + name: tensor for name, tensor in state.items()}
+    return to_disk(model, full) if hasattr(model, "save_pretrained") else full  # type: ignore[arg-type]
+
+
+def disk_names(model: nn.Module, prefix: str, block: nn.Module) -> list[str]:
+    """The names that a block has on disk."""
+    return list(disk_state(model, prefix, dict(block.state_dict())))

@@ -1,0 +1,191 @@
+"""Plain feed-forward modules as chains of matrices: each reads the hidden space that the one before it writes.
+
+A module without a config says nothing of its coordinates, but its forward does: traced symbolically, an MLP is a line
+of linear layers with elementwise functions and norms between. Then every hidden space has one writer and one reader,
+and one index map per space moves rows and columns together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from baselines.transfer.index_maps import Axis
+from zoo.donors.store import Donor, Zoo, size_gap
+from zoo.errors import UserError
+from zoo.targets.blueprint import Blueprint
+
+# What may stand between two matrices: whatever treats all coordinates of a hidden space alike.
+ELEMENTWISE = {
+    "relu", "relu6", "leakyrelu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "softsign", "sigmoid",
+    "logsigmoid", "hardsigmoid", "hardswish", "tanh", "hardtanh", "tanhshrink", "softshrink", "hardshrink", "dropout",
+    "alphadropout", "identity", "square", "pow", "abs", "sin", "cos", "exp", "clamp", "add", "sub", "mul", "truediv",
+    "neg", "contiguous", "float",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chain:
+    """L matrices and the L + 1 spaces around them: matrix i reads space i and writes space i + 1."""
+
+    matrices: tuple[str, ...]  # names of [sizes[i + 1], sizes[i]]
+    sizes: tuple[int, ...]  # of the spaces, the inputs first
+    vectors: tuple[tuple[tuple[str, str], ...], ...]  # per space: (what it is, name) of biases, gains and shifts
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Chain:
+        vectors = tuple(tuple((what, name) for what, name in space) for space in values["vectors"])
+        return cls(tuple(values["matrices"]), tuple(values["sizes"]), vectors)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.matrices, *(name for space in self.vectors for _, name in space))
+
+
+@dataclass(frozen=True)
+class ChainDonor:
+    """What is kept of a donor: all tensors of its chain, in float32."""
+
+    name: str
+    chain: Chain
+    tensors: dict[str, Tensor]
+
+
+def chain_of(blueprint: Blueprint, where: str) -> Chain:
+    """The chain of a module in memory, from its forward. Linear layers, with elementwise functions, LayerNorm and
+    RMSNorm between; what stands before the first and after the last matrix is free, if it has no parameters.
+
+    Raises UserError, with what stands in the way, for any other layer with parameters, a forward that branches or
+    depends on data, and parameters that are shared."""
+    module = blueprint.module
+    if module is None:
+        raise UserError(f"{where}: has no config and is no module in memory, so how its tensors follow is not known")
+    matrices: list[str] = []
+    sizes: list[int] = []
+    vectors: list[list[tuple[str, str]]] = [[]]
+    between: list[str] = []  # what was called since the last matrix and is not elementwise
+    for path, called, layer in _calls(module, where):
+        if isinstance(layer, nn.Linear):
+            if sizes and layer.in_features != sizes[-1]:
+                raise UserError(f"{where}: {path} reads {layer.in_features} values, what stands before it {sizes[-1]}")
+            if matrices and between:
+                raise UserError(f"{where}: {between[0]} between {matrices[-1]} and {path} may mix hidden units")
+            sizes = sizes or [layer.in_features]
+            matrices.append(f"{path}.weight")
+            sizes.append(layer.out_features)
+            vectors.append([] if layer.bias is None else [("bias", f"{path}.bias")])
+            between = []
+        elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+            size = math.prod(layer.normalized_shape)
+            if (sizes and sizes[-1] != size) or len(layer.normalized_shape) != 1:
+                raise UserError(f"{where}: {path} normalises {tuple(layer.normalized_shape)}, not one hidden space")
+            sizes = sizes or [size]
+            kind = type(layer).__name__
+            vectors[-1] += [(f"{kind} {key}", f"{path}.{key}") for key, _ in layer.named_parameters()]
+        elif layer is not None and any(True for _ in layer.state_dict()):
+            raise UserError(
+                f"{where}: {path} is a {type(layer).__name__}; row-column without a config takes plain chains of"
+                " Linear, LayerNorm, RMSNorm and elementwise functions"
+            )
+        elif called not in ELEMENTWISE:
+            between.append(path)
+    if not matrices:
+        raise UserError(f"{where}: has no linear layer that row-column could sample")
+    chain = Chain(tuple(matrices), tuple(sizes), tuple(tuple(space) for space in vectors))
+    repeated = [name for name in chain.names if chain.names.count(name) > 1]
+    computed = [name for name in chain.names if name not in blueprint]
+    if repeated or computed:
+        raise UserError(
+            f"{where}: {(repeated + computed)[0]} is used twice or computed; row-column needs tensors of one use"
+        )
+    return chain
+
+
+def _calls(module: nn.Module, where: str) -> Iterator[tuple[str, str, nn.Module | None]]:
+    """(path or name, name of the function in lower case, the layer if it is one) of every step of a forward that is
+    one line from input to output, in order."""
+    kind = type(module).__name__
+    try:
+        nodes = list(fx.Tracer().trace(module).nodes)
+    except Exception as error:  # anything that a foreign forward may raise when it is run on symbols
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: the forward of {kind} cannot be followed without data ({reason})") from error
+    for node in nodes:
+        if node.op == "get_attr":
+            raise UserError(f"{where}: {kind} uses {node.target} outside any layer; row-column needs a chain of layers")
+        if len(node.users) > 1 or len(node.all_input_nodes) > 1:
+            raise UserError(f"{where}: the forward of {kind} branches at {node.name}; row-column needs a plain chain")
+        if node.op == "call_module":
+            layer = module.get_submodule(str(node.target))
+            yield str(node.target), type(layer).__name__.lower(), layer
+        elif node.op in ("call_function", "call_method"):
+            name = str(getattr(node.target, "__name__", node.target))
+            yield name, name.lower().replace("_", ""), None
+
+
+def misfit(source: Chain, target: Chain) -> list[str]:
+    """Why a donor's chain cannot fill a target's, with both sizes; empty where it can.
+
+    The depths must agree: without skip connections the coordinates of two hidden spaces have nothing in common, so no
+    matrix can be left out or used twice."""
+    if len(source.matrices) != len(target.matrices):
+        return [f"it has {len(source.matrices)} matrices and the target {len(target.matrices)}"]
+    found = []
+    for what, place in (("inputs", 0), ("outputs", -1)):
+        if source.sizes[place] != target.sizes[place]:
+            found.append(f"it has {source.sizes[place]} {what} and the target {target.sizes[place]}")
+    for i, (theirs, ours) in enumerate(zip(source.vectors, target.vectors, strict=True)):
+        here, there = ([what for what, _ in space] for space in (theirs, ours))
+        if here != there:
+            said = " and the target ".join(", ".join(kinds) or "no vector" for kinds in (here, there))
+            found.append(f"over space {i} it has {said}")
+    return found
+
+
+def choose(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) -> tuple[Donor, Chain]:
+    """The donor called `name`, or of those that fit the nearest in size (ties by name), and its chain. Raises UserError
+    where the target is no chain, or it (or none) fits. Reads no weight."""
+    target = chain_of(blueprint, "target")
+    if zoo is None:
+        raise UserError(f"{who} needs a donor: give a zoo of modules (zoo.donors.memory.zoo_of)")
+    fitting: list[tuple[float, str, Chain]] = []
+    reasons = []
+    for donor in [zoo.donor(name)] if name is not None else zoo.donors:
+        try:
+            chain = chain_of(donor.blueprint, donor.name)
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        found = misfit(chain, target)
+        if found:
+            reasons.append(f"donor {donor.name!r} does not fit the target: {'; '.join(found)}")
+        else:
+            fitting.append((size_gap(donor, blueprint), donor.name, chain))
+    if not fitting:
+        others = f" ({len(reasons)} donors, none fits)" if len(reasons) > 1 else ""
+        raise UserError(f"{who}: {reasons[0] if reasons else f'{zoo.path} holds no donor'}{others}")
+    _, chosen, chain = min(fitting, key=lambda entry: entry[:2])
+    return zoo.donor(chosen), chain
+
+
+def read(donor: Donor, chain: Chain) -> ChainDonor:
+    return ChainDonor(donor.name, chain, {name: donor.read(name, torch.float32) for name in chain.names})
+
+
+def gather(
+    source: Chain, tensors: Mapping[str, Tensor], target: Chain, axis: Callable[[int, str], Axis]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor) of the target: rows by the map of the space that a matrix writes, columns by that of the
+    space that it reads, times that one's scale; vectors follow the rows. axis: (space, name of the tensor) -> map."""
+    for i, (theirs, ours) in enumerate(zip(source.matrices, target.matrices, strict=True)):
+        reads, writes = axis(i, ours), axis(i + 1, ours)
+        matrix = tensors[theirs][writes.index][:, reads.index]
+        yield ours, matrix * torch.as_tensor(reads.scale, dtype=matrix.dtype)
+    for i, (old, new) in enumerate(zip(source.vectors, target.vectors, strict=True)):
+        for (_, theirs), (_, ours) in zip(old, new, strict=True):
+            yield ours, tensors[theirs][axis(i, ours).index]

@@ -1,0 +1,254 @@
+"""Row-column sampling: a model of any width drawn from the rows and columns of one donor (2408.08681)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from baselines.transfer import chains, unit_pool
+from baselines.transfer.chains import Chain, ChainDonor
+from baselines.transfer.growth.growth import ends_block
+from baselines.transfer.index_maps import (
+    Axis,
+    Maps,
+    even_layers,
+    head_axes,
+    multiplicity,
+    random_subset,
+    spread_queries,
+)
+from baselines.transfer.transfer import Transfer, expert_ffn, table_axes, transfer
+from baselines.transfer.unit_pool import Pool
+from zoo.donors.standalone import kept, reopen
+from zoo.donors.store import Zoo
+from zoo.errors import UserError
+from zoo.options import option
+from zoo.streams import stream
+from zoo.targets.blueprint import Blueprint
+from zoo.tensors import Metadata, TensorSpec
+
+log = logging.getLogger(__name__)
+
+CHOICES = {
+    "sampling": ("balanced", "iid"),
+    "scale": ("1/multiplicity", "n/N", "sqrt(n/N)", "none"),
+    "coupling": ("coupled", "uncoupled"),
+    "depth": ("share", "repeat", "stack", "silent"),
+    "mix": ("units", "layers"),
+    "vocabulary": ("first", "mean"),
+}
+
+
+@dataclass(kw_only=True)
+class RowColumn(Transfer):
+    """The mean-field limit of a trained layer is a law over pairs (row, column): unit i of the target is unit g(i) of
+    the donor, with one map g per hidden space shared by what writes it and what reads it, W'_ij = W_g(i)g(j) / c.
+    The published text leaves sampling and c open [R]; they are options here.
+
+    KV groups are drawn whole (K, V and all their query heads), and query heads within them where the group size
+    changes. With balanced sampling, c = multiplicity and no noise, a whole-number growth preserves the donor's
+    function exactly, and any other growth nearly (a normalisation sees some coordinates more often than others).
+    Copies that are equal stay equal in training, hence the noise.
+
+    `coupling=uncoupled` draws rows and columns apart, tensor by tensor: the control, which transfers nothing but
+    marginals. `pool` takes hidden units of several donors (`unit_pool.py` has the mathematics); one donor is the
+    default because it measured best. A target without a config is a plain chain of matrices (`chains.py`).
+    """
+
+    name: ClassVar[str] = "row-column"
+    family: ClassVar[str] = "mean-field"
+    summary: ClassVar[str] = "rows and columns of donors, drawn together per hidden space, to any width and depth"
+    reference: ClassVar[str] = "2408.08681"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
+
+    sampling: str = option("balanced", "of units: balanced (equally often, up to one) or iid")
+    scale: str = option("1/multiplicity", "of what reads a hidden space: 1/multiplicity, n/N, sqrt(n/N) or none")
+    coupling: str = option("coupled", "rows and columns of a hidden space: coupled, or uncoupled (the control)")
+    noise: float = option(0.01, "normal noise on every matrix, relative to its standard deviation", least=0.0)
+    depth: str = option("share", "copies of a layer: share its output, repeat it, stack the list, or silent copies")
+    pool: str | None = option(None, "several donors, aligned: names a,b,c (the first gives the vocabulary) or how many")
+    mix: str = option("units", "of a pool: units (every layer from all donors) or layers (every layer from one)")
+    vocabulary: str = option("first", "of a pool: the first donor's vocabulary pairs, or the mean of all donors'")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool is not None and (self.donor is not None or self.coupling == "uncoupled"):
+            other = "donor" if self.donor is not None else "coupling=uncoupled"
+            raise UserError(f"row-column: pool and {other} exclude each other; give one of them")
+        self._pool: Pool | None = None
+        self._chain: ChainDonor | None = None
+
+    @property
+    def grows(self) -> bool:
+        return True
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        if self._chain is not None:
+            return (self._chain.name,)
+        return self._pool.names if self._pool is not None else super().donors
+
+    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+        if blueprint.metadata is None:
+            return (self._choose_chain(zoo, blueprint)[0].name,)
+        if self.pool is not None:
+            return unit_pool.choose(zoo, blueprint, self.pool, self.tokenizer, self.name).names
+        return super().reads(zoo, blueprint)
+
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        self._source, self._pool, self._chain = None, None, None
+        if blueprint.metadata is None:
+            self._chain = chains.read(*self._choose_chain(zoo, blueprint))
+        elif self.pool is not None:
+            self._pool = unit_pool.choose(zoo, blueprint, self.pool, self.tokenizer, self.name)
+            log.info("%s: units of %s", self.name, ", ".join(self._pool.names))
+        else:
+            super().fit(zoo, blueprint)
+        return self
+
+    def _choose_chain(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[Any, Chain]:
+        if self.pool is not None:
+            raise UserError("row-column: a module without a config has no residual stream to pool donors in; use donor")
+        return chains.choose(zoo, blueprint, self.donor, self.name)
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self._chain is not None:
+            drawn = self._of_chain(self._chain, blueprint, seed)
+        else:
+            drawn = (
+                self._of_donor(blueprint, seed) if self._pool is None else self._of_pool(self._pool, blueprint, seed)
+            )
+        for name, tensor in drawn:
+            if tensor.ndim >= 2 and self.noise:
+                draws = torch.randn(tensor.shape, generator=stream(seed, f"{self.name}/noise/{name}"))
+                tensor = tensor + self.noise * tensor.std(correction=min(1, tensor.numel() - 1)) * draws
+            yield name, tensor
+
+    def _of_donor(self, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
+        coupled = self._maps(blueprint, stream(seed, f"{self.name}/maps"))
+
+        def maps(name: str) -> Maps:
+            apart = self.coupling == "uncoupled"
+            return self._maps(blueprint, stream(seed, f"{self.name}/maps/{name}")) if apart else coupled
+
+        shares = self._shares(coupled.layers)
+        for name, tensor in transfer(self.source, blueprint, maps, seed, self.name):
+            spec = blueprint[name]
+            if spec.layer is not None and shares[spec.layer] != 1.0 and ends_block(spec, blueprint):
+                tensor = _shrink(tensor, shares[spec.layer], spec, blueprint)
+            yield name, tensor
+
+    def _of_pool(self, pool: Pool, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
+        target = blueprint.metadata
+        assert target is not None
+        layers = [self._layers(shape, target) for shape in pool.shapes]
+        generator = stream(seed, f"{self.name}/pool")
+        index = functools.partial(self._index, generator=generator)
+        shares = [self._shares(chosen) for chosen in layers]
+        drawn = unit_pool.draw(pool, target, self.mix, layers, shares, index, self._scale, generator)
+        fresh = stream(seed, f"{self.name}/pool/vocab")
+        return unit_pool.sample(pool, blueprint, drawn, self.vocabulary, self.tokenizer, fresh)
+
+    def _of_chain(self, donor: ChainDonor, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
+        source, target = donor.chain, chains.chain_of(blueprint, "target")
+        if found := chains.misfit(source, target):
+            raise UserError(f"{self.name}: donor {donor.name!r} does not fit the target: {'; '.join(found)}")
+
+        def axis(space: int, name: str) -> Axis:
+            n, N = source.sizes[space], target.sizes[space]
+            if space in (0, len(source.matrices)):  # inputs and outputs are what they are
+                return Axis(torch.arange(n))
+            apart = f"/{name}" if self.coupling == "uncoupled" else ""
+            chosen = self._index(n, N, stream(seed, f"{self.name}/maps/{space}{apart}"))
+            return Axis(chosen, self._scale(chosen, n, N))
+
+        return chains.gather(source, donor.tensors, target, axis)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A donor in files is named, a module's chain is kept."""
+        if self._chain is not None:
+            return {"name": self._chain.name, "chain": asdict(self._chain.chain)}, self._chain.tensors
+        if self._pool is not None:
+            return {"zoo": str(self._pool.path.resolve()), "pool": [kept(d) for d in self._pool.members]}, {}
+        return super().state()
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if "chain" in values:
+            self._chain = ChainDonor(values["name"], Chain.from_json(values["chain"]), tensors)
+        elif "pool" in values:
+            self._pool = Pool(Path(values["zoo"]), tuple(reopen(entry, self.name) for entry in values["pool"]))
+        else:
+            super().restore(values, tensors)
+
+    def _index(self, t: int, s: int, generator: torch.Generator) -> Tensor:
+        """[s] int64: units drawn from t; sorted, but where rows and columns must not agree."""
+        if self.sampling == "iid":
+            chosen = torch.randint(t, (s,), generator=generator).sort().values
+        else:
+            chosen = random_subset(t, s, generator)
+        return chosen[torch.randperm(s, generator=generator)] if self.coupling == "uncoupled" else chosen
+
+    def _maps(self, blueprint: Blueprint, generator: torch.Generator) -> Maps:
+        source, target = self.source.blueprint.metadata, blueprint.metadata
+        assert source is not None and target is not None
+        index = functools.partial(self._index, generator=generator)
+
+        def axis(t: int, s: int) -> Axis:
+            chosen = index(t, s)
+            return Axis(chosen, self._scale(chosen, t, s))
+
+        tables: dict[str, Any] = table_axes(self.source, blueprint, self.rows(blueprint))
+        per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
+        residual = axis(source.width, target.width)
+        heads, kv_heads, ffn, experts = [], [], [], []
+        for _ in range(target.layers):
+            groups = index(source.kv_heads, target.kv_heads)
+            h, kv = head_axes(source, groups, spread_queries(groups, per_group, wanted), tables["head_dim"].index)
+            heads.append(Axis(h.index, self._scale(h.index, source.heads, target.heads)))
+            kv_heads.append(kv)
+            ffn.append(axis(source.ffn, target.ffn))
+            if target.experts:
+                experts.append(axis(expert_ffn(source), expert_ffn(target)))
+        layers = self._layers(source, target)
+        scale = self._embed_scale(source, target)
+        return Maps(
+            layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), embed_scale=scale, **tables
+        )
+
+    def _scale(self, index: Tensor, n: int, N: int, whole: float = 1.0) -> Tensor | float:
+        """What the readers of a space of n donor units and N target units multiply their columns by. whole: of a pool,
+        how many layers' worth of units were drawn."""
+        if self.scale == "1/multiplicity":
+            return 1 / (multiplicity(index) * max(1.0, whole))
+        return {"n/N": n / N, "sqrt(n/N)": math.sqrt(n / N), "none": 1.0}[self.scale]
+
+    def _embed_scale(self, source: Metadata, target: Metadata) -> float:
+        """Gemma multiplies its embeddings by sqrt(width): undone, so that the stream keeps the donor's values."""
+        return source.embed_scale / target.embed_scale if self.scale == "1/multiplicity" else 1.0
+
+    def _layers(self, source: Metadata, target: Metadata) -> tuple[int, ...]:
+        if self.depth == "stack" and target.layers > source.layers:
+            return tuple(i % source.layers for i in range(target.layers))
+        return even_layers(source.layers, target.layers)
+
+    def _shares(self, layers: tuple[int, ...]) -> list[float]:
+        """What each layer of the target writes of its donor layer's output."""
+        if self.depth == "share":
+            return [1 / Counter(layers)[layer] for layer in layers]
+        if self.depth == "silent":
+            return [1.0 if layer not in layers[:i] else 0.0 for i, layer in enumerate(layers)]
+        return [1.0] * len(layers)
+
+
+def _shrink(tensor: Tensor, share: float, spec: TensorSpec, blueprint: Blueprint) -> Tensor:
+    one = blueprint.offset(spec)
+    return (tensor + one) * share - one

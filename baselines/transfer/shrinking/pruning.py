@@ -1,0 +1,180 @@
+"""Structured pruning without training, as an initialisation (2310.06694, 2403.03853, 2407.14679)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from baselines.transfer.index_maps import Maps
+from baselines.transfer.shrinking.calibration import forward, load_donor, watching
+from baselines.transfer.shrinking.importance import Scores, by_activations, by_weights
+from baselines.transfer.shrinking.shrinking import Kept, Shrinking, choose_layers, keep, ratio
+from baselines.transfer.transfer import transfer
+from zoo.errors import UserError
+from zoo.options import option
+from zoo.targets.blueprint import Blueprint
+from zoo.tensors import join, split
+
+if TYPE_CHECKING:
+    from zoo.donors.store import Donor
+
+GRAMS = 1 << 27  # entries of second moments in memory at a time; more layers take more passes over the text
+WRITERS = {"attn.o": "heads", "mlp.down": "ffn"}
+
+
+@dataclass(kw_only=True)
+class Pruning(Shrinking):
+    """Removes what matters least from a larger donor:
+
+    layers     by block influence on a text (ShortGPT, 2403.03853), or those in the middle, or evenly
+    KV groups  whole, by |o v| of their heads; query heads within a group likewise
+    neurons    by mean |activation| on a text, without one by |gate| |up| |down|
+    residual   by mean |activation| on a text, without one by norms of what writes and reads; or every n-th
+
+    `correct` multiplies the gain of each norm by sqrt(e t / s), where s of t coordinates are kept that hold the share e
+    of what it normalises (measured on the text, else told from the weights): then what is kept has the values that it
+    has in the donor, and removing what is dead changes nothing.
+
+    `compensate` refits o and down of every layer by ridge regression, so that from what is kept of their inputs they
+    write what the donor's write on the text. It helps short budgets of training and hurt in one study: an option. The
+    refitted matrices are kept in memory and in the saved sampler.
+    """
+
+    name: ClassVar[str] = "pruning"
+    family: ClassVar[str] = "pruning"
+    summary: ClassVar[str] = "a larger donor without its least important layers, heads, neurons and coordinates"
+    reference: ClassVar[str] = "2407.14679"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "layers": ("auto", "influence", "middle", "even"),
+        "residual": ("importance", "index"),
+    }
+
+    layers: str = option("auto", "which go: influence (the least, needs text), middle or even; auto: as there is text")
+    residual: str = option("importance", "coordinates of the stream: by importance, or every n-th by index")
+    correct: bool = option(True, "norms' gains make up for the coordinates that they no longer see")
+    compensate: bool = option(False, "refit o and down to what the donor's write on the text")
+    ridge: float = option(1e-3, "of the refit, relative to the mean square of its inputs", least=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._gains: dict[str, float] = {}  # by name in the target: of the norms
+        self._refitted: dict[str, Tensor] = {}  # by name in the target, as on disk
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        for wish, asked in (("layers=influence", self.layers == "influence"), ("compensate", self.compensate)):
+            if asked and self.text is None:
+                raise UserError(f"{self.name}: {wish} is measured on a text: give a UTF-8 file with --set text=FILE")
+        if self.ridge <= 0:
+            raise UserError(f"{self.name}: ridge is {self.ridge}; it must be above zero")
+
+    def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
+        found = super().refuses(donor, blueprint)
+        assert donor.blueprint.metadata is not None
+        if self.compensate and donor.blueprint.metadata.experts:
+            found.append("it has experts, whose outputs cannot be refitted: leave compensate out")
+        return found
+
+    def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> Kept:
+        source, target = self.source.blueprint.metadata, blueprint.metadata
+        assert source is not None and target is not None
+        scores = by_weights(self.source, self.device)
+        model = None
+        if windows is not None:
+            model = load_donor(self.source, self.device)
+            scores = replace(by_activations(model, self.source, windows, scores), heads=scores.heads)
+        rule = self.layers if self.layers != "auto" else "middle" if windows is None else "influence"
+        layers = choose_layers(rule, scores.influence, source.layers, target.layers)
+        self._kept = keep(scores, layers, source, target, self.residual == "index")
+        maps = self.maps(blueprint, rescale=False)
+        self._gains = norm_gains(blueprint, maps, scores) if self.correct else {}
+        self._refitted = {}
+        if self.compensate and model is not None and windows is not None:
+            self._refitted = refit(self.source, model, windows, blueprint, maps, self.ridge)
+        return self._kept
+
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        maps = self.maps(blueprint, rescale=False)
+        assert blueprint.metadata is not None
+        one = blueprint.metadata.gain_offset
+        for name, tensor in transfer(self.source, blueprint, lambda _: maps, seed, self.name):
+            if name in self._gains:
+                tensor = (tensor + one) * self._gains[name] - one
+            yield name, self._refitted.get(name, tensor)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values, tensors = super().state()
+        return values | {"gains": self._gains}, tensors | {f"refitted.{k}": t for k, t in self._refitted.items()}
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().restore(values, tensors)
+        self._gains = dict(values["gains"])
+        self._refitted = {k.removeprefix("refitted."): t for k, t in tensors.items() if k.startswith("refitted.")}
+
+
+def norm_gains(blueprint: Blueprint, maps: Maps, scores: Scores) -> dict[str, float]:
+    """Disk name -> what the gain of each of the target's norms is multiplied by: sqrt(e t / s), for those that see
+    fewer coordinates than the donor's."""
+    gains = {}
+    for spec, part in blueprint.find("norm"):
+        index = maps.axis(part.axes[0], spec.layer).index
+        energy = scores.energy[spec.site, None if spec.layer is None else maps.layers[spec.layer]]
+        if len(index) < len(energy):
+            gains[spec.name] = ratio(len(energy), len(index)) * float(energy[index].sum()) ** 0.5
+    return gains
+
+
+def refit(
+    donor: Donor, model: nn.Module, windows: Tensor, blueprint: Blueprint, maps: Maps, ridge: float
+) -> dict[str, Tensor]:
+    """Disk name -> tensor as on disk of every o and down of the target that reads fewer coordinates than the donor's.
+
+    With x the donor's input of such a matrix W on the text and x_k what is kept of it, W' minimises E|W x - W' x_k|^2
+    + ridge E[x_k^2] |W' - W_k|^2, in closed form from E[x x^T]; W_k is the gathered matrix. A bias stays."""
+    todo = []
+    for role, axis in WRITERS.items():
+        theirs = {spec.layer: (spec, part) for spec, part in donor.blueprint.find(role)}
+        for spec, part in blueprint.find(role):
+            assert spec.layer is not None
+            spec_there, part_there = theirs[maps.layers[spec.layer]]
+            if part.shape[1] < part_there.shape[1]:
+                todo.append((spec, maps.axis(axis, spec.layer).index, spec_there, part_there.shape[1]))
+    found: dict[str, Tensor] = {}
+    per_pass = max(1, GRAMS // max((size**2 for *_, size in todo), default=1))
+    for start in range(0, len(todo), per_pass):
+        some = todo[start : start + per_pass]
+        grams = second_moments(model, {there.name: size for _, _, there, size in some}, windows)
+        for spec, index, there, _ in some:
+            gram = grams.pop(there.name)  # [t, t]
+            matrix = split(there, donor.read(there.name, torch.float32))[there.role]
+            matrix = matrix.index_select(0, maps.residual.index).to(gram)
+            index = index.to(gram.device)
+            kept = gram[index][:, index]
+            weight = ridge * kept.diagonal().mean().clamp_min(1e-30) * torch.eye(len(index)).to(gram)
+            right = matrix @ gram[:, index] + matrix[:, index] @ weight
+            fitted = torch.linalg.solve(kept + weight, right, left=False)
+            found[spec.name] = join(spec, {spec.role: fitted.float().cpu()})
+    return found
+
+
+def second_moments(model: nn.Module, sizes: dict[str, int], windows: Tensor) -> dict[str, Tensor]:
+    """Disk name of a matrix -> E[x x^T] [n, n] of its inputs on int64 [B, S], on the model's device, in float64 where
+    it has that. sizes: the n of each."""
+    device = next(model.parameters()).device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    sums = {name: torch.zeros(n, n, dtype=wide, device=device) for name, n in sizes.items()}
+
+    def add(name: str) -> Callable[[Tensor], None]:
+        def see(x: Tensor) -> None:
+            x = x.flatten(0, -2)
+            sums[name] += (x.mT @ x).to(wide)
+
+        return see
+
+    with watching(model, {name: add(name) for name in sizes}):
+        forward(model, windows)
+    return {name: total / windows.numel() for name, total in sums.items()}

@@ -1,0 +1,124 @@
+"""One row per run, in Parquet: what the tables are made of, and what an interrupted benchmark goes on from.
+
+A run is the file that `headstart compare` keeps of it; a row holds all of it, so that the file can be written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.head_start.tasks import Comparison
+from benchmarks.paths import ROOT
+from headstart.compare.scores import Run
+from zoo.checkpoints.writer import replace_file
+
+KEYS = ("task", "target", "text", "budget")
+SCHEMA = pa.schema(
+    [
+        *((key, pa.string()) for key in (*KEYS, "file", "method")),
+        ("seed", pa.int64()),
+        ("scale", pa.float64()),
+        ("lr", pa.float64()),
+        ("steps", pa.list_(pa.int64())),
+        ("losses", pa.list_(pa.float64())),
+        ("max_grad_norm", pa.float64()),
+        ("diverged", pa.int64()),
+        ("grad_spikes", pa.int64()),
+        ("rms_start", pa.list_(pa.float64())),
+        ("rms_end", pa.list_(pa.float64())),
+        ("init", pa.string()),  # JSON: seconds, donors, novelty
+        ("made", pa.string()),  # by which versions of what
+    ]
+)
+
+
+def row(comparison: Comparison, file: str, run: Run) -> dict[str, Any]:
+    rms = run["activation_rms"]
+    flat = {key: run[key] for key in ("method", "seed", "scale", "lr", "steps", "losses", "max_grad_norm", "diverged")}
+    return {
+        **{key: getattr(comparison, key) for key in KEYS},
+        "file": file,
+        **flat,
+        "grad_spikes": run["grad_spikes"],
+        "rms_start": rms["start"],
+        "rms_end": rms["end"],
+        "init": json.dumps(run["init"]),
+        "made": made(),
+    }
+
+
+@cache
+def made() -> str:
+    """Commit (`-dirty` where code differs from it), Python and torch: in a row, because a benchmark of days may see
+    several. What the first call finds, since a process does not read its code again."""
+    import platform
+
+    import torch
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT)
+
+    commit = git("rev-parse", "--short=10", "HEAD").stdout.strip() or "unknown"
+    dirty = "-dirty" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1 else ""
+    return f"{commit}{dirty}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def digest(files: Iterable[str]) -> str:
+    """Of the names of the run files that a comparison is made of; these are hashes of all that a run depends on."""
+    return hashlib.sha256("\n".join(sorted(files)).encode()).hexdigest()[:16]
+
+
+def run_of(row: dict[str, Any]) -> Run:
+    keys = ("method", "scale", "seed", "lr", "steps", "losses", "max_grad_norm", "diverged", "grad_spikes")
+    found: Run = {key: row[key] for key in keys}
+    return found | {
+        "activation_rms": {"start": row["rms_start"], "end": row["rms_end"]},
+        "init": json.loads(row["init"]),
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).to_pylist() if path.is_file() else []
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Whole or not at all, in an order that does not depend on which run ended first."""
+    ordered = sorted(rows, key=lambda r: (*(r[key] for key in KEYS), r["method"], r["seed"], r["scale"], r["lr"]))
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ordered, SCHEMA), buffer, compression="zstd")
+    replace_file(path, buffer.getvalue())
+
+
+def of(rows: Sequence[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
+    return [r for r in rows if all(r[key] == getattr(comparison, key) for key in KEYS)]
+
+
+def restore(rows: Sequence[dict[str, Any]], comparison: Comparison, runs: Path) -> None:
+    """Writes the run files of a comparison that are not there. `compare` takes up those whose names, hashes of all
+    that a run depends on, are those of its own runs; the others it leaves alone."""
+    for r in of(rows, comparison):
+        path = runs / r["file"]
+        if not path.exists():
+            replace_file(path, (json.dumps(run_of(r)) + "\n").encode())
+
+
+def collect(
+    rows: Sequence[dict[str, Any]], comparison: Comparison, runs: Path, files: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """`rows` with those of this comparison replaced by what its run files say: all, or those named, where others are
+    left of earlier donors or settings."""
+    paths = sorted(runs.glob("*.json")) if files is None else [runs / name for name in files]
+    before = {r["file"]: r for r in of(rows, comparison)}
+    found = [before.get(path.name) or row(comparison, path.name, json.loads(path.read_text())) for path in paths]
+    others = [r for r in rows if any(r[key] != getattr(comparison, key) for key in KEYS)]
+    return others + found

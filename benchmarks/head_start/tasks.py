@@ -1,0 +1,249 @@
+"""What the benchmark asks of every method: donors, targets of unseen shapes, texts, budgets.
+
+A  embedded zoo -> unseen shapes, the donors' own text (Python's language reference, the part that they never saw)
+B  the same targets on other domains: source code of Python's library, and Shakespeare
+C  really trained donors -> unseen shapes on children's stories, with the donors' tokenizer and with another one
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from headstart import samplers
+from zoo.checkpoints.writer import replace_file
+from zoo.training.nursery import Recipe, bench
+from zoo.training.text import reference_corpus, save_byte_tokenizer
+
+SEEDS = (0, 1, 2)
+TUNING = 1  # of them, the first, choose learning rate and scale
+LRS = {
+    "short": (6e-4, 2e-3, 6e-3, 2e-2, 6e-2),
+    "long": (6e-4, 2e-3, 6e-3, 2e-2),
+    "ladder": (2e-3, 6e-3, 2e-2, 6e-2, 2e-1),  # for the largest rate that a method bears
+}
+SCALES = (1.0, 4.0, 8.0, 16.0)  # of the default; the embedded donors started from 0.8 / sqrt(width), 3 to 6 times it
+BUDGETS = {"short": 50, "long": 200}
+BATCH, SEQUENCE = 4, 64  # as the embedded donors were trained
+WINDOWS = 32  # held out, at each measurement
+# A method that refuses as it is called, and says which option lifts that.
+VARIANTS = {
+    "embedded": ("weight-selection:wider=repeat",),
+    "real": ("weight-selection:wider=repeat", "sliced:tie=fit"),
+}
+CONTROLS = tuple(f"diffusion:condition={told}" for told in ("shape", "shuffled", "mean"))  # what the metadata are worth
+SMALL = (  # the default, and the eight that were strongest on the main target
+    "default", "sliced", "autoencoder", "subcloning", "learned-pruning", "pruning", "row-column", "weight-selection",
+    "diffusion",
+)  # fmt: skip
+STORIES = ("stories260K", "llama2xs-260K", "babyllama-tok105")  # Llamas: what autoencoder and diffusion can learn
+OTHERS = ("arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")  # GPT-2s
+# Of Python's library, enough for a megabyte; none of them is generated or a table.
+SOURCES = (
+    "argparse", "ast", "calendar", "codecs", "configparser", "copy", "csv", "dataclasses", "datetime", "decimal",
+    "difflib", "dis", "doctest", "enum", "fractions", "functools", "gettext", "heapq", "inspect", "ipaddress",
+    "locale", "mailbox", "optparse", "os", "pathlib", "pickle", "pickletools", "plistlib", "pprint", "random",
+    "shutil", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading",
+    "tokenize", "traceback", "turtle", "types", "typing", "uuid", "zipfile",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One target on one text under one budget: a call of `headstart compare`."""
+
+    task: str  # A | B | C
+    target: str
+    text: str
+    budget: str  # short | long | ladder | donors
+    zoo: str  # embedded | real
+    config: dict[str, Any] = field(hash=False)
+    tokenizer: str  # bytes, or a donor's folder in the data
+    lrs: tuple[float, ...]
+    methods: tuple[str, ...] = ()  # none: all
+
+    @property
+    def steps(self) -> int:
+        return BUDGETS[{"ladder": "short", "donors": "long"}.get(self.budget, self.budget)]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.target}-{self.text}-{self.budget}"
+
+
+def gpt2(width: int, layers: int, heads: int, ffn: int, vocab: int) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab, "n_embd": width,
+        "n_layer": layers, "n_head": heads, "n_inner": ffn, "n_positions": 128, "activation_function": "gelu",
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def llama(
+    width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = 256, tied: bool = False, head: int = 16
+) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": width,
+        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+
+
+# The embedded donors are 48 to 128 wide and 2 to 6 layers deep, with heads of 16 times as many as fill the width.
+UNSEEN = {
+    "heads": llama(80, 4, 8, 8, 112),  # attention wider than the stream, FFN 1.4 times it; the donors': 1 and 2.6
+    "gqa": llama(96, 3, 6, 2, 256),  # no donor shares keys and values among heads
+    "deeper": llama(64, 8, 4, 4, 160),
+    "narrower": llama(32, 4, 2, 2, 96),
+    "wider": llama(160, 3, 10, 10, 416),
+}
+MAIN = "heads"  # most methods fit it: for costs, stability, novelty, peers and the small benchmark
+REPEATED, GROWN = "gqa", "row-column"  # where a donor has to be grown by repetition: from each of them, by this method
+SEEN = llama(80, 3, 5, 5, 208)  # four donors have it: for what is made of donors of one shape
+# The real Llamas are 64, 64 and 128 wide with 5 layers of 8 heads; those of 64, with heads of 8, have the tokenizer of
+# the first two targets.
+STORY_TARGETS = {
+    "between": (llama(96, 6, 12, 6, 256, vocab=512, tied=True, head=8), "stories260K"),
+    "narrower": (llama(48, 4, 6, 3, 128, vocab=512, tied=True, head=8), "stories260K"),
+    "bytes": (llama(56, 4, 7, 7, 160, tied=True, head=8), "bytes"),
+    # The GPT-2s are 64 and 128 wide with 4 layers; that of 128 learned a small text by heart, and no stories.
+    "gpt2": (gpt2(96, 4, 3, 192, vocab=102), "arthur/run3-ep183"),
+}
+
+
+def donors() -> list[Recipe]:
+    """The bench preset of the nursery without shared keys and values, so that GQA is unseen, and two more lineages of
+    one shape."""
+    plain = [replace(recipe, kv_heads=recipe.heads) for recipe in bench()]
+    return plain + [replace(r, seed=r.seed + 2) for r in plain if r.width == SEEN["hidden_size"]]
+
+
+def plain() -> list[str]:
+    """All methods that fill language models: conv-covariance needs convolutions, the LoRA methods fill adapters."""
+    return [name for name in samplers.METHODS if name not in ("conv-covariance", *samplers.LORA)]
+
+
+def names(zoo: str = "embedded") -> list[str]:
+    return [*plain(), *VARIANTS[zoo], *CONTROLS]
+
+
+def comparisons() -> Iterator[Comparison]:
+    """In the order in which they are worth having."""
+    for budget in BUDGETS:
+        for target, config in UNSEEN.items():
+            yield Comparison("A", target, "reference", budget, "embedded", config, "bytes", LRS[budget])
+    for budget in BUDGETS:  # what a sample of that shape is performant beside
+        yield Comparison("A", "seen", "reference", budget, "embedded", SEEN, "bytes", LRS[budget], ("default",))
+    for budget in BUDGETS:
+        for target, (config, tokenizer) in STORY_TARGETS.items():
+            yield Comparison("C", target, "stories", budget, "real", config, tokenizer, LRS[budget])
+    yield Comparison("A", MAIN, "reference", "ladder", "embedded", UNSEEN[MAIN], "bytes", LRS["ladder"])
+    each = tuple(f"{GROWN}:donor={recipe.name}" for recipe in donors())
+    yield Comparison(
+        "A", REPEATED, "reference", "donors", "embedded", UNSEEN[REPEATED], "bytes", LRS["long"], ("default", *each)
+    )
+    for text in ("source", "shakespeare"):
+        for budget in BUDGETS:
+            for target, config in UNSEEN.items():
+                yield Comparison("B", target, text, budget, "embedded", config, "bytes", LRS[budget])
+
+
+def of_main(budget: str) -> Comparison:
+    return next(c for c in comparisons() if (c.task, c.target, c.budget) == ("A", MAIN, budget))
+
+
+def small() -> Comparison:
+    """What `--small` runs."""
+    return replace(of_main("long"), lrs=LRS["long"][1:3], methods=SMALL)
+
+
+def library_source() -> bytes:
+    """Source code of modules of Python's library, one after the other."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    paths = (folder / f"{name}.py" for name in SOURCES)
+    found = [path if path.is_file() else path.with_suffix("") / "__init__.py" for path in paths]
+    return b"\n".join(path.read_bytes() for path in found if path.is_file())
+
+
+def text(name: str, data: Path | None) -> bytes:
+    """The corpus called `name`; the last two are in the data folder."""
+    made: dict[str, Callable[[], bytes]] = {"reference": reference_corpus, "source": library_source}
+    if name in made:
+        return made[name]()
+    if data is None:
+        raise SystemExit(f"the text {name!r} is in the data folder; give --data DIR")
+    files = {"shakespeare": "tinyshakespeare.txt", "stories": "tinystories_sample.txt"}
+    return (data / "corpora" / files[name]).read_bytes()
+
+
+def paths(work: Path, zoo: str, steps: int = 1500) -> dict[str, Path]:
+    """{zoo, autoencoder, model}: where donors are, and what is trained on them."""
+    folder = work / zoo
+    return {"zoo": folder / "zoo", "autoencoder": folder / "autoencoder", "model": folder / f"diffusion-{steps}"}
+
+
+def prepare(work: Path, zoo: str, data: Path | None, steps: int = 1500) -> dict[str, Path]:
+    """The `paths`, with donors, and autoencoder and diffusion trained on them; what an earlier call made is kept. The
+    autoencoder and the diffusion of the real zoo learn its Llamas, the only ones that they read."""
+    from autoencoder.training import train as train_autoencoder
+    from diffusion.training import train as train_diffusion
+    from zoo.add import add
+    from zoo.training.nursery import train as train_zoo
+
+    to = paths(work, zoo, steps)
+    if zoo == "embedded":
+        train_zoo(to["zoo"], donors())
+        learned = to["zoo"]
+    else:
+        if data is None:
+            raise SystemExit("the real donors are in the data folder; give --data DIR")
+        learned = work / zoo / "llamas"
+        add([str(data / "models" / name) for name in STORIES], learned, quiet=True)
+        add([str(data / "models" / name) for name in STORIES + OTHERS], to["zoo"], quiet=True)
+
+    def timed(what: Path, train: Callable[[bool], Any]) -> None:
+        kept, began = what.exists(), time.process_time()
+        train(kept)
+        if not kept:  # a training that was taken up has no time that would mean anything
+            replace_file(_seconds(what), f"{time.process_time() - began:.0f}\n".encode())
+
+    coder, model = to["autoencoder"], to["model"]
+    same: dict[str, Any] = {"resume": True, "device": "cpu"}
+    timed(coder, lambda kept: train_autoencoder(learned, coder, quiet=kept, **same))
+    timed(model, lambda kept: train_diffusion(learned, coder, model, quiet=kept, steps=steps, **same))
+    return to
+
+
+def _seconds(trained: Path) -> Path:
+    return trained.with_name(f"seconds-{trained.name}.json")
+
+
+def took(work: Path, zoo: str, steps: int = 1500) -> float | None:
+    """Seconds of all threads together that training autoencoder and diffusion took, if neither was interrupted."""
+    to = paths(work, zoo, steps)
+    files = [_seconds(to["autoencoder"]), _seconds(to["model"])]
+    return sum(float(file.read_text()) for file in files) if all(file.is_file() for file in files) else None
+
+
+def target_folder(work: Path, comparison: Comparison, data: Path | None) -> Path:
+    """The target as a user would have it: a config and a tokenizer."""
+    from headstart.generate.generate import TOKENIZER_FILES
+
+    folder = work / "targets" / f"{comparison.zoo}-{comparison.target}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(comparison.config, indent=2) + "\n")
+    if comparison.tokenizer == "bytes":
+        save_byte_tokenizer(folder)
+        return folder
+    assert data is not None
+    for path in (data / "models" / comparison.tokenizer).iterdir():
+        if path.name in TOKENIZER_FILES:
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder

@@ -1,0 +1,239 @@
+"""Is what is generated new? After 2506.07998: a sample is novel beyond tau times what donors are apart (the median over
+donors of the distance to their nearest other, in canonical coordinates), performant where it trains as a head start
+should, and counts where it is both. Overlap of mispredicted tokens is held against that of independent donors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.head_start import tasks
+from benchmarks.novelty import distance as novelty
+from benchmarks.novelty.controls import Average, Interpolation, Noise, PerDimension
+from benchmarks.peers import d2nwg, sane
+from benchmarks.peers.scoring import build
+from benchmarks.peers.weights import own_tensors
+from headstart import samplers
+from headstart.compare.compare import folder_hash, zoo_hash
+from headstart.compare.trials import cut
+from headstart.generate.generate import complete, configure, fit, language_model
+from zoo.checkpoints.writer import replace_file
+from zoo.donors.store import Zoo
+from zoo.sampler import Sampler
+from zoo.streams import stream_seed
+from zoo.training.loop import Training, evaluate, reproducible, train_steps
+from zoo.training.text import encode_corpus
+from zoo.training.workers import Report, default_workers, run_jobs
+from zoo.units.aligned import token_strings
+from zoo.units.decoder import read_decoder
+
+SEEDS = tuple(range(10))
+TAUS = (1.0, 2.0, 3.0, 4.0)
+RATES = tasks.LRS["long"][1:3]  # of the training that tells whether a sample is performant: a label's better one
+SHAPES = {"seen": tasks.SEEN, "unseen": tasks.UNSEEN[tasks.MAIN]}
+# Methods that draw something from what they know of donors; the autoencoder passes one through.
+# `default`, which knows of none, is no nearer to donors than anything can be.
+CLAIMS = ("diffusion", "autoencoder", "row-column", "matrix-normal", "normal", "default")
+# Entries drawn one by one, which differ in their law alone: at the seen shape.
+LAWS = (
+    "laplace", "student-t", "generalized-normal", "stable", "mixture", "auto-fit", "histogram", "kde", "permuted",
+    "hybrid",
+)  # fmt: skip
+PEERS: dict[str, type[Sampler]] = {"d2nwg": d2nwg.D2NWG, "sane": sane.SANE}  # trained by peers/measure.py
+CONTROLS: dict[str, Sampler] = {
+    **{f"a donor with {amount:.0%} noise": Noise(amount=amount) for amount in (0.05, 0.2, 0.5)},
+    "average of donors": Average(),
+    "interpolation of two donors": Interpolation(),
+    "Gaussian per dimension": PerDimension(),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are: the embedded zoo, the diffusion and the peers trained on it, the text, the folder of finished
+    samples."""
+
+    zoo: str
+    model: str
+    peers: str
+    corpus: str
+    kept: str
+
+
+def place(zoo: Path, model: Path, peers: Path, corpus: Path, kept: Path) -> Place:
+    """Finished samples stand in a folder of all that they depend on."""
+    settings = [RATES, SHAPES, tasks.BUDGETS["short"], tasks.BATCH, tasks.SEQUENCE, tasks.WINDOWS]
+    found = [folder_hash(peers), hashlib.sha256(corpus.read_bytes()).hexdigest(), json.dumps(settings)]
+    name = hashlib.sha256(" ".join([identity(zoo, model), *found]).encode()).hexdigest()[:16]
+    return Place(str(zoo), str(model), str(peers), str(corpus), str(kept / name))
+
+
+def identity(zoo: Path, model: Path) -> str:
+    """Of what a zoo and a trained model contain."""
+    return hashlib.sha256(f"{zoo_hash(zoo)} {folder_hash(model)}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sample:
+    shape: str  # of SHAPES
+    label: str  # a method, or one of CONTROLS
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.shape}-{self.label}-s{self.seed}.json".replace(" ", "-").replace("%", "")
+
+
+def samples() -> list[Sample]:
+    """All of them."""
+    return [Sample(shape, label, seed) for shape in SHAPES for label in labels(shape) for seed in SEEDS]
+
+
+def labels(shape: str) -> list[str]:
+    """What is sampled at a shape of SHAPES; controls need donors of it."""
+    return [*CLAIMS, *PEERS, *((*LAWS, *CONTROLS) if shape == "seen" else ())]
+
+
+def audit(place: Place, quiet: bool = False) -> dict[str, Any]:
+    """{donors: {…}, samples: [{shape, label, seed, …}]}; samples that were measured before are kept."""
+    from tqdm import tqdm
+
+    Path(place.kept).mkdir(parents=True, exist_ok=True)
+    missing = [s for s in samples() if not (Path(place.kept) / s.file).exists()]
+    with tqdm(total=len(missing), desc="novelty", unit="sample", disable=quiet) as bar:
+        run_jobs(partial(measure, place), missing, default_workers(), bar.update)
+    found = [json.loads((Path(place.kept) / s.file).read_text()) for s in samples()]
+    return {"donors": donors_apart(place), "samples": found, "rates": RATES, "steps": tasks.BUDGETS["short"]}
+
+
+def measure(place: Place, sample: Sample, report: Report) -> None:
+    """How far a sample is from every donor, where its mistakes are, and how it trains."""
+    config = SHAPES[sample.shape]
+    blueprint = language_model(config)
+    zoo, frames, guesses, truth, learned, held = _known(place)
+    with reproducible():
+        tensors = {
+            name: t.float() for name, t in complete(_fitted(place, sample.shape, sample.label), blueprint, sample.seed)
+        }
+        decoder = read_decoder(blueprint, lambda name: tensors[name].double(), where=sample.label)
+        near, mosaic = novelty.nearest_and_mosaic(decoder, token_strings(zoo.donors[0]), frames)
+        model = build(config, tensors)
+        start = evaluate(model, held, tasks.SEQUENCE, limit=tasks.WINDOWS)
+        own, _ = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
+        overlaps = {name: novelty.error_overlap(own, other, truth) for name, other in guesses.items()}
+        alike = max(overlaps, key=lambda name: overlaps[name]["iou"])
+        ends = {f"{rate:g}": trained(build(config, tensors), rate, sample.seed, learned, held) for rate in RATES}
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().tobytes())
+    found = {
+        "shape": sample.shape, "label": sample.label, "seed": sample.seed, "digest": digest.hexdigest()[:16],
+        "loss": start if math.isfinite(start) else None, "trained": ends,
+        "distance": near.total, "mosaic": mosaic, "kinds": dict(near.kinds), "sizes": dict(near.sizes),
+        "nearest": near.donor, "alike": alike, **{f"error_{key}": value for key, value in overlaps[alike].items()},
+    }  # fmt: skip
+    replace_file(Path(place.kept) / sample.file, (json.dumps(found) + "\n").encode())
+    report(1)
+
+
+def trained(model: nn.Module, rate: float, seed: int, learned: Tensor, held: Tensor) -> float | None:
+    """Held-out loss after the short budget; None where it diverged."""
+    training = Training(tasks.BUDGETS["short"], rate, tasks.BATCH, tasks.SEQUENCE, seed=stream_seed(seed, "compare"))
+    for step in train_steps(model, learned, training):
+        if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+            return None
+    end = evaluate(model, held, tasks.SEQUENCE, limit=tasks.WINDOWS)
+    return end if math.isfinite(end) else None
+
+
+@cache
+def _known(place: Place) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """(zoo, its frames, each donor's predictions, the true tokens, text to learn, text held out), once a process."""
+    zoo = Zoo.open(place.zoo)
+    tokens = encode_corpus(place.corpus, None, 256)
+    learned, held = tokens[: cut(tokens)], tokens[cut(tokens) :]
+    guesses, truth = {}, held
+    for donor in zoo.donors:
+        model = build(donor.config, own_tensors(donor))
+        guesses[donor.name], truth = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
+    return zoo, [novelty.frame(d) for d in zoo.donors], guesses, truth, learned, held
+
+
+@cache
+def _fitted(place: Place, shape: str, label: str) -> Sampler:
+    blueprint, zoo = language_model(SHAPES[shape]), _known(place)[0]
+    if label in CONTROLS:
+        return CONTROLS[label].fit(zoo, blueprint)
+    if label in PEERS:
+        return PEERS[label](**{"model": str(Path(place.peers) / label)}).fit(None, blueprint)
+    cls = samplers.get(label)
+    sampler = configure(cls, model=place.model) if "model" in cls.__dataclass_fields__ else configure(cls)
+    fit(sampler, zoo, blueprint)
+    return sampler
+
+
+def donors_apart(place: Place) -> dict[str, Any]:
+    """{median, by_donor, mosaic, iou, expected, same}: distance of every donor to its nearest other, to all others
+    together; of its mispredicted tokens, the largest overlap with another's. Medians over donors."""
+    path = Path(place.kept) / "donors.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    zoo, frames, guesses, truth, _, _ = _known(place)
+    apart = novelty.leave_one_out(zoo.donors, frames)
+    overlaps = []
+    for name, own in guesses.items():
+        others = [novelty.error_overlap(own, o, truth) for other, o in guesses.items() if other != name]
+        overlaps.append(max(others, key=lambda o: o["iou"]))
+    by_donor = {name: near.total for name, (near, _) in apart.items()}
+    found = {"median": statistics.median(by_donor.values()), "by_donor": by_donor}
+    found["mosaic"] = statistics.median(mosaic for _, mosaic in apart.values())
+    found |= {key: statistics.median(o[key] for o in overlaps) for key in ("iou", "expected", "same")}
+    replace_file(path, (json.dumps(found) + "\n").encode())
+    return found
+
+
+def shares(found: Mapping[str, Any], label: str, shape: str, ready: float, trains: float) -> dict[str, Any]:
+    """Of one label's samples, {n, distinct, loss, rate, trained, distance, mosaic, size, iou, expected, same, ready,
+    performant, novel: {tau: n}, both: {tau: n}, beyond: n}. ready: of a loss at or below `ready` as they are; rate:
+    that of the lower mean loss after the short training; performant: at or below `trains` after it; both: novel and
+    performant; beyond: performant, and farther from all donors together than donors are from the others. A loss that
+    is not finite is neither."""
+    rows = [s for s in found["samples"] if (s["label"], s["shape"]) == (label, shape)]
+    apart = found["donors"]["median"]
+
+    def at(rate: str) -> float:
+        ends = [s["trained"][rate] for s in rows]
+        return math.inf if None in ends else statistics.fmean(ends)
+
+    rate = min(rows[0]["trained"], key=at)
+    rows = [s | {"trained": s["trained"][rate]} for s in rows]
+    performs = [s["trained"] is not None and s["trained"] <= trains for s in rows]
+    far = [s["mosaic"] > found["donors"]["mosaic"] for s in rows]
+    novel = {f"{tau:g}": [s["distance"] > tau * apart for s in rows] for tau in TAUS}
+
+    def mean(key: str) -> float | None:
+        return None if any(s[key] is None for s in rows) else statistics.fmean(s[key] for s in rows)
+
+    return {
+        "n": len(rows),
+        "distinct": len({s["digest"] for s in rows}),
+        "rate": rate,
+        **{key: mean(key) for key in ("loss", "trained", "distance", "mosaic")},
+        "size": statistics.fmean(statistics.fmean(s["sizes"].values()) for s in rows),
+        **{key: mean(f"error_{key}") for key in ("iou", "expected", "same")},
+        "ready": sum(s["loss"] is not None and s["loss"] <= ready for s in rows),
+        "performant": sum(performs),
+        "novel": {tau: sum(flags) for tau, flags in novel.items()},
+        "both": {tau: sum(a and b for a, b in zip(flags, performs, strict=True)) for tau, flags in novel.items()},
+        "beyond": sum(a and b for a, b in zip(far, performs, strict=True)),
+    }

@@ -1,0 +1,181 @@
+"""How far a model is from every donor, in coordinates that do not depend on how either was written down.
+
+Two trained models that compute the same function may have nothing in common as stored (2506.07998 asks for distances
+after such symmetries are taken out). So the model is put into canonical form, its residual stream turned onto the
+donor's by the token strings that both know (`zoo.units.canonical`), and each of its units is held against the
+donor's units of the same kind: heads and neurons have no order, and other shapes have other numbers of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoo.donors.store import Donor
+from zoo.errors import UserError
+from zoo.units.aligned import decoder_of, token_strings
+from zoo.units.canonical import Anchor, anchor, canonicalise
+from zoo.units.decoder import Decoder
+from zoo.units.units import gather, to_width
+
+# What the residual vectors of a unit may be multiplied by together and compute the same: the sign of the last two of a
+# neuron (up, down) and of both of a value-output component. Tokens and rotary planes have none left.
+SIGNED = {"neuron": slice(1, 3), "vo": slice(0, 2)}
+ROWS = 1024  # units compared at a time
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A donor in its own canonical coordinates; units are float32 [N, P, d] by kind, tokens those of its rows."""
+
+    name: str
+    anchor: Anchor
+    units: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Relative distance to one donor: over each kind of unit, the root of sum |u - nearest|^2 / sum |u|^2, of the
+    units as they are or brought to the size of the donor's, whichever is nearer: weights written too small or too large
+    are not far for that. `total` is the root mean square over the kinds. 0 is a copy; units that have nothing to do
+    with the donor's are sqrt(2) from any one of them, and less from the nearest of many. `sizes`: root mean square of
+    the units over the donor's."""
+
+    donor: str
+    total: float
+    kinds: Mapping[str, float]
+    sizes: Mapping[str, float]
+
+
+def frame(donor: Donor) -> Frame:
+    """A donor as something to measure distances to. UserError where its whole function is not in units."""
+    canonical = canonicalise(decoder_of(donor)).decoder
+    tokens = token_strings(donor)
+    return Frame(donor.name, anchor(canonical, tokens), _vectors(canonical))
+
+
+def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
+    """decoder: of any shape, as `decoder_of` reads it (float64); tokens: the strings of its vocabulary's rows. Raises
+    UserError where the two share no token string: nothing then says how the streams correspond."""
+    return _distance(to, *_shares(decoder, tokens, to))
+
+
+def mosaic(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> float:
+    """As the `total` of `distance`, to all donors together: every unit is held against the nearest of any of them, so
+    that what is put together from several donors' units is not far. Rows of the vocabulary that no donor has are left
+    out."""
+    return nearest_and_mosaic(decoder, tokens, frames)[1]
+
+
+def nearest(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> Distance:
+    """The distance to the donor that is nearest in total."""
+    return nearest_and_mosaic(decoder, tokens, frames)[0]
+
+
+def nearest_and_mosaic(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> tuple[Distance, float]:
+    """Both, for what one of them costs: bringing the model into each donor's coordinates."""
+    found = [(to, *_shares(decoder, tokens, to)) for to in frames]
+    near = min((_distance(*one) for one in found), key=lambda d: (d.total, d.donor))
+    kinds = found[0][1]
+    together = {kind: _root(torch.cat([shares[kind] for _, shares, _ in found]).amin(0)) for kind in kinds}
+    return near, _total(together)
+
+
+def _distance(to: Frame, shares: Mapping[str, Tensor], sizes: Mapping[str, float]) -> Distance:
+    kinds = {kind: min(_root(share) for share in both) for kind, both in shares.items()}
+    return Distance(to.name, _total(kinds), kinds, sizes)
+
+
+def _root(shares: Tensor) -> float:
+    return math.sqrt(shares[shares.isfinite()].sum().item())
+
+
+def _total(kinds: Mapping[str, float]) -> float:
+    return math.sqrt(sum(d * d for d in kinds.values()) / len(kinds))
+
+
+def _shares(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(by kind [2, N]: each unit's part of sum |u - nearest|^2 / sum |u|^2, as the units are and brought to the size of
+    the donor's, infinite for tokens that the donor does not have; by kind the sizes)"""
+    if set(tokens).isdisjoint(to.anchor.tokens):
+        raise UserError(f"{to.name}: shares no token string with the model, so their coordinates cannot be compared")
+    own = _vectors(canonicalise(decoder, tokens, to.anchor).decoder)
+    place = {token: i for i, token in enumerate(to.anchor.tokens)}
+    shared = [(i, place[token]) for i, token in enumerate(tokens) if token in place]
+    mine, theirs = (torch.tensor(rows) for rows in zip(*shared, strict=True))
+    pairs = {kind: (own[kind], to.units[kind]) for kind in ("neuron", "qk", "vo")}
+    pairs["vocab"] = (own["vocab"][mine], to.units["vocab"][theirs])
+    sizes = {kind: _size(a) / max(_size(b), 1e-30) for kind, (a, b) in pairs.items()}
+    shares = {}
+    for kind, (a, b) in pairs.items():
+        told = None if kind == "vocab" else kind
+        shares[kind] = torch.stack([_relative(u, b, told) for u in (a, a / max(sizes[kind], 1e-30))])
+    shares["vocab"] = torch.full((2, len(tokens)), math.inf).index_copy(1, mine, shares["vocab"])
+    return shares, sizes
+
+
+def leave_one_out(donors: Sequence[Donor], frames: Sequence[Frame]) -> dict[str, tuple[Distance, float]]:
+    """For every donor (its nearest among the others, `mosaic` to the others): what independent training runs are
+    apart."""
+    found = {}
+    for donor in donors:
+        others = [f for f in frames if f.name != donor.name]
+        if others:
+            found[donor.name] = nearest_and_mosaic(decoder_of(donor), token_strings(donor), others)
+    return found
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, tokens: Tensor, sequence: int, limit: int) -> tuple[Tensor, Tensor]:
+    """The most likely next token and the true one, int64 [n] each, over at most `limit` windows of int64 [N]."""
+    cut = tokens.unfold(0, sequence + 1, sequence)
+    cut = cut[torch.linspace(0, len(cut) - 1, min(limit, len(cut))).long()]
+    guessed = [model(input_ids=w[:, :-1], use_cache=False).logits.argmax(-1).flatten().cpu() for w in cut.split(16)]
+    return torch.cat(guessed), cut[:, 1:].flatten()
+
+
+def error_overlap(one: Tensor, other: Tensor, truth: Tensor) -> dict[str, float]:
+    """Predictions int64 [n] of two models, and the truth -> {iou: of the sets of mispredicted tokens; expected: what
+    independent errors of the same rates would give; same: among tokens that both get wrong, the share with the same
+    wrong answer}."""
+    a, b = one != truth, other != truth
+    both, either = (a & b).sum().item(), (a | b).sum().item()
+    p, q = a.double().mean().item(), b.double().mean().item()
+    independent = p * q / (p + q - p * q) if p + q > 0 else 1.0
+    same = ((one == other) & a & b).sum().item()
+    return {"iou": both / either if either else 1.0, "expected": independent, "same": same / both if both else 0.0}
+
+
+def _vectors(decoder: Decoder) -> dict[str, Tensor]:
+    return {kind: units.vectors.float() for kind, units in gather(decoder).items()}
+
+
+def _size(units: Tensor) -> float:
+    """[N, P, d] -> root mean square norm of a unit."""
+    return math.sqrt(units.square().sum().item() / len(units))
+
+
+def _relative(units: Tensor, others: Tensor, kind: str | None) -> Tensor:
+    """units [N, P, d], others [M, P, e] -> [N]: |u - u'|^2 / sum |u|^2, where u' is the other of the same place (kind
+    None, N = M) or the nearest one, up to the signs that are free."""
+    width = max(units.shape[-1], others.shape[-1])
+    units, others = to_width(units, width), to_width(others, width)
+    size, other_size = units.square().sum((1, 2)), others.square().sum((1, 2))
+    if kind is None:
+        squares = (units - others).square().sum((1, 2))
+    else:
+        squares = torch.cat([_nearest(u, others, other_size, kind) for u in units.split(ROWS)])
+    return squares.clamp(min=0) / max(size.sum().item(), 1e-30)
+
+
+def _nearest(units: Tensor, others: Tensor, other_size: Tensor, kind: str) -> Tensor:
+    """units [n, P, d], others [M, P, d] -> [n]: squared distance to the nearest."""
+    signed = SIGNED.get(kind, slice(0, 0))
+    fixed = [p for p in range(units.shape[1]) if p not in range(units.shape[1])[signed]]
+    inner = units[:, fixed].flatten(1) @ others[:, fixed].flatten(1).T
+    inner = inner + (units[:, signed].flatten(1) @ others[:, signed].flatten(1).T).abs()
+    return (units.square().sum((1, 2))[:, None] - 2 * inner + other_size).amin(1)

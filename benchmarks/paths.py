@@ -1,0 +1,8 @@
+"""Where the benchmarks keep what they measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"

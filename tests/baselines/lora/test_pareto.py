@@ -1,0 +1,321 @@
+"""Pareto-reshaped LoRA pairs over real adapters' blueprints: their laws, their caps, their refusals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+
+from baselines.lora.pareto import Pareto
+from zoo.donors.memory import zoo_of
+from zoo.donors.standalone import Single, single
+from zoo.errors import UserError
+from zoo.statistics.grouping import Grouping
+from zoo.targets.blueprint import Blueprint
+
+pytest.importorskip("peft")
+
+MakeLlama = Callable[..., Path]
+# The example of the paper: the gate is the reference weight, V, up and down are its partners.
+PAPER = Grouping(
+    rank=16,
+    reference="mlp.gate",
+    gaussian=("attn.v", "mlp.up", "mlp.down"),
+    pareto=("attn.q", "attn.k", "attn.o"),
+    undifferentiated=False,
+    source={},
+)
+ALIKE = replace(PAPER, reference=None, gaussian=(), undifferentiated=True)
+
+
+def gpt2(folder: Path, layers: int = 3, width: int = 32) -> Path:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_embd=width, n_layer=layers, n_head=4, n_positions=64, bos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Single]:
+    """A Llama with two query heads to a key and tied embeddings, and a GPT-2 (fused, transposed)."""
+    from tests.conftest import make_llama
+
+    path = tmp_path_factory.mktemp("bases")
+    llama = make_llama(path / "llama", num_hidden_layers=4)
+    return {"llama": single(llama, quiet=True), "gpt2": single(gpt2(path / "gpt2"), quiet=True)}
+
+
+def adapter(base: Single, rank: int = 4, alpha: float = 8.0) -> Blueprint:
+    return Blueprint.from_lora(base.path, {"r": rank, "lora_alpha": alpha, "target_modules": "all-linear"})
+
+
+def planted(grouping: Grouping = PAPER, **options: Any) -> Pareto:
+    """A sampler that keeps this characterisation, as a saved one would."""
+    sampler = Pareto(**options)
+    sampler.restore({"grouping": grouping.to_json(), "donors": [], "base": None}, {})
+    return sampler
+
+
+def saved(folder: Path, grouping: Grouping) -> str:
+    """An analysis.json that holds nothing but this."""
+    path = folder / "analysis.json"
+    path.write_text(json.dumps({"models": {"m": {"grouping": {str(grouping.rank): grouping.to_json()}}}}))
+    return str(path)
+
+
+def drawn(sampler: Pareto, blueprint: Blueprint, seed: int = 0) -> dict[str, Tensor]:
+    return dict(sampler.sample(blueprint, seed))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def change(pair: Any, tensors: dict[str, Tensor], base: Single) -> float:
+    """||s B A|| / ||W|| by the product itself."""
+    product = pair.scaling * tensors[pair.b].double() @ tensors[pair.a].double()
+    weight = base.only.read(pair.weight).double()
+    assert product.shape == (weight.mT if pair.transposed else weight).shape
+    return float(product.norm() / weight.norm())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("std", [None, 0.3])
+@pytest.mark.parametrize("options", [{}, {"template": "gaussian-process", "mode": "add"}])
+def test_every_pair_is_filled_to_the_deviation_asked_for(
+    bases: dict[str, Single], name: str, std: float | None, options: dict[str, Any]
+) -> None:
+    blueprint = adapter(bases[name])
+    tensors = drawn(planted(std=std, **options), blueprint)
+    assert list(tensors) == list(blueprint.names)
+    assert blueprint.adapter is not None
+    for pair in blueprint.adapter.pairs:
+        a, b = tensors[pair.a], tensors[pair.b]
+        assert a.shape == blueprint[pair.a].shape and b.shape == blueprint[pair.b].shape
+        assert a.dtype == b.dtype == torch.float32
+        assert float(a.std(correction=0)) == pytest.approx(std or 1 / math.sqrt(3 * pair.columns), rel=1e-5)
+        assert abs(float(a.mean())) < 1e-6
+        assert not b.any()
+
+
+def test_members_of_a_group_share_a_template_and_partners_are_further_from_it(tmp_path: Path) -> None:
+    """On average 0.03 of a Pareto member's entries are replaced and half of a Gaussian one's; the groups of the
+    reference weight and of the others have nothing to do with each other."""
+    from tests.conftest import make_llama
+
+    folder = make_llama(tmp_path / "wide", hidden_size=128, intermediate_size=128, num_hidden_layers=10)
+    blueprint = Blueprint.from_lora(folder, {"r": 16, "target_modules": "all-linear"})
+    tensors = drawn(planted(strategy="both_compensated"), blueprint)
+
+    def members(module: str, which: str = "a") -> Tensor:
+        assert blueprint.adapter is not None
+        found = [tensors[getattr(p, which)].flatten() for p in blueprint.adapter.pairs if p.module.endswith(module)]
+        return torch.nn.functional.normalize(torch.stack(found).double(), dim=1)
+
+    def distance(one: str, other: str, which: str = "a") -> float:
+        """The median over pairs of different layers, of A of the one and A (or B) of the other."""
+        a, b = members(one), members(other, which)
+        between = (1 - a @ b.mT)[~torch.eye(len(a), dtype=torch.bool)]
+        return float(between.median())
+
+    assert distance("q_proj", "q_proj") < 0.1 and distance("gate_proj", "gate_proj") < 0.1
+    assert distance("q_proj", "o_proj") < 0.1
+    assert distance("gate_proj", "v_proj") == pytest.approx(0.5, abs=0.1)
+    assert distance("v_proj", "v_proj") == pytest.approx(0.75, abs=0.1)
+    assert distance("up_proj", "v_proj") == pytest.approx(0.75, abs=0.1)
+    assert distance("gate_proj", "q_proj") == pytest.approx(1.0, abs=0.1)
+    assert distance("v_proj", "q_proj") == pytest.approx(1.0, abs=0.1)
+    assert distance("q_proj", "q_proj", "b") < 0.1  # [128, 16] and [16, 128] are as long as each other
+
+
+def test_undifferentiated_pairs_are_all_of_one_template(bases: dict[str, Single]) -> None:
+    blueprint = adapter(bases["llama"])
+    tensors = drawn(planted(ALIKE, nmin=1, exponent=20.0), blueprint)  # one entry is replaced
+    gate, query = (next(t for n, t in tensors.items() if f"{m}.lora_A" in n) for m in ("gate_proj", "q_proj"))
+    cosine = torch.nn.functional.cosine_similarity(gate.flatten(), query.flatten(), dim=0)
+    assert float(cosine) > 0.9
+
+
+def test_fused_projections_go_by_their_first_part(bases: dict[str, Single]) -> None:
+    """c_attn (q, k, v) by q, whatever v is; c_fc is up."""
+    blueprint = adapter(bases["gpt2"])
+    few = {"nmin": 1, "exponent": 20.0}
+    by_q = replace(PAPER, reference="attn.q", gaussian=("attn.v",), pareto=("mlp.up",))
+
+    def cosine(grouping: Grouping, one: str, other: str) -> float:
+        tensors = drawn(planted(grouping, **few), blueprint)
+        a, b = (next(t for n, t in tensors.items() if f"h.{m}.lora_A" in n).flatten() for m in (one, other))
+        return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+    assert cosine(by_q, "0.attn.c_attn", "1.attn.c_attn") > 0.9
+    assert abs(cosine(by_q, "0.attn.c_attn", "0.mlp.c_fc")) < 0.4
+    assert cosine(PAPER, "0.attn.c_attn", "0.attn.c_proj") > 0.9
+    assert abs(cosine(PAPER, "0.attn.c_attn", "0.mlp.c_fc")) < 0.4
+
+
+@pytest.mark.parametrize("strategy", ["A_only", "both_compensated", "both_small"])
+def test_bytes_do_not_depend_on_order_and_survive_saving(
+    bases: dict[str, Single], tmp_path: Path, strategy: str
+) -> None:
+    base = bases["llama"]
+    blueprint = adapter(base)
+    assert blueprint.adapter is not None
+    backwards = replace(
+        blueprint,
+        specs=blueprint.specs[::-1],
+        adapter=replace(blueprint.adapter, pairs=blueprint.adapter.pairs[::-1]),
+    )
+    sampler = Pareto(strategy=strategy, reference_model=saved(tmp_path, PAPER)).fit(base, blueprint)
+    tensors = drawn(sampler, blueprint)
+    assert same(tensors, drawn(sampler, backwards))
+    assert not same(tensors, drawn(sampler, blueprint, seed=1))
+    sampler.save(tmp_path / "sampler")
+    loaded = Pareto.load(tmp_path / "sampler")
+    assert loaded.grouping == sampler.grouping == PAPER
+    assert loaded.donors == sampler.donors == (("llama",) if strategy == "both_small" else ())
+    assert same(tensors, drawn(loaded, blueprint))
+    assert loaded.compensated == (strategy == "both_compensated")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_both_small_keeps_its_cap_on_every_pair(
+    bases: dict[str, Single], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = bases[name]
+    blueprint = adapter(base)
+    assert blueprint.adapter is not None
+    uncapped = drawn(planted(ALIKE, strategy="both_compensated"), blueprint)
+    ratios = sorted(change(pair, uncapped, base) for pair in blueprint.adapter.pairs)
+    cap = (ratios[0] + ratios[-1]) / 2  # between: some pairs are above it and some below
+    with caplog.at_level(logging.INFO, logger="baselines.lora.pareto"):
+        options: dict[str, Any] = {"strategy": "both_small", "cap": cap, "reference_model": saved(tmp_path, ALIKE)}
+        tensors = drawn(Pareto(**options).fit(base, blueprint), blueprint)
+    changed = 0
+    for pair in blueprint.adapter.pairs:
+        before, after = change(pair, uncapped, base), change(pair, tensors, base)
+        assert after == pytest.approx(min(before, cap), rel=1e-5)
+        assert torch.equal(tensors[pair.a], uncapped[pair.a])
+        assert torch.equal(tensors[pair.b], uncapped[pair.b]) == (before < cap)
+        changed += before > cap
+    assert 0 < changed < len(blueprint.adapter.pairs)
+    assert f"from {ratios[0]:.3g} to {cap:.3g} over {len(ratios)} pairs" in caplog.text
+
+
+def test_the_change_at_step_0_is_said(bases: dict[str, Single], caplog: pytest.LogCaptureFixture) -> None:
+    blueprint = adapter(bases["llama"])
+    assert blueprint.adapter is not None
+    with caplog.at_level(logging.INFO, logger="baselines.lora.pareto"):
+        drawn(planted(), blueprint)
+        assert "B is zero" in caplog.text
+        tensors = drawn(planted(strategy="both_compensated"), blueprint)
+    norms = [float((p.scaling * tensors[p.b] @ tensors[p.a]).norm()) for p in blueprint.adapter.pairs]
+    assert f"||s B A||, which the base's weights are less by, from {min(norms):.3g} to {max(norms):.3g}" in caplog.text
+
+
+def test_a_reference_of_another_family_width_and_depth(
+    bases: dict[str, Single], tmp_path: Path, tiny_llama: MakeLlama
+) -> None:
+    """Only its characterisation counts, and no weight of the base is read; a donor of the zoo will do, too."""
+    reference = tiny_llama(tmp_path / "reference", hidden_size=48, intermediate_size=80, num_hidden_layers=5, seed=3)
+    blueprint = adapter(bases["gpt2"])
+    options: dict[str, Any] = {"bootstraps": 10, "reference_rank": 8}
+    sampler = Pareto(reference_model=str(reference), **options).fit(None, blueprint)
+    assert sampler.donors == () and [d["name"] for d in sampler.provenance(None)] == ["reference"]
+    tensors = drawn(sampler, blueprint)
+    assert all(tensors[name].shape == blueprint[name].shape for name in blueprint.names)
+    zoo = replace(bases["gpt2"], members=(*bases["gpt2"].members, single(reference, quiet=True).only))
+    named = Pareto(reference_model="reference", **options)
+    assert named.reads(zoo, blueprint) == ("reference",)
+    assert same(drawn(named.fit(zoo, blueprint), blueprint), tensors)
+    assert Pareto(reference_model="reference", strategy="both_small").reads(zoo, blueprint) == ("gpt2", "reference")
+
+
+def test_without_a_reference_the_base_is_its_own_and_that_is_said(
+    bases: dict[str, Single], caplog: pytest.LogCaptureFixture
+) -> None:
+    blueprint = adapter(bases["llama"])
+    with caplog.at_level(logging.INFO, logger="baselines.lora.pareto"):
+        sampler = Pareto(bootstraps=10, reference_rank=4).fit(bases["llama"], blueprint)
+    assert "the base is its own: llama" in caplog.text
+    assert sampler.grouping.source["name"] == "llama" and sampler.donors == ("llama",)
+
+
+def test_what_cannot_be_drawn_is_refused(bases: dict[str, Single], tmp_path: Path) -> None:
+    reference = saved(tmp_path, ALIKE)
+    with pytest.raises(UserError, match=r"length 1e.09: above the [0-9]+ entries"):
+        Pareto(reference_model=reference, template="gaussian-process", length=1e9).fit(None, adapter(bases["llama"]))
+
+
+def test_a_matrix_of_one_entry_is_refused(bases: dict[str, Single], tmp_path: Path) -> None:
+    blueprint = adapter(bases["llama"], rank=1)
+    assert blueprint.adapter is not None
+    pair = replace(blueprint.adapter.pairs[0], rows=1)  # as a head of one output has it
+    lone = replace(blueprint, adapter=replace(blueprint.adapter, pairs=(pair,)))
+    reference = saved(tmp_path, ALIKE)
+    Pareto(reference_model=reference).fit(None, lone)  # B is zero there
+    with pytest.raises(UserError, match="a matrix of one entry has no spread; raise the rank"):
+        Pareto(reference_model=reference, strategy="both_compensated").fit(None, lone)
+
+
+def test_a_base_of_zeros_gets_a_change_of_zero(
+    tmp_path: Path, tiny_llama: MakeLlama, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_llama(tmp_path / "zeros")
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: torch.zeros_like(v) for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    base = single(folder, quiet=True)
+    sampler = Pareto(strategy="both_small", reference_model=saved(tmp_path, ALIKE)).fit(base, adapter(base))
+    tensors = drawn(sampler, adapter(base))
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+    assert not any(t.any() for name, t in tensors.items() if "lora_B" in name)
+
+
+def test_a_reference_that_tells_nothing_apart_is_warned_about(
+    bases: dict[str, Single], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for grouping, expected in ((ALIKE, True), (PAPER, False)):
+        caplog.clear()
+        sampler = Pareto(reference_model=saved(tmp_path, grouping)).fit(None, adapter(bases["llama"]))
+        assert sampler.grouping == grouping
+        warned = [r for r in caplog.records if r.levelno == logging.WARNING and "undifferentiated" in r.message]
+        assert bool(warned) == expected
+
+
+def test_unsuitable_references_and_bases_are_refused(
+    bases: dict[str, Single], tmp_path: Path, tiny_llama: MakeLlama
+) -> None:
+    blueprint = adapter(bases["llama"])
+
+    def refused(match: str, zoo: Any = None, target: Blueprint = blueprint, **options: Any) -> None:
+        with pytest.raises(UserError, match=match) as error:
+            Pareto(bootstraps=10, **options).fit(zoo, target)
+        assert "\n" not in str(error.value)
+
+    refused("headstart lora", bases["llama"], bases["llama"].only.blueprint)
+    refused("holds the base")
+    refused("holds the base", strategy="both_small", reference_model=str(bases["llama"].path))
+    refused("not the base of this adapter", bases["gpt2"], strategy="both_small")
+    refused("layers", reference_model=str(tiny_llama(tmp_path / "shallow", num_hidden_layers=2)))
+    constant = tiny_llama(tmp_path / "constant", num_hidden_layers=3)
+    weights = load_file(constant / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"].fill_(0.5)
+    save_file(weights, constant / "model.safetensors", {"format": "pt"})
+    refused("up_proj", reference_model=str(constant))
+    weights["model.layers.1.mlp.up_proj.weight"].fill_(math.nan)
+    save_file(weights, constant / "model.safetensors", {"format": "pt"})
+    refused("up_proj.*NaN", reference_model=str(constant))
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=3, state_size=4))
+    refused("projections", zoo_of({"mamba": mamba}), reference_model="mamba")
+    refused("no such|does not exist|hub id", reference_model=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="did you mean 'both_small'"):
+        Pareto(strategy="both_smal")

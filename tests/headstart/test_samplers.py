@@ -1,0 +1,73 @@
+"""The table of methods and the Python names of the contract."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from headstart import samplers
+from zoo.errors import UserError
+from zoo.sampler import Sampler
+
+
+@pytest.mark.parametrize("name", samplers.METHODS)
+def test_every_method_describes_itself(name: str) -> None:
+    cls = samplers.get(name)
+    assert issubclass(cls, Sampler)
+    assert cls.name == name and cls.family and cls.summary and cls.reference
+    assert set(cls.needs) <= {"donor", "donors", "model", "text", "base", "reference"}
+    for row in cls.option_table():
+        assert set(row) == {"name", "type", "default", "help"} and row["help"]
+
+
+def test_the_methods_for_adapters_are_those_of_their_family() -> None:
+    assert set(samplers.LORA) == {name for name in samplers.METHODS if samplers.get(name).family == "lora"}
+    for name in samplers.LORA:
+        assert samplers.lora_sampler(name) is samplers.get(name)
+        with pytest.raises(UserError, match=f"headstart lora --base MODEL --method {name}"):
+            samplers.model_sampler(name)
+    with pytest.raises(UserError, match="normal fills models, not LoRA adapters: choose from pareto, peft-default"):
+        samplers.lora_sampler("normal")
+
+
+def test_the_description_is_json() -> None:
+    rows = json.loads(json.dumps(samplers.describe()))
+    assert [row["name"] for row in rows] == list(samplers.METHODS)
+    assert all(set(row) == {"name", "family", "summary", "reference", "needs", "options"} for row in rows)
+
+
+def test_a_wrong_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'weight-selection'"):
+        samplers.get("weight_selection")
+
+
+def test_a_method_of_ones_own_is_called_by_its_path() -> None:
+    from baselines.schemes.default import Default
+
+    assert samplers.get("baselines.schemes.default.Default") is Default
+    with pytest.raises(UserError, match=r"no subclass of zoo\.sampler\.Sampler"):
+        samplers.get("zoo.donors.store.Zoo")
+    with pytest.raises(UserError, match="cannot be imported"):
+        samplers.get("nowhere.at_all.Method")
+    with pytest.raises(UserError, match="cannot be imported"):
+        samplers.get("baselines.schemes.default.Defualt")
+
+
+def test_names_of_the_contract_are_lazy() -> None:
+    code = (
+        "import sys, headstart; assert not {'torch', 'transformers'} & set(sys.modules);"
+        "from headstart import Blueprint, initialize_lora_weights, samplers; assert callable(initialize_lora_weights);"
+        "assert samplers.get('default')(scale=2.0).options() == {'scale': 2.0}; assert Blueprint.from_config"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_saved_sampler_is_found_by_its_method(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    samplers.get("default")(scale=0.5).save(tmp_path)
+    loaded = samplers.load(tmp_path)
+    assert loaded.name == "default" and loaded.options() == {"scale": 0.5}
+    with pytest.raises(UserError, match=r"has no sampler\.json"):
+        samplers.load(tmp_path / "elsewhere")

@@ -1,0 +1,258 @@
+"""The hub path against a real HTTP server on the loopback interface, in a process of its own (the endpoint and the
+offline switch are read when huggingface_hub is imported)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import make_llama
+from tests.support.hub_server import Hub, Repo, files_of, serve
+from zoo.donors.store import Zoo, verify
+
+# Runs add() for each line of JSON on stdin, and answers with a line: {"ok": …} or {"error": …, "kind": …}.
+WORKER = """
+import json, sys
+import zoo.checkpoints.hub
+from zoo.add import add
+zoo.checkpoints.hub.WAITS = (0.05, 0.05, 0.05)
+for line in sys.stdin:
+    try:
+        answer = {"ok": add(**json.loads(line))}
+    except Exception as error:
+        answer = {"error": str(error), "kind": type(error).__name__}
+    print(json.dumps(answer), flush=True)
+"""
+
+Add = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hf-home")
+
+
+def worker(hub: Hub, home: Path, **more: str) -> Iterator[Add]:
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    unset = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE")
+    env = {k: v for k, v in os.environ.items() if k not in unset and not k.lower().endswith("_proxy")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=env | settings | more,
+        cwd=Path(__file__).parents[3],
+    )
+    assert process.stdin is not None and process.stdout is not None
+
+    def add(*sources: str, zoo: Path, **options: Any) -> dict[str, Any]:
+        process.stdin.write(json.dumps({"sources": sources, "zoo": str(zoo), "quiet": True, **options}) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield add
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def online(hub: Hub, home: Path) -> Iterator[Add]:
+    yield from worker(hub, home)
+
+
+@pytest.fixture(scope="module")
+def offline(hub: Hub, home: Path) -> Iterator[Add]:
+    yield from worker(hub, home, HF_HUB_OFFLINE="1")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """One safetensors file, with what a repository has besides and nobody should fetch."""
+    files = files_of(make_llama(tmp_path_factory.mktemp("llama")))
+    return files | {"README.md": b"# hello", "pytorch_model.bin": b"pickle", "onnx/model.onnx": b"x", "train.py": b""}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    files = files_of(make_llama(tmp_path_factory.mktemp("sharded"), seed=1, max_shard_size="40KB"))
+    assert sum(name.endswith(".safetensors") for name in files) > 2
+    return files | {"consolidated.safetensors": b"not to be fetched"}
+
+
+def bodies(hub: Hub, repo: str) -> list[str]:
+    return [line.rpartition("/")[2] for line in hub.log if line.startswith(f"GET /{repo}/resolve/")]
+
+
+def test_add_pins_the_commit_and_fetches_nothing_but_safetensors_and_json(
+    hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path
+) -> None:
+    repo = hub.repos["org/normal"] = Repo(llama)
+    assert online("org/normal", zoo=tmp_path)["ok"][0]["state"] == "added"
+    donor = Zoo.open(tmp_path).donor("org--normal")
+    assert (donor.revision, donor.license) == (repo.commit, "mit")
+    assert donor.files == ("config.json", "generation_config.json", "model.safetensors")
+    assert sorted(bodies(hub, "org/normal")) == sorted(donor.files)
+    assert all((donor.folder / f).read_bytes() == llama[f] for f in donor.files)
+    assert verify(tmp_path) == []
+
+
+def test_adding_again_asks_for_the_commit_and_downloads_nothing(
+    hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repos["org/again"] = Repo(llama)
+    online("org/again", zoo=tmp_path)
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
+    asked = len(hub.log)
+    answer = online("org/again", zoo=tmp_path)["ok"][0]
+    assert (answer["state"], answer["write"]) == ("present", 0)
+    assert [line.split("?")[0] for line in hub.log[asked:]] == ["GET /api/models/org/again"]
+    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_branch_and_a_new_commit_are_donors_of_their_own(
+    hub: Hub, online: Add, llama: dict[str, bytes], sharded: dict[str, bytes], tmp_path: Path
+) -> None:
+    first = hub.repos["org/moving"] = Repo(llama)
+    online("org/moving", zoo=tmp_path)
+    second = hub.repos["org/moving"] = Repo(sharded, branches={"step/1": "…"})
+    answer = online("org/moving@step/1", zoo=tmp_path)["ok"][0]
+    assert (answer["name"], answer["revision"]) == (f"org--moving@{second.commit[:8]}", second.commit)
+    assert {d.revision for d in Zoo.open(tmp_path).donors} == {first.commit, second.commit}
+
+
+def test_the_files_of_the_index_are_fetched_and_no_others(
+    hub: Hub, online: Add, sharded: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repos["org/sharded"] = Repo(sharded)
+    online("org/sharded", zoo=tmp_path)
+    files = Zoo.open(tmp_path).donor("org--sharded").files
+    assert set(files) == sharded.keys() - {"consolidated.safetensors"}
+    assert "consolidated.safetensors" not in bodies(hub, "org/sharded")
+
+
+def test_plan_counts_without_downloading(
+    hub: Hub, online: Add, llama: dict[str, bytes], sharded: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repos["org/plan"], hub.repos["org/plans"] = Repo(llama), Repo(sharded)
+    whole, parts = online("org/plan", "org/plans", zoo=tmp_path / "zoo", plan=True)["ok"]
+    size = sum(len(llama[n]) for n in ("config.json", "generation_config.json", "model.safetensors"))
+    assert (whole["download"], whole["write"], whole["tensors"], whole["state"]) == (size, size, 20, "new")
+    assert parts["tensors"] == 20
+    assert parts["write"] == sum(len(d) for n, d in sharded.items() if n != "consolidated.safetensors")
+    assert not any(b.endswith(".safetensors") for b in bodies(hub, "org/plans"))
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_a_redirect_to_another_place_is_followed(
+    hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repos["org/cdn"] = Repo(llama, redirect=True)
+    assert "ok" in online("org/cdn", zoo=tmp_path)
+    assert "GET /cdn/org/cdn/model.safetensors" in hub.log
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {"info": ["429", "503"]},
+        {"info": ["drop"]},
+        {"tree": ["429"]},
+        {"get model.safetensors": ["429"]},
+        {"get model.safetensors": ["503", "502"]},
+        {"head model.safetensors": ["503"]},
+        {"get model.safetensors": ["truncate"]},
+        {"get model.safetensors": ["short"]},
+        {"get model.safetensors": ["corrupt"]},
+        {"get config.json": ["corrupt"]},
+    ],
+    ids=lambda faults: "-".join(f"{k}-{'-'.join(v)}" for k, v in faults.items()).replace(" ", "-"),
+)
+def test_what_passes_is_tried_again(
+    hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path, faults: dict[str, list[str]]
+) -> None:
+    name = "org/" + "-".join(f"{k} {'-'.join(v)}" for k, v in faults.items()).replace(" ", "-")
+    repo = hub.repos[name] = Repo(llama, faults={k: list(v) for k, v in faults.items()})
+    assert "ok" in online(name, zoo=tmp_path)
+    assert not any(repo.faults.values())  # each was met
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "repo", "words"),
+    [
+        ("org/nowhere", None, "no such model"),
+        ("org/gated", Repo({}, gated=True), "access is restricted"),
+        ("org/pickles", Repo({"config.json": b"{}", "pytorch_model.bin": b"\x80"}), "only pickles"),
+        ("org/bare", Repo({"model.safetensors": b""}), "no config.json"),
+        ("org/down", Repo({"config.json": b"{}"}, faults={"info": ["503"] * 9}), "answered 503"),
+        ("org/silent", Repo({"config.json": b"{}"}, faults={"info": ["drop"] * 9}), "cannot reach"),
+        ("not an id", None, "no such folder"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(
+    hub: Hub, online: Add, tmp_path: Path, name: str, repo: Repo | None, words: str
+) -> None:
+    if repo is not None:
+        hub.repos[name] = repo
+    answer = online(name, zoo=tmp_path / "zoo")
+    assert answer["kind"] == "UserError" and words in answer["error"] and "\n" not in answer["error"]
+    assert name in answer["error"]
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_an_unknown_revision_is_said(hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path) -> None:
+    hub.repos["org/revision"] = Repo(llama)
+    assert "no such revision" in online("org/revision", zoo=tmp_path / "zoo", revision="v9")["error"]
+
+
+def test_a_file_that_always_arrives_damaged_is_refused(
+    hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repos["org/damaged"] = Repo(llama, faults={"get model.safetensors": ["corrupt"] * 9})
+    answer = online("org/damaged", zoo=tmp_path / "zoo")
+    assert answer["kind"] == "UserError" and "model.safetensors has sha256" in answer["error"]
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_an_index_that_leads_outside_is_refused_before_anything_is_fetched(
+    hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path
+) -> None:
+    index = json.dumps({"weight_map": {"a": "../../../model.safetensors"}}).encode()
+    hub.repos["org/outside"] = Repo({"config.json": b"{}", "model.safetensors.index.json": index})
+    answer = online("org/outside", zoo=tmp_path)
+    assert answer["kind"] == "UserError" and "its own folder only" in answer["error"]
+    assert bodies(hub, "org/outside") == ["model.safetensors.index.json"]
+
+
+def test_offline_uses_the_cache_and_nothing_else(
+    hub: Hub, online: Add, offline: Add, llama: dict[str, bytes], tmp_path: Path
+) -> None:
+    repo = hub.repos["org/offline"] = Repo(llama)
+    online("org/offline", zoo=tmp_path / "first")
+    asked = len(hub.log)
+    assert "ok" in offline("org/offline", zoo=tmp_path / "second")
+    assert len(hub.log) == asked
+    donor = Zoo.open(tmp_path / "second").donor("org--offline")
+    assert donor.revision == repo.commit
+    assert donor.sha256 == Zoo.open(tmp_path / "first").donor("org--offline").sha256
+
+
+def test_offline_without_a_cached_copy_says_so(offline: Add, tmp_path: Path) -> None:
+    answer = offline("org/never-seen", zoo=tmp_path / "zoo")
+    assert answer["kind"] == "UserError" and "HF_HUB_OFFLINE" in answer["error"] and "\n" not in answer["error"]

@@ -1,0 +1,111 @@
+"""The nursery: donors that depend on their recipe alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.donors.store import Zoo, verify
+from zoo.errors import UserError
+from zoo.training import nursery
+from zoo.training.nursery import PRESETS, Recipe, train
+
+MICRO = [Recipe(16, 1, heads=2, kv_heads=1, head_dim=8, ffn=32, steps=12, seed=seed) for seed in (0, 1)]
+FILES = ("config.json", "facts.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def contents(zoo: Path) -> dict[str, bytes]:
+    return {f"{p.parent.name}/{p.name}": p.read_bytes() for p in zoo.glob("models/*/*") if p.name in FILES}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("nursery") / "zoo"
+    assert train(path, MICRO, workers=1, quiet=True) == [r.name for r in MICRO]
+    return path
+
+
+def test_donors_are_checkpoints_of_the_zoo(zoo: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    opened = Zoo.open(zoo)
+    assert [d.name for d in opened.donors] == ["nursery-w16-l1-h2-kv1-s0", "nursery-w16-l1-h2-kv1-s1"]
+    assert verify(zoo) == []
+    assert not (zoo / nursery.STAGING).exists()
+    for donor in opened.donors:
+        assert donor.license == "mit" and donor.facts["tokens"] == 12 * 4 * 64
+        model, info = AutoModelForCausalLM.from_pretrained(donor.folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.float32
+        assert not model.config.tie_word_embeddings and model.config.vocab_size == 256
+        tokenizer = AutoTokenizer.from_pretrained(donor.folder)
+        assert tokenizer("né")["input_ids"] == [110, 195, 169]
+        text = torch.tensor([tokenizer("The assert statement")["input_ids"]])
+        with torch.no_grad():
+            assert float(model(text, labels=text).loss) < 5.5, "below log 256"
+
+
+def test_seeds_are_lineages_of_their_own(zoo: Path) -> None:
+    first, second = Zoo.open(zoo).donors
+    for spec in first.blueprint.specs:
+        if len(spec.shape) == 2:
+            pair = torch.stack([d.read(spec.name).flatten() for d in (first, second)])
+            assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.3
+
+
+def test_the_number_of_processes_changes_no_byte(zoo: Path, tmp_path: Path) -> None:
+    train(tmp_path / "zoo", MICRO, workers=2, quiet=True)
+    assert contents(tmp_path / "zoo") == contents(zoo)
+
+
+def test_an_interrupted_nursery_ends_where_an_uninterrupted_one_does(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = nursery.train_steps, []
+
+    def interrupted(*args: object) -> object:
+        for step in real(*args):  # type: ignore[arg-type]
+            calls.append(step.number)
+            if len(calls) == 17:  # in the middle of the second donor
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(nursery, "train_steps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "zoo", MICRO, workers=1, quiet=True)
+    train(tmp_path / "zoo", MICRO, workers=1, quiet=True)
+    assert len(calls) == 17 + 12, "the donor that was complete is not trained again"
+    assert contents(tmp_path / "zoo") == contents(zoo)
+    assert not (tmp_path / "zoo" / nursery.STAGING).exists()
+
+
+def test_a_zoo_that_is_complete_is_left_alone(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(zoo)
+    monkeypatch.setattr(nursery, "train_donor", lambda *_: pytest.fail("trained again"))
+    train(zoo, MICRO, workers=1, quiet=True)
+    assert contents(zoo) == before
+
+
+def test_another_recipe_under_the_same_name_is_refused(zoo: Path) -> None:
+    with pytest.raises(UserError, match="another recipe"):
+        train(zoo, [replace(MICRO[0], steps=13)], workers=1, quiet=True)
+    with pytest.raises(UserError, match="did you mean 'quick'"):
+        train(zoo, "quikc", quiet=True)
+
+
+def test_seed_makes_new_donors() -> None:
+    names = {r.name for r in PRESETS["demo"]()}
+    assert len(names) == 12
+    assert len({r.training.seed for r in PRESETS["demo"]()}) == 12
+
+
+def test_presets_cover_what_a_zoo_needs() -> None:
+    demo, quick, research = (PRESETS[name]() for name in ("demo", "quick", "research"))
+    assert len(demo) >= 12 and len(quick) >= 4 and len(research) > len(demo)
+    assert {r.width for r in demo} >= {48, 128} and {2, 6} <= {r.layers for r in demo}
+    assert any(r.kv_heads == r.heads for r in demo) and any(r.kv_heads < r.heads for r in demo)
+    for recipes in (demo, quick, research):
+        assert len({r.name for r in recipes}) == len(recipes)
+        assert all(r.heads % r.kv_heads == 0 and r.width == r.heads * r.head_dim for r in recipes)

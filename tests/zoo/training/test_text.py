@@ -1,0 +1,107 @@
+"""Bytes as tokens, the corpus, and files as token tensors."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.errors import UserError
+from zoo.training.text import (
+    byte_tokens,
+    encode_corpus,
+    hold_out,
+    python_reference,
+    read_vocabulary,
+    reference_corpus,
+    save_byte_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_byte_tokenizer(path)
+    return path
+
+
+def test_tokenizer_is_a_fast_one_whose_ids_are_bytes(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.is_fast and len(tokenizer) == 256
+    rng = random.Random(0)
+    every = "".join(chr(c) for c in range(0x2000))  # all bytes that UTF-8 has below three-byte sequences, and some
+    wild = "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(2000))
+    for text in (every, wild, "", " a  b\n\tc ", "naïve — 你好 🙂", "<s>[INST]</s>"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == list(text.encode()), "nothing is added, split or normalised"
+        assert tokenizer.decode(ids) == text
+
+
+def test_every_byte_has_a_token_of_its_own(folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    assert sorted(vocabulary.values()) == list(range(256)) and vocabulary["a"] == ord("a")
+
+
+def test_the_reference_repeats_no_paragraph_and_is_held_out_everywhere() -> None:
+    text = python_reference()
+    paragraphs = text.decode().split("\n\n")
+    assert len(text) > 200_000 and len(set(paragraphs)) == len(paragraphs)
+    learned, held = hold_out(text)
+    assert len(learned) + len(held) == len(text)
+    assert 0.1 < len(held) / len(text) < 0.13, "the last tenth of reference_corpus() is held out"
+    assert reference_corpus() == learned + held
+    # every held-out block is a block of the text, and none of them is among what is learned
+    for start in range(0, len(held) - 4096, 4096):
+        assert text.count(held[start : start + 4096]) == 1 and held[start : start + 4096] not in learned
+
+
+def test_bytes_and_the_byte_tokenizer_agree(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("Grüße,\r\n\n  world\n", newline="")
+    plain = encode_corpus(path, None, 256)
+    assert plain.dtype == torch.int64 and plain.tolist() == list(path.read_bytes())
+    assert torch.equal(encode_corpus(path, folder, 256), plain)
+    assert torch.equal(byte_tokens(path.read_bytes()), plain)
+
+
+def test_a_real_tokenizer(shared_data: Path) -> None:
+    folder = next(p for p in sorted((shared_data / "models").iterdir()) if (p / "tokenizer.json").exists())
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = (shared_data / "corpora" / "tinystories_sample.txt").read_text()[:2000]
+    path = shared_data / "corpora" / "tinystories_sample.txt"
+    tokens = encode_corpus(path, folder, len(tokenizer))
+    start = tokenizer(text, add_special_tokens=False)["input_ids"][:50]
+    assert tokens[:50].tolist() == start
+
+
+def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"caf\xe9")
+    assert encode_corpus(path, None, 256).tolist() == [99, 97, 102, 233], "bytes need no encoding"
+    with pytest.raises(UserError, match="not UTF-8 text at byte 3"):
+        encode_corpus(path, folder, 256)
+    with pytest.raises(UserError, match="--tokenizer"):
+        encode_corpus(path, None, 512)
+    with pytest.raises(UserError, match="no such corpus"):
+        encode_corpus(tmp_path / "none.txt", None, 256)
+    path.write_text("zzz")
+    with pytest.raises(UserError, match=r"id 122 .* has 100 tokens"):
+        encode_corpus(path, folder, 100)
+    with pytest.raises(UserError, match="no tokenizer can be loaded"):
+        encode_corpus(path, tmp_path, 256)
+    save_byte_tokenizer(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    for damaged in (content[: len(content) // 2], '{"model": {"type": "BPE"}}', ""):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(UserError, match="no tokenizer can be loaded"):
+            encode_corpus(path, tmp_path, 256)
+        with pytest.raises(UserError, match="is no tokenizer"):
+            read_vocabulary(tmp_path)

@@ -1,0 +1,280 @@
+"""Where a donor comes from: a folder, or a repository of the hub at a commit."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.checkpoints.checkpoint import SIDE_FILES, Checkpoint
+from zoo.checkpoints.headers import INDEX, PICKLES, read_index, refuse_pickle
+from zoo.checkpoints.hub import patiently
+from zoo.checkpoints.writer import writing
+from zoo.donors.store import file_hash
+from zoo.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+Stamps = dict[str, dict[str, Any]]  # file name -> {size, sha256}
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class File:
+    """What a source says of one of its files before it is read; the hub knows a hash: sha256 of an LFS file, git's
+    blob hash of a small one."""
+
+    size: int
+    sha256: str | None = None
+    blob: str | None = None
+
+    def problem(self, path: Path, sha256: str) -> str | None:
+        """Why `path`, whose hash is `sha256`, is not this file, or None."""
+        size = path.stat().st_size
+        if self.size and size != self.size:  # some mirrors do not say it
+            return f"has {size} bytes instead of {self.size}"
+        if self.sha256 is not None and sha256 != self.sha256:
+            return f"has sha256 {sha256} instead of {self.sha256}"
+        if self.sha256 is None and self.blob is not None:
+            data = path.read_bytes()
+            if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != self.blob:
+                return f"is not git blob {self.blob}"
+        return None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved source; nothing of it is in the zoo yet."""
+
+    given: str  # what to give to `zoo add` to get the same again
+    names: tuple[str, ...]  # what the donor may be called, the first that is free
+    license: str
+    files: dict[str, File]
+    folder: Path | None = None  # of a folder
+    repo: str | None = None  # of a hub repository, with its commit
+    commit: str | None = None
+    asked: str = "main"  # the branch, tag or commit that was given
+    cached: frozenset[str] = frozenset()  # files that need no download
+
+    @property
+    def size(self) -> int:
+        return sum(f.size for f in self.files.values())
+
+    @property
+    def download(self) -> int:
+        return 0 if self.repo is None else sum(f.size for n, f in self.files.items() if n not in self.cached)
+
+
+def resolve(source: str, revision: str | None = None) -> Source:
+    """A folder, or a hub id `org/name[@revision]` with its revision resolved to a commit. Reads headers and metadata
+    only. UserError for what is neither, or cannot be used."""
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{source}: is a folder, which has no revision {revision!r}; leave --revision out")
+        return _folder(path)
+    if path.exists():
+        refuse_pickle(path)
+        raise UserError(f"{source}: is a file; give the folder that holds it")
+    if not HUB_ID.fullmatch(source):
+        raise UserError(f"{source}: no such folder, and no hub id of the form org/name or org/name@revision")
+    repo, _, at = source.partition("@")
+    if at and revision is not None and at != revision:
+        raise UserError(f"{source}: names a revision, and --revision another ({revision}); give one of them")
+    return _hub(repo, at or revision)
+
+
+def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
+    """The folder with the source's files: its own, or the snapshot in the hub's cache, downloaded as far as it is not
+    there (`force`: even then)."""
+    if source.folder is not None:
+        return source.folder
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    repo, commit = source.repo, source.commit
+    assert repo is not None
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})
+
+    with writing(Path(constants.HF_HUB_CACHE)):
+        if not constants.HF_HUB_OFFLINE:  # under the name that was given, so that the cache knows it when offline
+            patiently(lambda: hf_hub_download(repo, "config.json", revision=source.asked), source.given)
+        folder = patiently(
+            lambda: snapshot_download(
+                repo,
+                revision=commit,
+                allow_patterns=[glob.escape(name) for name in source.files],
+                force_download=force,
+                tqdm_class=Silent if quiet else None,
+            ),
+            f"{repo}@{commit}",
+        )
+    lost = [name for name in source.files if not (Path(folder) / name).exists()]
+    if lost:  # the hub's client falls back on what its cache has when the hub does not answer
+        raise UserError(f"{repo}@{commit}: {lost[0]} could not be fetched; check the network and try again")
+    return Path(folder)
+
+
+def obtain(source: Source, quiet: bool = False) -> tuple[Checkpoint, Stamps]:
+    """The source's files on this machine, and their hashes; what the hub says of them is checked, and a file that
+    came otherwise is fetched once more. UserError where that does not help."""
+    for again in (False, True):
+        folder = fetch(source, quiet, force=again)
+        stamps: Stamps = {
+            f: {"size": (folder / f).stat().st_size, "sha256": file_hash(folder / f)} for f in source.files
+        }
+        found = {f: said.problem(folder / f, str(stamps[f]["sha256"])) for f, said in source.files.items()}
+        problems = [f"{f} {problem}" for f, problem in found.items() if problem]
+        if not problems:
+            checkpoint = Checkpoint.open(folder)
+            return checkpoint, {f: stamps[f] for f in checkpoint.files}
+        if source.folder is not None:
+            break
+    raise UserError(f"{source.given}: {problems[0]}; it changes while it is read or arrives damaged, try again later")
+
+
+def count_tensors(source: Source) -> int:
+    """How many tensors a source holds, from headers and index alone (of a hub file, its first bytes)."""
+    if source.folder is not None:
+        return len(Checkpoint.open(source.folder).entries)
+    from huggingface_hub import HfApi, hf_hub_download
+
+    what = f"{source.repo}@{source.commit}"
+    repo, commit = source.repo, source.commit
+    assert repo is not None
+    if INDEX in source.files:
+        return len(read_index(Path(patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what))))
+    weights = next(n for n in source.files if n.endswith(".safetensors"))
+    header = patiently(lambda: HfApi().parse_safetensors_file_metadata(repo, weights, revision=commit), what)
+    return len(header.tensors)
+
+
+def _folder(path: Path) -> Source:
+    checkpoint = Checkpoint.open(path)
+    parts = [safe_name(p) for p in path.resolve().parts[1:]]
+    names = tuple("--".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    files = {name: File((path / name).stat().st_size) for name in checkpoint.files}
+    return Source(str(path.resolve()), names, folder_license(path), files, folder=path)
+
+
+def safe_name(name: str) -> str:
+    """A donor's name out of a folder's name or hub id: letters, digits and ._-@, not hidden."""
+    return re.sub(r"[^\w.@-]+", "-", name.replace("/", "--"), flags=re.ASCII).lstrip(".-") or "donor"
+
+
+def folder_license(folder: Path) -> str:
+    """`license:` of README.md's front matter, else `see LICENSE` where there is such a file, else `unknown`."""
+    from huggingface_hub import metadata_load
+
+    readme = folder / "README.md"
+    if readme.is_file() and readme.stat().st_size < 10_000_000:
+        try:
+            found = (metadata_load(readme) or {}).get("license")
+        except Exception:  # front matter that is no YAML: people write anything there, and it only says the licence
+            found = None
+        if found:
+            return _license(found)
+    files = sorted(p.name for p in folder.iterdir() if p.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")))
+    return f"see {files[0]}" if files else "unknown"
+
+
+def _license(value: object) -> str:
+    return " or ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _hub(repo: str, revision: str | None) -> Source:
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    what = repo if revision is None else f"{repo}@{revision}"
+    if constants.HF_HUB_OFFLINE:
+        return _cached(repo, revision or "main", what)
+    info: ModelInfo = patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
+    assert info.sha is not None
+    sizes = {s.rfilename: _file(s) for s in info.siblings or ()}
+    names = _wanted(repo, info.sha, sizes, what)
+    found = {name: try_to_load_from_cache(repo, name, revision=info.sha) for name in names}
+    tagged = next((t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")), None)
+    card = info.card_data.get("license") if info.card_data is not None else None
+    return Source(
+        f"{repo}@{info.sha}",
+        _hub_names(repo, info.sha),
+        _license(card or tagged or "unknown"),
+        {name: sizes[name] for name in names},
+        repo=repo,
+        commit=info.sha,
+        asked=revision or "main",
+        cached=frozenset(name for name, path in found.items() if isinstance(path, str)),
+    )
+
+
+def _hub_names(repo: str, commit: str) -> tuple[str, ...]:
+    return safe_name(repo), f"{safe_name(repo)}@{commit[:8]}", f"{safe_name(repo)}@{commit}"
+
+
+def _file(sibling: RepoSibling) -> File:
+    return File(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
+
+
+def _wanted(repo: str, commit: str, sizes: dict[str, File], what: str) -> list[str]:
+    """The files of a repository that make its checkpoint: safetensors and JSON at the top, nothing else."""
+    from huggingface_hub import hf_hub_download
+
+    if "config.json" not in sizes:
+        raise UserError(f"{what}: has no config.json; give a model repository in Hugging Face layout")
+    side = [n for n in SIDE_FILES if n in sizes and n != "facts.json"]
+    if "tokenizer.json" not in sizes and "tokenizer.model" in sizes:
+        side.append("tokenizer.model")
+    if "model.safetensors" in sizes:
+        return [*side, "model.safetensors"]
+    if INDEX in sizes:
+        index = patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what)
+        shards = sorted(set(read_index(Path(index)).values()))
+        lost = [s for s in shards if s not in sizes]
+        if lost:
+            raise UserError(f"{what}: its index names {lost[0]!r}, which is not there; give another revision")
+        return [*side, INDEX, *shards]
+    weights = [n for n in sizes if n.endswith(".safetensors") and "/" not in n]
+    if len(weights) == 1:
+        return [*side, *weights]
+    pickles = sorted(n for n in sizes if n.endswith(PICKLES))
+    if not weights and pickles:
+        raise UserError(
+            f"{what}: has only pickles ({pickles[0]}), which can run code when loaded; convert it to safetensors"
+        )
+    raise UserError(f"{what}: has {len(weights)} safetensors files and no {INDEX}; give another repository")
+
+
+def _cached(repo: str, revision: str, what: str) -> Source:
+    """The source as the hub's cache has it, for runs without network."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(
+        patiently(
+            lambda: snapshot_download(
+                repo, revision=revision, allow_patterns=["config.json", INDEX], local_files_only=True
+            ),
+            what,
+        )
+    )
+    try:
+        found = _folder(folder)
+    except UserError as error:
+        raise UserError(f"{what}: offline, and the local cache holds only a part of it ({error})") from error
+    commit = folder.name
+    return Source(
+        f"{repo}@{commit}",
+        _hub_names(repo, commit),
+        found.license,
+        found.files,
+        repo=repo,
+        commit=commit,
+        cached=frozenset(found.files),
+    )

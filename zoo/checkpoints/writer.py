@@ -1,0 +1,207 @@
+"""Checkpoints written in a stream: any order, one tensor in memory, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from zoo.checkpoints.checkpoint import finite
+from zoo.checkpoints.headers import DTYPE_NAMES, INDEX
+from zoo.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from zoo.targets.blueprint import Blueprint
+    from zoo.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file before it has data: its header's bytes and where each tensor goes."""
+
+    file: str
+    header: bytes
+    offsets: dict[str, int]  # from the start of the file
+    size: int  # of the whole file
+
+
+@contextlib.contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out` to be filled, renamed to `out` at the end and removed on any error, Ctrl-C
+    included. UserError where `out` exists and is not an empty folder, or the disk is full. May be nested: an empty
+    folder that another `new_folder` yielded is a fine `out`."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists already; give another output folder or remove it")
+    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    with writing(out):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a disk can refuse (full, over quota, read-only, forbidden) into a UserError about `path`."""
+    reasons = {
+        errno.ENOSPC: "the disk is full; make room or choose another place",
+        errno.EDQUOT: "the disk quota is used up; make room or choose another place",
+        errno.EFBIG: "a file would be larger than the system allows; write smaller shards or choose another place",
+        errno.EROFS: "the disk is read-only; choose another place",
+        errno.EACCES: "permission denied; choose another place",
+        errno.EPERM: "permission denied; choose another place",
+        errno.ENOTDIR: "a part of this path is a file; choose another place",
+        errno.EEXIST: "exists already; give another output folder or remove it",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in reasons:
+            raise
+        raise UserError(f"{path}: {reasons[error.errno]}") from error
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, over what was there; its folder is made. UserError as `writing`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_checkpoint(
+    out: str | Path,
+    blueprint: Blueprint,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes config.json (where the blueprint has one), model.safetensors or shards with their index to `out`.
+
+    tensors: (disk name, tensor of the spec's shape, any dtype and device), each name of the blueprint once, in any
+    order. dtype: of every floating tensor on disk; None keeps each spec's own, otherwise config.json is made to say
+    so. metadata: provenance for the headers, besides format=pt.
+
+    The shards are planned on the specs, in blueprint order, so that all offsets are known before the first tensor
+    comes: the files are allocated at once (a full disk shows before the work) and each tensor is written to its
+    place and forgotten. Memory is one tensor. Equal input gives equal bytes, whatever the order.
+
+    `out` is a `new_folder`: it appears whole or not at all. UserError: out exists, disk full, a name unknown, given
+    twice or missing, a wrong shape, NaN or infinity (after the cast to the dtype on disk).
+    """
+    shards = plan_shards(blueprint.specs, dtype, max_shard_size, metadata)
+    place = {name: shard for shard in shards for name in shard.offsets}
+    missing = set(place)
+    with new_folder(out) as folder, contextlib.ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
+        for shard in shards:
+            f = files[shard.file] = stack.enter_context((folder / shard.file).open("w+b", buffering=0))
+            _allocate(f, shard.size)
+            _write(f, 0, shard.header)
+        for name, tensor in tensors:
+            if name not in place:
+                raise unknown("tensor for this target", name, place)
+            if name not in missing:
+                raise UserError(f"tensor {name!r} was given twice; a sampler must yield every tensor once")
+            missing.remove(name)
+            spec, shard = blueprint[name], place[name]
+            _write(files[shard.file], shard.offsets[name], _bytes(spec, tensor, dtype))
+        if missing:
+            first = next(n for n in blueprint.names if n in missing)
+            raise UserError(f"{len(missing)} tensors were not given, {first!r} the first; fill them before writing")
+        if len(shards) > 1:
+            total = sum(shard.size - len(shard.header) for shard in shards)
+            weight_map = {name: place[name].file for name in sorted(place)}
+            _json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        if blueprint.config is not None:
+            _json(folder / "config.json", _config(blueprint.config, dtype))
+
+
+def plan_shards(
+    specs: Iterable[TensorSpec],
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    metadata: dict[str, str] | None = None,
+) -> list[Shard]:
+    """Names, headers and offsets of the files that `write_checkpoint` writes, shared out as huggingface_hub does."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    meta = {s.name: torch.empty(s.shape, dtype=_disk_dtype(s, dtype), device="meta") for s in specs}
+    split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
+    shards = []
+    for file, names in split.filename_to_tensors.items():
+        # Wide dtypes first, as the library does it: every tensor is then aligned to its item size.
+        ordered = sorted(names, key=lambda n: -meta[n].dtype.itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((metadata or {}).items()))}}
+        offsets, end = {}, 0
+        for name in ordered:
+            tensor = meta[name]
+            begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+            offsets[name] = begin
+            header[name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        raw = len(raw).to_bytes(8, "little") + raw
+        shards.append(Shard(file, raw, {n: len(raw) + o for n, o in offsets.items()}, len(raw) + end))
+    return shards
+
+
+def _disk_dtype(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+
+
+def _bytes(spec: TensorSpec, tensor: Tensor, dtype: torch.dtype | None) -> memoryview:
+    if tuple(tensor.shape) != spec.shape:
+        raise UserError(f"tensor {spec.name!r} was given with shape {list(tensor.shape)}, needs {list(spec.shape)}")
+    data = tensor.detach().to("cpu", _disk_dtype(spec, dtype)).contiguous()
+    if not finite(data):
+        raise UserError(f"tensor {spec.name!r} holds NaN or infinity as {data.dtype}; it cannot be an initial weight")
+    return memoryview(data.reshape(-1).view(torch.uint8).numpy())
+
+
+def _allocate(f: BinaryIO, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(f.fileno(), 0, size)
+    else:  # macOS, Windows: a full disk shows only when the bytes come
+        f.truncate(size)
+
+
+def _write(f: BinaryIO, offset: int, data: bytes | memoryview) -> None:
+    f.seek(offset)
+    view = memoryview(data)
+    while view:  # a raw write may stop short (2 GiB at a time on Linux)
+        view = view[f.write(view) :]
+
+
+def _config(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    if dtype is None:
+        return config
+    return {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def _json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

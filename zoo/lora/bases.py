@@ -1,0 +1,122 @@
+"""The base of an adapter: inside a PEFT model in memory, and on disk with what the adapter took from it missing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from zoo.checkpoints.checkpoint import finite
+from zoo.donors.memory import ModuleDonor
+from zoo.errors import UserError, unknown
+from zoo.lora.adapters import Adapter, compensation
+from zoo.targets.blueprint import Blueprint, to_disk
+from zoo.targets.roles import assign
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from zoo.donors.store import Donor
+
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base
+
+
+@dataclass(frozen=True, eq=False)
+class BaseDonor(ModuleDonor):
+    """The base of a PEFT model under the names that it has on disk, read from the layers that PEFT has wrapped. It has
+    no files, and its record names no hash."""
+
+    @classmethod
+    def of_peft(cls, model: PeftModel) -> Self:
+        inner = model.get_base_model()
+        name = str(getattr(getattr(inner, "config", None), "_name_or_path", "") or "base")
+        record = {"source": name, "revision": "memory", "license": "unknown", "sha256": "", "files": {}}
+        return cls(Path(name), {}, {}, (), record, inner)
+
+    @property
+    def name(self) -> str:
+        return "base"
+
+    @cached_property
+    def blueprint(self) -> Blueprint:
+        from transformers import PreTrainedModel
+
+        if isinstance(self.module, PreTrainedModel):
+            config = copy.deepcopy(self.module.config)
+            config.architectures = [type(self.module).__name__]
+            return Blueprint.from_pretrained_config(config)
+        return Blueprint(assign([(n, tuple(t.shape), t.dtype) for n, t in _unwrapped(self.module).items()], None))
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Disk name -> the model's own parameter, or a copy where memory and disk differ (Mixtral's experts)."""
+        own = _unwrapped(self.module)
+        return to_disk(self.module, own) if hasattr(self.module, "save_pretrained") else own  # type: ignore[arg-type]
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """As Checkpoint.read: a copy on the CPU. UserError: unknown, on the meta device, NaN and infinity."""
+        if name not in self.tensors:
+            raise unknown("tensor of the base", name, self.tensors)
+        found = self.tensors[name].detach()
+        if found.is_meta:
+            raise UserError(f"{name} is on the meta device: load the base's weights before its adapter is initialised")
+        tensor = found.cpu().clone()
+        if not finite(tensor):
+            raise UserError(f"{name} of the base holds NaN or infinity; use another base")
+        return tensor if dtype is None else tensor.to(dtype)
+
+
+def refuse_changed(model: PeftModel, adapter_name: str, compensated: bool) -> None:
+    """UserError for an adapter that cannot be initialised any more: its base was changed for it already, it is merged,
+    or (where the base is to be changed) another adapter relies on the base."""
+    from peft.tuners.lora import LoraLayer
+
+    init = str(getattr(model.peft_config[adapter_name], "init_lora_weights", True)).lower()
+    if init.startswith(CHANGING):
+        raise UserError(
+            f"the model was made with init_lora_weights={init!r}, which changed its base; make it with True"
+        )
+    if any(isinstance(layer, LoraLayer) and layer.merged for layer in model.modules()):
+        raise UserError("an adapter is merged into the base: unmerge it before another is initialised")
+    others = sorted(set(model.peft_config) - {adapter_name})
+    if compensated and others:
+        raise UserError(
+            f"this method changes the base, and adapter {others[0]!r} relies on it: use a model of one adapter"
+        )
+
+
+def base_on_disk(donor: Donor) -> Blueprint:
+    """The donor's blueprint with the dtypes that its tensors have on disk. UserError where they are no plain floats."""
+    specs = tuple(replace(spec, dtype=donor.entry(spec.name).dtype) for spec in donor.blueprint.specs)
+    odd = next((s for s in specs if not s.dtype.is_floating_point or s.dtype.itemsize < 2), None)
+    if odd is not None:
+        raise UserError(f"{donor.name}: {odd.name!r} is quantised ({odd.dtype}); give what it was made from")
+    return replace(donor.blueprint, specs=specs)
+
+
+def changed_base(donor: Donor, adapter: Adapter, adapter_file: Path, device: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the donor, W - scaling B A for what the adapter adapts, A and B as they lie in `adapter_file`."""
+    pairs = {pair.weight: pair for pair in adapter.pairs}
+    with safe_open(adapter_file, framework="pt", device=device) as f:
+        for name in donor.blueprint.names:
+            tensor, pair = donor.read(name), pairs.get(name)
+            if pair is not None:
+                tensor = compensation(tensor.to(device), pair, f.get_tensor(pair.a), f.get_tensor(pair.b))
+            yield name, tensor
+
+
+def _unwrapped(module: nn.Module) -> dict[str, Tensor]:
+    """The base's parameters under the names that they have without an adapter; shared ones once."""
+    found = module.named_parameters()
+    return {
+        name.replace(".base_layer.", ".").removeprefix("base_layer."): p
+        for name, p in found
+        if not any(part.startswith("lora_") for part in name.split("."))
+    }

@@ -1,0 +1,30 @@
+"""Options: dataclass fields with a help text and bounds, shared by the methods and by the commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", **bounds: float) -> Any:
+    """A dataclass field that a user sets. bounds: `least`, `most` or `above`, for a number or each of a tuple."""
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+
+
+def bounds_problem(field: dataclasses.Field[Any], value: Any) -> str | None:
+    """What a number must be and is not ("at least 1"), or None where it is within the bounds of its field."""
+    if isinstance(value, tuple):
+        return next((problem for item in value if (problem := bounds_problem(field, item))), None)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    bounds = field.metadata
+    if not math.isfinite(value):
+        return "a finite number"
+    if "above" in bounds and value <= bounds["above"]:
+        return f"more than {bounds['above']:g}"
+    if "least" in bounds and value < bounds["least"]:
+        return f"at least {bounds['least']:g}"
+    if "most" in bounds and value > bounds["most"]:
+        return f"at most {bounds['most']:g}"
+    return None

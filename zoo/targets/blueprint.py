@@ -1,0 +1,224 @@
+"""What has to be filled: the tensors of a target as they lie on disk, read from its config without any weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from zoo.errors import unknown
+from zoo.targets import roles
+from zoo.targets.configs import check, meta_model, metadata_of, parse, read, to_disk
+from zoo.tensors import Metadata, Part, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from zoo.lora.adapters import Adapter
+
+__all__ = ["Blueprint", "meta_model", "to_disk"]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """specs     one per tensor on disk, in the model's order (by name where transformers converts tensors on saving)
+    metadata  the architecture in numbers, None where no config describes it
+    config    the parsed config.json, None where there is none
+    ties      name that is not on disk -> disk name of the tensor that it shares
+    module    what `from_module` was given, whose classes know the default initialisation
+    adapter   where this is a LoRA adapter (`from_lora`): its config, its base and its pairs
+    """
+
+    specs: tuple[TensorSpec, ...]
+    metadata: Metadata | None = None
+    config: dict[str, Any] | None = None
+    ties: dict[str, str] = field(default_factory=dict)
+    module: nn.Module | None = field(default=None, repr=False, compare=False)
+    adapter: Adapter | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_config(cls, source: str | Path | Mapping[str, Any]) -> Blueprint:
+        """source: a config.json, a folder that holds one, a hub id (org/name or org/name@revision) or a parsed
+        config. Raises UserError for what cannot be read, an architecture that transformers does not know, and
+        numbers that disagree. Only a hub id reaches for the network."""
+        data, where = read(source)
+        return _of_model(meta_model(parse(data, where), where), copy.deepcopy(data))
+
+    @classmethod
+    def from_pretrained_config(cls, config: PretrainedConfig) -> Blueprint:
+        """config: a transformers config object, left as it is. UserError as for from_config."""
+        check(config, type(config).__name__)
+        return _of_model(meta_model(config, type(config).__name__), _as_json(config))
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Blueprint:
+        """The parameters of any module, those that are shared once. A transformers model gives the names that it has
+        on disk; any other its own, with roles as far as names (and, with `module.config`, sizes) tell them."""
+        from transformers import PretrainedConfig, PreTrainedModel
+
+        config = getattr(module, "config", None)
+        if isinstance(module, PreTrainedModel):
+            return replace(_of_model(module, _as_json(module.config)), module=module)
+        metadata = metadata_of(config) if isinstance(config, PretrainedConfig) else None
+        data = _as_json(config) if isinstance(config, PretrainedConfig) else None
+        tensors = dict(module.named_parameters())
+        first = {id(p): name for name, p in tensors.items()}
+        every = module.named_parameters(remove_duplicate=False)
+        ties = {name: first[id(p)] for name, p in every if name not in tensors}
+        origin = {name: name for name in tensors}
+        return replace(_assigned(module, tensors, origin, metadata, data, ties), module=module)
+
+    @classmethod
+    def from_lora(cls, base_config: str | Path | Mapping[str, Any], lora_config: Any) -> Blueprint:
+        """A LoRA adapter: A [rank, in] (role lora.a) and B [out, rank] (lora.b) of every target, float32, under the
+        names that PEFT gives them on disk; PEFT builds it on the meta device. `metadata` is the base's.
+
+        base_config: as for from_config. lora_config: a peft.LoraConfig, a dict of its options, an adapter's folder or
+        its adapter_config.json; how it initialises is left to the sampler. UserError besides those of from_config:
+        peft is not installed, a target that the base does not have, a rank above the smaller side of a target, a
+        quantised base, what is no plain LoRA of linear layers (DoRA, modules_to_save, embeddings)."""
+        from zoo.lora.adapters import from_lora
+
+        return from_lora(base_config, lora_config)
+
+    @cached_property
+    def _by_name(self) -> dict[str, TensorSpec]:
+        return {s.name: s for s in self.specs}
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        """KeyError: says which name is near."""
+        if name in self._by_name:
+            return self._by_name[name]
+        if name in self.ties:
+            raise KeyError(f"{name!r} is tied to {self.ties[name]!r} and not on disk")
+        raise KeyError(str(unknown("tensor", name, self._by_name))[:300])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._by_name)
+
+    @property
+    def parameters(self) -> int:
+        return sum(s.numel for s in self.specs)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.numel * s.dtype.itemsize for s in self.specs)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The tensors that no method models: role `other`, left to default initialisation. Say them aloud."""
+        return tuple(s.name for s in self.specs if s.role == "other")
+
+    def offset(self, spec: TensorSpec) -> float:
+        """What is added to the values of a tensor as stored before they are used: 1 for the gains of Gemma's norms."""
+        is_gain = spec.role == "norm" and spec.kind == "weight"
+        return self.metadata.gain_offset if is_gain and self.metadata is not None else 0.0
+
+    def find(
+        self,
+        role: str,
+        layer: int | None = None,
+        kind: str = "weight",
+        site: str | None = None,
+        expert: int | None = None,
+    ) -> list[tuple[TensorSpec, Part]]:
+        """The parts of a role, fused ones too. None for layer, site or expert means any."""
+        return [
+            (spec, part)
+            for spec in self._of_role.get((role, kind), ())
+            if (layer is None or spec.layer == layer)
+            and (site is None or spec.site == site)
+            and (expert is None or spec.expert == expert)
+            for part in spec.parts
+            if part.role == role
+        ]
+
+    @cached_property
+    def _of_role(self) -> dict[tuple[str, str], list[TensorSpec]]:
+        found: dict[tuple[str, str], list[TensorSpec]] = {}
+        for spec in self.specs:
+            for role in {part.role for part in spec.parts}:
+                found.setdefault((role, spec.kind), []).append(spec)
+        return found
+
+
+def _as_json(config: PretrainedConfig) -> dict[str, Any]:
+    """The config.json that `save_pretrained` would write."""
+    return json.loads(config.to_json_string())
+
+
+def _of_model(model: PreTrainedModel, data: dict[str, Any]) -> Blueprint:
+    """The blueprint of a transformers model, on the meta device or not."""
+    ties = model.all_tied_weights_keys
+    skipped = {*ties, *(model._keys_to_ignore_on_save or ())}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in skipped}
+    on_disk = to_disk(model, state)
+    module_name = {id(tensor): name for name, tensor in state.items()}  # what is only renamed stays the same object
+    origin = {name: module_name[id(tensor)] for name, tensor in on_disk.items() if id(tensor) in module_name}
+
+    def renamed(name: str) -> str:
+        return next(iter(to_disk(model, {name: torch.empty(0, device="meta")})))
+
+    ties_on_disk = {renamed(name): renamed(kept) for name, kept in ties.items()}
+    return _assigned(model, on_disk, origin, metadata_of(model.config), data, ties_on_disk)
+
+
+def _assigned(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    origin: Mapping[str, str],
+    metadata: Metadata | None,
+    data: dict[str, Any] | None,
+    ties: dict[str, str],
+) -> Blueprint:
+    """origin: disk name -> name in memory, for the tensors that are the same in both."""
+    owner = {name: model.get_submodule(where.rpartition(".")[0]) for name, where in origin.items()}
+    specs = roles.assign(
+        [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()],
+        metadata,
+        convolutions={name for name, module in owner.items() if isinstance(module, _ConvNd)},
+        transposed={name for name, module in owner.items() if type(module).__name__ == "Conv1D"},
+    )
+    if metadata is not None:
+        metadata = _completed(metadata, specs, owner)
+    return Blueprint(specs, metadata, data, ties)
+
+
+def _completed(metadata: Metadata, specs: tuple[TensorSpec, ...], owner: Mapping[str, nn.Module]) -> Metadata:
+    """Metadata with what the model tells and its config does not."""
+    norms = [
+        s for s in specs if s.role == "norm" and s.kind == "weight" and s.site not in ("q", "k") and s.name in owner
+    ]
+    norms.sort(key=lambda s: s.site != "final")
+    kind, offset = _norm_kind(owner[norms[0].name]) if norms else (metadata.norm, False)
+    positions = sum(p.shape[0] for s in specs for p in s.parts if p.role == "embed" and p.axes[0] == "position")
+    shared = bool(metadata.extra.get("parallel_block")) and not any(s.site == "mlp" for s in specs)
+    extra = {**metadata.extra, "rms_offset": offset, "shared_norm": shared}
+    return replace(metadata, norm=kind, positions=positions, extra=extra)
+
+
+def _norm_kind(norm: nn.Module) -> tuple[str, bool]:
+    """('rms' or 'layer', whether gains are stored minus one), seen from what a copy of the norm does: LayerNorm maps a
+    constant vector to zero and RMSNorm does not; gains of zero give zero unless one is added to them (Gemma)."""
+    probe = copy.deepcopy(norm).float().to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.zero_()
+        width = next(probe.parameters()).shape[-1]
+        offset = bool(probe(torch.linspace(1.0, 2.0, width)[None]).any())
+        for name, parameter in probe.named_parameters():
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        constant = probe(torch.ones(1, width))
+    return ("rms" if constant.abs().max() > 0.5 else "layer"), offset

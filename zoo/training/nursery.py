@@ -1,0 +1,246 @@
+"""The nursery: trains the embedded zoo, tiny Llama-style models on the text that every Python ships.
+
+Each donor is trained in one thread from its own stream of random numbers, so its bytes depend on its recipe alone,
+not on how many processes share the work. A donor that is already in the zoo is kept; an interrupted one starts again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.errors import UserError, unknown
+from zoo.streams import stream_seed
+from zoo.training.loop import Training, evaluate, reproducible, train_steps
+from zoo.training.text import BYTES, byte_tokens, hold_out, python_reference, save_byte_tokenizer
+from zoo.training.workers import Report, default_workers, run_jobs
+
+STAGING = ".nursery"  # inside the zoo: donors that are trained and not yet added
+CORPUS = "Python language reference (pydoc_data.topics)"
+LICENSE = "mit"
+REPORT_EVERY = 10  # steps between two reports to the progress bar
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One donor: its shape, and how it is trained. Two seeds of one shape share nothing but the text."""
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    steps: int
+    seed: int = 0
+    head_dim: int = 16
+    lr: float = 4e-3
+    init: float = 0.8  # std of the initial matrices times sqrt(width): transformers' 0.02 holds narrow models back
+    batch_size: int = 4
+    sequence: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"nursery-w{self.width}-l{self.layers}-h{self.heads}-kv{self.kv_heads}-s{self.seed}"
+
+    @property
+    def training(self) -> Training:
+        return Training(self.steps, self.lr, self.batch_size, self.sequence, seed=stream_seed(self.seed, self.name))
+
+    @property
+    def cost(self) -> float:
+        """Rough work in arbitrary units: the longest are started first."""
+        return (self.layers * self.width * (4 * self.width + 3 * self.ffn) + 4e4) * self.training.tokens
+
+
+def demo() -> list[Recipe]:
+    """Twelve donors, six shapes with two lineages each: what `headstart demo` learns from."""
+    shapes = [
+        Recipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=1000),
+        Recipe(48, 4, heads=3, kv_heads=1, ffn=144, steps=1000),
+        Recipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=1000),
+        Recipe(64, 6, heads=4, kv_heads=2, ffn=160, steps=1000),
+        Recipe(96, 4, heads=6, kv_heads=3, ffn=256, steps=1000),
+        Recipe(128, 4, heads=8, kv_heads=8, ffn=336, steps=1000),
+    ]
+    return _lineages(shapes, 2)
+
+
+def quick() -> list[Recipe]:
+    """Four small donors, for `headstart demo --quick` and for trying things out."""
+    shapes = [
+        Recipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=450),
+        Recipe(96, 4, heads=6, kv_heads=6, ffn=256, steps=350),
+    ]
+    return _lineages(shapes, 2)
+
+
+def research() -> list[Recipe]:
+    """Sixteen donors of eight shapes, trained 2.5 times as long: for measurements that are to be believed."""
+    shapes = [
+        Recipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=2500),
+        Recipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=2500),
+        Recipe(64, 6, heads=4, kv_heads=2, ffn=160, steps=2500),
+        Recipe(80, 4, heads=5, kv_heads=5, ffn=208, steps=2500),
+        Recipe(96, 2, heads=6, kv_heads=6, ffn=288, steps=2500),
+        Recipe(96, 4, heads=6, kv_heads=3, ffn=256, steps=2500),
+        Recipe(128, 2, heads=8, kv_heads=8, ffn=336, steps=2500),
+        Recipe(128, 4, heads=8, kv_heads=4, ffn=336, steps=2500),
+    ]
+    return _lineages(shapes, 2)
+
+
+def bench() -> list[Recipe]:
+    """Twelve donors among which every method finds one for a model 96 wide with 4 layers, 6 heads and FFN 256: half its
+    width at its depth (hypercloning), half its depth at its width (stacking), larger in every size (pruning)."""
+    shapes = [
+        Recipe(48, 4, heads=3, kv_heads=3, ffn=128, steps=1000),
+        Recipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=1000),
+        Recipe(64, 6, heads=4, kv_heads=2, ffn=160, steps=1000),
+        Recipe(80, 3, heads=5, kv_heads=5, ffn=208, steps=1000),
+        Recipe(96, 2, heads=6, kv_heads=6, ffn=256, steps=1000),
+        Recipe(128, 4, heads=8, kv_heads=8, ffn=336, steps=1000),
+    ]
+    return _lineages(shapes, 2)
+
+
+PRESETS: dict[str, Callable[[], list[Recipe]]] = {"demo": demo, "quick": quick, "bench": bench, "research": research}
+
+
+def train(
+    zoo: str | Path,
+    preset: str | list[Recipe] = "demo",
+    seed: int = 0,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> list[str]:
+    """Trains every donor of `preset` (a name, or recipes) that the zoo does not hold yet and adds them; returns the
+    names of all of them. `seed` is added to the seeds of the recipes. The donors do not depend on the number of
+    `workers`, by default one process per core.
+
+    Raises UserError for an unknown preset, or where the zoo holds a donor of the same name from another recipe.
+    """
+    from tqdm import tqdm
+
+    zoo = Path(zoo)
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    recipes = [replace(r, seed=r.seed + seed) for r in (PRESETS[preset]() if isinstance(preset, str) else preset)]
+    staging = zoo / STAGING
+    missing = [r for r in recipes if not _finished(zoo / "models" / r.name, r)]
+    trained = [r for r in missing if _finished(staging / r.name, r)]
+    todo = sorted((r for r in missing if r not in trained), key=lambda r: r.cost, reverse=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    total = sum(r.steps for r in recipes)
+    with tqdm(total=total, initial=total - sum(r.steps for r in todo), unit="step", disable=quiet) as bar:
+        bar.set_description(f"nursery: {len(recipes) - len(todo)}/{len(recipes)} donors")
+        done = len(recipes) - len(todo)
+
+        def finished(recipe: Recipe) -> None:
+            nonlocal done
+            done += 1
+            bar.set_description(f"nursery: {done}/{len(recipes)} donors")
+
+        run_jobs(partial(_train_into, staging), todo, workers or default_workers(), bar.update, finished)
+    if missing:
+        from zoo.add import add
+
+        add([str(staging / r.name) for r in missing], zoo, quiet=True)
+    shutil.rmtree(staging)
+    return [r.name for r in recipes]
+
+
+def _train_into(staging: Path, recipe: Recipe, report: Report) -> None:
+    train_donor(recipe, staging / recipe.name, report)
+
+
+def train_donor(recipe: Recipe, folder: Path, report: Report = lambda steps: None) -> None:
+    """Trains one donor in this process and writes it to `folder`, which appears when it is complete. `report` is told
+    how many steps were made since it was last told."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    text = python_reference()
+    learned, held = (byte_tokens(part) for part in hold_out(text))
+    config = LlamaConfig(
+        vocab_size=BYTES,
+        hidden_size=recipe.width,
+        intermediate_size=recipe.ffn,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=round(recipe.init / recipe.width**0.5, 4),
+        bos_token_id=None,
+        eos_token_id=None,
+        dtype="float32",
+    )
+    with reproducible():
+        torch.manual_seed(stream_seed(recipe.seed, f"init {recipe.name}"))
+        model = LlamaForCausalLM(config)
+        for step in train_steps(model, learned, recipe.training):
+            if step.number % REPORT_EVERY == 0:
+                report(REPORT_EVERY)
+        report(recipe.steps % REPORT_EVERY)
+        loss = evaluate(model, held, recipe.sequence)
+    facts = {
+        "loss": round(loss, 5),
+        "tokens": recipe.training.tokens,
+        **{key: getattr(recipe, key) for key in ("seed", "steps", "lr", "batch_size", "sequence")},
+        "corpus": CORPUS,
+        "corpus_sha256": hashlib.sha256(text).hexdigest(),
+        "recipe": asdict(recipe),
+    }
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    model.save_pretrained(temporary)
+    if bars:
+        logging.enable_progress_bar()
+    save_byte_tokenizer(temporary)
+    (temporary / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (temporary / "README.md").write_text(_card(recipe, facts))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _lineages(shapes: list[Recipe], seeds: int) -> list[Recipe]:
+    return [replace(shape, seed=seed) for shape in shapes for seed in range(seeds)]
+
+
+def _finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether `folder` holds the donor of this very recipe."""
+    facts = folder / "facts.json"
+    if not facts.is_file():
+        return False
+    if json.loads(facts.read_text()).get("recipe") != asdict(recipe):
+        raise UserError(f"{folder}: holds a donor of this name from another recipe; use another --zoo folder")
+    return True
+
+
+def _card(recipe: Recipe, facts: dict[str, Any]) -> str:
+    return f"""---
+license: {LICENSE}
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {recipe.name}
+
+A byte-level Llama-style model of headstart's embedded zoo, made to study initial weights and of no use otherwise.
+Trained on the {CORPUS} with `headstart zoo train`: {facts["steps"]} steps of
+{facts["batch_size"]} x {facts["sequence"]} bytes at a peak learning rate of {facts["lr"]:g}, seed {facts["seed"]};
+held-out loss {facts["loss"]:.3f} nats per byte.
+"""

@@ -1,0 +1,181 @@
+"""A decoder as bags of residual vectors: every weight matrix with the residual stream as its last axis.
+
+Letters in shape comments: V vocabulary, P positions, d width, L layers, H query heads, K KV heads, G = H / K query
+heads per KV head, h head dimension, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zoo.errors import UserError
+from zoo.targets.blueprint import Blueprint
+from zoo.tensors import Metadata, join, split
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block. `o` and `down` hold the *columns* of the matrices on disk: what one hidden coordinate writes."""
+
+    q: Tensor  # [H, h, d]
+    k: Tensor  # [K, h, d]
+    v: Tensor  # [K, h, d]
+    o: Tensor  # [H, h, d]
+    up: Tensor  # [F, d]
+    down: Tensor  # [F, d]
+    gate: Tensor | None = None  # [F, d]; None where the MLP has no gate
+    bias: dict[str, Tensor] = field(default_factory=dict)  # q [H, h], k, v [K, h], gate, up [F], o, down [d]
+    gain: dict[str, Tensor] = field(default_factory=dict)  # norm site -> true multiplier
+    shift: dict[str, Tensor] = field(default_factory=dict)  # norm site -> bias of a LayerNorm
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model as residual vectors. `head` is filled from `embed` where the two are tied (`metadata.tied`)."""
+
+    metadata: Metadata
+    embed: Tensor  # [V, d]
+    head: Tensor  # [V, d]
+    layers: tuple[Layer, ...]
+    positions: Tensor | None = None  # [P, d]
+    gain: dict[str, Tensor] = field(default_factory=dict)  # sites `final`, `embed`
+    shift: dict[str, Tensor] = field(default_factory=dict)
+    head_bias: Tensor | None = None  # [V]
+
+
+READERS = ("q", "k", "v", "gate", "up")
+WRITERS = ("o", "down")
+_ROLE_OF = {
+    "q": "attn.q",
+    "k": "attn.k",
+    "v": "attn.v",
+    "o": "attn.o",
+    "gate": "mlp.gate",
+    "up": "mlp.up",
+    "down": "mlp.down",
+}
+_SITE_READERS = {"attn": ("q", "k", "v"), "mlp": ("gate", "up")}
+
+
+def site_readers(metadata: Metadata, site: str) -> tuple[str, ...]:
+    """The readers that follow a norm; in a parallel block that shares one norm, all of them follow `attn`."""
+    if site == "attn" and metadata.extra.get("shared_norm"):
+        return (*_SITE_READERS["attn"], *_SITE_READERS["mlp"])
+    return _SITE_READERS.get(site, ())
+
+
+def require_decoder(blueprint: Blueprint, where: str) -> Metadata:
+    """The metadata of a dense decoder whose every block has q, k, v, o, up and down, or a UserError that names
+    what is missing."""
+    metadata = blueprint.metadata
+    if metadata is None:
+        raise UserError(f"{where}: no metadata, because it has no config; residual vectors need a decoder's config")
+    if metadata.experts:
+        raise UserError(f"{where}: {metadata.architecture} has experts; residual units are defined for dense decoders")
+    for layer in range(metadata.layers):
+        for role in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"):
+            if not blueprint.find(role, layer=layer):
+                raise UserError(f"{where}: layer {layer} has no {role}; residual units need a transformer decoder")
+    if not blueprint.find("embed"):
+        raise UserError(f"{where}: no embedding found")
+    return metadata
+
+
+def read_decoder(
+    blueprint: Blueprint, read: Callable[[str], Tensor], dtype: torch.dtype = torch.float64, where: str = "checkpoint"
+) -> Decoder:
+    """Tensors on disk -> Decoder of `dtype`. `read` gives a tensor by its disk name. Raises UserError where the
+    blueprint is not a dense decoder."""
+    meta = require_decoder(blueprint, where)
+    offset = meta.gain_offset
+
+    def get(role: str, layer: int | None, kind: str = "weight", site: str | None = None) -> Tensor | None:
+        found = blueprint.find(role, layer=layer, kind=kind, site=site)
+        if not found:
+            return None
+        spec, part = found[0]
+        return split(spec, read(spec.name).to(dtype))[part.role]
+
+    def norm(layer: int | None, site: str) -> tuple[Tensor | None, Tensor | None]:
+        gain = get("norm", layer, "weight", site)
+        return (None if gain is None else gain + offset), get("norm", layer, "bias", site)
+
+    heads = {"q": meta.heads, "k": meta.kv_heads, "v": meta.kv_heads, "o": meta.heads}
+    layers = []
+    for index in range(meta.layers):
+        weights: dict[str, Tensor] = {}
+        bias: dict[str, Tensor] = {}
+        for short, role in _ROLE_OF.items():
+            w, b = get(role, index), get(role, index, "bias")
+            if w is not None:
+                w = w.mT if short in WRITERS else w
+                weights[short] = w.unflatten(0, (heads[short], -1)) if short in heads else w
+            if b is not None:
+                bias[short] = b.unflatten(0, (heads[short], -1)) if short in ("q", "k", "v") else b
+        gain, shift = {}, {}
+        for site in ("attn", "mlp", "attn.out", "mlp.out", "q", "k"):
+            g, s = norm(index, site)
+            if g is not None:
+                gain[site] = g
+            if s is not None:
+                shift[site] = s
+        layers.append(Layer(**weights, bias=bias, gain=gain, shift=shift))
+    outer_gain, outer_shift = {}, {}
+    for site in ("final", "embed"):
+        g, s = norm(None, site)
+        if g is not None:
+            outer_gain[site] = g
+        if s is not None:
+            outer_shift[site] = s
+    tables = {part.axes[0]: split(spec, read(spec.name).to(dtype))[part.role] for spec, part in blueprint.find("embed")}
+    head = get("head", None)
+    return Decoder(
+        metadata=meta,
+        embed=tables["vocab"],
+        head=tables["vocab"].clone() if head is None else head,
+        positions=tables.get("position"),
+        layers=tuple(layers),
+        gain=outer_gain,
+        shift=outer_shift,
+        head_bias=get("head", None, "bias"),
+    )
+
+
+def write_decoder(decoder: Decoder, blueprint: Blueprint) -> Iterator[tuple[str, Tensor]]:
+    """Decoder -> (disk name, tensor) in the blueprint's order, for every tensor that the decoder holds.
+
+    The shapes must agree (ValueError from torch otherwise). A blueprint that ties head and embedding gets the
+    embedding only: `canonical.tie` says what that loses."""
+    meta = blueprint.metadata
+    assert meta is not None
+    offset = meta.gain_offset
+    short_of = {role: short for short, role in _ROLE_OF.items()}
+
+    def value(part_role: str, axes: tuple[str, ...], spec) -> Tensor | None:  # type: ignore[no-untyped-def]
+        layer = decoder.layers[spec.layer] if spec.layer is not None else None
+        if part_role == "norm":
+            table = (layer or decoder).gain if spec.kind == "weight" else (layer or decoder).shift
+            found = table.get(spec.site)
+            return None if found is None else found - (offset if spec.kind == "weight" else 0.0)
+        if part_role == "embed":
+            return {"vocab": decoder.embed, "position": decoder.positions}.get(axes[0])
+        if part_role == "head":
+            return decoder.head if spec.kind == "weight" else decoder.head_bias
+        if layer is None or part_role not in short_of:
+            return None
+        short = short_of[part_role]
+        if spec.kind == "bias":
+            b = layer.bias.get(short)
+            return None if b is None else b.flatten()
+        w = getattr(layer, short)
+        w = w.flatten(0, 1) if w.ndim == 3 else w
+        return w.mT if short in WRITERS else w
+
+    for spec in blueprint.specs:
+        parts = {part.role: value(part.role, part.axes, spec) for part in spec.parts}
+        if all(p is not None for p in parts.values()):
+            yield spec.name, join(spec, {r: p for r, p in parts.items() if p is not None}).reshape(spec.shape)

@@ -1,0 +1,250 @@
+"""Units: residual vectors that are bound to one hidden coordinate, read from and written to canonical decoders of any
+width, depth, head count and FFN size.
+
+| kind | residual vectors of a unit | one unit per |
+|---|---|---|
+| vocab | embed_t, head_t | token |
+| neuron | gate_i, up_i, down_i (no gate: up_i, down_i) | layer, neuron |
+| qk | q_j, q_j', k_j, k_j' of one frequency plane (j, j' = j + head_dim/2) | layer, query head, plane |
+| vo | v_j, o_j | layer, query head, component |
+
+Under GQA the query heads of a group hold the same k and v: `scatter` takes those of the group's first head.
+
+A RMSNorm divides by sqrt(width), so that a reader means something else at another width. Units hold *width-free*
+readers, reader x sqrt(d): cropping or padding their last axis then needs no further factor, and padding with zeros
+is exact growth of the residual stream (up to the norm's eps, which weighs a little more in a wider stream).
+
+Letters: N units, P residual vectors per unit, d width, L layers, H query heads, K KV heads, h head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from zoo.errors import UserError
+from zoo.targets.blueprint import Blueprint
+from zoo.targets.roles import ARCHITECTURES
+from zoo.tensors import Metadata
+from zoo.units.decoder import Decoder, Layer, read_decoder
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "vocab": ("embed", "head"),
+    "neuron": ("gate", "up", "down"),
+    "qk": ("q", "q", "k", "k"),
+    "vo": ("v", "o"),
+}
+_READS = {"head", "q", "k", "v", "gate", "up"}
+
+
+@dataclass(frozen=True)
+class Units:
+    """A set of units of one kind. The address says where each belongs: all int64 [N], -1 where it does not apply."""
+
+    kind: str
+    vectors: Tensor  # [N, P, d], readers width-free
+    layer: Tensor
+    head: Tensor  # query head, groups in order
+    slot: Tensor  # neuron, plane, component or token id, in order of importance (but for tokens and planes)
+
+
+def addresses(metadata: Metadata) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """kind -> (layer, head, slot), int64 [N] each: every unit that a decoder of this shape has, in the order in which
+    `gather` gives them."""
+    layers, heads = torch.arange(metadata.layers), torch.arange(metadata.heads)
+    none = torch.tensor([-1])
+
+    def grid(*axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, c = (t.flatten() for t in torch.meshgrid(*axes, indexing="ij"))
+        return a, b, c
+
+    return {
+        "vocab": grid(none, none, torch.arange(metadata.vocab)),
+        "neuron": grid(layers, none, torch.arange(metadata.ffn)),
+        "qk": grid(layers, heads, torch.arange(metadata.head_dim // 2)),
+        "vo": grid(layers, heads, torch.arange(metadata.head_dim)),
+    }
+
+
+def require_units(decoder: Decoder, where: str) -> None:
+    """Raises UserError for a decoder whose function is not all in its units (biases, norms that do not fold, Q/K
+    without full rotary embedding)."""
+    meta = decoder.metadata
+    rotary = int(str(meta.extra.get("rotary_dim", meta.head_dim)))
+    sites = {s for layer in decoder.layers for s in layer.gain} - {"attn", "mlp"}
+    activation, scale = meta.extra.get("activation"), meta.extra.get("embed_scale", 1.0)
+    reason = (
+        f"the symmetries of {meta.architecture!r} are not known" if meta.architecture not in ARCHITECTURES
+        else "it uses LayerNorm" if meta.norm != "rms"
+        else f"its norms at {', '.join(sorted(sites))} do not fold into readers" if sites
+        else "its queries and keys are not fully rotary" if meta.rope_theta is None or rotary != meta.head_dim
+        else "it has biases" if any(layer.bias for layer in decoder.layers)
+        else "its MLP has no gate" if any(layer.gate is None for layer in decoder.layers)
+        else f"its activation is {activation}, not silu" if activation not in ("silu", "swish")
+        else "it scales its embedding" if scale != 1.0
+        else None
+    )  # fmt: skip
+    if reason:
+        raise UserError(
+            f"{where}: {reason}, so that its units are not its whole function; "
+            "use a Llama-like decoder (RMSNorm, rotary attention, SwiGLU), or a method that needs no units"
+        )
+
+
+def require_unit_target(blueprint: Blueprint, where: str) -> Metadata:
+    """The metadata of a blueprint that units can fill. Raises UserError with the reason where they cannot."""
+    decoder = read_decoder(blueprint, lambda name: torch.empty(blueprint[name].shape, device="meta"), where=where)
+    require_units(decoder, where)
+    return decoder.metadata
+
+
+def gather(decoder: Decoder) -> dict[str, Units]:
+    """A canonical decoder -> its units by kind (dtype of the decoder)."""
+    meta = decoder.metadata
+    root = meta.width**0.5
+    share = meta.heads // meta.kv_heads
+
+    def stacked(role: str) -> Tensor:
+        return torch.stack([getattr(layer, role) for layer in decoder.layers]) * (root if role in _READS else 1.0)
+
+    def per_query_head(x: Tensor) -> Tensor:
+        return repeat(x, "l k h d -> l (k g) h d", g=share)
+
+    q, k, v, o = stacked("q"), per_query_head(stacked("k")), per_query_head(stacked("v")), stacked("o")
+    planes = [rearrange(x, "l n (two p) d -> (l n p) two d", two=2) for x in (q, k)]
+    vectors = {
+        "vocab": torch.stack([decoder.embed, decoder.head * root], dim=1),
+        "neuron": torch.stack([stacked(r).flatten(0, 1) for r in ("gate", "up", "down")], dim=1),
+        "qk": torch.cat(planes, dim=1),
+        "vo": torch.stack([v.flatten(0, 2), o.flatten(0, 2)], dim=1),
+    }
+    return {kind: Units(kind, vectors[kind], *where) for kind, where in addresses(meta).items()}
+
+
+def scatter(units: dict[str, Tensor], metadata: Metadata) -> Decoder:
+    """Vectors [N, P, d] by kind, in the order of `addresses(metadata)` -> a canonical decoder with unit gains, of
+    the width of the vectors (which must be the metadata's)."""
+    root = metadata.width**-0.5
+    layers, heads, kv = metadata.layers, metadata.heads, metadata.kv_heads
+    share = heads // kv
+    planes = rearrange(units["qk"], "(l n p) (role two) d -> role l n (two p) d", l=layers, n=heads, role=2)
+    v, o = rearrange(units["vo"], "(l n h) role d -> role l n h d", l=layers, n=heads)
+    gate, up, down = rearrange(units["neuron"], "(l f) role d -> role l f d", l=layers)
+    ones = torch.ones(metadata.width, dtype=v.dtype)
+    return Decoder(
+        metadata=replace(metadata, tied=False),
+        embed=units["vocab"][:, 0],
+        head=units["vocab"][:, 1] * root,
+        layers=tuple(
+            Layer(
+                q=planes[0, i] * root,
+                k=planes[1, i, ::share] * root,
+                v=v[i, ::share] * root,
+                o=o[i],
+                gate=gate[i] * root,
+                up=up[i] * root,
+                down=down[i],
+                gain={"attn": ones, "mlp": ones},
+            )
+            for i in range(layers)
+        ),
+        gain={"final": ones},
+    )
+
+
+def to_width(vectors: Tensor, width: int) -> Tensor:
+    """[..., d] -> [..., width]: the first coordinates, or zeros beyond the last (both leave the rest as it was)."""
+    if width <= vectors.shape[-1]:
+        return vectors[..., :width]
+    return torch.nn.functional.pad(vectors, (0, width - vectors.shape[-1]))
+
+
+def energy(units: Mapping[str, Tensor], metadata: Metadata) -> Tensor:
+    """float64 [D, D]: the second moment, summed over vectors [N, P, D] by kind, of a decoder of that width and those
+    groups of heads: everything weighs as it does in its tensors."""
+    total = torch.zeros(())
+    for kind, vectors in units.items():
+        for part, role in enumerate(ROLES[kind]):
+            rows = vectors[:, part].double()
+            held = metadata.width if role in _READS else 1
+            shared = metadata.heads // metadata.kv_heads if role in ("k", "v") else 1  # once per query head in units
+            total = total + rows.mT @ rows / (held * shared)
+    return total
+
+
+def principal_axes(energy: Tensor, width: int) -> Tensor:
+    """[D, width]: the orthonormal axes that hold most of an `energy` [D, D], largest first; the largest entry of each
+    is positive."""
+    axes = torch.linalg.eigh(energy).eigenvectors.flip(-1)[:, :width]
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    return axes * torch.where(largest < 0, -1.0, 1.0)
+
+
+def narrowed(units: Mapping[str, Tensor], axes: Tensor) -> dict[str, Tensor]:
+    """Vectors [N, P, D] by kind, turned to `axes` [D, d] and cut there: along the principal axes, the narrower model
+    that keeps most energy (slicing, 2401.15024)."""
+    return {kind: vectors @ axes.to(vectors.dtype) for kind, vectors in units.items()}
+
+
+def layer_map(source: int, target: int) -> Tensor:
+    """int64 [target]: which of `source` layers each target layer takes: evenly spaced, first and last kept; a deeper
+    target repeats layers."""
+    if target == 1:
+        return torch.zeros(1, dtype=torch.int64)
+    return torch.linspace(0, source - 1, target, dtype=torch.float64).round().long()
+
+
+def _heads_map(source: Metadata, target: Metadata) -> Tensor:
+    """int64 [target heads]: source query heads, by whole groups in order of energy, repeated where there are fewer."""
+    share, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
+    groups = torch.arange(target.kv_heads) % source.kv_heads
+    return (groups[:, None] * share + torch.arange(wanted) % share).flatten()
+
+
+def _multiplicity(index: Tensor, size: int) -> Tensor:
+    return torch.bincount(index, minlength=size)[index]
+
+
+def unit_map(source: Metadata, target: Metadata) -> dict[str, tuple[Tensor, Tensor]]:
+    """kind -> (int64 [N], float32 [N]): for every unit of a decoder of the target's shape, the unit of the source that
+    it takes, and among how many copies that one's output is to be shared: the most important units of every layer.
+
+    Deeper: layers repeat. More neurons or heads than there are: the most important ones again. Raises UserError for
+    another head_dim or vocabulary."""
+    for axis in ("head_dim", "vocab"):
+        if getattr(source, axis) != getattr(target, axis):
+            raise UserError(f"units: {axis} is {getattr(source, axis)} in the donor and {getattr(target, axis)} here")
+    layers = layer_map(source.layers, target.layers)
+    heads = _heads_map(source, target)
+    neurons = torch.arange(target.ffn) % source.ffn
+
+    def rows(index: Tensor, copies: Tensor, per_layer: int) -> tuple[Tensor, Tensor]:
+        return (layers[:, None] * per_layer + index).flatten(), copies.float().repeat(len(layers))
+
+    def of_heads(size: int) -> tuple[Tensor, Tensor]:
+        index = (heads[:, None] * size + torch.arange(size)).flatten()
+        return rows(index, _multiplicity(heads, source.heads).repeat_interleave(size), source.heads * size)
+
+    planes, ones = of_heads(source.head_dim // 2)
+    return {
+        "vocab": (torch.arange(target.vocab), torch.ones(target.vocab)),
+        "neuron": rows(neurons, _multiplicity(neurons, source.ffn), source.ffn),
+        "qk": (planes, torch.ones_like(ones)),  # queries and keys write nothing
+        "vo": of_heads(source.head_dim),
+    }
+
+
+def resize(units: dict[str, Tensor], source: Metadata, target: Metadata) -> dict[str, Tensor]:
+    """Vectors [N, P, d] by kind of a canonical decoder -> those of a decoder of another shape, by `unit_map`: first
+    coordinates first, zeros where it is wider. With equal depth, growth in neurons and whole groups is
+    exact, in width up to the norm's eps."""
+    out = {}
+    for kind, (index, copies) in unit_map(source, target).items():
+        vectors = units[kind][index]  # a copy
+        vectors[:, -1] /= copies[:, None].to(vectors.dtype)
+        out[kind] = to_width(vectors, target.width)
+    return out
