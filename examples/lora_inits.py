@@ -36,17 +36,17 @@ from lora_report import PEFT, against, published, table, verdict
 from torch import Tensor
 
 from headstart import initialize_lora_weights, samplers
-from headstart.compare.scores import interval
 from headstart.evaluate.evaluate import load_model, load_tokenizer
 from headstart.evaluate.local_tasks import is_file, local_task, question_files
-from headstart.generate.generate import versions
+from headstart.report.scores import interval
+from headstart.versions import package_versions
 from zoo.donors.standalone import single
 from zoo.errors import UserError
-from zoo.statistics.grouping import Grouping, characterise
+from zoo.statistics.grouping import Grouping, group_donor
 from zoo.streams import stream_seed
-from zoo.training.loop import Training, evaluate, reproducible, train_steps
-from zoo.training.text import encode_corpus
-from zoo.training.workers import Report, run_jobs
+from zoo.training.corpora import encode_corpus
+from zoo.training.loop import TrainingConfig, evaluate, reproducible, train_steps
+from zoo.training.workers import ReportProgress, run_jobs
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "lora_inits.json"
@@ -120,7 +120,7 @@ def key(setup: Setup, job: Job) -> str:
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def run(setup: Setup, job: Job, report: Report) -> None:
+def run(setup: Setup, job: Job, report: ReportProgress) -> None:
     """One run; appends its line to runs.jsonl."""
     start = time.perf_counter()
     with reproducible():
@@ -169,7 +169,7 @@ def train(setup: Setup, job: Job) -> dict[str, Any]:
     if job.init is None:
         return {"a": loss(a), "b": loss(b), "diverged": None}
     before = loss(a)
-    training = Training(
+    training = TrainingConfig(
         setup.steps, job.lr, setup.batch_size, setup.sequence, stream_seed(job.seed, "lora inits"), weight_decay=0.0
     )
     norm = 0.0
@@ -317,7 +317,7 @@ def characterised(reference: str, rank: int, bootstraps: int, path: Path) -> dic
         donor = single(reference, quiet=True).only
         asked, name = {"sha256": donor.sha256, "rank": rank, "bootstraps": bootstraps}, Path(reference).name
     if not path.exists() or json.loads(path.read_text())["asked"] != asked:
-        grouping = (GATE if reference == EXAMPLE else characterise(donor, rank, bootstraps)).to_json()
+        grouping = (GATE if reference == EXAMPLE else group_donor(donor, rank, bootstraps)).to_json()
         path.write_text(json.dumps({"asked": asked, "models": {name: {"grouping": {str(rank): grouping}}}}))
     (entry,) = json.loads(path.read_text())["models"].values()
     return {"name": name, "asked": asked, "grouping": entry["grouping"][str(rank)]}
@@ -358,7 +358,7 @@ def experiment(arguments: argparse.Namespace) -> dict[str, Any]:
     learned, a, b = texts(setup)
     known: dict[str, Any] = {
         "command": "python examples/lora_inits.py --data DIR --work DIR" + (" --quick" if arguments.quick else ""),
-        "versions": versions() | {name: _version(name) for name in ("peft", "lm_eval")},
+        "versions": package_versions() | {name: _version(name) for name in ("peft", "lm_eval")},
         "model": {"name": Path(str(arguments.base)).name, "sha256": donor.sha256, "parameters": donor.parameters},
         "reference": reference,
         "corpus": {

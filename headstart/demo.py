@@ -68,12 +68,13 @@ def demo(
     took: {stage: {seconds, peak_mib}} (peak resident memory of this process and its largest child so far).
 
     Raises UserError where `out` holds something else."""
-    from autoencoder.training import train as train_autoencoder
-    from diffusion.training import train as train_diffusion
+    from autoencoder.training import train_autoencoder
+    from diffusion.training import train_diffusion
     from headstart.compare.compare import compare
     from headstart.generate.generate import generate
-    from zoo.training.nursery import train as train_zoo
-    from zoo.training.text import reference_corpus, save_byte_tokenizer
+    from zoo.training.corpora import reference_corpus
+    from zoo.training.nursery import train_zoo
+    from zoo.vocabulary import save_byte_tokenizer
 
     plan = plan or (QUICK if quick else FULL)
     out = Path(out)
@@ -144,8 +145,8 @@ def demo(
 
 def table(results: dict[str, Any]) -> str:
     """The comparison as text, the fastest first."""
-    from headstart.compare.scores import REFERENCE
     from headstart.report.comparison_findings import ranked
+    from headstart.report.scores import REFERENCE
 
     rows = [("method", "lr", "step 0", "final loss", "steps to the default's", "speed-up")]
     for name, entry in ranked(results):
@@ -195,10 +196,10 @@ def _stage(took: dict[str, dict[str, float]], quiet: bool) -> Callable[[str, Cal
 
 def _keep(path: Path, took: dict[str, dict[str, float]]) -> None:
     """demo.json: of every stage its longest call. A stage that an earlier call finished has nothing left to do."""
-    from headstart.generate.generate import versions
+    from headstart.versions import package_versions
 
     stages = json.loads(path.read_text())["stages"] if path.is_file() else {}
     for name, entry in took.items():
         if name not in stages or entry["seconds"] > stages[name]["seconds"]:
             stages[name] = entry
-    replace_file(path, (json.dumps({"stages": stages, "versions": versions()}, indent=2) + "\n").encode())
+    replace_file(path, (json.dumps({"stages": stages, "versions": package_versions()}, indent=2) + "\n").encode())

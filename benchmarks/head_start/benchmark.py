@@ -31,8 +31,8 @@ from benchmarks.head_start.tasks import Comparison
 from benchmarks.novelty import audits
 from benchmarks.paths import RESULTS
 from headstart.compare.compare import compare
-from headstart.compare.trials import describe_donor
-from headstart.generate.generate import versions
+from headstart.compare.trials import donor_facts
+from headstart.versions import package_versions
 from zoo.checkpoints.writer import replace_file
 from zoo.donors.store import Zoo
 
@@ -44,67 +44,69 @@ SMALL_STEPS = 600  # of the diffusion's training under --small
 
 def measure(comparison: Comparison, work: Path, data: Path | None, small: bool = False) -> dict[str, Any]:
     """Runs what is missing of a comparison; the rows so far are in RUNS, or in `work` for a small one."""
-    paths = tasks.prepare(work, comparison.zoo, data, **({"steps": SMALL_STEPS} if small else {}))
+    paths = tasks.prepare_models(work, comparison.zoo, data, **({"steps": SMALL_STEPS} if small else {}))
     corpus = _corpus(work, comparison.text, data)
     out = work / "comparisons" / comparison.name
     kept = work / "runs.parquet" if small else RUNS
-    rows.restore(rows.read(kept), comparison, out / "runs")
+    rows.write_run_files(rows.read(kept), comparison, out / "runs")
     files: list[str] | None = None
     try:
         results = compare(
             tasks.target_folder(work, comparison, data),
             paths["zoo"],
-            comparison.methods or tasks.names(comparison.zoo),
+            comparison.methods or tasks.method_labels(comparison.zoo),
             corpus,
             steps=comparison.steps,
             seeds=tasks.SEEDS,
             lrs=comparison.lrs,
             out=out,
             model=paths["model"],
-            batch_size=tasks.BATCH,
+            batch_size=tasks.BATCH_SIZE,
             sequence=tasks.SEQUENCE,
             windows=tasks.WINDOWS,
             default_scales=tasks.SCALES,
-            tuning_seeds=len(tasks.SEEDS) if comparison.budget == "ladder" else tasks.TUNING,
+            tuning_seeds=len(tasks.SEEDS) if comparison.budget == "ladder" else tasks.TUNING_SEEDS,
             keep_going=True,
             command=f"python -m benchmarks.head_start{' --small' if small else ''}",
         )
         files = results["runs"]
     finally:  # what was finished is kept
-        rows.write(kept, rows.collect(rows.read(kept), comparison, out / "runs", files))
+        rows.write(kept, rows.replace_comparison(rows.read(kept), comparison, out / "runs", files))
     return results
 
 
 def keep(results: dict[str, Any], comparison: Comparison, work: Path, data: Path | None) -> None:
     """What the rows do not say, in FACTS: what was compared on what, by which versions, who refused."""
     facts = read_facts()
-    facts["versions"] = versions() | {"python": platform.python_version()}
+    facts["versions"] = package_versions() | {"python": platform.python_version()}
     facts["cores"] = os.cpu_count()
-    zoo = Zoo.open(tasks.paths(work, comparison.zoo)["zoo"])
-    facts.setdefault("zoos", {})[comparison.zoo] = [describe_donor(zoo, name) for name in zoo.names]
-    facts.setdefault("trained", {})[comparison.zoo] = tasks.took(work, comparison.zoo)
-    own = audits.identity(*(tasks.paths(work, comparison.zoo)[key] for key in ("zoo", "model")))
+    zoo = Zoo.open(tasks.work_paths(work, comparison.zoo)["zoo"])
+    facts.setdefault("zoos", {})[comparison.zoo] = [donor_facts(zoo, name) for name in zoo.names]
+    facts.setdefault("trained", {})[comparison.zoo] = tasks.training_seconds(work, comparison.zoo)
+    own = audits.identity(*(tasks.work_paths(work, comparison.zoo)[key] for key in ("zoo", "model")))
     facts.setdefault("made_from", {})[comparison.zoo] = own
-    about = {key: results[key] for key in KEPT} | {"runs": rows.digest(results["runs"]), "made_from": own}
+    about = {key: results[key] for key in KEPT} | {"runs": rows.runs_digest(results["runs"]), "made_from": own}
     target = tasks.target_folder(work, comparison, data)
-    about["as_they_are"] = donors.as_they_are(zoo, target, _corpus(work, comparison.text, data))
+    about["as_they_are"] = donors.untrained_losses(zoo, target, _corpus(work, comparison.text, data))
     facts.setdefault("comparisons", {})[comparison.name] = about
     write_facts(facts)
 
 
 def novelty(work: Path, data: Path | None) -> dict[str, Any]:
     peers(work, data)  # which are sampled too
-    paths, corpus = tasks.paths(work, "embedded"), _corpus(work, "reference", data)
+    paths, corpus = tasks.work_paths(work, "embedded"), _corpus(work, "reference", data)
     trained = _peers_folder(work) / "models"
     return audits.audit(audits.place(paths["zoo"], paths["model"], trained, corpus, work / "novelty"))
 
 
 def cost(work: Path, data: Path | None) -> dict[str, Any]:
-    paths = tasks.prepare(work, "embedded", data)
+    paths = tasks.prepare_models(work, "embedded", data)
     long = [c for c in tasks.comparisons() if (c.task, c.budget) == ("A", "long") and not c.methods]
     targets = {c.target: tasks.target_folder(work, c, data) for c in long}
     kept = work / "costs" / audits.identity(paths["zoo"], paths["model"])
-    return {"methods": costs.costs(tasks.plain(), targets, paths, _corpus(work, "reference", data), kept)}
+    return {
+        "methods": costs.costs(tasks.language_model_methods(), targets, paths, _corpus(work, "reference", data), kept)
+    }
 
 
 def peers(work: Path, data: Path | None) -> dict[str, Any]:
@@ -112,8 +114,8 @@ def peers(work: Path, data: Path | None) -> dict[str, Any]:
     is kept."""
     from benchmarks.peers import measure as peer
 
-    paths = tasks.prepare(work, "embedded", data)
-    seconds = tasks.took(work, "embedded")
+    paths = tasks.prepare_models(work, "embedded", data)
+    seconds = tasks.training_seconds(work, "embedded")
     if seconds is None:
         raise SystemExit(f"{work}: the diffusion's training was interrupted, its time is not known; use another --work")
     before = torch.get_num_threads()
@@ -121,7 +123,7 @@ def peers(work: Path, data: Path | None) -> dict[str, Any]:
     try:
         opened = Zoo.open(paths["zoo"])
         tokens = peer.held_out(_corpus(work, "reference", data), opened)
-        kept, target = _peers_folder(work), tasks.UNSEEN[tasks.MAIN]
+        kept, target = _peers_folder(work), tasks.UNSEEN_TARGETS[tasks.MAIN_TARGET]
         return peer.measure(
             peer.Setup(opened, paths["model"], tokens, target, kept, seconds, seeds=tasks.SEEDS, quiet=False)
         )
@@ -131,7 +133,7 @@ def peers(work: Path, data: Path | None) -> dict[str, Any]:
 
 def _peers_folder(work: Path) -> Path:
     """Of peers trained on these donors for as long as this diffusion."""
-    paths = tasks.paths(work, "embedded")
+    paths = tasks.work_paths(work, "embedded")
     return work / "peers" / audits.identity(paths["zoo"], paths["model"])
 
 
@@ -141,7 +143,7 @@ AUDIT = {"novelty": novelty, "cost": cost, "peers": peers}
 def _corpus(work: Path, name: str, data: Path | None) -> Path:
     path = work / "texts" / f"{name}.txt"
     if not path.exists():
-        replace_file(path, tasks.text(name, data))
+        replace_file(path, tasks.corpus_bytes(name, data))
     return path
 
 
@@ -176,10 +178,10 @@ def main() -> None:
     if not a.tables:
         if a.work is None:
             parser.error("give --work DIR, or --tables")
-        rows.made()
+        rows.code_version()
         if a.small:
-            measure(tasks.small(), a.work, a.data, small=True)
-            print(a.work / "comparisons" / tasks.small().name / "report.html")
+            measure(tasks.small_comparison(), a.work, a.data, small=True)
+            print(a.work / "comparisons" / tasks.small_comparison().name / "report.html")
             return
         for comparison in tasks.comparisons():
             if wanted(comparison, a.data, a.only) and in_time():
@@ -189,7 +191,7 @@ def main() -> None:
             if (audit in a.only or not a.only) and in_time():
                 print(audit, flush=True)
                 found = AUDIT[audit](a.work, a.data)
-                paths = tasks.paths(a.work, "embedded")
+                paths = tasks.work_paths(a.work, "embedded")
                 found["made_from"] = audits.identity(paths["zoo"], paths["model"])
                 write_facts(read_facts() | {audit: found})
     tables.write(rows.read(RUNS), read_facts())

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from headstart import samplers
-from headstart.generate.generate import configure, fit, language_model
+from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint
 from zoo.checkpoints.writer import replace_file
 from zoo.donors.store import Zoo
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
-from zoo.training.text import find_tokenizer
+from zoo.vocabulary import find_tokenizer
 
 # A process begins with the peak memory of the one that starts it, so a small one stands between.
 LAUNCHER = """
@@ -60,7 +60,9 @@ def costs(
                 found[name] = usage_of(command)
             if "refused" not in found[name]:
                 sampler = configured(name, folder, paths, corpus)
-                found[name] |= {"target": target} | rates(sampler, Zoo.open(paths["zoo"]), language_model(folder))
+                found[name] |= {"target": target} | rates(
+                    sampler, Zoo.open(paths["zoo"]), language_model_blueprint(folder)
+                )
                 break
         replace_file(file, (json.dumps(found[name]) + "\n").encode())
     return found
@@ -70,7 +72,7 @@ def configured(name: str, target: Path, paths: Mapping[str, Path], corpus: Path)
     """As `headstart generate` makes it, with the corpus where a method takes a text."""
     vocabulary = find_tokenizer(None, target)
     given = {"model": str(paths["model"]), "tokenizer": vocabulary and str(vocabulary), "text": str(corpus)}
-    return configure(samplers.get(name), **given)
+    return build_sampler(samplers.get(name), **given)
 
 
 def rates(sampler: Sampler, zoo: Zoo, blueprint: Blueprint) -> dict[str, float]:
@@ -80,7 +82,7 @@ def rates(sampler: Sampler, zoo: Zoo, blueprint: Blueprint) -> dict[str, float]:
     torch.set_num_threads(1)
     try:
         start = time.perf_counter()
-        fit(sampler, zoo if sampler.needs or "donor" in sampler.__dataclass_fields__ else None, blueprint)
+        fit_sampler(sampler, zoo if sampler.needs or "donor" in sampler.__dataclass_fields__ else None, blueprint)
         fitted = time.perf_counter() - start
         seconds, reference, shapes = [], [], []
         for seed in range(5):

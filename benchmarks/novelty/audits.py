@@ -24,23 +24,23 @@ from benchmarks.peers import d2nwg, sane
 from benchmarks.peers.scoring import build
 from benchmarks.peers.weights import own_tensors
 from headstart import samplers
-from headstart.compare.compare import folder_hash, zoo_hash
-from headstart.compare.trials import cut
-from headstart.generate.generate import complete, configure, fit, language_model
+from headstart.compare.compare import hash_model, hash_zoo
+from headstart.compare.trials import training_token_count
+from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint, sample_with_defaults
 from zoo.checkpoints.writer import replace_file
 from zoo.donors.store import Zoo
 from zoo.sampler import Sampler
 from zoo.streams import stream_seed
-from zoo.training.loop import Training, evaluate, reproducible, train_steps
-from zoo.training.text import encode_corpus
-from zoo.training.workers import Report, default_workers, run_jobs
+from zoo.training.corpora import encode_corpus
+from zoo.training.loop import TrainingConfig, evaluate, reproducible, train_steps
+from zoo.training.workers import ReportProgress, default_workers, run_jobs
 from zoo.units.aligned import token_strings
 from zoo.units.decoder import read_decoder
 
 SEEDS = tuple(range(10))
 TAUS = (1.0, 2.0, 3.0, 4.0)
 RATES = tasks.LRS["long"][1:3]  # of the training that tells whether a sample is performant: a label's better one
-SHAPES = {"seen": tasks.SEEN, "unseen": tasks.UNSEEN[tasks.MAIN]}
+SHAPES = {"seen": tasks.SEEN_TARGET, "unseen": tasks.UNSEEN_TARGETS[tasks.MAIN_TARGET]}
 # Methods that draw something from what they know of donors; the autoencoder passes one through.
 # `default`, which knows of none, is no nearer to donors than anything can be.
 CLAIMS = ("diffusion", "autoencoder", "row-column", "matrix-normal", "normal", "default")
@@ -72,15 +72,15 @@ class Place:
 
 def place(zoo: Path, model: Path, peers: Path, corpus: Path, kept: Path) -> Place:
     """Finished samples stand in a folder of all that they depend on."""
-    settings = [RATES, SHAPES, tasks.BUDGETS["short"], tasks.BATCH, tasks.SEQUENCE, tasks.WINDOWS]
-    found = [folder_hash(peers), hashlib.sha256(corpus.read_bytes()).hexdigest(), json.dumps(settings)]
+    settings = [RATES, SHAPES, tasks.BUDGETS["short"], tasks.BATCH_SIZE, tasks.SEQUENCE, tasks.WINDOWS]
+    found = [hash_model(peers), hashlib.sha256(corpus.read_bytes()).hexdigest(), json.dumps(settings)]
     name = hashlib.sha256(" ".join([identity(zoo, model), *found]).encode()).hexdigest()[:16]
     return Place(str(zoo), str(model), str(peers), str(corpus), str(kept / name))
 
 
 def identity(zoo: Path, model: Path) -> str:
     """Of what a zoo and a trained model contain."""
-    return hashlib.sha256(f"{zoo_hash(zoo)} {folder_hash(model)}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{hash_zoo(zoo)} {hash_model(model)}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,15 @@ def audit(place: Place, quiet: bool = False) -> dict[str, Any]:
     return {"donors": donors_apart(place), "samples": found, "rates": RATES, "steps": tasks.BUDGETS["short"]}
 
 
-def measure(place: Place, sample: Sample, report: Report) -> None:
+def measure(place: Place, sample: Sample, report: ReportProgress) -> None:
     """How far a sample is from every donor, where its mistakes are, and how it trains."""
     config = SHAPES[sample.shape]
-    blueprint = language_model(config)
+    blueprint = language_model_blueprint(config)
     zoo, frames, guesses, truth, learned, held = _known(place)
     with reproducible():
         tensors = {
-            name: t.float() for name, t in complete(_fitted(place, sample.shape, sample.label), blueprint, sample.seed)
+            name: t.float()
+            for name, t in sample_with_defaults(_fitted(place, sample.shape, sample.label), blueprint, sample.seed)
         }
         decoder = read_decoder(blueprint, lambda name: tensors[name].double(), where=sample.label)
         near, mosaic = novelty.nearest_and_mosaic(decoder, token_strings(zoo.donors[0]), frames)
@@ -148,7 +149,9 @@ def measure(place: Place, sample: Sample, report: Report) -> None:
 
 def trained(model: nn.Module, rate: float, seed: int, learned: Tensor, held: Tensor) -> float | None:
     """Held-out loss after the short budget; None where it diverged."""
-    training = Training(tasks.BUDGETS["short"], rate, tasks.BATCH, tasks.SEQUENCE, seed=stream_seed(seed, "compare"))
+    training = TrainingConfig(
+        tasks.BUDGETS["short"], rate, tasks.BATCH_SIZE, tasks.SEQUENCE, seed=stream_seed(seed, "compare")
+    )
     for step in train_steps(model, learned, training):
         if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
             return None
@@ -161,7 +164,7 @@ def _known(place: Place) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], T
     """(zoo, its frames, each donor's predictions, the true tokens, text to learn, text held out), once a process."""
     zoo = Zoo.open(place.zoo)
     tokens = encode_corpus(place.corpus, None, 256)
-    learned, held = tokens[: cut(tokens)], tokens[cut(tokens) :]
+    learned, held = tokens[: training_token_count(tokens)], tokens[training_token_count(tokens) :]
     guesses, truth = {}, held
     for donor in zoo.donors:
         model = build(donor.config, own_tensors(donor))
@@ -171,14 +174,14 @@ def _known(place: Place) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], T
 
 @cache
 def _fitted(place: Place, shape: str, label: str) -> Sampler:
-    blueprint, zoo = language_model(SHAPES[shape]), _known(place)[0]
+    blueprint, zoo = language_model_blueprint(SHAPES[shape]), _known(place)[0]
     if label in CONTROLS:
         return CONTROLS[label].fit(zoo, blueprint)
     if label in PEERS:
         return PEERS[label](**{"model": str(Path(place.peers) / label)}).fit(None, blueprint)
     cls = samplers.get(label)
-    sampler = configure(cls, model=place.model) if "model" in cls.__dataclass_fields__ else configure(cls)
-    fit(sampler, zoo, blueprint)
+    sampler = build_sampler(cls, model=place.model) if "model" in cls.__dataclass_fields__ else build_sampler(cls)
+    fit_sampler(sampler, zoo, blueprint)
     return sampler
 
 

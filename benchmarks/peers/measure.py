@@ -31,18 +31,19 @@ from benchmarks.peers.training import parameters
 from benchmarks.peers.weights import Rebuilt, canonical, principal, read, rebuilt
 from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
-from headstart.compare.trials import cut
-from headstart.generate.generate import complete
+from headstart.compare.trials import training_token_count
+from headstart.generate.sampling import sample_with_defaults
 from zoo.checkpoints.writer import replace_file
 from zoo.donors.store import Zoo
 from zoo.errors import UserError
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
-from zoo.training.resumable import identity
-from zoo.training.text import encode_corpus, find_tokenizer
-from zoo.units.aligned import align, token_strings
+from zoo.training.corpora import encode_corpus
+from zoo.training.resumable import run_identity
+from zoo.units.aligned import align_donors, token_strings
 from zoo.units.decoder import read_decoder
 from zoo.units.units import ROLES, to_width
+from zoo.vocabulary import find_tokenizer
 
 OURS = "diffusion"
 
@@ -153,7 +154,7 @@ def _peer(setup: Setup, name: str, variant: Variant, folder: Path) -> dict[str, 
 def our_rebuilds(setup: Setup) -> Iterator[tuple[str, Rebuilt, Rebuilt]]:
     """(donor, through our autoencoder, through PCA at its rate), in canonical coordinates. Norms are kept numbers."""
     coder = load_autoencoder(setup.model)
-    donors = list(align(setup.zoo))
+    donors = list(align_donors(setup.zoo))
     linear = UnitAutoencoder(coder.width, dict(coder.config["latent"]), hidden=0)
     weigh = error_weights([d.units for d in donors], coder.width)
     for kind in ROLES:
@@ -208,7 +209,7 @@ def _draw(
     blueprint = Blueprint.from_config(config)
     fitted = sampler().fit(None, blueprint)
     began = time.perf_counter()
-    tensors = {name: tensor.float() for name, tensor in complete(fitted, blueprint, seed)}
+    tensors = {name: tensor.float() for name, tensor in sample_with_defaults(fitted, blueprint, seed)}
     seconds = time.perf_counter() - began
     return finite_loss(config, tensors, setup.tokens), seconds, tensors
 
@@ -282,7 +283,7 @@ def held_out(text: str | Path, zoo: Zoo) -> Tensor:
     donor = zoo.donors[0]
     assert donor.blueprint.metadata is not None
     tokens = encode_corpus(text, find_tokenizer(None, donor.folder), donor.blueprint.metadata.vocab)
-    return tokens[cut(tokens) :]
+    return tokens[training_token_count(tokens) :]
 
 
 def main() -> None:
@@ -311,7 +312,10 @@ def main() -> None:
     given: dict[str, Any] = {"seeds": tuple(int(s) for s in a.seeds.split(",")), "quiet": False} | small
     target = json.loads(a.target.read_text())
     setup = Setup(zoo, a.model, held_out(a.text, zoo), target, a.work, a.seconds, **given)
-    mark, known = a.work / "run.json", {"run": identity(Run(str(a.model), a.seconds, target, a.quick, a.seeds), zoo)}
+    mark, known = (
+        a.work / "run.json",
+        {"run": run_identity(Run(str(a.model), a.seconds, target, a.quick, a.seeds), zoo)},
+    )
     if mark.is_file() and json.loads(mark.read_text()) != known:
         raise UserError(f"{a.work}: holds another measurement; give another --work")
     a.work.mkdir(parents=True, exist_ok=True)

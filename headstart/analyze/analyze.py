@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from headstart import __version__
 from headstart.analyze.parts import Keep, Task, Tick, parts, plain
-from headstart.generate.generate import versions
 from headstart.report.analysis import page
+from headstart.versions import package_versions
 from zoo.checkpoints.writer import new_folder, replace_file
 from zoo.donors.standalone import single
 from zoo.donors.store import Donor, Zoo, record
@@ -74,7 +74,7 @@ def analyze(
         results = plain(
             {
                 "command": command or _command(out, zoo, donor, asked, bootstraps, seed),
-                "versions": versions(),
+                "versions": package_versions(),
                 "seed": seed,
                 "ranks": asked,
                 "bootstraps": bootstraps,

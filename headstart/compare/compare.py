@@ -17,28 +17,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.compare.scores import REFERENCE, Run, score, tune
 from headstart.compare.trials import (
     HELD_OUT,
     OTHER_COORDINATES,
     Job,
-    Setup,
-    cut,
-    given_of,
-    missing_of,
-    name_of,
-    options_of,
-    path_of,
-    read,
-    run,
-    sampler_of,
-    variant,
+    TrialSettings,
+    donor_and_model,
+    label_options,
+    method_name,
+    method_options,
+    read_trial,
+    run_trial,
+    sampler_class,
+    training_token_count,
+    trial_path,
+    without_finished,
 )
-from headstart.generate.generate import configure, fit, generate, language_model
+from headstart.generate.generate import generate
+from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint
+from headstart.report.scores import REFERENCE, Run, score, tune
 from zoo.checkpoints.writer import replace_file, writing
 from zoo.errors import UserError
-from zoo.training.text import BYTES, encode_corpus, find_tokenizer
+from zoo.training.corpora import encode_corpus
 from zoo.training.workers import default_workers, run_jobs
+from zoo.vocabulary import BYTE_VOCAB, find_tokenizer
 
 if TYPE_CHECKING:
     from zoo.checkpoints.checkpoint import Checkpoint
@@ -94,11 +96,11 @@ def compare(
 
     out = Path(out)
     methods = list(dict.fromkeys([REFERENCE, *methods] if REFERENCE not in methods else methods))
-    settings = {label: variant(label) | dict((settings or {}).get(label, {})) for label in methods} | {
+    settings = {label: label_options(label) | dict((settings or {}).get(label, {})) for label in methods} | {
         label: dict(options) for label, options in (settings or {}).items() if label not in methods
     }
     for label in settings:
-        sampler_of(label)
+        sampler_class(label)
     _check_numbers(steps, seeds, lrs, default_scales)
     for option, number in (("batch-size", batch_size), ("sequence", sequence), ("windows", windows)):
         if number < 1:
@@ -107,7 +109,7 @@ def compare(
         raise UserError(f"--workers {workers}: must be at least 1")
     if tuning_seeds is not None and not 1 <= tuning_seeds <= len(seeds):
         raise UserError(f"--tuning-seeds {tuning_seeds}: must be between 1 and the {len(seeds)} seeds")
-    blueprint = language_model(target if isinstance(target, dict) else str(target))
+    blueprint = language_model_blueprint(target if isinstance(target, dict) else str(target))
     if blueprint.config is None or blueprint.metadata is None:
         raise UserError(f"{target}: compare needs the config of a language model")
     vocab = blueprint.metadata.vocab
@@ -118,7 +120,7 @@ def compare(
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not runs.is_dir())):
         raise UserError(f"{out}: exists and holds no comparison; give another --out, or remove it")
     small = blueprint.parameters <= SMALL and _device(device) == "cpu"
-    setup = Setup(
+    setup = TrialSettings(
         target=blueprint.config,
         zoo=None if zoo is None else str(zoo),
         donor=donor,
@@ -136,8 +138,8 @@ def compare(
         runs=str(runs),
         fingerprint={
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "zoo": zoo_hash(zoo),
-            "model": folder_hash(model),
+            "zoo": hash_zoo(zoo),
+            "model": hash_model(model),
         },
     )
     tuning = tuple(seeds[: tuning_seeds or len(seeds)])
@@ -149,7 +151,7 @@ def compare(
     ]
     with tempfile.TemporaryDirectory(prefix="headstart-") as texts:
         setup = replace(setup, text=str(_calibration_text(corpus, Path(texts))))
-        unread = list(dict.fromkeys(job.method for job in grid if missing_of(setup, job).lrs))
+        unread = list(dict.fromkeys(job.method for job in grid if without_finished(setup, job).lrs))
         refused = _dry_fit(setup, unread, out, keep_going)
         methods = [name for name in methods if name not in refused]
         grid = [job for job in grid if job.method not in refused]
@@ -164,11 +166,11 @@ def compare(
             np.save(setup.tokens, tokens.numpy())
 
             def finish(jobs: Sequence[Job]) -> list[Run]:
-                missing = [job for job in (missing_of(setup, j) for j in jobs) if job.lrs]
+                missing = [job for job in (without_finished(setup, j) for j in jobs) if job.lrs]
                 bar.update((sum(len(j.lrs) for j in jobs) - sum(len(j.lrs) for j in missing)) * steps)
-                run_jobs(partial(run, setup), missing, workers or (default_workers() if small else 1), bar.update)
-                files.extend(path_of(setup, job, lr).name for job in jobs for lr in job.lrs)
-                return [read(setup, job, lr) for job in jobs for lr in job.lrs]
+                run_jobs(partial(run_trial, setup), missing, workers or (default_workers() if small else 1), bar.update)
+                files.extend(trial_path(setup, job, lr).name for job in jobs for lr in job.lrs)
+                return [read_trial(setup, job, lr) for job in jobs for lr in job.lrs]
 
             files: list[str] = []
             found = finish(grid)
@@ -177,7 +179,7 @@ def compare(
             found += finish([Job(n, seed, scale, (lr,)) for seed in seeds[len(tuning) :] for n, scale, lr in chosen])
     threshold, scored = score(found, steps, tuning)
     for name, entry in scored.items():
-        sampler = sampler_of(name)
+        sampler = sampler_class(name)
         entry |= {"summary": sampler.summary, "reference": sampler.reference, "options": setup.settings.get(name, {})}
         if sampler.family == "generative":
             entry |= {"novelty": None, "novelty_note": OTHER_COORDINATES}
@@ -188,7 +190,7 @@ def compare(
             "name": Path(corpus).name,
             "sha256": hashlib.sha256(Path(corpus).read_bytes()).hexdigest(),
             "tokens": len(tokens),
-            "held_out": int(len(tokens) - cut(tokens)),
+            "held_out": int(len(tokens) - training_token_count(tokens)),
             "tokenizer": "bytes" if source is None else source.name,
         },
         "steps": steps,
@@ -227,7 +229,7 @@ def _calibration_text(corpus: str | Path, folder: Path) -> Path:
     return path
 
 
-def _dry_fit(setup: Setup, methods: Sequence[str], out: Path, keep_going: bool) -> dict[str, str]:
+def _dry_fit(setup: TrialSettings, methods: Sequence[str], out: Path, keep_going: bool) -> dict[str, str]:
     """Lets every method refuse what does not fit before anything is trained: {method: reason}, or the first of these
     errors. What a trained model fits shows when it is loaded, so those methods are fitted."""
     refused = {}
@@ -241,14 +243,14 @@ def _dry_fit(setup: Setup, methods: Sequence[str], out: Path, keep_going: bool) 
     return refused
 
 
-def _dry(setup: Setup, method: str, out: Path) -> None:
+def _dry(setup: TrialSettings, method: str, out: Path) -> None:
     from zoo.donors.store import Zoo
 
-    cls, given = sampler_of(method), given_of(setup, method)
-    options = [f"{key}={value}" for key, value in options_of(setup, method).items()]
+    cls, given = sampler_class(method), donor_and_model(setup, method)
+    options = [f"{key}={value}" for key, value in method_options(setup, method).items()]
     generate(
         setup.target,
-        name_of(method),
+        method_name(method),
         out,
         zoo=setup.zoo,
         settings=options,
@@ -260,8 +262,8 @@ def _dry(setup: Setup, method: str, out: Path) -> None:
         tokenizer=setup.tokenizer,
     )
     if "model" in cls.needs:
-        sampler = configure(cls, options, device=setup.device, tokenizer=setup.tokenizer, **given)
-        fit(sampler, None if setup.zoo is None else Zoo.open(setup.zoo), language_model(setup.target))
+        sampler = build_sampler(cls, options, device=setup.device, tokenizer=setup.tokenizer, **given)
+        fit_sampler(sampler, None if setup.zoo is None else Zoo.open(setup.zoo), language_model_blueprint(setup.target))
 
 
 def _device(name: str) -> str:
@@ -282,7 +284,7 @@ def _check_numbers(steps: int, seeds: Sequence[int], lrs: Sequence[float], scale
 
 
 def _check_lengths(corpus: str | Path, tokens: Tensor, sequence: int, config: dict[str, Any]) -> None:
-    held = len(tokens) - cut(tokens)
+    held = len(tokens) - training_token_count(tokens)
     if held < sequence + 1:
         least = math.ceil((sequence + 1) / HELD_OUT)
         raise UserError(f"{corpus}: {len(tokens)} tokens are too few; give at least {least} for windows of {sequence}")
@@ -317,13 +319,13 @@ def _tokenizer(
     if not alike:
         return None
     if any(d.vocabulary() != alike[0].vocabulary() for d in alike):
-        if vocab == BYTES:
+        if vocab == BYTE_VOCAB:
             return None
         raise UserError(f"{zoo}: the donors have different tokenizers; say with --tokenizer which one the target uses")
     return alike[0].folder
 
 
-def zoo_hash(zoo: str | Path | None) -> str | None:
+def hash_zoo(zoo: str | Path | None) -> str | None:
     from zoo.donors.store import Zoo
 
     if zoo is None:
@@ -332,7 +334,7 @@ def zoo_hash(zoo: str | Path | None) -> str | None:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def folder_hash(model: str | Path | None) -> str | None:
+def hash_model(model: str | Path | None) -> str | None:
     """Of the files of a trained model's folder; a hub id stands for itself."""
     if model is None or not Path(model).is_dir():
         return None if model is None else str(model)

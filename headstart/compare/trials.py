@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from headstart import samplers
-from headstart.compare.scores import REFERENCE, Run, evaluation_points, spikes
 from headstart.generate.generate import generate
+from headstart.report.scores import REFERENCE, Run, evaluation_points, spikes
 from zoo.checkpoints.writer import replace_file
 from zoo.errors import UserError
 from zoo.streams import stream_seed
-from zoo.training.loop import Training, activation_rms, evaluate, reproducible, train_steps
-from zoo.training.workers import Report
+from zoo.training.loop import TrainingConfig, activation_rms, evaluate, reproducible, train_steps
+from zoo.training.workers import ReportProgress
 
 if TYPE_CHECKING:
     from zoo.donors.store import Zoo
@@ -39,7 +39,7 @@ NOVELTY_LIMIT = 50_000_000  # parameters of a target up to which distances to th
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrialSettings:
     """What all runs of a comparison share."""
 
     target: dict[str, Any]  # the parsed config
@@ -70,20 +70,20 @@ class Job:
     lrs: tuple[float, ...]
 
 
-def run(setup: Setup, job: Job, report: Report) -> None:
+def run_trial(setup: TrialSettings, job: Job, report: ReportProgress) -> None:
     """Makes one initialisation the way a user does, and trains it with each learning rate."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the comparison has its own
     tokens = torch.from_numpy(np.load(setup.tokens))
-    learned, held = tokens[: cut(tokens)], tokens[cut(tokens) :]
+    learned, held = tokens[: training_token_count(tokens)], tokens[training_token_count(tokens) :]
     points = set(evaluation_points(setup.steps))
     with tempfile.TemporaryDirectory(dir=Path(setup.tokens).parent) as work, reproducible(setup.threads):
         init = Path(work) / "init"
         origin = _generate(setup, job.method, job.seed, job.scale, init)
         for lr in job.lrs:
-            training = Training(
+            training = TrainingConfig(
                 setup.steps, lr, setup.batch_size, setup.sequence, seed=stream_seed(job.seed, "compare")
             )
             torch.manual_seed(stream_seed(job.seed, "dropout"))
@@ -112,21 +112,21 @@ def run(setup: Setup, job: Job, report: Report) -> None:
             end = activation_rms(model, held, setup.sequence) if diverged is None else None
             found |= {"steps": steps, "losses": losses, "max_grad_norm": max(norms, default=0.0), "diverged": diverged}
             found |= {"grad_spikes": spikes(norms), "activation_rms": {"start": start, "end": end}, "init": origin}
-            replace_file(path_of(setup, job, lr), (json.dumps(found) + "\n").encode())
+            replace_file(trial_path(setup, job, lr), (json.dumps(found) + "\n").encode())
 
 
-def _generate(setup: Setup, method: str, seed: int, scale: float, folder: Path) -> dict[str, Any]:
+def _generate(setup: TrialSettings, method: str, seed: int, scale: float, folder: Path) -> dict[str, Any]:
     """Writes the initialisation and says where it comes from: {seconds, donors, novelty, novelty_note}."""
     from zoo.donors.store import Zoo
 
-    options = options_of(setup, method)
+    options = method_options(setup, method)
     if method == REFERENCE and scale != 1.0:
         options["scale"] = scale
-    given = given_of(setup, method)
+    given = donor_and_model(setup, method)
     start = time.perf_counter()
     generate(
         setup.target,
-        name_of(method),
+        method_name(method),
         folder,
         zoo=setup.zoo,
         settings=[f"{key}={value}" for key, value in options.items()],
@@ -144,28 +144,26 @@ def _generate(setup: Setup, method: str, seed: int, scale: float, folder: Path) 
     # A pipeline may have learned from donors that this zoo does not hold.
     unknown = dict.fromkeys(("parameters", "loss", "tokens"))
     names = [d["name"] for d in records if zoo is not None and d["name"] in zoo.names]
-    measurable = sampler_of(method).family != "generative"
+    measurable = sampler_class(method).family != "generative"
     novelty, note = nearest_donor(folder, zoo, names) if measurable else (None, OTHER_COORDINATES)
     return {
         "seconds": seconds,
-        "donors": [
-            unknown | d | (describe_donor(zoo, d["name"]) if zoo and d["name"] in names else {}) for d in records
-        ],
+        "donors": [unknown | d | (donor_facts(zoo, d["name"]) if zoo and d["name"] in names else {}) for d in records],
         "novelty": novelty,
         "novelty_note": note,
     }
 
 
-def name_of(label: str) -> str:
+def method_name(label: str) -> str:
     """The name of a method without the options of a variant: normal of normal:scale=2."""
     return label.partition(":")[0]
 
 
-def sampler_of(label: str) -> type[Sampler]:
-    return samplers.model_sampler(name_of(label))
+def sampler_class(label: str) -> type[Sampler]:
+    return samplers.model_sampler(method_name(label))
 
 
-def variant(label: str) -> dict[str, str]:
+def label_options(label: str) -> dict[str, str]:
     """{"scale": "2"} of "normal:scale=2"."""
     pairs = [setting.partition("=") for setting in label.split(":")[1:]]
     if not all(equals for _, equals, _ in pairs):
@@ -173,19 +171,19 @@ def variant(label: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def options_of(setup: Setup, method: str) -> dict[str, Any]:
+def method_options(setup: TrialSettings, method: str) -> dict[str, Any]:
     """The settings of a method; one that takes a text gets the beginning of the corpus."""
     own = dict(setup.settings.get(method, {}))
-    return {"text": setup.text} | own if "text" in sampler_of(method).__dataclass_fields__ else own
+    return {"text": setup.text} | own if "text" in sampler_class(method).__dataclass_fields__ else own
 
 
-def given_of(setup: Setup, method: str) -> dict[str, str | None]:
+def donor_and_model(setup: TrialSettings, method: str) -> dict[str, str | None]:
     """The donor and the model, for the methods that take one."""
-    options = sampler_of(method).__dataclass_fields__
+    options = sampler_class(method).__dataclass_fields__
     return {key: value for key, value in (("donor", setup.donor), ("model", setup.model)) if key in options}
 
 
-def describe_donor(zoo: Zoo, name: str) -> dict[str, Any]:
+def donor_facts(zoo: Zoo, name: str) -> dict[str, Any]:
     from zoo.donors.store import record
 
     donor = zoo.donor(name)
@@ -224,14 +222,14 @@ def nearest_donor(folder: Path, zoo: Zoo | None, names: Sequence[str]) -> tuple[
     return found, "median relative distance to the nearest donor matrix of the same role and shape, as stored"
 
 
-def path_of(setup: Setup, job: Job, lr: float) -> Path:
+def trial_path(setup: TrialSettings, job: Job, lr: float) -> Path:
     """The file of a run, named after all that its numbers depend on."""
-    sampler = sampler_of(job.method)
+    sampler = sampler_class(job.method)
     depends = {
         "target": setup.target,
-        "method": name_of(job.method),
+        "method": method_name(job.method),
         "settings": setup.settings.get(job.method, {}),
-        "donor": given_of(setup, job.method).get("donor"),  # the model by its content, below
+        "donor": donor_and_model(setup, job.method).get("donor"),  # the model by its content, below
         "seed": job.seed,
         "scale": job.scale,
         "lr": lr,
@@ -242,16 +240,16 @@ def path_of(setup: Setup, job: Job, lr: float) -> Path:
         "model": setup.fingerprint["model"] if "model" in sampler.needs else None,
     }
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return Path(setup.runs) / f"{sampler_of(job.method).name}-s{job.seed}-lr{lr:g}-{digest}.json"
+    return Path(setup.runs) / f"{sampler_class(job.method).name}-s{job.seed}-lr{lr:g}-{digest}.json"
 
 
-def read(setup: Setup, job: Job, lr: float) -> Run:
-    return json.loads(path_of(setup, job, lr).read_text())
+def read_trial(setup: TrialSettings, job: Job, lr: float) -> Run:
+    return json.loads(trial_path(setup, job, lr).read_text())
 
 
-def missing_of(setup: Setup, job: Job) -> Job:
-    return Job(job.method, job.seed, job.scale, tuple(lr for lr in job.lrs if not path_of(setup, job, lr).exists()))
+def without_finished(setup: TrialSettings, job: Job) -> Job:
+    return Job(job.method, job.seed, job.scale, tuple(lr for lr in job.lrs if not trial_path(setup, job, lr).exists()))
 
 
-def cut(tokens: Tensor) -> int:
+def training_token_count(tokens: Tensor) -> int:
     return int(len(tokens) * (1 - HELD_OUT))

@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from headstart.evaluate.local_tasks import is_file, local_task, question_files
-from headstart.generate.generate import language_model, versions
+from headstart.generate.sampling import language_model_blueprint
 from headstart.lora.lora import BASE
+from headstart.versions import package_versions
 from zoo.checkpoints.checkpoint import Checkpoint
-from zoo.checkpoints.headers import read_header, read_json
-from zoo.checkpoints.hub import patiently
-from zoo.checkpoints.sources import HUB_ID, fetch, resolve
+from zoo.checkpoints.files import read_json
+from zoo.checkpoints.headers import read_header
+from zoo.checkpoints.hub import HUB_ID, with_retries
+from zoo.checkpoints.sources import fetch, resolve
 from zoo.checkpoints.writer import replace_file
 from zoo.errors import UserError, unknown
 from zoo.lora.adapters import CONFIG, WEIGHTS, lora_config_of, require_peft
-from zoo.training.text import BYTES, byte_tokenizer
+from zoo.vocabulary import BYTE_VOCAB, byte_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ def evaluate(
         "model": str(model),
         "base": str(folder) if adapter else None,
         "command": command or _command(model, tasks, base, limit, seed),
-        "versions": versions() | {name: importlib.metadata.version(name) for name in packages},
+        "versions": package_versions() | {name: importlib.metadata.version(name) for name in packages},
         "seed": seed,
         "limit": limit,
         "device": device,
@@ -119,7 +121,7 @@ def load_model(folder: Path, adapter: Path | None, dtype: str | None) -> Any:
     or that leave tensors unfilled; an adapter of another base."""
     from transformers import AutoModelForCausalLM
 
-    language_model(folder)
+    language_model_blueprint(folder)
     with _no_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
@@ -163,10 +165,10 @@ def load_tokenizer(folder: Path, adapter: Path | None = None) -> Any:
             except Exception as error:  # the tokenizers library has no exception of its own
                 raise UserError(f"{place}: its tokenizer cannot be loaded ({error}); save it again") from error
     vocab = read_json(folder / "config.json").get("vocab_size")
-    if vocab != BYTES:
+    if vocab != BYTE_VOCAB:
         raise UserError(
             f"{folder}: has no tokenizer for its {vocab} tokens; put tokenizer.json there (only a vocabulary of "
-            f"{BYTES} is read as bytes)"
+            f"{BYTE_VOCAB} is read as bytes)"
         )
     return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer())
 
@@ -234,9 +236,9 @@ def _adapter(model: str, quiet: bool) -> Path | None:
             cached = Path(snapshot_download(repo, local_files_only=True, **wanted))
             return cached if (cached / CONFIG).is_file() else None
         return None
-    if not patiently(lambda: HfApi().file_exists(repo, CONFIG, revision=revision or None), model):
+    if not with_retries(lambda: HfApi().file_exists(repo, CONFIG, revision=revision or None), model):
         return None
-    return Path(patiently(lambda: snapshot_download(repo, **wanted), model))
+    return Path(with_retries(lambda: snapshot_download(repo, **wanted), model))
 
 
 def _fetched(model: str, quiet: bool) -> Path:

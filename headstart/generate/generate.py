@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from headstart import __version__, samplers
+from headstart import samplers
 from headstart.generate import card
-from zoo.checkpoints.hub import patiently
-from zoo.checkpoints.sources import HUB_ID, count_tensors, resolve
+from headstart.generate.sampling import (
+    build_sampler,
+    fit_sampler,
+    language_model_blueprint,
+    option_fields,
+    sample_with_defaults,
+)
+from headstart.versions import package_versions
+from zoo.checkpoints.hub import HUB_ID, with_retries
+from zoo.checkpoints.sources import count_tensors, resolve
 from zoo.checkpoints.writer import new_folder, plan_shards, write_checkpoint
 from zoo.donors.standalone import lone_name, single
 from zoo.donors.store import Donor, Zoo
 from zoo.errors import UserError, unknown
 from zoo.targets.blueprint import Blueprint
-from zoo.targets.configs import with_head
-from zoo.training.text import find_tokenizer
+from zoo.vocabulary import find_tokenizer
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PACKAGES = ("torch", "transformers", "diffusers", "safetensors")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -76,12 +79,12 @@ def generate(
     cls = samplers.model_sampler(method)
     words = {"zoo": zoo, "donor": donor, "model": model, "seed": seed, "dtype": dtype, "tokenizer": tokenizer}
     for key in ("donor", "model"):
-        if words[key] is not None and key not in _fields(cls):
+        if words[key] is not None and key not in option_fields(cls):
             raise UserError(f"{method} takes no --{key}: leave it out")
     _check_model(model)
     vocabulary_from = find_tokenizer(tokenizer, target)
     alone = resolve(donor) if zoo is None and donor is not None else None
-    sampler = configure(
+    sampler = build_sampler(
         cls,
         settings,
         donor=donor if alone is None else lone_name(alone),
@@ -90,7 +93,7 @@ def generate(
         tokenizer=None if vocabulary_from is None else str(vocabulary_from),
     )
     _check_needs(sampler, zoo, donor)
-    blueprint = language_model(target)
+    blueprint = language_model_blueprint(target)
     saved_as = _dtype(dtype, blueprint)
     if plan and alone is not None and alone.folder is None:  # nothing is fetched for a plan
         read = [{"name": donor, "tensors": count_tensors(alone), "bytes": alone.size}]
@@ -107,10 +110,10 @@ def generate(
     if int(os.environ.get("RANK", "0")) > 0:
         return out
     with new_folder(out) as folder:
-        fit(sampler, source, blueprint)
+        fit_sampler(sampler, source, blueprint)
         donors = [source.donor(name) for name in sampler.donors] if source is not None else []
         counts = {"sampled": 0, "defaulted": 0}
-        write_checkpoint(folder, blueprint, complete(sampler, blueprint, seed, counts), dtype=saved_as)
+        write_checkpoint(folder, blueprint, sample_with_defaults(sampler, blueprint, seed, counts), dtype=saved_as)
         vocabulary_from = vocabulary_from or _donor_tokenizer(donors, blueprint)
         if vocabulary_from is not None:
             _copy_tokenizer(vocabulary_from, folder)
@@ -119,7 +122,7 @@ def generate(
             "options": sampler.options(),
             "seed": seed,
             "command": command or _command(target, method, out, settings, words),
-            "versions": versions(),
+            "versions": package_versions(),
             "donors": sampler.provenance(source),
             "tensors": counts,
             "parameters": blueprint.parameters,
@@ -127,85 +130,6 @@ def generate(
         (folder / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")
         (folder / "README.md").write_text(card.text(record, cls, blueprint, _bases(donors)))
     return out
-
-
-def complete(
-    sampler: Sampler, blueprint: Blueprint, seed: int, counts: dict[str, int] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the blueprint, one at a time: what the fitted sampler yields, then the architecture's default
-    initialisation for what it leaves out. `counts` is told how many are `sampled` and `defaulted`."""
-    from baselines.schemes.default import Default
-
-    counts = {} if counts is None else counts
-    left = dict.fromkeys(blueprint.names)
-    for name, tensor in sampler.sample(blueprint, seed):
-        left.pop(name, None)
-        yield name, tensor
-    counts["sampled"], counts["defaulted"] = len(blueprint.names) - len(left), len(left)
-    if left:
-        log.info("%d of %d tensors keep the default initialisation: %s", len(left), len(blueprint.names), _some(left))
-    if blueprint.unknown:
-        log.info(
-            "no method but the default models %d tensors, whose role is unknown: %s",
-            len(blueprint.unknown),
-            _some(blueprint.unknown),
-        )
-    yield from Default().fill(blueprint, left, seed)
-
-
-def language_model(target: str | Path | dict[str, Any]) -> Blueprint:
-    """The blueprint of a config, with a head that predicts tokens. UserError where there is none of its kind."""
-    blueprint = Blueprint.from_config(target)
-    assert blueprint.config is not None
-    config = with_head(blueprint.config, "config" if isinstance(target, dict) else str(target))
-    return blueprint if config == blueprint.config else Blueprint.from_config(config)
-
-
-def fit(sampler: Sampler, source: Zoo | None, blueprint: Blueprint) -> None:
-    """`sampler.fit`; a trained model that is a hub id is fetched there."""
-    model = getattr(sampler, "model", None)
-    if model is None or Path(model).exists():
-        sampler.fit(source, blueprint)
-    else:
-        patiently(lambda: sampler.fit(source, blueprint), f"--model {model}")
-
-
-def configure(cls: type[Sampler], settings: Sequence[str] = (), **given: Any) -> Sampler:
-    """An instance of a sampler from KEY=VALUE settings and from `given`, of which only the fields that the class
-    has, and that are not None, are used. Raises UserError for an unknown key or a value of the wrong type."""
-    fields = _fields(cls)
-    options = {key: value for key, value in given.items() if key in fields and value is not None}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting}: write it as KEY=VALUE")
-        if key not in fields:
-            raise unknown(f"option of {cls.name}", key, fields)
-        options[key] = _parse(cls.name, key, value, str(fields[key].type))
-    return cls(**options)
-
-
-def _fields(cls: type[Sampler]) -> dict[str, dataclasses.Field[Any]]:
-    return {f.name: f for f in dataclasses.fields(cls) if f.init}
-
-
-def _parse(method: str, key: str, value: str, kind: str) -> Any:
-    """A value of the annotated type `kind`: bool, int, float or str, or one of them `| None`."""
-    if "None" in kind and value.lower() in ("none", ""):
-        return None
-    kind = kind.replace("| None", "").strip()
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    try:
-        if kind == "bool":
-            return words[value.lower()]
-        return {"int": int, "float": float}.get(kind, str)(value)
-    except (KeyError, ValueError):
-        raise UserError(f"--set {key}={value}: {method} wants a {kind} there") from None
-
-
-def versions() -> dict[str, str]:
-    """The versions that the output depends on."""
-    return {"headstart": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def _dtype(asked: str | None, blueprint: Blueprint) -> torch.dtype:
@@ -280,7 +204,7 @@ def _model_download(model: str | None) -> int:
         return 0
     from huggingface_hub import snapshot_download
 
-    files = patiently(lambda: snapshot_download(model, dry_run=True), f"--model {model}")
+    files = with_retries(lambda: snapshot_download(model, dry_run=True), f"--model {model}")
     return sum(file.file_size or 0 for file in files if file.will_download)
 
 
@@ -298,8 +222,3 @@ def _command(
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
     words += [word for setting in settings for word in ("--set", setting)]
     return shlex.join(words)
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

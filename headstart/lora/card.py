@@ -60,9 +60,7 @@ def _followed(grouping: dict[str, Any] | None) -> str:
     if grouping is None:
         return ""
     of = f" of {grouping['source']['name']}" if grouping["source"] else ""
-    return (
-        f"- Characterisation{of} by the top {grouping['rank']} singular values: {Grouping.from_json(grouping).words}.\n"
-    )
+    return f"- Characterisation{of} by the top {grouping['rank']} singular values: {Grouping.from_json(grouping).description}.\n"
 
 
 def _first_step(record: dict[str, Any]) -> str:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from headstart import samplers
-from headstart.generate.generate import DTYPES, TOKENIZER_FILES, configure, fit, versions
+from headstart.generate.generate import DTYPES, TOKENIZER_FILES
+from headstart.generate.sampling import build_sampler, fit_sampler
 from headstart.lora import card as lora_card
+from headstart.versions import package_versions
 from zoo.checkpoints.sources import Source, count_tensors, resolve
 from zoo.checkpoints.writer import new_folder, plan_shards, write_checkpoint
 from zoo.donors.memory import ModuleDonor
@@ -95,7 +97,7 @@ def lora(
             raise UserError(f"--set {setting}: give it as {GIVEN[key]}")
     source = resolve(str(base))
     followed = None if reference is None else follow(str(reference), source)
-    sampler = configure(
+    sampler = build_sampler(
         cls, settings, base=lone_name(source), reference_model=followed and followed.name, device=device
     )
     assert isinstance(sampler, LoraSampler)
@@ -113,7 +115,7 @@ def lora(
     words = {"reference": reference, "alpha": alpha, "targets": targets, "seed": seed, "dtype": dtype}
     step0: dict[str, Any] = {"largest_change": 0.0, "module": None}
     with new_folder(out) as folder:
-        fit(sampler, zoo, blueprint)
+        fit_sampler(sampler, zoo, blueprint)
         filled = watched(sampler.sample(blueprint, seed), blueprint.adapter, donor, step0)
         write_checkpoint(folder, blueprint, filled, None if dtype is None else DTYPES[dtype], ONE_FILE)
         (folder / "model.safetensors").rename(folder / WEIGHTS)
@@ -124,7 +126,7 @@ def lora(
             "options": sampler.options(),
             "seed": seed,
             "command": command or _command(str(base), method, rank, out, settings, words),
-            "versions": versions() | {"peft": importlib.metadata.version("peft")},
+            "versions": package_versions() | {"peft": importlib.metadata.version("peft")},
             "donors": _records(source, donor, sampler, zoo),
             "grouping": None if grouping is None else grouping.to_json(),
             "tensors": {"sampled": len(blueprint.names), "defaulted": 0},

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from headstart.generate.generate import complete
+from headstart.generate.sampling import sample_with_defaults
 from zoo.checkpoints.writer import write_checkpoint
 from zoo.donors.standalone import Single, single
 from zoo.sampler import Sampler
@@ -63,7 +63,7 @@ def donor(folder: Path, config: dict[str, Any], seed: int = 0) -> Single:
 def filled(folder: Path, sampler: Sampler, zoo: Single, config: dict[str, Any], seed: int = 0) -> Path:
     """`folder`, written by a sampler that is fitted here."""
     blueprint = Blueprint.from_config(config)
-    write_checkpoint(folder, blueprint, complete(sampler.fit(zoo, blueprint), blueprint, seed))
+    write_checkpoint(folder, blueprint, sample_with_defaults(sampler.fit(zoo, blueprint), blueprint, seed))
     return folder
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from baselines.schemes.default import Default
 from baselines.schemes.rules import GPT2, Identity, ScaledDefault, TruncatedNormal, repeated_identity, zero_matrix
-from headstart.generate.generate import complete, generate
+from headstart.generate.generate import generate
+from headstart.generate.sampling import sample_with_defaults
 from tests.support.shaken import CONFIGS, logits
 from zoo.checkpoints.writer import write_checkpoint
 from zoo.errors import UserError
@@ -145,7 +146,7 @@ def test_an_identity_is_its_embedding_norm_and_head(name: str, scheme: str, tmp_
 
     blueprint = Blueprint.from_config(CONFIGS[name])
     sampler = Identity(scheme=scheme).fit(None, blueprint)
-    write_checkpoint(tmp_path / "model", blueprint, complete(sampler, blueprint, 0))
+    write_checkpoint(tmp_path / "model", blueprint, sample_with_defaults(sampler, blueprint, 0))
     whole = logits(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     stack = model.get_decoder()

@@ -11,15 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from headstart import samplers
-from headstart.generate.generate import configure, generate
+from headstart.generate.generate import generate
+from headstart.generate.sampling import build_sampler
 from headstart.lora.lora import lora
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.donors.standalone import single
 from zoo.donors.store import Zoo
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
-from zoo.training.nursery import Recipe, train
-from zoo.training.text import python_reference
+from zoo.training.corpora import python_reference
+from zoo.training.nursery import DonorRecipe, train_zoo
 
 TARGET = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 32,
@@ -48,18 +49,18 @@ def donors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A donor of half the width, one of half the depth, and a larger one."""
     zoo = tmp_path_factory.mktemp("zoo") / "zoo"
     recipes = [
-        Recipe(16, 2, heads=2, kv_heads=2, ffn=32, steps=8, head_dim=8),
-        Recipe(32, 1, heads=4, kv_heads=4, ffn=64, steps=8, head_dim=8),
-        Recipe(48, 3, heads=6, kv_heads=6, ffn=96, steps=8, head_dim=8),
+        DonorRecipe(16, 2, heads=2, kv_heads=2, ffn=32, steps=8, head_dim=8),
+        DonorRecipe(32, 1, heads=4, kv_heads=4, ffn=64, steps=8, head_dim=8),
+        DonorRecipe(48, 3, heads=6, kv_heads=6, ffn=96, steps=8, head_dim=8),
     ]
-    train(zoo, recipes, workers=1, quiet=True)
+    train_zoo(zoo, recipes, workers=1, quiet=True)
     return zoo
 
 
 def sampler(name: str, text: Path) -> Sampler:
     cls = samplers.get(name)
     given = {"text": str(text)} if "text" in cls.__dataclass_fields__ else {}
-    return configure(cls, SETTINGS.get(name, []), **given)
+    return build_sampler(cls, SETTINGS.get(name, []), **given)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -113,7 +114,7 @@ LORA = ["pareto:strategy=both_small", "pareto:strategy=both_compensated", *sampl
 
 def lora_sampler(label: str) -> Sampler:
     name, *settings = label.split(":")
-    return configure(samplers.get(name), [*settings, *(["bootstraps=20"] if name == "pareto" else [])])
+    return build_sampler(samplers.get(name), [*settings, *(["bootstraps=20"] if name == "pareto" else [])])
 
 
 @pytest.mark.parametrize("label", LORA)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.generate.generate import configure, generate
+from headstart.generate.generate import generate
+from headstart.generate.sampling import build_sampler
 from headstart.samplers import get
 from tests.support.shaken import CONFIGS, donor, logits
 from zoo.add import add
@@ -188,7 +189,7 @@ def test_the_nearest_donor_that_fits_is_chosen(tmp_path: Path) -> None:
 
 def test_settings_are_parsed_by_the_type_of_the_option() -> None:
     cls = get("row-column")
-    sampler = configure(cls, ["noise=0", "depth=stack", "donor=none"], donor="x", model="not a field", device="cpu")
+    sampler = build_sampler(cls, ["noise=0", "depth=stack", "donor=none"], donor="x", model="not a field", device="cpu")
     assert sampler.options() == cls(noise=0.0, depth="stack").options()
     for setting, reason in {
         "nois=1": "did you mean 'noise'",
@@ -197,7 +198,7 @@ def test_settings_are_parsed_by_the_type_of_the_option() -> None:
         "depth=deep": "unknown depth of row-column",
     }.items():
         with pytest.raises(UserError, match=reason):
-            configure(cls, [setting])
+            build_sampler(cls, [setting])
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from headstart.compare.compare import compare
 from headstart.generate.generate import generate
 from zoo.add import add
+from zoo.training.corpora import encode_corpus
 from zoo.training.loop import evaluate
-from zoo.training.text import encode_corpus
 
 WIDER_AND_DEEPER = {
     "hidden_size": 96,
