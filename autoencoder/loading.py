@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from autoencoder.model import UnitAutoencoder
-from zoo.checkpoints.headers import read_json
-from zoo.checkpoints.hub import patiently
+from zoo.checkpoints.files import read_json
+from zoo.checkpoints.hub import with_retries
 from zoo.errors import UserError
 
 
@@ -23,7 +23,7 @@ def local_folder(source: str | Path, what: str) -> Path:
 
     name, _, revision = str(source).partition("@")
     patterns = ["*.json", "*.safetensors"]
-    return Path(patiently(lambda: snapshot_download(name, revision=revision or None, allow_patterns=patterns), name))
+    return Path(with_retries(lambda: snapshot_download(name, revision=revision or None, allow_patterns=patterns), name))
 
 
 def load_component(cls: type[Any], folder: Path, config: str, how: str) -> Any:

@@ -59,7 +59,7 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
         norms = vectors.norm(dim=-1).clamp_min(1e-12)
         return self.encoders[kind](self._weighted(kind, vectors / norms.unsqueeze(-1))), norms.log()
 
-    def directions(self, kind: str, latents: Tensor, width: int) -> Tensor:
+    def decode_directions(self, kind: str, latents: Tensor, width: int) -> Tensor:
         """[N, R] -> [N, P, width], before the norms are put back; `width` is at most W."""
         flat = self.decoders[kind](latents)
         if kind in self.corrections:
@@ -70,7 +70,7 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
     def decode(self, kind: str, latents: Tensor, log_norms: Tensor, width: int) -> Tensor:
         """Latents [N, R] and log-norms [N, P] -> vectors [N, P, width] of exactly those norms. Coordinates beyond W
         are zero."""
-        directions = self.directions(kind, latents, min(width, self.width))
+        directions = self.decode_directions(kind, latents, min(width, self.width))
         vectors = nn.functional.normalize(directions, dim=-1) * log_norms.exp().unsqueeze(-1)
         return to_width(vectors, width)
 
@@ -82,7 +82,7 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
         latents = self.encoders[kind](self._weighted(kind, directions))
         if noise is not None:
             latents = latents + noise * latents.detach().square().mean().sqrt()
-        error = self.directions(kind, latents, self.width).flatten(1) - directions.flatten(1)
+        error = self.decode_directions(kind, latents, self.width).flatten(1) - directions.flatten(1)
         weight = self.get_buffer(f"weight_{kind}").square()
         return (weight * error.square()).sum() / (weight * directions.flatten(1).square()).sum()
 

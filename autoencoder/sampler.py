@@ -18,16 +18,24 @@ from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
-from zoo.training.text import read_vocabulary, rows_by_token
-from zoo.units.aligned import Aligned, align, known_loss
-from zoo.units.canonical import tie
+from zoo.units.aligned import AlignedDonor, align_donors, recorded_loss
+from zoo.units.canonical import tie_head
 from zoo.units.decoder import write_decoder
-from zoo.units.units import ROLES, energy, narrowed, principal_axes, require_unit_target, resize, scatter
+from zoo.units.units import (
+    ROLES,
+    principal_axes,
+    project_to_axes,
+    require_unit_target,
+    residual_energy,
+    resize_units,
+    units_to_decoder,
+)
+from zoo.vocabulary import read_vocabulary, rows_by_token
 
 
 @dataclass(kw_only=True)
 class AutoencoderSampler(Sampler):
-    """The most important units of a donor in canonical form (`resize`), encoded and decoded."""
+    """The most important units of a donor in canonical form (`resize_units`), encoded and decoded."""
 
     name: ClassVar[str] = "autoencoder"
     family: ClassVar[str] = "generative"
@@ -43,7 +51,7 @@ class AutoencoderSampler(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._source: Aligned | None = None
+        self._source: AlignedDonor | None = None
         self._autoencoder: UnitAutoencoder | None = None
 
     @property
@@ -78,17 +86,17 @@ class AutoencoderSampler(Sampler):
             raise unknown("donor", self.donor, (d.name for d in zoo.donors))
         vocabulary = self._vocabulary()
         reasons = []
-        best: tuple[tuple[float, ...], Aligned] | None = None
-        for aligned in align(zoo):
+        best: tuple[tuple[float, ...], AlignedDonor] | None = None
+        for aligned in align_donors(zoo):
             if self.donor not in (None, aligned.name):
                 continue
-            problem = misfit(aligned.metadata, target, self.tokenizer)
+            problem = mismatch_reason(aligned.metadata, target, self.tokenizer)
             if problem:
                 reasons.append(f"{aligned.name}: {problem}")
                 continue
-            known = round((known_rows(aligned, target, vocabulary) >= 0).double().mean().item(), 1)
+            known = round((donor_rows(aligned, target, vocabulary) >= 0).double().mean().item(), 1)
             narrower = max(0, target.width - aligned.metadata.width)
-            loss = known_loss(aligned.facts)
+            loss = recorded_loss(aligned.facts)
             gap = size_gap(zoo.donor(aligned.name), blueprint)
             rank = (-known, narrower, math.inf if loss is None else loss, gap)
             if best is None or rank < best[0]:
@@ -107,7 +115,7 @@ class AutoencoderSampler(Sampler):
         units = {**donor.units, "vocab": vocabulary_units(donor, target, self._vocabulary())}
         source = replace(donor.metadata, vocab=target.vocab)
         width = max(source.width, target.width)  # a narrower stream is cut at the end, along its own axes
-        resized = resize(units, source, replace(target, width=width))
+        resized = resize_units(units, source, replace(target, width=width))
         device = torch.device(self.device)
         coder = self._autoencoder.to(device)
         with torch.no_grad():
@@ -115,9 +123,9 @@ class AutoencoderSampler(Sampler):
                 kind: coder.decode(kind, *coder.encode(kind, resized[kind].to(device)), width).cpu() for kind in ROLES
             }
         if width > target.width:
-            decoded = narrowed(decoded, principal_axes(energy(decoded, target), target.width))
-        decoder = scatter(decoded, target)
-        yield from write_decoder(tie(decoder) if target.tied else decoder, blueprint)
+            decoded = project_to_axes(decoded, principal_axes(residual_energy(decoded, target), target.width))
+        decoder = units_to_decoder(decoded, target)
+        yield from write_decoder(tie_head(decoder) if target.tied else decoder, blueprint)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self._source is None:
@@ -127,10 +135,10 @@ class AutoencoderSampler(Sampler):
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._autoencoder = self._load()
-        self._source = Aligned(values["name"], Metadata(**values["metadata"]), tuple(values["tokens"]), tensors)
+        self._source = AlignedDonor(values["name"], Metadata(**values["metadata"]), tuple(values["tokens"]), tensors)
 
 
-def misfit(donor: Metadata, target: Metadata, tokenizer: str | None) -> str | None:
+def mismatch_reason(donor: Metadata, target: Metadata, tokenizer: str | None) -> str | None:
     """Why a donor's units cannot fill the target, or None."""
     if donor.head_dim != target.head_dim:
         return f"head_dim is {donor.head_dim}, the target's {target.head_dim}"
@@ -139,7 +147,7 @@ def misfit(donor: Metadata, target: Metadata, tokenizer: str | None) -> str | No
     return None
 
 
-def known_rows(donor: Aligned, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
+def donor_rows(donor: AlignedDonor, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
     """int64 [V]: the donor's row for each of the target's tokens, by string; -1 where it has none. No vocabulary: the
     tokens are the donor's."""
     if vocabulary is None:
@@ -148,7 +156,7 @@ def known_rows(donor: Aligned, target: Metadata, vocabulary: dict[str, int] | No
     return rows_by_token(own, vocabulary, len(own), target.vocab)
 
 
-def vocabulary_units(donor: Aligned, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
+def vocabulary_units(donor: AlignedDonor, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
     """[V, P, d]: the donor's vocabulary pairs for the target's tokens; the mean pair where it has none."""
-    pairs, index = donor.units["vocab"], known_rows(donor, target, vocabulary)
+    pairs, index = donor.units["vocab"], donor_rows(donor, target, vocabulary)
     return torch.where((index >= 0)[:, None, None], pairs[index], pairs.mean(0))

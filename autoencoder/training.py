@@ -18,26 +18,26 @@ from zoo.donors.store import Zoo, record
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.training.resumable import (
-    STAGED,
-    STATE,
-    claim,
-    identity,
+    STAGING_FOLDER,
+    STATE_FILE,
+    claim_folder,
     load_state,
     publish,
     restore_training,
     resumable_steps,
+    run_identity,
     save_state,
     training_tensors,
 )
-from zoo.units.aligned import Aligned, align
+from zoo.units.aligned import AlignedDonor, align_donors
 from zoo.units.units import ROLES, to_width
 
-REPORT = "report.json"
+REPORT_FILE = "report.json"
 SAVE_EVERY = 200
 
 
 @dataclass(frozen=True)
-class Recipe:
+class AutoencoderTrainConfig:
     """rate: numbers of a unit per number of its latent. The network starts as PCA and is trained for `steps`, with
     normal noise of `noise` times their RMS on the latents: what is generated is off by as much, and a decoder that has
     only seen exact latents blows that up wherever donors have little (noise on latents: 2510.11690)."""
@@ -51,7 +51,9 @@ class Recipe:
     seed: int = 0
 
 
-def pca(donors: list[Aligned], recipe: Recipe, records: list[dict[str, Any]]) -> UnitAutoencoder:
+def pca_autoencoder(
+    donors: list[AlignedDonor], recipe: AutoencoderTrainConfig, records: list[dict[str, Any]]
+) -> UnitAutoencoder:
     """The autoencoder before training: PCA at the recipe's rate under the error's weights. records: of the donors."""
     width = max(d.metadata.width for d in donors)
     latent = {kind: max(1, round(len(roles) * width / recipe.rate)) for kind, roles in ROLES.items()}
@@ -64,7 +66,9 @@ def pca(donors: list[Aligned], recipe: Recipe, records: list[dict[str, Any]]) ->
     return model
 
 
-def batch(donors: list[Aligned], kind: str, recipe: Recipe, step: int, width: int) -> Tensor:
+def sample_batch(
+    donors: list[AlignedDonor], kind: str, recipe: AutoencoderTrainConfig, step: int, width: int
+) -> Tensor:
     """[batch, P, W]: units of one kind of all donors; of (seed, step)."""
     rng = stream(recipe.seed, f"{kind} {step}")
     sizes = torch.tensor([float(len(d.units[kind])) for d in donors])
@@ -77,7 +81,7 @@ def batch(donors: list[Aligned], kind: str, recipe: Recipe, step: int, width: in
 
 
 @torch.no_grad()
-def errors(model: UnitAutoencoder, donors: list[Aligned], noise: float = 0.0) -> dict[str, float]:
+def reconstruction_errors(model: UnitAutoencoder, donors: list[AlignedDonor], noise: float = 0.0) -> dict[str, float]:
     """kind -> relative weighted squared error over all units of all donors, with that much noise on the latents."""
     out = {}
     for kind in ROLES:
@@ -87,7 +91,7 @@ def errors(model: UnitAutoencoder, donors: list[Aligned], noise: float = 0.0) ->
     return out
 
 
-def train(
+def train_autoencoder(
     zoo: str | Path,
     out: str | Path,
     resume: bool = False,
@@ -98,7 +102,7 @@ def train(
     **settings: Any,
 ) -> Path:
     """Trains the unit autoencoder of a zoo and writes it to `out`, with `report.json`: its error beside that of PCA at
-    the same rate, per kind. settings: fields of `Recipe`.
+    the same rate, per kind. settings: fields of `AutoencoderTrainConfig`.
 
     An interrupted run leaves its state in `out`; `resume` continues it to the same bytes. Raises UserError for an
     unusable zoo, or an `out` that exists (without resume)."""
@@ -107,28 +111,28 @@ def train(
     out = Path(out)
     if steps is not None:
         settings["steps"] = steps
-    recipe = Recipe(seed=seed, **settings)
+    recipe = AutoencoderTrainConfig(seed=seed, **settings)
     opened = Zoo.open(zoo)
-    known = identity(recipe, opened)
-    done = claim(out, resume, REPORT)
+    known = run_identity(recipe, opened)
+    done = claim_folder(out, resume, REPORT_FILE)
     if done is not None:
         if done != known:
             raise UserError(f"{out}: holds an autoencoder of other settings or another zoo; give another --out")
         return out
     accelerator = Accelerator(cpu=device == "cpu")
-    donors = list(align(opened, quiet))
-    model = pca(donors, recipe, [record(opened.donor(d.name)) for d in donors]).to(accelerator.device)
-    before = errors(model, donors), errors(model, donors, recipe.noise)
+    donors = list(align_donors(opened, quiet))
+    model = pca_autoencoder(donors, recipe, [record(opened.donor(d.name)) for d in donors]).to(accelerator.device)
+    before = reconstruction_errors(model, donors), reconstruction_errors(model, donors, recipe.noise)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
     start = 0
-    if (out / STATE).is_file():
-        state, start = load_state(out / STATE, known)
+    if (out / STATE_FILE).is_file():
+        state, start = load_state(out / STATE_FILE, known)
         restore_training(state, model, optimizer)
     main = accelerator.is_main_process  # every process makes the same steps, so that their number changes nothing
 
     def save(step: int) -> None:
         if main:
-            save_state(out / STATE, training_tensors(model, optimizer), step, known)
+            save_state(out / STATE_FILE, training_tensors(model, optimizer), step, known)
 
     run = resumable_steps(start, recipe.steps, SAVE_EVERY, save, "autoencoder", quiet or not main)
     with contextlib.closing(run):
@@ -137,7 +141,7 @@ def train(
                 group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             loss = torch.zeros((), device=accelerator.device)
             for kind in ROLES:
-                units = batch(donors, kind, recipe, step, model.width).to(accelerator.device)
+                units = sample_batch(donors, kind, recipe, step, model.width).to(accelerator.device)
                 rng = stream(recipe.seed, f"noise {kind} {step}")
                 drawn = recipe.noise * torch.randn(len(units), model.latent_size(kind), generator=rng)
                 loss = loss + model.loss(kind, units, drawn.to(accelerator.device))
@@ -145,7 +149,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
     if main:
-        after = errors(model, donors), errors(model, donors, recipe.noise)
+        after = reconstruction_errors(model, donors), reconstruction_errors(model, donors, recipe.noise)
         kept = {"autoencoder": after[0], "pca": before[0], "autoencoder_noised": after[1], "pca_noised": before[1]}
         report = {
             "recipe": asdict(recipe),
@@ -153,11 +157,11 @@ def train(
             "error": {k: {name: e[k] for name, e in kept.items()} | {"latent": model.latent_size(k)} for k in ROLES},
             "identity": known,
         }
-        staged = out / STAGED
+        staged = out / STAGING_FOLDER
         with writing(out):
             model.cpu().save_pretrained(staged)
-            (staged / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-            publish(staged, out, REPORT)
-        (out / STATE).unlink(missing_ok=True)
+            (staged / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+            publish(staged, out, REPORT_FILE)
+        (out / STATE_FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return out

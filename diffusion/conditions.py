@@ -20,7 +20,7 @@ FEATURES = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES)) + 3 + 2 * len(PERIODS
 
 
 Address = tuple[Tensor, Tensor, Tensor]  # (layer, head, slot), int64 [N] each, -1 where it does not apply
-NOWHERE: Address = (torch.tensor([-1]), torch.tensor([-1]), torch.tensor([-1]))  # of a whole model
+MODEL_ADDRESS: Address = (torch.tensor([-1]), torch.tensor([-1]), torch.tensor([-1]))  # of a whole model
 
 
 def model_features(metadata: Metadata, loss: float | None) -> Tensor:
@@ -46,7 +46,7 @@ def _fraction(index: Tensor, size: int) -> Tensor:
     return torch.stack([2 * value - 1, *waves], dim=1) * (index >= 0)[:, None]
 
 
-def features(kind: str, address: Address, metadata: Metadata, loss: float | None) -> Tensor:
+def unit_features(kind: str, address: Address, metadata: Metadata, loss: float | None) -> Tensor:
     """[N, FEATURES] float32 for units of a kind at (layer, head, slot), int64 [N] each."""
     layer, head, slot = address
     sizes = {"neuron": metadata.ffn, "qk": metadata.head_dim // 2, "vo": metadata.head_dim}
@@ -74,18 +74,18 @@ def features(kind: str, address: Address, metadata: Metadata, loss: float | None
     ).float()
 
 
-def layer_and_head(features: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [N] each: what `features` were told of units that have a layer and a head; 0 for what they have not."""
+def layer_and_head_of_features(features: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [N] each: what `unit_features` were told of units that have a layer and a head; 0 for what they have not."""
     at = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES))
     head, layer = (2.0 ** (2 * (features[:, at + i].double() + 1)) - 1 for i in (1, 2))
     return layer.round().long(), head.round().long()
 
 
 def query_heads_per_group(features: Tensor) -> int:
-    """Of the donor whose units' `features` [N, FEATURES] these are."""
+    """Of the donor whose units' `unit_features` [N, FEATURES] these are."""
     return round(float(2.0 ** (features[0, 2] - features[0, 3]).double()))
 
 
 def model_condition(metadata: Metadata, loss: float | None) -> Tensor:
     """[FEATURES]: the features of a whole model, for the context."""
-    return features("vocab", NOWHERE, metadata, loss)[0]
+    return unit_features("vocab", MODEL_ADDRESS, metadata, loss)[0]

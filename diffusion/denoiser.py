@@ -27,9 +27,9 @@ from diffusion.conditions import FEATURES
 from diffusion.memory import Bank
 
 CONTEXT = "context"
-KEY = 64  # size of the queries and keys of the prior
-SPEED = 5.0  # how much faster than the other parameters the prior's sharpness is learned
-PARTNERED = ("vocab", "qk", "vo")  # kinds whose units may have a partner
+KEY_SIZE = 64  # size of the queries and keys of the prior
+SHARPNESS_SPEED = 5.0  # how much faster than the other parameters the prior's sharpness is learned
+KINDS_WITH_PARTNER = ("vocab", "qk", "vo")  # kinds whose units may have a partner
 
 
 def sigma_embedding(sigma: Tensor, size: int) -> Tensor:
@@ -65,7 +65,7 @@ class Candidates:
     log_prior: Tensor
 
 
-def of_group(log_prior: Tensor, wanted: Tensor | None, group: Tensor | None) -> Tensor:
+def mask_to_group(log_prior: Tensor, wanted: Tensor | None, group: Tensor | None) -> Tensor:
     """A token whose string donors have is one of theirs of that string, and a unit of a head is of the head that was
     chosen for it: [N, M] with -inf elsewhere. wanted int64 [N], the group of each unit, -1 where it may be of any;
     group int64 [M], those of the bank. None: units without any."""
@@ -81,7 +81,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
         self.mlp = nn.Sequential(nn.Linear(hidden, expand * hidden), nn.GELU(), nn.Linear(expand * hidden, hidden))
-        self.modulation = nn.Sequential(nn.SiLU(), _zeroed(nn.Linear(hidden, 3 * hidden)))
+        self.modulation = nn.Sequential(nn.SiLU(), _zero_initialised(nn.Linear(hidden, 3 * hidden)))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(condition).chunk(3, dim=1)  # [N, H] each
@@ -107,11 +107,11 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         self.index = {kind: i for i, kind in enumerate(tokens)}
         self.family = {name: i + 1 for i, name in enumerate(families)}
         self.read = nn.ModuleDict({k: nn.Linear(size, hidden) for k, size in tokens.items()})
-        self.partner = nn.ModuleDict({k: nn.Linear(tokens[k], hidden) for k in PARTNERED})
-        self.write = nn.ModuleDict({k: _zeroed(nn.Linear(hidden, size)) for k, size in tokens.items()})
-        self.query = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in tokens})
-        self.key = nn.ModuleDict({k: nn.Linear(hidden, KEY) for k in tokens})
-        self.sharpness = nn.Parameter(torch.tensor(math.log(60.0) / SPEED))
+        self.partner = nn.ModuleDict({k: nn.Linear(tokens[k], hidden) for k in KINDS_WITH_PARTNER})
+        self.write = nn.ModuleDict({k: _zero_initialised(nn.Linear(hidden, size)) for k, size in tokens.items()})
+        self.query = nn.ModuleDict({k: nn.Linear(hidden, KEY_SIZE) for k in tokens})
+        self.key = nn.ModuleDict({k: nn.Linear(hidden, KEY_SIZE) for k in tokens})
+        self.sharpness = nn.Parameter(torch.tensor(math.log(60.0) / SHARPNESS_SPEED))
         self.kind = nn.Embedding(len(tokens), hidden)
         self.architecture = nn.Embedding(len(families) + 1, hidden)
         self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
@@ -123,7 +123,7 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         for embedding in (self.kind, self.architecture):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def told(
+    def condition_embedding(
         self, kind: str, features: Tensor, family: Tensor, context: Tensor | None, partner: Tensor | None
     ) -> Tensor:
         """What is known of units, [N, H]: features [N, FEATURES], family int64 [N] (0: never seen), context [N, X],
@@ -140,18 +140,18 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         and key with a learned sharpness, as in CLIP (2103.00020)."""
         query = F.normalize(self.query[kind](told), dim=1)
         key = F.normalize(self.key[kind](bank_told), dim=1)
-        return (SPEED * self.sharpness).exp().clamp(max=1000.0) * query @ key.mT
+        return (SHARPNESS_SPEED * self.sharpness).exp().clamp(max=1000.0) * query @ key.mT
 
-    def bank_told(self, kind: str, bank: Bank) -> Tensor:
+    def bank_embedding(self, kind: str, bank: Bank) -> Tensor:
         """[M, H]: the conditions of the bank's units."""
-        return self.told(kind, bank.features, bank.family, bank.context, bank.partners)
+        return self.condition_embedding(kind, bank.features, bank.family, bank.context, bank.partners)
 
     def forward(
         self,
         kind: str,
         x: Tensor,  # [N, T] noisy tokens, (1 - sigma) token + sigma noise
         sigma: Tensor,  # [N]
-        told: Tensor,  # [N, H], from `told`
+        told: Tensor,  # [N, H], from `condition_embedding`
         candidates: Candidates | None = None,
         conditional: Tensor | None = None,  # bool [N]: False drops the condition (classifier-free guidance)
     ) -> Tensor:
@@ -169,7 +169,7 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         return velocity + mixture_velocity(x, sigma, candidates.tokens, candidates.log_prior, bandwidth)
 
 
-def _zeroed(linear: nn.Linear) -> nn.Linear:
+def _zero_initialised(linear: nn.Linear) -> nn.Linear:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

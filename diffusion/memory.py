@@ -18,9 +18,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from diffusion.conditions import FEATURES, layer_and_head
+from diffusion.conditions import FEATURES, layer_and_head_of_features
 
-MOST_LAYERS = 1 << 16  # of a donor
+MAX_LAYERS = 1 << 16  # of a donor
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ZooMemory(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.scale = {k: TokenScale(s["latent"], tuple(s["mean"]), tuple(s["std"])) for k, s in scales.items()}
-        self.row = {token: i for i, token in enumerate(tokens)}
+        self.row_of_token = {token: i for i, token in enumerate(tokens)}
         self.register_buffer("vocabulary", torch.zeros(len(tokens), sizes["vocab"][1]))
         self.register_buffer("contexts", torch.zeros(len(donors), context))
         self.register_buffer("families", torch.zeros(len(donors), dtype=torch.int64))
@@ -101,7 +101,7 @@ class ZooMemory(ModelMixin, ConfigMixin):
 
     def rows(self, tokens: Sequence[str]) -> Tensor:
         """int64 [len(tokens)]: where a string stands among the zoo's; -1 for one that the zoo does not know."""
-        return torch.tensor([self.row.get(token, -1) for token in tokens])
+        return torch.tensor([self.row_of_token.get(token, -1) for token in tokens])
 
     def lookup(self, rows: Tensor) -> Tensor:
         """[N, T]: the mean token of each string, zeros for one that the zoo does not know."""
@@ -123,5 +123,5 @@ class ZooMemory(ModelMixin, ConfigMixin):
         )
         if kind == "vocab":
             return replace(bank, group=self.get_buffer("strings_vocab"))
-        layer, head = layer_and_head(bank.features)
-        return replace(bank, group=None if kind == "neuron" else head, block=donor * MOST_LAYERS + layer)
+        layer, head = layer_and_head_of_features(bank.features)
+        return replace(bank, group=None if kind == "neuron" else head, block=donor * MAX_LAYERS + layer)

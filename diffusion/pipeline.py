@@ -14,21 +14,28 @@ from torch import Tensor
 
 from autoencoder.loading import load_component, local_folder
 from autoencoder.model import UnitAutoencoder
-from diffusion.conditions import MODEL_FEATURES, NOWHERE, SHAPE_FEATURES, Address, features, query_heads_per_group
-from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_group
+from diffusion.conditions import (
+    MODEL_ADDRESS,
+    MODEL_FEATURES,
+    SHAPE_FEATURES,
+    Address,
+    query_heads_per_group,
+    unit_features,
+)
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, mask_to_group
 from diffusion.memory import Bank, ZooMemory
-from diffusion.views import sibling
+from diffusion.views import first_head_unit
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, Layer
-from zoo.units.units import ROLES, addresses, energy, narrowed, principal_axes, scatter
+from zoo.units.units import ROLES, principal_axes, project_to_axes, residual_energy, unit_addresses, units_to_decoder
 
 # Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
-CHUNK = 1024
-NEAREST = 64  # units of the bank that a unit may be like: those of highest prior
-KEPT = 1 << 26  # numbers of a narrower target's units that are kept, so as not to be generated again
-ASKED = 256  # units of a kind whose priors choose the block that all of them are of
+CHUNK_SIZE = 1024
+CANDIDATES_PER_UNIT = 64  # units of the bank that a unit may be like: those of highest prior
+MAX_CACHED_NUMBERS = 1 << 26  # numbers of a narrower target's units that are kept, so as not to be generated again
+PROBED_UNITS = 256  # units of a kind whose priors choose the block that all of them are of
 CONDITIONS = ("true", "shape", "shuffled", "mean")
 
 
@@ -88,32 +95,32 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         units: Callable[[int], dict[str, Tensor]] = partial(self._units, request, context)
         width, axes = request.metadata.width, None
         if width < self.autoencoder.width:
-            units = cache(units) if self._size(request.metadata) <= KEPT else units
+            units = cache(units) if self._size(request.metadata) <= MAX_CACHED_NUMBERS else units
             axes = self._axes(request.metadata, pairs, units)
-            pairs = narrowed({"vocab": pairs}, axes)["vocab"]
+            pairs = project_to_axes({"vocab": pairs}, axes)["vocab"]
         return Decoder(
             metadata=replace(request.metadata, tied=False),
             embed=pairs[:, 0],
             head=pairs[:, 1] * width**-0.5,
-            layers=_Layers(request.metadata, units, axes),  # type: ignore[arg-type]
+            layers=_LazyLayers(request.metadata, units, axes),  # type: ignore[arg-type]
             gain={"final": torch.ones(width)},
         )
 
     def _context(self, request: Request) -> Tensor:
-        told = self._told(request, "vocab", NOWHERE, "context")
+        told = self._unit_features(request, "vocab", MODEL_ADDRESS, "context")
         return self._solve(request, CONTEXT, "context", told, None, None, self.memory.bank(CONTEXT))[0]
 
     def _axes(self, shape: Metadata, pairs: Tensor, units: Callable[[int], dict[str, Tensor]]) -> Tensor:
         """[W, d] for a target narrower than the units of the zoo: the principal axes of what is generated, which takes
         generating it once before it is written."""
-        total = energy({"vocab": pairs}, shape)
+        total = residual_energy({"vocab": pairs}, shape)
         for index in range(shape.layers):
-            total += energy(units(index), shape)
+            total += residual_energy(units(index), shape)
         return principal_axes(total, shape.width)
 
     def _size(self, shape: Metadata) -> int:
         """Numbers in the units of all blocks of a shape, as wide as the zoo's."""
-        block = addresses(replace(shape, layers=1, vocab=0))
+        block = unit_addresses(replace(shape, layers=1, vocab=0))
         vectors = sum(len(address[0]) * len(ROLES[kind]) for kind, address in block.items())
         return shape.layers * vectors * self.autoencoder.width
 
@@ -121,7 +128,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         """[V, 2, W], wider for a wider target."""
         shape = request.metadata
         names = request.tokens if request.tokens is not None else tuple(self.memory.config["tokens"])
-        told = self._told(request, "vocab", addresses(shape)["vocab"], "vocab")
+        told = self._unit_features(request, "vocab", unit_addresses(shape)["vocab"], "vocab")
         strings = self.memory.rows(names)
         bank = self.memory.bank("vocab")
         tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(strings), bank, strings)
@@ -135,8 +142,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         shape = request.metadata
         told, heads = {}, {}
         for kind in ("neuron", "qk", "vo"):
-            layer, heads[kind], slot = (t.unflatten(0, (shape.layers, -1))[index] for t in addresses(shape)[kind])
-            told[kind] = self._told(request, kind, (layer, heads[kind], slot), f"layer {index} {kind}")
+            layer, heads[kind], slot = (t.unflatten(0, (shape.layers, -1))[index] for t in unit_addresses(shape)[kind])
+            told[kind] = self._unit_features(request, kind, (layer, heads[kind], slot), f"layer {index} {kind}")
         banks = {kind: self.memory.bank(kind) for kind in told}
         wanted: dict[str, Tensor] = {}
         if self.denoiser.config["bandwidth"] is not None:
@@ -149,7 +156,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         tokens = {kind: solved(kind, f"layer {index} {kind}", None) for kind in told}
         if shape.heads > shape.kv_heads:  # query heads that share k and v are told the first's
             for kind in ("qk", "vo"):
-                row = sibling(replace(shape, layers=1), kind)
+                row = first_head_unit(replace(shape, layers=1), kind)
                 again = solved(kind, f"layer {index} {kind} siblings", tokens[kind][row])
                 tokens[kind] = torch.where((row >= 0)[:, None], again, tokens[kind])
         return {kind: self._decode(kind, tokens[kind], request, f"layer {index} {kind}") for kind in told}
@@ -162,7 +169,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         for kind, bank in banks.items():
             assert bank.block is not None
             blocks, of = torch.unique(bank.block, return_inverse=True)  # every kind has the same blocks
-            asked = torch.linspace(0, len(told[kind]) - 1, min(ASKED, len(told[kind]))).long()
+            asked = torch.linspace(0, len(told[kind]) - 1, min(PROBED_UNITS, len(told[kind]))).long()
             prior = self._prior(request, kind, told[kind][asked], context, bank).mean(0)
             priors.append(torch.zeros(len(blocks)).index_add_(0, of.cpu(), prior.cpu()))
         block = blocks[torch.multinomial(torch.stack(priors).sum(0), 1, generator=stream(request.seed, name))]
@@ -204,7 +211,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         """[N, M]: how likely each unit of a bank is for each of N that are told so much."""
         bank = bank.to(self.denoiser.device)
         condition = self._condition(request, kind, told, context, None)
-        return self.denoiser.log_prior(kind, condition, self.denoiser.bank_told(kind, bank)).softmax(1)
+        return self.denoiser.log_prior(kind, condition, self.denoiser.bank_embedding(kind, bank)).softmax(1)
 
     def _condition(
         self, request: Request, kind: str, told: Tensor, context: Tensor | None, partner: Tensor | None
@@ -213,11 +220,11 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         device = self.denoiser.device
         family = torch.full((len(told),), self.denoiser.family.get(request.metadata.architecture, 0), device=device)
         shared = None if context is None else context.to(device).expand(len(told), -1)
-        return self.denoiser.told(
+        return self.denoiser.condition_embedding(
             kind, told.to(device), family, shared, None if partner is None else partner.to(device)
         )
 
-    def _told(self, request: Request, kind: str, address: Address, name: str) -> Tensor:
+    def _unit_features(self, request: Request, kind: str, address: Address, name: str) -> Tensor:
         """The features of units, [N, FEATURES], or what the controls tell instead. `shape`: shape and quality of a
         random donor, one for the whole model, of that half whose shapes are least like the target's. `shuffled`:
         besides, the addresses of a random layer in random order. `mean`: the zoo's mean, the mean address."""
@@ -227,7 +234,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             layer, head, slot = (t[torch.randperm(len(t), generator=rng)] for t in address)
             layer = torch.where(layer < 0, layer, torch.randint(shape.layers, (1,), generator=rng))
             address = (layer, head, slot)
-        told = features(kind, address, shape, self._quality(request))
+        told = unit_features(kind, address, shape, self._quality(request))
         if request.condition in ("shape", "shuffled"):
             own, others = told[0, :SHAPE_FEATURES], shapes[:, :SHAPE_FEATURES]
             far = (others - own).norm(dim=1).argsort(descending=True, stable=True)[: (len(shapes) + 1) // 2]
@@ -273,10 +280,10 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         known = None
         if denoiser.config["bandwidth"] is not None:
             bank = bank.to(device)
-            known = denoiser.bank_told(kind, bank)
+            known = denoiser.bank_embedding(kind, bank)
         out = []
-        for start in range(0, len(told), CHUNK):
-            rows = slice(start, start + CHUNK)
+        for start in range(0, len(told), CHUNK_SIZE):
+            rows = slice(start, start + CHUNK_SIZE)
             mate = None if partner is None else partner[rows]
             condition = self._condition(request, kind, told[rows], context, mate)
             pair: list[Candidates | None] = [None, None]
@@ -293,8 +300,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
     def _nearest(
         self, kind: str, condition: Tensor, bank: Bank, known: Tensor, wanted: Tensor | None = None
     ) -> Candidates:
-        log_prior = of_group(self.denoiser.log_prior(kind, condition, known), wanted, bank.group)
-        best = log_prior.topk(min(NEAREST, log_prior.shape[1]), dim=1)
+        log_prior = mask_to_group(self.denoiser.log_prior(kind, condition, known), wanted, bank.group)
+        best = log_prior.topk(min(CANDIDATES_PER_UNIT, log_prior.shape[1]), dim=1)
         return Candidates(bank.tokens[best.indices], best.values)
 
     def _denoise(
@@ -313,7 +320,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         return x.cpu()
 
 
-class _Layers(Sequence[Layer]):
+class _LazyLayers(Sequence[Layer]):
     """The layers of a decoder of a shape, made of their units when asked for, in the coordinates `axes` [W, d] if it
     is narrower than those; the last one is kept."""
 
@@ -322,9 +329,9 @@ class _Layers(Sequence[Layer]):
 
         @lru_cache(maxsize=1)
         def make(index: int) -> Layer:
-            found = units(index) if axes is None else narrowed(units(index), axes)
+            found = units(index) if axes is None else project_to_axes(units(index), axes)
             found = {**found, "vocab": torch.zeros(shape.vocab, 2, shape.width)}
-            return scatter(found, replace(shape, layers=1)).layers[0]
+            return units_to_decoder(found, replace(shape, layers=1)).layers[0]
 
         self.make = make
 
@@ -339,7 +346,7 @@ class _Layers(Sequence[Layer]):
         return self.make(index)
 
 
-def scheduler() -> DPMSolverMultistepScheduler:
+def make_scheduler() -> DPMSolverMultistepScheduler:
     """The solver: second order, because first-order steps shrink what they generate (an initialisation is its
     variance)."""
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
@@ -353,4 +360,4 @@ def load_pipeline(source: str) -> WeightDiffusionPipeline:
         raise UserError(f"{source}: holds no pipeline; {how}")
     parts: dict[str, type] = {"autoencoder": UnitAutoencoder, "denoiser": UnitDenoiser, "memory": ZooMemory}
     loaded = {name: load_component(cls, folder / name, "config.json", how).eval() for name, cls in parts.items()}
-    return WeightDiffusionPipeline(scheduler=scheduler(), **loaded)
+    return WeightDiffusionPipeline(scheduler=make_scheduler(), **loaded)

@@ -15,10 +15,10 @@ from zoo.errors import UserError
 from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
-from zoo.training.text import read_vocabulary
-from zoo.units.canonical import tie
+from zoo.units.canonical import tie_head
 from zoo.units.decoder import write_decoder
 from zoo.units.units import require_unit_target
+from zoo.vocabulary import read_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class DiffusionSampler(Sampler):
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         target = require_unit_target(blueprint, "target")
         self._pipeline = self._load()
-        known = self._pipeline.memory.row
+        known = self._pipeline.memory.row_of_token
         if self.tokenizer is None:
             if target.vocab != len(known):
                 raise UserError(
@@ -88,7 +88,7 @@ class DiffusionSampler(Sampler):
             condition=self.condition,
         )
         decoder = self._pipeline(request)
-        yield from write_decoder(tie(decoder) if blueprint.metadata.tied else decoder, blueprint)
+        yield from write_decoder(tie_head(decoder) if blueprint.metadata.tied else decoder, blueprint)
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
         """The donors that the pipeline learned from, not those of `zoo`."""

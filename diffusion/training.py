@@ -18,33 +18,33 @@ from torch import Tensor
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import model_condition
-from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, of_group
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, mask_to_group
 from diffusion.memory import Bank, ZooMemory
-from diffusion.pipeline import WeightDiffusionPipeline, scheduler
-from diffusion.views import View, contexts, donor_tokens, fit_scale, make_view, mean_tokens, view_shape
+from diffusion.pipeline import WeightDiffusionPipeline, make_scheduler
+from diffusion.views import View, donor_contexts, donor_tokens, fit_scale, make_view, mean_tokens, view_shape
 from zoo.checkpoints.writer import writing
 from zoo.donors.store import Zoo, record
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.training.resumable import (
-    STAGED,
-    STATE,
-    claim,
-    identity,
+    STAGING_FOLDER,
+    STATE_FILE,
+    claim_folder,
     load_state,
     publish,
     restore_training,
     resumable_steps,
+    run_identity,
     save_state,
     training_tensors,
 )
-from zoo.units.aligned import Aligned, align, known_loss
+from zoo.units.aligned import AlignedDonor, align_donors, recorded_loss
 from zoo.units.units import ROLES
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How the denoiser is trained. `batch` units a step, shared among the kinds by `SHARES`."""
+class DiffusionTrainConfig:
+    """How the denoiser is trained. `batch` units a step, shared among the kinds by `BATCH_SHARES`."""
 
     steps: int = 4000
     batch: int = 256
@@ -62,28 +62,30 @@ class Recipe:
     seed: int = 0
 
 
-SHARES = {"neuron": 0.4, "qk": 0.2, "vo": 0.25, "vocab": 0.15}
-CONTEXTS = 64  # of each batch
-NEGATIVES = 512  # units of the bank, besides the batch's own, that the prior is trained against in a step
-VIEWS = 4  # that the units of one kind in a batch come from
+BATCH_SHARES = {"neuron": 0.4, "qk": 0.2, "vo": 0.25, "vocab": 0.15}
+CONTEXTS_PER_STEP = 64  # of each batch
+NEGATIVES_PER_STEP = 512  # units of the bank, besides the batch's own, that the prior is trained against in a step
+VIEWS_PER_BATCH = 4  # that the units of one kind in a batch come from
 SAVE_EVERY = 500
-RECORD = "headstart.json"
+RECORD_FILE = "headstart.json"
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """What is learned from, computed once: the donors, and what belongs to each."""
 
-    donors: list[Aligned]
+    donors: list[AlignedDonor]
     memory: ZooMemory
     tokens: list[dict[str, Tensor]]  # per donor and kind [N, T]
     others: list[Tensor]  # per donor [V, T]: the mean vocabulary tokens of the other donors
     first: dict[str, list[int]]  # per kind: where each donor's units begin in the bank
 
 
-def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quiet: bool) -> Material:
+def prepare_training_data(
+    zoo: Zoo, autoencoder: UnitAutoencoder, recipe: DiffusionTrainConfig, quiet: bool
+) -> TrainingData:
     """Aligns and encodes the donors of a zoo. Raises UserError where none is usable or none fits the autoencoder."""
-    donors = list(align(zoo, quiet))
+    donors = list(align_donors(zoo, quiet))
     widest = max(d.metadata.width for d in donors)
     if widest > autoencoder.width:
         raise UserError(
@@ -94,7 +96,7 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
     tables = [dict(zip(d.tokens, t["vocab"], strict=True)) for d, t in zip(donors, tokens, strict=True)]
     sizes = {kind: [sum(len(t[kind]) for t in tokens), tokens[0][kind].shape[1]] for kind in ROLES}
     names = tuple(dict.fromkeys(name for donor in donors for name in donor.tokens))
-    losses = [loss for d in donors if (loss := known_loss(d.facts)) is not None]
+    losses = [loss for d in donors if (loss := recorded_loss(d.facts)) is not None]
     memory = ZooMemory(
         scales={kind: asdict(scale) for kind, scale in scales.items()},
         tokens=list(names),
@@ -105,11 +107,11 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
     )
     size = sizes["vocab"][1]
     others = [mean_tokens(tables[:i] + tables[i + 1 :], d.tokens, size) for i, d in enumerate(donors)]
-    families = _families(donors)
+    families = _family_numbers(donors)
     memory.get_buffer("vocabulary").copy_(mean_tokens(tables, names, size))
-    memory.get_buffer("contexts").copy_(contexts(tables, recipe.context))
+    memory.get_buffer("contexts").copy_(donor_contexts(tables, recipe.context))
     memory.get_buffer("families").copy_(torch.tensor([families[d.metadata.architecture] for d in donors]))
-    shapes = [model_condition(d.metadata, known_loss(d.facts)) for d in donors]
+    shapes = [model_condition(d.metadata, recorded_loss(d.facts)) for d in donors]
     memory.get_buffer("features_context").copy_(torch.stack(shapes))
     own = [make_view(i, d, d.metadata, tokens[i], scales, others[i]) for i, d in enumerate(donors)]
     first = {}
@@ -121,10 +123,10 @@ def gather_material(zoo: Zoo, autoencoder: UnitAutoencoder, recipe: Recipe, quie
         memory.get_buffer(f"partners_{kind}").copy_(torch.cat([v.partners[kind] for v in own]))
         memory.get_buffer(f"donor_{kind}").copy_(torch.arange(len(own)).repeat_interleave(torch.tensor(counts)))
     memory.get_buffer("strings_vocab").copy_(torch.cat([memory.rows(d.tokens) for d in donors]))
-    return Material(donors, memory, tokens, others, first)
+    return TrainingData(donors, memory, tokens, others, first)
 
 
-def _record(zoo: Zoo, donor: Aligned) -> dict[str, Any]:
+def _record(zoo: Zoo, donor: AlignedDonor) -> dict[str, Any]:
     source = zoo.donor(donor.name)
     known: dict[str, Any] = {"parameters": source.parameters} | {
         k: donor.facts[k] for k in ("loss", "tokens") if k in donor.facts
@@ -132,11 +134,11 @@ def _record(zoo: Zoo, donor: Aligned) -> dict[str, Any]:
     return record(source) | known
 
 
-def _families(donors: list[Aligned]) -> dict[str, int]:
+def _family_numbers(donors: list[AlignedDonor]) -> dict[str, int]:
     return {name: i + 1 for i, name in enumerate(sorted({d.metadata.architecture for d in donors}))}
 
 
-def pool_view(material: Material, recipe: Recipe, slot: int, generation: int) -> View:
+def pool_view(material: TrainingData, recipe: DiffusionTrainConfig, slot: int, generation: int) -> View:
     """The view that a slot of the pool holds in its `generation`: a function of the seed alone. Donors are drawn in
     proportion to their size, so that every unit counts alike."""
     name = f"view {slot} {generation}"
@@ -147,7 +149,7 @@ def pool_view(material: Material, recipe: Recipe, slot: int, generation: int) ->
     return make_view(pick, donor, shape, material.tokens[pick], material.memory.scale, material.others[pick])
 
 
-def generation(recipe: Recipe, slot: int, step: int) -> int:
+def generation(recipe: DiffusionTrainConfig, slot: int, step: int) -> int:
     """How often a slot has been refreshed before `step`: one slot every `refresh` steps, in turn."""
     return (step // recipe.refresh - slot - 1) // recipe.pool + 1
 
@@ -174,10 +176,10 @@ class Batch:
         return replace(self, **moved)
 
 
-def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Batch]]:
+def batches(material: TrainingData, recipe: DiffusionTrainConfig, start: int) -> Iterator[list[Batch]]:
     """Per step, one batch of every kind; a function of (seed, step)."""
     pool: dict[int, tuple[int, View]] = {}
-    banks = {kind: material.memory.bank(kind) for kind in (*SHARES, CONTEXT)}
+    banks = {kind: material.memory.bank(kind) for kind in (*BATCH_SHARES, CONTEXT)}
     families, contexts_of = material.memory.get_buffer("families"), material.memory.get_buffer("contexts")
     strings = material.memory.get_buffer("strings_vocab")
     for step in range(start, recipe.steps):
@@ -187,16 +189,16 @@ def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Bat
             if slot not in pool or pool[slot][0] != turn:
                 pool[slot] = (turn, pool_view(material, recipe, slot, turn))
         out = []
-        for kind, share in SHARES.items():
-            each = max(1, round(share * recipe.batch / VIEWS))
+        for kind, share in BATCH_SHARES.items():
+            each = max(1, round(share * recipe.batch / VIEWS_PER_BATCH))
             parts = []
-            for slot in torch.randint(recipe.pool, (VIEWS,), generator=rng).tolist():
+            for slot in torch.randint(recipe.pool, (VIEWS_PER_BATCH,), generator=rng).tolist():
                 view = pool[slot][1]
                 parts.append((view, torch.randint(len(view.rows[kind]), (each,), generator=rng)))
             donor = torch.tensor([v.donor for v, _ in parts]).repeat_interleave(each)
             row = torch.cat([material.first[kind][v.donor] + v.rows[kind][r] for v, r in parts])
             own, bank = row.unique(), banks[kind]
-            negatives = torch.randint(len(bank.tokens), (NEGATIVES,), generator=rng)
+            negatives = torch.randint(len(bank.tokens), (NEGATIVES_PER_STEP,), generator=rng)
             drawn = torch.cat([own, negatives[~torch.isin(negatives, own)]])
             log_count = torch.zeros(len(drawn))
             log_count[len(own) :] = math.log(max(1.0, (len(bank.tokens) - len(own)) / max(1, len(drawn) - len(own))))
@@ -215,7 +217,7 @@ def batches(material: Material, recipe: Recipe, start: int) -> Iterator[list[Bat
                     strings[row] if kind == "vocab" else None,
                 )
             )
-        views = [pool[slot][1] for slot in torch.randint(recipe.pool, (CONTEXTS,), generator=rng).tolist()]
+        views = [pool[slot][1] for slot in torch.randint(recipe.pool, (CONTEXTS_PER_STEP,), generator=rng).tolist()]
         donor = torch.tensor([v.donor for v in views])
         told = torch.stack([v.model for v in views])
         whole = banks[CONTEXT] if recipe.bandwidth is not None else None
@@ -231,7 +233,7 @@ def _noised(
     family: Tensor,
     context: Tensor | None,
     partner: Tensor | None,
-    recipe: Recipe,
+    recipe: DiffusionTrainConfig,
     rng: torch.Generator,
     bank: Bank | None = None,
     log_count: Tensor | None = None,
@@ -267,24 +269,24 @@ def _noised(
 
 def batch_loss(denoiser: UnitDenoiser, batch: Batch) -> Tensor:
     """Mean squared error of the velocity: a scalar."""
-    told = denoiser.told(batch.kind, batch.features, batch.family, batch.context, batch.partner)
+    told = denoiser.condition_embedding(batch.kind, batch.features, batch.family, batch.context, batch.partner)
     candidates = None
     if batch.bank is not None and batch.log_count is not None:
         wanted = torch.where(batch.conditional[:, None], told, denoiser.unconditional)
-        log_prior = denoiser.log_prior(batch.kind, wanted, denoiser.bank_told(batch.kind, batch.bank))
-        log_prior = of_group(log_prior, batch.strings, batch.bank.group)
+        log_prior = denoiser.log_prior(batch.kind, wanted, denoiser.bank_embedding(batch.kind, batch.bank))
+        log_prior = mask_to_group(log_prior, batch.strings, batch.bank.group)
         candidates = Candidates(batch.bank.tokens, log_prior + batch.log_count)
     velocity = denoiser(batch.kind, batch.x, batch.sigma, told, candidates, batch.conditional)
     return (velocity - batch.target).square().mean()
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(recipe: DiffusionTrainConfig, step: int) -> float:
     """Linear warm-up, then a cosine to a hundredth."""
     warm = min(1.0, (step + 1) / recipe.warmup)
     return recipe.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
 
 
-def train(
+def train_diffusion(
     zoo: str | Path,
     autoencoder: str | Path,
     out: str | Path,
@@ -298,7 +300,7 @@ def train(
 ) -> Path:
     """Trains the denoiser on a zoo and writes a `WeightDiffusionPipeline` folder to `out`.
 
-    settings: fields of `Recipe`. An interrupted run leaves its state in `out`; `resume` continues it to the same
+    settings: fields of `DiffusionTrainConfig`. An interrupted run leaves its state in `out`; `resume` continues it to the same
     bytes as an uninterrupted one. tracker: a name that accelerate knows ("tensorboard", "wandb", …).
     Raises UserError for an unusable zoo, an autoencoder of another zoo, or an `out` that exists (without resume)."""
     from accelerate import Accelerator
@@ -306,24 +308,24 @@ def train(
     out = Path(out)
     if steps is not None:
         settings["steps"] = steps
-    recipe = Recipe(seed=seed, **settings)
+    recipe = DiffusionTrainConfig(seed=seed, **settings)
     opened = Zoo.open(zoo)
     coder = load_autoencoder(autoencoder)
     weights = b"".join(p.detach().numpy().tobytes() for p in coder.parameters())
-    known = identity(recipe, opened, hashlib.sha256(weights).hexdigest())
-    done = claim(out, resume, RECORD)
+    known = run_identity(recipe, opened, hashlib.sha256(weights).hexdigest())
+    done = claim_folder(out, resume, RECORD_FILE)
     if done is not None:
         if done != known:
             raise UserError(f"{out}: holds a pipeline of other settings or another zoo; give another --out")
         return out
     accelerator = Accelerator(cpu=device == "cpu", log_with=tracker)
-    material = gather_material(opened, coder, recipe, quiet)
+    material = prepare_training_data(opened, coder, recipe, quiet)
     tokens = {kind: coder.latent_size(kind) + len(ROLES[kind]) for kind in ROLES} | {CONTEXT: recipe.context}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         denoiser = UnitDenoiser(
             tokens,
-            list(_families(material.donors)),
+            list(_family_numbers(material.donors)),
             hidden=recipe.hidden,
             blocks=recipe.blocks,
             bandwidth=recipe.bandwidth,
@@ -331,8 +333,8 @@ def train(
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema = EMAModel(denoiser.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
     start, average = 0, float("nan")
-    if (out / STATE).is_file():
-        state, start = load_state(out / STATE, known)
+    if (out / STATE_FILE).is_file():
+        state, start = load_state(out / STATE_FILE, known)
         average = _restore(state, start, denoiser, optimizer, ema)
     if tracker:
         accelerator.init_trackers("headstart-diffusion", config=asdict(recipe))
@@ -341,7 +343,7 @@ def train(
 
     def save(step: int) -> None:
         if main:
-            save_state(out / STATE, _state(denoiser, optimizer, ema, average), step, known)
+            save_state(out / STATE_FILE, _state(denoiser, optimizer, ema, average), step, known)
 
     run = resumable_steps(
         start, recipe.steps, SAVE_EVERY, save, "diffusion", quiet or not main, lambda: f"loss={average:.3f}"
@@ -372,12 +374,12 @@ def train(
             "donors": material.memory.config["donors"],
             "identity": known,
         }
-        staged = out / STAGED
+        staged = out / STAGING_FOLDER
         with writing(out):
-            WeightDiffusionPipeline(coder, denoiser.cpu(), material.memory, scheduler()).save_pretrained(staged)
-            (staged / RECORD).write_text(json.dumps(told, indent=2) + "\n")
-            publish(staged, out, RECORD)
-        (out / STATE).unlink(missing_ok=True)
+            WeightDiffusionPipeline(coder, denoiser.cpu(), material.memory, make_scheduler()).save_pretrained(staged)
+            (staged / RECORD_FILE).write_text(json.dumps(told, indent=2) + "\n")
+            publish(staged, out, RECORD_FILE)
+        (out / STATE_FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return out
 

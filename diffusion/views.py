@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from autoencoder.model import UnitAutoencoder
-from diffusion.conditions import features, model_condition
+from diffusion.conditions import model_condition, unit_features
 from diffusion.memory import TokenScale
 from zoo.streams import stream
 from zoo.tensors import Metadata
-from zoo.units.aligned import Aligned, known_loss
-from zoo.units.units import ROLES, addresses, unit_map
+from zoo.units.aligned import AlignedDonor, recorded_loss
+from zoo.units.units import ROLES, unit_addresses, unit_map
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class View:
 
 
 @torch.no_grad()
-def fit_scale(autoencoder: UnitAutoencoder, donors: list[Aligned], kind: str) -> TokenScale:
+def fit_scale(autoencoder: UnitAutoencoder, donors: list[AlignedDonor], kind: str) -> TokenScale:
     """The scale of a kind over all donors."""
     encoded = [autoencoder.encode(kind, donor.units[kind]) for donor in donors]
     latents, norms = torch.cat([z for z, _ in encoded]), torch.cat([n for _, n in encoded])
@@ -48,7 +48,7 @@ def fit_scale(autoencoder: UnitAutoencoder, donors: list[Aligned], kind: str) ->
 
 
 @torch.no_grad()
-def donor_tokens(donor: Aligned, autoencoder: UnitAutoencoder, scales: dict[str, TokenScale]) -> dict[str, Tensor]:
+def donor_tokens(donor: AlignedDonor, autoencoder: UnitAutoencoder, scales: dict[str, TokenScale]) -> dict[str, Tensor]:
     """kind -> [N, T], every unit of a donor."""
     return {kind: scales[kind].to_token(*autoencoder.encode(kind, donor.units[kind])) for kind in ROLES}
 
@@ -75,10 +75,10 @@ def view_shape(metadata: Metadata, seed: int, name: str) -> Metadata:
     )
 
 
-def sibling(metadata: Metadata, kind: str) -> Tensor:
+def first_head_unit(metadata: Metadata, kind: str) -> Tensor:
     """int64 [N]: for a unit of a query head that shares its key and value, the same unit of the group's first head;
     -1 for first heads and other kinds."""
-    layer, head, slot = addresses(metadata)[kind]
+    layer, head, slot = unit_addresses(metadata)[kind]
     share = metadata.heads // metadata.kv_heads
     if kind not in ("qk", "vo") or share == 1:
         return torch.full_like(slot, -1)
@@ -89,7 +89,7 @@ def sibling(metadata: Metadata, kind: str) -> Tensor:
 
 def make_view(
     index: int,
-    donor: Aligned,
+    donor: AlignedDonor,
     shape: Metadata,
     tokens: dict[str, Tensor],
     scales: dict[str, TokenScale],
@@ -98,13 +98,13 @@ def make_view(
     """The donor (number `index`) addressed as `shape`. others [V, T]: the mean vocabulary tokens of the other donors,
     zeros for a token that none of them has."""
     maps = unit_map(donor.metadata, shape)
-    loss = known_loss(donor.facts)
+    loss = recorded_loss(donor.facts)
     out, told, partners = {}, {}, {}
     for kind, (rows, copies) in maps.items():
         out[kind] = tokens[kind][rows].clone()
         out[kind][:, -1] -= copies.log() / scales[kind].std[-1]  # the last vector of these kinds is what is written
-        told[kind] = features(kind, addresses(shape)[kind], shape, loss)
-        first = sibling(shape, kind)
+        told[kind] = unit_features(kind, unit_addresses(shape)[kind], shape, loss)
+        first = first_head_unit(shape, kind)
         partners[kind] = out[kind][first] * (first >= 0)[:, None]
     partners["vocab"] = others
     return View(index, {k: rows for k, (rows, _) in maps.items()}, out, told, partners, model_condition(shape, loss))
@@ -119,7 +119,7 @@ def mean_tokens(tables: list[dict[str, Tensor]], names: tuple[str, ...], size: i
     return torch.stack(rows)
 
 
-def contexts(tables: list[dict[str, Tensor]], size: int) -> Tensor:
+def donor_contexts(tables: list[dict[str, Tensor]], size: int) -> Tensor:
     """[donors, X]: what the donors' vocabularies say of their lineage: the principal components of their vocabulary
     tokens over the strings that all share, brought to unit RMS. A function of the weights alone."""
     shared = sorted(set.intersection(*(set(t) for t in tables)))[:1024]

@@ -114,9 +114,9 @@ def zoo_train(
 ) -> None:
     """Train the embedded zoo: tiny Llama-style models on the text that every Python ships."""
     with session(quiet):
-        from zoo.training.nursery import train
+        from zoo.training.nursery import train_zoo
 
-        train(zoo, preset=preset, seed=seed, quiet=quiet)
+        train_zoo(zoo, preset=preset, seed=seed, quiet=quiet)
 
 
 @zoo_app.command("list", epilog="Example: headstart zoo list --zoo zoo --json")
@@ -159,9 +159,9 @@ def train_autoencoder(
 ) -> None:
     """Train the autoencoder of residual units."""
     with session(quiet, again="the same command with --resume"):
-        from autoencoder.training import train
+        from autoencoder.training import train_autoencoder
 
-        train(zoo, out, resume=resume, seed=seed, device=torch_device(device), quiet=quiet, steps=steps)
+        train_autoencoder(zoo, out, resume=resume, seed=seed, device=torch_device(device), quiet=quiet, steps=steps)
 
 
 @train_app.command(
@@ -179,9 +179,11 @@ def train_diffusion(
 ) -> None:
     """Train the latent diffusion."""
     with session(quiet, again="the same command with --resume"):
-        from diffusion.training import train
+        from diffusion.training import train_diffusion
 
-        train(zoo, autoencoder, out, resume=resume, seed=seed, device=torch_device(device), quiet=quiet, steps=steps)
+        train_diffusion(
+            zoo, autoencoder, out, resume=resume, seed=seed, device=torch_device(device), quiet=quiet, steps=steps
+        )
 
 
 @app.command(epilog="Example: headstart generate --target config.json --method row-column --zoo zoo --out init")

@@ -145,11 +145,11 @@ def demo(
 
 def table(results: dict[str, Any]) -> str:
     """The comparison as text, the fastest first."""
-    from headstart.report.comparison_findings import ranked
+    from headstart.report.comparison_findings import rank_methods
     from headstart.report.scores import REFERENCE
 
     rows = [("method", "lr", "step 0", "final loss", "steps to the default's", "speed-up")]
-    for name, entry in ranked(results):
+    for name, entry in rank_methods(results):
         final, steps, speed = entry["final_loss"], entry["steps_to_threshold"]["mean"], entry["speedup"]["mean"]
         if name == REFERENCE:
             steps = results["steps"]  # by definition

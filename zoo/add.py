@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from zoo.checkpoints.checkpoint import Checkpoint, check_against_blueprint
-from zoo.checkpoints.sources import Source, Stamps, count_tensors, obtain, resolve
+from zoo.checkpoints.files import FileHashes, content_hash, file_hash
+from zoo.checkpoints.sources import Source, count_tensors, obtain, resolve
 from zoo.checkpoints.writer import writing
 from zoo.donors.manifest import MANIFEST, ROWS, joined, measure, rows, write_rows
-from zoo.donors.store import RECORD, content_hash, file_hash, read_record, write_record
+from zoo.donors.store import RECORD, read_record, write_record
 from zoo.errors import UserError
-from zoo.statistics.health import Finding, health, summary
+from zoo.statistics.health import Finding, check_health, summarise_findings
 
 CHUNK = 1 << 22
 LOCK = ".lock"  # held while names are given and the manifest is written
@@ -141,7 +142,7 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
             return _summary(source, home, "present", download)
         stack.enter_context(_removed_on_error(staging))
         _stage(staging, checkpoint, stamps, bar.update)
-        findings = health(checkpoint, progress=lambda values: bar.update(values * share))
+        findings = check_health(checkpoint, progress=lambda values: bar.update(values * share))
         stack.enter_context(_lock(models / LOCK))
         name = next((n for n in source.names if not (models / n).exists()), None)
         if name is None:
@@ -173,7 +174,7 @@ def _lost(home: Path, record: dict[str, Any]) -> list[str]:
     return [file for file, stamp in record["files"].items() if not whole(file, stamp["size"])]
 
 
-def _stage(staging: Path, checkpoint: Checkpoint, stamps: Stamps, tick: Callable[[int], object]) -> None:
+def _stage(staging: Path, checkpoint: Checkpoint, stamps: FileHashes, tick: Callable[[int], object]) -> None:
     """Copies the files; those that an interrupted add has left whole are kept."""
     staging.mkdir(exist_ok=True)
     for file, stamp in stamps.items():
@@ -240,7 +241,7 @@ def _summary(
         "read": source.size,
         "download": download,
         "write": source.size if state == "added" else 0,
-        "health": findings if findings is None else summary(findings),
+        "health": findings if findings is None else summarise_findings(findings),
     }
 
 

@@ -24,10 +24,10 @@ from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
-from zoo.units.aligned import Aligned, align
-from zoo.units.canonical import tie
+from zoo.units.aligned import AlignedDonor, align_donors
+from zoo.units.canonical import tie_head
 from zoo.units.decoder import write_decoder
-from zoo.units.units import ROLES, require_unit_target, resize, scatter
+from zoo.units.units import ROLES, require_unit_target, resize_units, units_to_decoder
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class MatrixNormal(Sampler):
 
     canonical   Covariances mean something in the donor's own residual basis only, so donors are brought into canonical
                 form, aligned to the widest by their tokens (`zoo.units.aligned`) and resized to the target
-                (`zoo.units.units.resize`): first coordinates, most important units. One law per kind of unit [R]:
+                (`zoo.units.units.resize_units`): first coordinates, most important units. One law per kind of unit [R]:
                 rows are a layer's neurons, query planes, or components, in their order of importance; columns are
                 the residual vectors of a unit side by side (gate, up and down of a neuron), so that what a unit reads
                 and writes stays coupled. Tokens, matched by string, are independent rows with variances of their own;
@@ -108,7 +108,7 @@ class MatrixNormal(Sampler):
             blocks = Blocks(Path(folder), self.device, pooled, frozenset({"vocab 0"} if canonical else ()))
             if canonical:
                 left = set(pool.names)
-                for aligned in align(pool):
+                for aligned in align_donors(pool):
                     left.discard(aligned.name)
                     blocks.add(_unit_blocks(aligned, pool.donor(aligned.name), blueprint, self.tokenizer))
                 if left:
@@ -159,8 +159,8 @@ class MatrixNormal(Sampler):
         for kind, roles in ROLES.items():
             layers = [self._draw(name, seed) for name in self._group if name.partition(" ")[0] == kind]
             units[kind] = torch.cat(layers).unflatten(1, (len(roles), target.width))
-        decoder = scatter(units, target)
-        yield from write_decoder(tie(decoder) if target.tied else decoder, blueprint)
+        decoder = units_to_decoder(units, target)
+        yield from write_decoder(tie_head(decoder) if target.tied else decoder, blueprint)
 
     def _draw(self, name: str, seed: int) -> Tensor:
         """One block, [p, q] float32, or the mean of what has one axis."""
@@ -304,11 +304,11 @@ def _stored_blocks(donor: Donor, blueprint: Blueprint) -> dict[str, Tensor]:
     }
 
 
-def _unit_blocks(aligned: Aligned, donor: Donor, blueprint: Blueprint, tokenizer: str | None) -> dict[str, Tensor]:
+def _unit_blocks(aligned: AlignedDonor, donor: Donor, blueprint: Blueprint, tokenizer: str | None) -> dict[str, Tensor]:
     """'KIND LAYER' -> [units of a layer of the target, vectors x width]; 'vocab 0' -> the target's tokens."""
     target = blueprint.metadata
     assert target is not None
-    units = resize(aligned.units, aligned.metadata, replace(target, vocab=aligned.metadata.vocab))
+    units = resize_units(aligned.units, aligned.metadata, replace(target, vocab=aligned.metadata.vocab))
     rows = vocabulary_rows(donor, blueprint, tokenizer).index
     units["vocab"] = units["vocab"][rows.clamp_min(0)] * (rows >= 0)[:, None, None]
     out: dict[str, Tensor] = {}

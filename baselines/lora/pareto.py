@@ -25,7 +25,7 @@ from zoo.donors.standalone import kept, reopen, single
 from zoo.errors import UserError
 from zoo.lora.adapters import LoraSampler, Pair, base_donor, change_norm, pairs_of
 from zoo.options import option
-from zoo.statistics.grouping import Grouping, characterise, read_grouping
+from zoo.statistics.grouping import Grouping, group_donor, read_grouping
 from zoo.streams import stream
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Pareto(LoraSampler):
             donor = zoo.donor(given)
         else:
             donor = single(given, quiet=True).only
-        return characterise(donor, self.reference_rank, self.bootstraps, device=self.device)
+        return group_donor(donor, self.reference_rank, self.bootstraps, device=self.device)
 
     def _log_change(self, changes: list[float]) -> None:
         if not changes:
@@ -247,9 +247,9 @@ def first_role(blueprint: Blueprint, pair: Pair) -> str:
 def announce(grouping: Grouping) -> None:
     """Says which projections follow which law, and warns where nothing tells them apart."""
     if grouping.undifferentiated:
-        log.warning("pareto: %s; a deeper reference, or another reference_rank, may differ", grouping.words)
+        log.warning("pareto: %s; a deeper reference, or another reference_rank, may differ", grouping.description)
     else:
-        log.info("pareto: %s", grouping.words)
+        log.info("pareto: %s", grouping.description)
 
 
 def _check_base(base: Donor, blueprint: Blueprint) -> None:

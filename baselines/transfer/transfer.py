@@ -19,7 +19,7 @@ from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, Part, TensorSpec, join, split
-from zoo.training.text import read_vocabulary, rows_by_token
+from zoo.vocabulary import read_vocabulary, rows_by_token
 
 log = logging.getLogger(__name__)
 

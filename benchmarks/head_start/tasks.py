@@ -17,11 +17,12 @@ from typing import Any
 
 from headstart import samplers
 from zoo.checkpoints.writer import replace_file
-from zoo.training.nursery import Recipe, bench
-from zoo.training.text import reference_corpus, save_byte_tokenizer
+from zoo.training.corpora import reference_corpus
+from zoo.training.nursery import DonorRecipe, bench_recipes
+from zoo.vocabulary import save_byte_tokenizer
 
 SEEDS = (0, 1, 2)
-TUNING = 1  # of them, the first, choose learning rate and scale
+TUNING_SEEDS = 1  # of them, the first, choose learning rate and scale
 LRS = {
     "short": (6e-4, 2e-3, 6e-3, 2e-2, 6e-2),
     "long": (6e-4, 2e-3, 6e-3, 2e-2),
@@ -29,7 +30,7 @@ LRS = {
 }
 SCALES = (1.0, 4.0, 8.0, 16.0)  # of the default; the embedded donors started from 0.8 / sqrt(width), 3 to 6 times it
 BUDGETS = {"short": 50, "long": 200}
-BATCH, SEQUENCE = 4, 64  # as the embedded donors were trained
+BATCH_SIZE, SEQUENCE = 4, 64  # as the embedded donors were trained
 WINDOWS = 32  # held out, at each measurement
 # A method that refuses as it is called, and says which option lifts that.
 VARIANTS = {
@@ -37,14 +38,14 @@ VARIANTS = {
     "real": ("weight-selection:wider=repeat", "sliced:tie=fit"),
 }
 CONTROLS = tuple(f"diffusion:condition={told}" for told in ("shape", "shuffled", "mean"))  # what the metadata are worth
-SMALL = (  # the default, and the eight that were strongest on the main target
+SMALL_METHODS = (  # the default, and the eight that were strongest on the main target
     "default", "sliced", "autoencoder", "subcloning", "learned-pruning", "pruning", "row-column", "weight-selection",
     "diffusion",
 )  # fmt: skip
-STORIES = ("stories260K", "llama2xs-260K", "babyllama-tok105")  # Llamas: what autoencoder and diffusion can learn
-OTHERS = ("arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")  # GPT-2s
+LLAMA_DONORS = ("stories260K", "llama2xs-260K", "babyllama-tok105")  # Llamas: what autoencoder and diffusion can learn
+GPT2_DONORS = ("arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")  # GPT-2s
 # Of Python's library, enough for a megabyte; none of them is generated or a table.
-SOURCES = (
+LIBRARY_MODULES = (
     "argparse", "ast", "calendar", "codecs", "configparser", "copy", "csv", "dataclasses", "datetime", "decimal",
     "difflib", "dis", "doctest", "enum", "fractions", "functools", "gettext", "heapq", "inspect", "ipaddress",
     "locale", "mailbox", "optparse", "os", "pathlib", "pickle", "pickletools", "plistlib", "pprint", "random",
@@ -97,16 +98,19 @@ def llama(
 
 
 # The embedded donors are 48 to 128 wide and 2 to 6 layers deep, with heads of 16 times as many as fill the width.
-UNSEEN = {
+UNSEEN_TARGETS = {
     "heads": llama(80, 4, 8, 8, 112),  # attention wider than the stream, FFN 1.4 times it; the donors': 1 and 2.6
     "gqa": llama(96, 3, 6, 2, 256),  # no donor shares keys and values among heads
     "deeper": llama(64, 8, 4, 4, 160),
     "narrower": llama(32, 4, 2, 2, 96),
     "wider": llama(160, 3, 10, 10, 416),
 }
-MAIN = "heads"  # most methods fit it: for costs, stability, novelty, peers and the small benchmark
-REPEATED, GROWN = "gqa", "row-column"  # where a donor has to be grown by repetition: from each of them, by this method
-SEEN = llama(80, 3, 5, 5, 208)  # four donors have it: for what is made of donors of one shape
+MAIN_TARGET = "heads"  # most methods fit it: for costs, stability, novelty, peers and the small benchmark
+DONOR_CHOICE_TARGET, DONOR_CHOICE_METHOD = (
+    "gqa",
+    "row-column",
+)  # where a donor has to be grown by repetition: from each of them, by this method
+SEEN_TARGET = llama(80, 3, 5, 5, 208)  # four donors have it: for what is made of donors of one shape
 # The real Llamas are 64, 64 and 128 wide with 5 layers of 8 heads; those of 64, with heads of 8, have the tokenizer of
 # the first two targets.
 STORY_TARGETS = {
@@ -118,61 +122,71 @@ STORY_TARGETS = {
 }
 
 
-def donors() -> list[Recipe]:
+def donor_recipes() -> list[DonorRecipe]:
     """The bench preset of the nursery without shared keys and values, so that GQA is unseen, and two more lineages of
     one shape."""
-    plain = [replace(recipe, kv_heads=recipe.heads) for recipe in bench()]
-    return plain + [replace(r, seed=r.seed + 2) for r in plain if r.width == SEEN["hidden_size"]]
+    plain = [replace(recipe, kv_heads=recipe.heads) for recipe in bench_recipes()]
+    return plain + [replace(r, seed=r.seed + 2) for r in plain if r.width == SEEN_TARGET["hidden_size"]]
 
 
-def plain() -> list[str]:
+def language_model_methods() -> list[str]:
     """All methods that fill language models: conv-covariance needs convolutions, the LoRA methods fill adapters."""
     return [name for name in samplers.METHODS if name not in ("conv-covariance", *samplers.LORA)]
 
 
-def names(zoo: str = "embedded") -> list[str]:
-    return [*plain(), *VARIANTS[zoo], *CONTROLS]
+def method_labels(zoo: str = "embedded") -> list[str]:
+    return [*language_model_methods(), *VARIANTS[zoo], *CONTROLS]
 
 
 def comparisons() -> Iterator[Comparison]:
     """In the order in which they are worth having."""
     for budget in BUDGETS:
-        for target, config in UNSEEN.items():
+        for target, config in UNSEEN_TARGETS.items():
             yield Comparison("A", target, "reference", budget, "embedded", config, "bytes", LRS[budget])
     for budget in BUDGETS:  # what a sample of that shape is performant beside
-        yield Comparison("A", "seen", "reference", budget, "embedded", SEEN, "bytes", LRS[budget], ("default",))
+        yield Comparison("A", "seen", "reference", budget, "embedded", SEEN_TARGET, "bytes", LRS[budget], ("default",))
     for budget in BUDGETS:
         for target, (config, tokenizer) in STORY_TARGETS.items():
             yield Comparison("C", target, "stories", budget, "real", config, tokenizer, LRS[budget])
-    yield Comparison("A", MAIN, "reference", "ladder", "embedded", UNSEEN[MAIN], "bytes", LRS["ladder"])
-    each = tuple(f"{GROWN}:donor={recipe.name}" for recipe in donors())
     yield Comparison(
-        "A", REPEATED, "reference", "donors", "embedded", UNSEEN[REPEATED], "bytes", LRS["long"], ("default", *each)
+        "A", MAIN_TARGET, "reference", "ladder", "embedded", UNSEEN_TARGETS[MAIN_TARGET], "bytes", LRS["ladder"]
+    )
+    each = tuple(f"{DONOR_CHOICE_METHOD}:donor={recipe.name}" for recipe in donor_recipes())
+    yield Comparison(
+        "A",
+        DONOR_CHOICE_TARGET,
+        "reference",
+        "donors",
+        "embedded",
+        UNSEEN_TARGETS[DONOR_CHOICE_TARGET],
+        "bytes",
+        LRS["long"],
+        ("default", *each),
     )
     for text in ("source", "shakespeare"):
         for budget in BUDGETS:
-            for target, config in UNSEEN.items():
+            for target, config in UNSEEN_TARGETS.items():
                 yield Comparison("B", target, text, budget, "embedded", config, "bytes", LRS[budget])
 
 
-def of_main(budget: str) -> Comparison:
-    return next(c for c in comparisons() if (c.task, c.target, c.budget) == ("A", MAIN, budget))
+def main_comparison(budget: str) -> Comparison:
+    return next(c for c in comparisons() if (c.task, c.target, c.budget) == ("A", MAIN_TARGET, budget))
 
 
-def small() -> Comparison:
+def small_comparison() -> Comparison:
     """What `--small` runs."""
-    return replace(of_main("long"), lrs=LRS["long"][1:3], methods=SMALL)
+    return replace(main_comparison("long"), lrs=LRS["long"][1:3], methods=SMALL_METHODS)
 
 
 def library_source() -> bytes:
     """Source code of modules of Python's library, one after the other."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    paths = (folder / f"{name}.py" for name in SOURCES)
+    paths = (folder / f"{name}.py" for name in LIBRARY_MODULES)
     found = [path if path.is_file() else path.with_suffix("") / "__init__.py" for path in paths]
     return b"\n".join(path.read_bytes() for path in found if path.is_file())
 
 
-def text(name: str, data: Path | None) -> bytes:
+def corpus_bytes(name: str, data: Path | None) -> bytes:
     """The corpus called `name`; the last two are in the data folder."""
     made: dict[str, Callable[[], bytes]] = {"reference": reference_corpus, "source": library_source}
     if name in made:
@@ -183,30 +197,30 @@ def text(name: str, data: Path | None) -> bytes:
     return (data / "corpora" / files[name]).read_bytes()
 
 
-def paths(work: Path, zoo: str, steps: int = 1500) -> dict[str, Path]:
+def work_paths(work: Path, zoo: str, steps: int = 1500) -> dict[str, Path]:
     """{zoo, autoencoder, model}: where donors are, and what is trained on them."""
     folder = work / zoo
     return {"zoo": folder / "zoo", "autoencoder": folder / "autoencoder", "model": folder / f"diffusion-{steps}"}
 
 
-def prepare(work: Path, zoo: str, data: Path | None, steps: int = 1500) -> dict[str, Path]:
+def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = 1500) -> dict[str, Path]:
     """The `paths`, with donors, and autoencoder and diffusion trained on them; what an earlier call made is kept. The
     autoencoder and the diffusion of the real zoo learn its Llamas, the only ones that they read."""
-    from autoencoder.training import train as train_autoencoder
-    from diffusion.training import train as train_diffusion
+    from autoencoder.training import train_autoencoder
+    from diffusion.training import train_diffusion
     from zoo.add import add
-    from zoo.training.nursery import train as train_zoo
+    from zoo.training.nursery import train_zoo
 
-    to = paths(work, zoo, steps)
+    to = work_paths(work, zoo, steps)
     if zoo == "embedded":
-        train_zoo(to["zoo"], donors())
+        train_zoo(to["zoo"], donor_recipes())
         learned = to["zoo"]
     else:
         if data is None:
             raise SystemExit("the real donors are in the data folder; give --data DIR")
         learned = work / zoo / "llamas"
-        add([str(data / "models" / name) for name in STORIES], learned, quiet=True)
-        add([str(data / "models" / name) for name in STORIES + OTHERS], to["zoo"], quiet=True)
+        add([str(data / "models" / name) for name in LLAMA_DONORS], learned, quiet=True)
+        add([str(data / "models" / name) for name in LLAMA_DONORS + GPT2_DONORS], to["zoo"], quiet=True)
 
     def timed(what: Path, train: Callable[[bool], Any]) -> None:
         kept, began = what.exists(), time.process_time()
@@ -225,9 +239,9 @@ def _seconds(trained: Path) -> Path:
     return trained.with_name(f"seconds-{trained.name}.json")
 
 
-def took(work: Path, zoo: str, steps: int = 1500) -> float | None:
+def training_seconds(work: Path, zoo: str, steps: int = 1500) -> float | None:
     """Seconds of all threads together that training autoencoder and diffusion took, if neither was interrupted."""
-    to = paths(work, zoo, steps)
+    to = work_paths(work, zoo, steps)
     files = [_seconds(to["autoencoder"]), _seconds(to["model"])]
     return sum(float(file.read_text()) for file in files) if all(file.is_file() for file in files) else None
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from zoo.donors.store import Donor
 from zoo.errors import UserError
-from zoo.units.aligned import decoder_of, token_strings
-from zoo.units.canonical import Anchor, anchor, canonicalise
+from zoo.units.aligned import read_donor_decoder, token_strings
+from zoo.units.canonical import Anchor, canonicalise, make_anchor
 from zoo.units.decoder import Decoder
-from zoo.units.units import gather, to_width
+from zoo.units.units import decoder_to_units, to_width
 
 # What the residual vectors of a unit may be multiplied by together and compute the same: the sign of the last two of a
 # neuron (up, down) and of both of a value-output component. Tokens and rotary planes have none left.
@@ -53,13 +53,13 @@ class Distance:
 
 def frame(donor: Donor) -> Frame:
     """A donor as something to measure distances to. UserError where its whole function is not in units."""
-    canonical = canonicalise(decoder_of(donor)).decoder
+    canonical = canonicalise(read_donor_decoder(donor)).decoder
     tokens = token_strings(donor)
-    return Frame(donor.name, anchor(canonical, tokens), _vectors(canonical))
+    return Frame(donor.name, make_anchor(canonical, tokens), _vectors(canonical))
 
 
 def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
-    """decoder: of any shape, as `decoder_of` reads it (float64); tokens: the strings of its vocabulary's rows. Raises
+    """decoder: of any shape, as `read_donor_decoder` reads it (float64); tokens: the strings of its vocabulary's rows. Raises
     UserError where the two share no token string: nothing then says how the streams correspond."""
     return _distance(to, *_shares(decoder, tokens, to))
 
@@ -125,7 +125,7 @@ def leave_one_out(donors: Sequence[Donor], frames: Sequence[Frame]) -> dict[str,
     for donor in donors:
         others = [f for f in frames if f.name != donor.name]
         if others:
-            found[donor.name] = nearest_and_mosaic(decoder_of(donor), token_strings(donor), others)
+            found[donor.name] = nearest_and_mosaic(read_donor_decoder(donor), token_strings(donor), others)
     return found
 
 
@@ -151,7 +151,7 @@ def error_overlap(one: Tensor, other: Tensor, truth: Tensor) -> dict[str, float]
 
 
 def _vectors(decoder: Decoder) -> dict[str, Tensor]:
-    return {kind: units.vectors.float() for kind, units in gather(decoder).items()}
+    return {kind: units.vectors.float() for kind, units in decoder_to_units(decoder).items()}
 
 
 def _size(units: Tensor) -> float:

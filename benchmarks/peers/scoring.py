@@ -14,8 +14,8 @@ from benchmarks.head_start.tasks import SEQUENCE, WINDOWS
 from benchmarks.peers.weights import own_tensors
 from zoo.donors.store import Donor
 from zoo.targets.blueprint import Blueprint
+from zoo.training.corpora import encode_corpus
 from zoo.training.loop import evaluate
-from zoo.training.text import encode_corpus
 
 
 def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -21,10 +21,10 @@ from zoo.donors.store import Donor, Zoo, record
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, TensorSpec
-from zoo.units.aligned import Aligned, align, known_loss
-from zoo.units.canonical import tie
+from zoo.units.aligned import AlignedDonor, align_donors, recorded_loss
+from zoo.units.canonical import tie_head
 from zoo.units.decoder import read_decoder, write_decoder
-from zoo.units.units import require_unit_target, scatter
+from zoo.units.units import require_unit_target, units_to_decoder
 
 COORDINATES = ("raw", "canonical")
 READERS = {"head", "attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"}
@@ -54,7 +54,7 @@ def read(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list[Weights
     """The donors that a Llama-like target can be made from (the others are named on stderr); all are in memory.
     Raises UserError where there is none."""
     if coordinates == "canonical":
-        return [canonical(aligned, zoo.donor(aligned.name)) for aligned in align(zoo, quiet)]
+        return [canonical(aligned, zoo.donor(aligned.name)) for aligned in align_donors(zoo, quiet)]
     found = []
     for donor in zoo.donors:
         try:
@@ -63,18 +63,18 @@ def read(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list[Weights
             if not quiet:
                 print(f"left out: {error}", file=sys.stderr)
             continue
-        found.append(Weights(donor.name, donor.blueprint, own_tensors(donor), known_loss(donor.facts)))
+        found.append(Weights(donor.name, donor.blueprint, own_tensors(donor), recorded_loss(donor.facts)))
     if not found:
         raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")
     return found
 
 
-def canonical(aligned: Aligned, donor: Donor, units: Mapping[str, Tensor] | None = None) -> Weights:
+def canonical(aligned: AlignedDonor, donor: Donor, units: Mapping[str, Tensor] | None = None) -> Weights:
     """A donor in canonical coordinates; `units` instead of its own where they are given."""
     blueprint = modelled(donor.blueprint, "canonical")
-    decoder = scatter(dict(aligned.units if units is None else units), aligned.metadata)
+    decoder = units_to_decoder(dict(aligned.units if units is None else units), aligned.metadata)
     tensors = dict(_scaled(write_decoder(decoder, blueprint), blueprint, 1))
-    return Weights(aligned.name, blueprint, tensors, known_loss(aligned.facts))
+    return Weights(aligned.name, blueprint, tensors, recorded_loss(aligned.facts))
 
 
 def untied(blueprint: Blueprint) -> Blueprint:
@@ -98,7 +98,7 @@ def finish(
     tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, coordinates: str
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of `modelled(blueprint)` -> those of the blueprint. A tied target in canonical coordinates gets
-    the embedding and the final gain of `zoo.units.canonical.tie`."""
+    the embedding and the final gain of `zoo.units.canonical.tie_head`."""
     if coordinates == "raw":
         yield from tensors
         return
@@ -109,7 +109,7 @@ def finish(
         yield from plain
         return
     held = dict(plain)
-    yield from write_decoder(tie(read_decoder(loose, held.__getitem__, where="target")), blueprint)
+    yield from write_decoder(tie_head(read_decoder(loose, held.__getitem__, where="target")), blueprint)
 
 
 def _scaled(tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, power: int) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from baselines.distributions.auto_fit import held_out, simplest
 from baselines.distributions.laws import LAWS
 from baselines.distributions.statistical import thin
-from zoo.statistics.power_law import pick, scan
+from zoo.statistics.power_law import fit_every_xmin, select_best_fit
 
 MOST = 1 << 17  # values that laws and tails are fitted to; moments are of all
 TAIL = 0.25  # of the distances from the median: the most that a tail may be
@@ -73,7 +73,7 @@ def _tail(values: Tensor) -> tuple[float | None, float | None]:
     x, counts = np.unique(largest[largest > 0].cpu().numpy(), return_counts=True)
     if len(x) < FEWEST:
         return None, None
-    alphas, misfits, starts = scan(np.log(x)[None], counts.astype(np.float64)[None], CANDIDATES)
+    alphas, misfits, starts = fit_every_xmin(np.log(x)[None], counts.astype(np.float64)[None], CANDIDATES)
     tails = counts[::-1].cumsum()[::-1][starts]
-    best = pick(alphas, np.where(tails >= FEWEST, misfits, np.inf))[0]
+    best = select_best_fit(alphas, np.where(tails >= FEWEST, misfits, np.inf))[0]
     return float(alphas[0, best]) - 1, float(tails[best]) / len(values)

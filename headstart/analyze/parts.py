@@ -15,12 +15,12 @@ from torch import Tensor
 from headstart.analyze.marginals import marginal
 from zoo.donors.store import Donor, record
 from zoo.errors import NotFinite, UserError
-from zoo.statistics.grouping import group
-from zoo.statistics.health import health
-from zoo.statistics.row_column import row_column
+from zoo.statistics.grouping import group_projections
+from zoo.statistics.health import check_health
+from zoo.statistics.row_column import row_column_study
 from zoo.statistics.signature import clustering_vector, std_vector
-from zoo.statistics.similarity import PROJECTIONS, null_stacks, stacks, study
-from zoo.statistics.spectra import spectrum
+from zoo.statistics.similarity import PROJECTIONS, compare_projections, null_model_stacks, singular_value_stacks
+from zoo.statistics.spectra import spectrum_summary
 from zoo.streams import stream
 from zoo.tensors import split
 
@@ -69,7 +69,7 @@ def _attempt(part: Callable[[Task], Any], task: Task) -> Any:
 
 def _health(task: Task) -> Any:
     def make(tick: Tick) -> Any:
-        return [asdict(finding) for finding in health(task.donor, device=task.device, seed=task.seed)]
+        return [asdict(finding) for finding in check_health(task.donor, device=task.device, seed=task.seed)]
 
     return task.keep("health", [task.donor.sha256, task.seed], make)
 
@@ -98,9 +98,9 @@ def _spectra(task: Task) -> Any:
             if values is not None:
                 noise = stream(task.seed, f"analyze/noise/{task.donor.sha256}/{label}")
                 matrix = values.flatten(1)
-                found[label] = about | _or_why(spectrum, matrix)
+                found[label] = about | _or_why(spectrum_summary, matrix)
                 matrix = torch.randn(matrix.shape, generator=noise).to(task.device)
-                found[label]["noise"] = _or_why(spectrum, matrix)
+                found[label]["noise"] = _or_why(spectrum_summary, matrix)
         return {"tensors": found}
 
     return task.keep("spectra", [task.donor.sha256, task.seed], make)
@@ -113,14 +113,14 @@ def _similarity(task: Task) -> Any:
     found = {}
     for rank in sorted({min(rank, width) for rank in task.ranks}):
         depends_on = [task.donor.sha256, max(task.ranks), rank, task.bootstraps, task.seed]
-        pairs = task.keep("pairs", depends_on, partial(study, stacked, rank, task.bootstraps, task.seed))
+        pairs = task.keep("pairs", depends_on, partial(compare_projections, stacked, rank, task.bootstraps, task.seed))
         found[str(rank)] = {"pairs": pairs, "nulls": {kind: _null(task, kind, sizes, rank) for kind in NULLS}}
     return found
 
 
 def _stacks(task: Task) -> dict[str, Tensor]:
     def make(tick: Tick) -> Any:
-        return _lists(stacks(task.donor, task.ranks, device=task.device, progress=tick))
+        return _lists(singular_value_stacks(task.donor, task.ranks, device=task.device, progress=tick))
 
     return _tensors(task.keep("stacks", [task.donor.sha256, max(task.ranks)], make))
 
@@ -132,22 +132,24 @@ def _null(task: Task, kind: str, sizes: dict[str, list[tuple[int, int]]], rank: 
 
     def draw(tick: Tick) -> Any:
         smallest = min(side for shape in sizes.values() for size in shape for side in size)
-        return _lists(null_stacks(sizes, min(most, smallest), kind, task.seed))
+        return _lists(null_model_stacks(sizes, min(most, smallest), kind, task.seed))
 
     def make(tick: Tick) -> Any:
-        return study(_tensors(task.keep(f"{kind}-stacks", depends_on, draw)), rank, task.bootstraps, task.seed, tick)
+        return compare_projections(
+            _tensors(task.keep(f"{kind}-stacks", depends_on, draw)), rank, task.bootstraps, task.seed, tick
+        )
 
     return task.keep(f"{kind}-pairs", [*depends_on, rank, task.bootstraps], make)
 
 
 def _groupings(task: Task, similarity: dict[str, Any]) -> dict[str, Any]:
     source = record(task.donor)
-    return {rank: group(found["pairs"], int(rank), source).to_json() for rank, found in similarity.items()}
+    return {rank: group_projections(found["pairs"], int(rank), source).to_json() for rank, found in similarity.items()}
 
 
 def _row_column(task: Task) -> Any:
     def make(tick: Tick) -> Any:
-        return row_column(task.donor, seed=task.seed, device=task.device, progress=tick)
+        return row_column_study(task.donor, seed=task.seed, device=task.device, progress=tick)
 
     return task.keep("row-column", [task.donor.sha256, task.seed], make)
 

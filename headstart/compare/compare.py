@@ -217,7 +217,7 @@ def write_results(out: Path, results: dict[str, Any]) -> None:
     from headstart.report import plots
 
     replace_file(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    replace_file(out / "losses.png", plots.losses_png(results))
+    replace_file(out / "losses.png", plots.loss_curves_png(results))
     replace_file(out / "report.html", report.page(results).encode())
 
 

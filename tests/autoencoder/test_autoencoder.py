@@ -21,7 +21,7 @@ from zoo.add import add
 from zoo.donors.store import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.units.aligned import Aligned, align
+from zoo.units.aligned import AlignedDonor, align_donors
 from zoo.units.units import ROLES
 
 
@@ -31,8 +31,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 
 @pytest.fixture(scope="module")
-def donors(zoo: Zoo) -> list[Aligned]:
-    return list(align(zoo))
+def donors(zoo: Zoo) -> list[AlignedDonor]:
+    return list(align_donors(zoo))
 
 
 def correlated(n: int, seed: int = 0) -> Tensor:
@@ -80,7 +80,7 @@ def test_narrower_and_wider_units() -> None:
     assert not wide[..., 12:].any()
 
 
-def test_readers_are_weighed_by_what_the_writers_write(donors: list[Aligned]) -> None:
+def test_readers_are_weighed_by_what_the_writers_write(donors: list[AlignedDonor]) -> None:
     units = [{k: v.clone() for k, v in d.units.items()} for d in donors]
     for of_donor in units:
         of_donor["neuron"][:, 2, 5] *= 10  # `down` writes loudly to coordinate 5
@@ -127,32 +127,34 @@ def test_noise_on_latents_is_not_blown_up_where_narrow_donors_have_nothing() -> 
 
 def test_training_says_what_it_is_worth_beside_pca_and_resumes_to_the_same_bytes(zoo: Zoo, tmp_path: Path) -> None:
     settings = {"steps": 60, "rate": 3.0, "device": "cpu", "quiet": True, "hidden": 16}
-    whole = training.train(zoo.path, tmp_path / "whole", **settings)
+    whole = training.train_autoencoder(zoo.path, tmp_path / "whole", **settings)
     report = json.loads((whole / "report.json").read_text())
     assert set(report["error"]) == set(ROLES)
     for found in report["error"].values():  # of weights that are iid, PCA already holds all that can be held
         assert found["autoencoder"] == pytest.approx(found["pca"], rel=0.02)
         assert found["autoencoder_noised"] == pytest.approx(found["pca_noised"], rel=0.02)
         assert found["pca_noised"] > found["pca"]
-    exact = training.train(zoo.path, tmp_path / "exact", **settings, noise=0.0)
-    still = training.train(zoo.path, tmp_path / "still", **settings, lr=0.0)
+    exact = training.train_autoencoder(zoo.path, tmp_path / "exact", **settings, noise=0.0)
+    still = training.train_autoencoder(zoo.path, tmp_path / "still", **settings, lr=0.0)
     assert len({(path / "diffusion_pytorch_model.safetensors").read_bytes() for path in (whole, exact, still)}) == 3
 
-    real = training.batch
+    real = training.sample_batch
 
-    def stopping(donors: list[Aligned], kind: str, recipe: training.Recipe, step: int, width: int) -> Tensor:
+    def stopping(
+        donors: list[AlignedDonor], kind: str, recipe: training.AutoencoderTrainConfig, step: int, width: int
+    ) -> Tensor:
         if step == 31 and kind == "qk":
             os.kill(os.getpid(), signal.SIGINT)
         return real(donors, kind, recipe, step, width)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "batch", stopping)
-        training.train(zoo.path, tmp_path / "cut", **settings)
+        patch.setattr(training, "sample_batch", stopping)
+        training.train_autoencoder(zoo.path, tmp_path / "cut", **settings)
     with pytest.raises(UserError, match="--resume"):
-        training.train(zoo.path, tmp_path / "cut", **settings)
+        training.train_autoencoder(zoo.path, tmp_path / "cut", **settings)
     with pytest.raises(UserError, match="other settings"):
-        training.train(zoo.path, tmp_path / "cut", resume=True, **{**settings, "steps": 61})
-    cut = training.train(zoo.path, tmp_path / "cut", resume=True, **settings)
+        training.train_autoencoder(zoo.path, tmp_path / "cut", resume=True, **{**settings, "steps": 61})
+    cut = training.train_autoencoder(zoo.path, tmp_path / "cut", resume=True, **settings)
     name = "diffusion_pytorch_model.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert not (cut / training.STATE).exists()
@@ -183,7 +185,7 @@ def test_the_donor_knows_the_tokens_first_then_is_wide_good_and_near(tmp_path: P
         return sampler.fit(Zoo.open(path), Blueprint.from_pretrained_config(config(width, 2))).donors[0]
 
     add([str(folder) for folder in folders.values()], tmp_path / "zoo", quiet=True)
-    coder = training.train(tmp_path / "zoo", tmp_path / "coder", steps=2, device="cpu", quiet=True)
+    coder = training.train_autoencoder(tmp_path / "zoo", tmp_path / "coder", steps=2, device="cpu", quiet=True)
     assert chosen("a", "b", "c", "stranger") == "b"
     assert chosen("c", "stranger") == "c"  # narrower than the target, but it knows the tokens
     assert chosen("a", "c", width=20) == "c"

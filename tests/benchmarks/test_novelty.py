@@ -12,7 +12,7 @@ from benchmarks.novelty.distance import distance, error_overlap, frame, leave_on
 from tests.support.tiny import config
 from zoo.donors.memory import zoo_of
 from zoo.donors.store import Donor
-from zoo.units.aligned import decoder_of, token_strings
+from zoo.units.aligned import read_donor_decoder, token_strings
 
 
 def model(seed: int, **shape: int) -> LlamaForCausalLM:
@@ -67,7 +67,7 @@ def test_the_same_function_in_other_coordinates_is_a_copy() -> None:
     stored = original.model.layers[0].mlp.up_proj.weight
     moved = other.model.layers[0].mlp.up_proj.weight
     assert (moved - stored).norm() > stored.norm(), "as stored they have nothing in common"
-    found = distance(decoder_of(again), token_strings(again), to)
+    found = distance(read_donor_decoder(again), token_strings(again), to)
     assert found.total < 2e-3 and set(found.kinds) == {"vocab", "neuron", "qk", "vo"}
 
 
@@ -81,10 +81,10 @@ def test_noise_is_as_far_as_it_is_loud_and_another_model_is_far() -> None:
                 if p.ndim == 2:
                     p.add_(torch.randn_like(p) * p.std() * noise)
         made = donor("noisy", noisy)
-        found = distance(decoder_of(made), token_strings(made), to)
+        found = distance(read_donor_decoder(made), token_strings(made), to)
         assert 0.6 * noise < found.kinds["neuron"] < 1.8 * noise, "some of it goes into the alignment"
     far = donor("far", model(1))
-    assert distance(decoder_of(far), token_strings(far), to).total > 0.6
+    assert distance(read_donor_decoder(far), token_strings(far), to).total > 0.6
 
 
 def test_writing_the_same_too_small_is_not_far() -> None:
@@ -96,10 +96,10 @@ def test_writing_the_same_too_small_is_not_far() -> None:
             layer.self_attn.q_proj.weight.mul_(0.1)
             layer.self_attn.k_proj.weight.mul_(0.1)
     made = donor("small", small)
-    found = distance(decoder_of(made), token_strings(made), to)
+    found = distance(read_donor_decoder(made), token_strings(made), to)
     assert found.sizes["qk"] == pytest.approx(0.1, rel=1e-3) and found.kinds["qk"] < 2e-3
     same = donor("same", model(0))
-    sizes = distance(decoder_of(same), token_strings(same), to).sizes
+    sizes = distance(read_donor_decoder(same), token_strings(same), to).sizes
     assert list(sizes.values()) == pytest.approx([1.0] * 4, abs=1e-4)
 
 
@@ -109,7 +109,7 @@ def test_a_model_that_is_part_of_a_donor_is_near_it() -> None:
     part.load_state_dict({k: v for k, v in large.state_dict().items() if ".layers.1." not in k})
     others = [frame(donor("other", model(1))), frame(donor("large", large))]
     made = donor("part", part)
-    found = nearest(decoder_of(made), token_strings(made), others)
+    found = nearest(read_donor_decoder(made), token_strings(made), others)
     assert found.donor == "large" and found.total < 1e-2
 
 
@@ -131,10 +131,10 @@ def test_copies_put_together_from_two_donors_are_far_from_each_and_near_to_both(
     pieced.model.layers[1].load_state_dict(other.model.layers[1].state_dict())
     frames = [frame(donor("one", one)), frame(donor("other", other))]
     made = donor("pieced", pieced)
-    assert nearest(decoder_of(made), token_strings(made), frames).total > 0.2
-    assert mosaic(decoder_of(made), token_strings(made), frames) < 1e-2
+    assert nearest(read_donor_decoder(made), token_strings(made), frames).total > 0.2
+    assert mosaic(read_donor_decoder(made), token_strings(made), frames) < 1e-2
     far = donor("far", model(2, layers=2))
-    assert mosaic(decoder_of(far), token_strings(far), frames) > 0.4
+    assert mosaic(read_donor_decoder(far), token_strings(far), frames) > 0.4
 
 
 def test_overlap_of_errors() -> None:

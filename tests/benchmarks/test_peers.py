@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from autoencoder.training import train as train_autoencoder
+from autoencoder.training import train_autoencoder
 from benchmarks.peers import chunks, d2nwg, measure, sane, training
 from benchmarks.peers import tokens as row_tokens
 from benchmarks.peers.scoring import loss_of
 from benchmarks.peers.weights import own_tensors, principal, read, rebuilt
-from diffusion.training import train as train_diffusion
+from diffusion.training import train_diffusion
 from headstart.generate.generate import generate
 from tests.support.tiny import config, make_zoo
 from zoo.donors.store import Zoo

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from diffusion.conditions import FEATURES
-from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, mixture_velocity, of_group
-from diffusion.pipeline import scheduler
+from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, mask_to_group, mixture_velocity
+from diffusion.pipeline import make_scheduler
 
 CENTRES = torch.tensor([[-1.0], [0.5], [2.0]], dtype=torch.float64)
 PRIOR = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -31,7 +31,7 @@ def test_the_mixtures_velocity_is_the_posterior_mean() -> None:
 
 def test_the_solver_draws_from_the_mixture() -> None:
     """Weights, centres and deviation of what comes out, where first-order solvers would shrink it."""
-    solver = scheduler()
+    solver = make_scheduler()
     solver.set_timesteps(20)
     x = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for t in solver.timesteps:
@@ -47,7 +47,7 @@ def test_the_solver_draws_from_the_mixture() -> None:
 
 def test_a_token_is_one_of_its_string() -> None:
     log_prior, strings = torch.randn(4, 6), torch.tensor([0, 1, 2, 1, 0, 3])
-    found = of_group(log_prior, torch.tensor([1, -1, 3, 0]), strings)
+    found = mask_to_group(log_prior, torch.tensor([1, -1, 3, 0]), strings)
     assert torch.equal(
         found.isfinite(), torch.tensor([[0, 1, 0, 1, 0, 0], [1] * 6, [0] * 5 + [1], [1, 0, 0, 0, 1, 0]]).bool()
     )
@@ -63,7 +63,7 @@ def test_the_network_starts_at_zero_and_units_are_independent() -> None:
     features, family = torch.randn(5, FEATURES), torch.ones(5, dtype=torch.int64)
     x, sigma, context = torch.randn(5, 6), torch.rand(5), torch.randn(5, 2)
     plain = tiny(None)
-    told = plain.told("neuron", features, family, context, None)
+    told = plain.condition_embedding("neuron", features, family, context, None)
     assert not plain("neuron", x, sigma, told).any()
     mixed = tiny(0.2)
     tokens, log_prior = torch.randn(7, 6), torch.randn(5, 7)
@@ -96,6 +96,8 @@ def test_a_dropped_condition_tells_nothing() -> None:
 
 def test_an_absent_partner_is_no_partner() -> None:
     model, features, family = tiny(None), torch.randn(3, FEATURES), torch.ones(3, dtype=torch.int64)
-    without = model.told("qk", features, family, torch.zeros(3, 2), None)
-    assert torch.equal(model.told("qk", features, family, torch.zeros(3, 2), torch.zeros(3, 4)), without)
-    assert not torch.equal(model.told("qk", features, family, torch.zeros(3, 2), torch.ones(3, 4)), without)
+    without = model.condition_embedding("qk", features, family, torch.zeros(3, 2), None)
+    assert torch.equal(model.condition_embedding("qk", features, family, torch.zeros(3, 2), torch.zeros(3, 4)), without)
+    assert not torch.equal(
+        model.condition_embedding("qk", features, family, torch.zeros(3, 2), torch.ones(3, 4)), without
+    )

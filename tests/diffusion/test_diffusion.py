@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from autoencoder.loading import load_autoencoder
-from autoencoder.training import train as train_autoencoder
+from autoencoder.training import train_autoencoder
 from diffusion import Request, WeightDiffusionPipeline, training
-from diffusion.conditions import FEATURES, MODEL_FEATURES, SHAPE_FEATURES, features, model_features
-from diffusion.memory import MOST_LAYERS, TokenScale
+from diffusion.conditions import FEATURES, MODEL_FEATURES, SHAPE_FEATURES, model_features, unit_features
+from diffusion.memory import MAX_LAYERS, TokenScale
 from diffusion.pipeline import CONDITIONS
 from diffusion.sampler import DiffusionSampler
-from diffusion.views import contexts, mean_tokens, sibling, view_shape
+from diffusion.views import donor_contexts, first_head_unit, mean_tokens, view_shape
 from headstart.generate.generate import generate
 from tests.support.tiny import STD, config, make_zoo, role
 from zoo.donors.store import Zoo
@@ -33,7 +33,7 @@ from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.units.canonical import residual_vectors
-from zoo.units.units import addresses, energy
+from zoo.units.units import residual_energy, unit_addresses
 
 SMALL = {"steps": 60, "batch": 128, "hidden": 64, "blocks": 2, "pool": 8, "lr": 3e-3, "ema": 0.99, "quiet": True}
 
@@ -50,7 +50,7 @@ def autoencoder(zoo: Zoo) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(zoo: Zoo, autoencoder: Path) -> Path:
-    return training.train(zoo.path, autoencoder, zoo.path.parent / "pipeline", device="cpu", **SMALL)
+    return training.train_diffusion(zoo.path, autoencoder, zoo.path.parent / "pipeline", device="cpu", **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_scale_of_every_role_is_the_donors(tmp_path: Path) -> None:
     with k, v with o and up with down, so that the geometric means are what a target must have."""
     zoo = make_zoo(tmp_path, [{"hidden_size": 32, "kv": kv} for kv in (2, 4)])
     coder = train_autoencoder(zoo.path, tmp_path / "autoencoder", steps=5, device="cpu", quiet=True)
-    folder = training.train(zoo.path, coder, tmp_path / "pipeline", device="cpu", **SMALL)
+    folder = training.train_diffusion(zoo.path, coder, tmp_path / "pipeline", device="cpu", **SMALL)
     pipeline = WeightDiffusionPipeline.from_pretrained(folder)
     target = metadata(width=32, layers=2)
     found: dict[str, list[float]] = {}
@@ -111,11 +111,11 @@ def test_query_heads_of_a_group_share_their_key(pipeline: WeightDiffusionPipelin
     shape = metadata(heads=4, kv_heads=2)
     layer = pipeline(Request(shape, steps=4)).layers[0]
     assert layer.k.shape == (2, 8, 28) and layer.q.shape == (4, 8, 28)
-    index = sibling(shape, "qk").unflatten(0, (3, 4, 4))  # layer, head, plane
+    index = first_head_unit(shape, "qk").unflatten(0, (3, 4, 4))  # layer, head, plane
     assert (index[:, ::2] == -1).all()
     own = torch.arange(index.numel()).view_as(index)
     assert (index[:, 1::2] == own[:, ::2]).all()
-    assert (sibling(replace(shape, kv_heads=4), "vo") == -1).all()
+    assert (first_head_unit(replace(shape, kv_heads=4), "vo") == -1).all()
 
 
 def test_a_block_is_of_one_block_and_a_head_of_one_head(pipeline: WeightDiffusionPipeline) -> None:
@@ -147,7 +147,7 @@ def test_a_block_is_of_one_block_and_a_head_of_one_head(pipeline: WeightDiffusio
             taken.append(int(both.mode().values))
             assert (both == taken[-1]).float().mean() > 0.8
         pairs = list(zip(taken[::2], taken[1::2], strict=True))  # query heads that share a key
-        if of.mode().values // MOST_LAYERS == 1:  # the donor with a KV head for each query head
+        if of.mode().values // MAX_LAYERS == 1:  # the donor with a KV head for each query head
             assert all(a == b for a, b in pairs) and len(set(pairs)) == 3
         else:  # those with two KV heads of two query heads
             assert set(pairs) == {(0, 1), (2, 3)}
@@ -161,7 +161,7 @@ def test_tokens_are_donors_tokens_of_the_same_string(pipeline: WeightDiffusionPi
     names = (*reversed(known[:30]), "nowhere", *known[40:])
     shape = metadata(vocab=len(names))
     request = Request(shape, tokens=names, steps=8)
-    told = pipeline._told(request, "vocab", addresses(shape)["vocab"], "vocab")
+    told = pipeline._unit_features(request, "vocab", unit_addresses(shape)["vocab"], "vocab")
     strings = memory.rows(names)
     bank, context = memory.bank("vocab"), pipeline._context(request)
     made = pipeline._solve(request, "vocab", "vocab", told, context, memory.lookup(strings), bank, strings)
@@ -194,16 +194,16 @@ def test_a_narrower_target_keeps_the_axes_of_most_energy(pipeline: WeightDiffusi
     with torch.no_grad():
         units = [{"vocab": pipeline._vocabulary(request, context)}]
     units += [pipeline._units(request, context, index) for index in range(shape.layers)]
-    first = sum(float(energy(u, shape).diagonal()[:20].sum()) for u in units)
+    first = sum(float(residual_energy(u, shape).diagonal()[:20].sum()) for u in units)
     assert held.sum() > 1.02 * first  # more than the first coordinates of the same units
 
 
 def test_controls_change_what_is_generated(pipeline: WeightDiffusionPipeline) -> None:
     request = Request(metadata(), steps=4)
-    for address in (addresses(request.metadata)["neuron"], addresses(request.metadata)["vocab"]):
+    for address in (unit_addresses(request.metadata)["neuron"], unit_addresses(request.metadata)["vocab"]):
         kind = "neuron" if int(address[0][0]) >= 0 else "vocab"
         true, other, shuffled, mean = (
-            pipeline._told(replace(request, condition=c), kind, address, kind) for c in CONDITIONS
+            pipeline._unit_features(replace(request, condition=c), kind, address, kind) for c in CONDITIONS
         )
         own = model_features(request.metadata, pipeline.memory.config["best_loss"])
         shapes = pipeline.memory.get_buffer("features_context")[:, :MODEL_FEATURES]
@@ -233,9 +233,9 @@ def test_token_scale_round_trip() -> None:
 def test_features_tell_addresses_apart() -> None:
     shape = metadata(heads=4, kv_heads=2)
     for kind in ("neuron", "qk", "vo"):
-        told = features(kind, addresses(shape)[kind], shape, 2.0)
+        told = unit_features(kind, unit_addresses(shape)[kind], shape, 2.0)
         assert told.shape[1] == FEATURES and len(torch.unique(told, dim=0)) == len(told)
-    vocab = features("vocab", addresses(shape)["vocab"], shape, None)
+    vocab = unit_features("vocab", unit_addresses(shape)["vocab"], shape, None)
     assert len(torch.unique(vocab, dim=0)) == 1  # tokens are told apart by their partner
 
 
@@ -252,8 +252,8 @@ def test_contexts_and_mean_tokens_come_from_weights_alone() -> None:
     tables = [
         {t: torch.randn(5, generator=torch.Generator().manual_seed(10 * i + ord(t))) for t in "abc"} for i in range(4)
     ]
-    one = contexts(tables, 6)
-    assert one.shape == (4, 6) and torch.equal(one, contexts(tables, 6))
+    one = donor_contexts(tables, 6)
+    assert one.shape == (4, 6) and torch.equal(one, donor_contexts(tables, 6))
     assert one.square().sum() > 0 and not one[:, 3:].abs().max() > 1e-5  # four points span three directions
     mean = mean_tokens(tables[:2], ("a", "z"), 5)
     assert torch.allclose(mean[0], (tables[0]["a"] + tables[1]["a"]) / 2) and not mean[1].any()
@@ -261,7 +261,7 @@ def test_contexts_and_mean_tokens_come_from_weights_alone() -> None:
 
 def test_training_resumes_to_the_same_bytes(zoo: Zoo, autoencoder: Path, tmp_path: Path) -> None:
     settings = {**SMALL, "steps": 24, "device": "cpu"}
-    whole = training.train(zoo.path, autoencoder, tmp_path / "whole", **settings)
+    whole = training.train_diffusion(zoo.path, autoencoder, tmp_path / "whole", **settings)
     real = training.batches
 
     def cut(*arguments: Any) -> Iterator[Any]:
@@ -272,18 +272,18 @@ def test_training_resumes_to_the_same_bytes(zoo: Zoo, autoencoder: Path, tmp_pat
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "batches", cut)
-        training.train(zoo.path, autoencoder, tmp_path / "cut", **settings)
+        training.train_diffusion(zoo.path, autoencoder, tmp_path / "cut", **settings)
     with pytest.raises(UserError, match="--resume"):
-        training.train(zoo.path, autoencoder, tmp_path / "cut", **settings)
-    resumed = training.train(zoo.path, autoencoder, tmp_path / "cut", resume=True, **settings)
+        training.train_diffusion(zoo.path, autoencoder, tmp_path / "cut", **settings)
+    resumed = training.train_diffusion(zoo.path, autoencoder, tmp_path / "cut", resume=True, **settings)
     for part in ("denoiser", "memory", "autoencoder"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
         assert filecmp.cmp(whole / name, resumed / name, shallow=False), part
     assert json.loads((whole / "headstart.json").read_text()) == json.loads((resumed / "headstart.json").read_text())
     assert not (resumed / training.STATE).exists()
-    assert training.train(zoo.path, autoencoder, whole, resume=True, **settings) == whole
+    assert training.train_diffusion(zoo.path, autoencoder, whole, resume=True, **settings) == whole
     with pytest.raises(UserError, match="other settings"):
-        training.train(zoo.path, autoencoder, whole, resume=True, **{**settings, "seed": 1})
+        training.train_diffusion(zoo.path, autoencoder, whole, resume=True, **{**settings, "seed": 1})
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -13,11 +13,11 @@ from headstart.demo import TARGET, Plan, demo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.training import nursery
-from zoo.training.nursery import Recipe
+from zoo.training.nursery import DonorRecipe
 
 
-def micro() -> list[Recipe]:
-    return [Recipe(32, 2, heads=2, kv_heads=1, ffn=48, steps=4, seed=seed) for seed in (0, 1)]
+def micro() -> list[DonorRecipe]:
+    return [DonorRecipe(32, 2, heads=2, kv_heads=1, ffn=48, steps=4, seed=seed) for seed in (0, 1)]
 
 
 MICRO = Plan(

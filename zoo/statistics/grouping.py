@@ -9,12 +9,12 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from zoo.checkpoints.headers import read_json
+from zoo.checkpoints.files import read_json
 from zoo.donors.store import Donor, record
 from zoo.errors import UserError, unknown
-from zoo.statistics.similarity import PROJECTIONS, stacks, study
+from zoo.statistics.similarity import PROJECTIONS, compare_projections, singular_value_stacks
 
-SOURCE = {"name", "revision", "sha256", "license"}
+SOURCE_KEYS = {"name", "revision", "sha256", "license"}
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,19 @@ class Grouping:
     undecided: int = 0  # pairs of projections with too little data for a verdict, of all `pairs`
 
     @property
-    def pairs(self) -> int:
+    def n_pairs(self) -> int:
         """How many unordered pairs of projections there are, those of one with itself included."""
         known = len(self.gaussian) + len(self.pareto) + (self.reference is not None)
         return known * (known + 1) // 2
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What was found, in a line."""
-        of = f"({self.undecided} of {self.pairs} pairs of projections undecided)"
+        of = f"({self.undecided} of {self.n_pairs} pairs of projections undecided)"
         if not self.undifferentiated:
             counts = f"Gaussian counts for {', '.join(self.gaussian)}, Pareto counts for the rest"
             return f"reference weight {self.reference}, {counts}" + (f" {of}" if self.undecided else "")
-        if 2 * self.undecided > self.pairs:
+        if 2 * self.undecided > self.n_pairs:
             return f"undifferentiated, all pairs are drawn alike: too few layers, or too little data, to tell {of}"
         return f"undifferentiated, all pairs are drawn alike: none is shown to be other than a power law {of}"
 
@@ -76,15 +76,15 @@ class Grouping:
             raise ValueError("reference, gaussian and pareto must be distinct projections")
         if alike is not (reference is None) or alike is not (not gaussian):
             raise ValueError("undifferentiated, reference and gaussian contradict each other")
-        if not isinstance(source, dict) or (source and {*source} != SOURCE):
-            raise ValueError(f"source must have {', '.join(sorted(SOURCE))}")
+        if not isinstance(source, dict) or (source and {*source} != SOURCE_KEYS):
+            raise ValueError(f"source must have {', '.join(sorted(SOURCE_KEYS))}")
         if not all(isinstance(value, str) and value.isprintable() for value in source.values()):
             raise ValueError("source must hold words")
         return cls(rank, reference, tuple(gaussian), tuple(pareto), alike, source, undecided)
 
 
-def group(rows: Sequence[dict[str, Any]], rank: int, source: dict[str, Any] | None = None) -> Grouping:
-    """rows: of `zoo.statistics.similarity.study`. RW is the projection with most partners whose distances to it are
+def group_projections(rows: Sequence[dict[str, Any]], rank: int, source: dict[str, Any] | None = None) -> Grouping:
+    """rows: of `zoo.statistics.similarity.compare_projections`. RW is the projection with most partners whose distances to it are
     "not a power law" (the first in PROJECTIONS of those with as many [R]); a projection's distances to itself say
     nothing of RW, and an undecided pair counts as a power law [R] (`undecided` tells how many). No such pair: one
     Pareto group [R]."""
@@ -103,18 +103,18 @@ def group(rows: Sequence[dict[str, Any]], rank: int, source: dict[str, Any] | No
     return Grouping(rank, reference, gaussian, pareto, False, source or {}, undecided)
 
 
-def characterise(
+def group_donor(
     donor: Donor, rank: int = 16, bootstraps: int = 200, seed: int = 0, device: str = "cpu", quiet: bool = True
 ) -> Grouping:
     """The grouping of a donor by its `rank` largest singular values (fewer where its matrices are smaller). A few
     layers tell nothing apart: donors of up to six are undifferentiated, or differ in a pair or two, as chance has it
     among 28. With thirty, random matrices have a reference weight too, so a grouping is no proof of learning. Raises
-    UserError as `zoo.statistics.similarity.stacks`."""
+    UserError as `zoo.statistics.similarity.singular_value_stacks`."""
     with tqdm(desc=f"spectra of {donor.name}", unit="tensor", disable=quiet) as bar:
-        found = stacks(donor, [rank], device, bar.update)
+        found = singular_value_stacks(donor, [rank], device, bar.update)
     rank = next(iter(found.values())).shape[1]
     with tqdm(desc="distances between layers", total=len(found) * (len(found) + 1) // 2, disable=quiet) as bar:
-        return group(study(found, rank, bootstraps, seed, bar.update), rank, record(donor))
+        return group_projections(compare_projections(found, rank, bootstraps, seed, bar.update), rank, record(donor))
 
 
 def read_grouping(path: Path, model: str | None = None, rank: int | None = None) -> Grouping:

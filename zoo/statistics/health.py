@@ -16,19 +16,19 @@ from torch import Tensor
 
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.errors import NotFinite
-from zoo.statistics.noise import beyond_edge, kurtosis, normal_scores, uneven
-from zoo.statistics.row_column import cut
+from zoo.statistics.noise import edge_excess, kurtosis, normal_scores, unevenness_p_value
+from zoo.statistics.row_column import random_submatrix
 from zoo.streams import stream
 from zoo.tensors import TensorSpec, split
 
-RARE = 1e-8  # p-value from which a matrix counts as structured: no false one among thousands of tests
-BEYOND = 8.0  # Tracy-Widom units above the edge, for the largest squared singular value: p about 1e-7
-LEAST = 8  # rows and columns: smaller matrices say nothing
-SILENT = 0.01  # of its siblings' output: a block that writes less is dead
-UNIFORM, NORMAL = 1.8, 3.0  # kurtoses of the laws that weights are initialised by lie between these
+STRUCTURE_P_VALUE = 1e-8  # p-value from which a matrix counts as structured: no false one among thousands of tests
+MAX_EDGE_EXCESS = 8.0  # Tracy-Widom units above the edge, for the largest squared singular value: p about 1e-7
+MIN_SIDE = 8  # rows and columns: smaller matrices say nothing
+DEAD_SHARE = 0.01  # of its siblings' output: a block that writes less is dead
+UNIFORM_KURTOSIS, NORMAL_KURTOSIS = 1.8, 3.0  # kurtoses of the laws that weights are initialised by lie between these
 
 # What a block's output is a product of: (roles, sites of norms).
-BLOCKS = {
+BLOCK_FACTORS = {
     "attention": (("attn.v", "attn.o"), ("attn", "attn.out")),
     "MLP": (("mlp.gate", "mlp.up", "mlp.down"), ("mlp", "mlp.out")),
 }
@@ -42,7 +42,7 @@ class Finding:
     whole: bool = False  # it is about all matrices of the model
 
 
-def health(
+def check_health(
     donor: Checkpoint,
     device: str = "cpu",
     most: int = 512,
@@ -77,30 +77,32 @@ def health(
     with the number of values of each tensor."""
     tally = _Tally()
     for spec in donor.blueprint.specs:
-        tally.look(donor, spec, device, most, seed)
+        tally.add(donor, spec, device, most, seed)
         if progress is not None:
             progress(spec.numel)
     noise = {layer: found for layer, found in tally.of_layer.items() if not any(m.structured for m in found)}
     for found in noise.values():
         for matrix in found:
-            scores = normal_scores(_values(donor, matrix.spec, matrix.role, device, most, seed))
-            matrix.structured = beyond_edge(scores) > BEYOND
+            scores = normal_scores(_read_entries(donor, matrix.spec, matrix.role, device, most, seed))
+            matrix.structured = edge_excess(scores) > MAX_EDGE_EXCESS
             if matrix.structured:
                 break
     noise = {layer: found for layer, found in noise.items() if not any(m.structured for m in found)}
-    structureless, whole = _structureless(tally, noise)
+    structureless, whole = _structureless_findings(tally, noise)
     drawn_zero = tally.constant_zero if whole and structureless[0].kind == "untrained" else set()
-    dead = [] if drawn_zero else _dead(tally)
+    dead = [] if drawn_zero else _dead_blocks(tally)
     constant = tuple(sorted(tally.constant - drawn_zero - {name for f in dead for name in f.tensors}))
     findings = []
     if tally.not_finite:
-        findings.append(Finding("non-finite", tuple(tally.not_finite), f"NaN or infinity in {_list(tally.not_finite)}"))
+        findings.append(
+            Finding("non-finite", tuple(tally.not_finite), f"NaN or infinity in {_join_names(tally.not_finite)}")
+        )
     if constant:
-        findings.append(Finding("constant", constant, f"all values are the same in {_list(constant)}"))
+        findings.append(Finding("constant", constant, f"all values are the same in {_join_names(constant)}"))
     return [*findings, *structureless, *dead]
 
 
-def summary(findings: Iterable[Finding]) -> str:
+def summarise_findings(findings: Iterable[Finding]) -> str:
     """`fine`, or the kinds that were found; `untrained layers` where the rest of the model was trained."""
     of_layers = ("untrained", "permuted")
     kinds = (f"{f.kind} layers" if f.kind in of_layers and not f.whole else f.kind for f in findings)
@@ -129,7 +131,7 @@ class _Tally:
     constant_zero: set[str] = field(default_factory=set)
     not_finite: list[str] = field(default_factory=list)
 
-    def look(self, donor: Checkpoint, spec: TensorSpec, device: str, most: int, seed: int) -> None:
+    def add(self, donor: Checkpoint, spec: TensorSpec, device: str, most: int, seed: int) -> None:
         if not spec.numel or not spec.dtype.is_floating_point:
             return
         try:
@@ -146,9 +148,9 @@ class _Tally:
                 if low == 0:
                     self.constant_zero.add(spec.name)
             elif values.ndim > 1 and "position" not in spec.parts[0].axes:
-                matrix = _prepared(values, spec, role, device, most, seed)
-                if min(matrix.shape) >= LEAST:
-                    structured = min(uneven(matrix), uneven(matrix.mT)) < RARE
+                matrix = _select_entries(values, spec, role, device, most, seed)
+                if min(matrix.shape) >= MIN_SIDE:
+                    structured = min(unevenness_p_value(matrix), unevenness_p_value(matrix.mT)) < STRUCTURE_P_VALUE
                     margin = 6 * (24 / matrix.numel()) ** 0.5
                     found = _Matrix(spec, role, structured, kurtosis(matrix), margin)
                     self.of_layer.setdefault(spec.layer, []).append(found)
@@ -171,20 +173,22 @@ class _Tally:
         return statistics.fmean(self.outputs[layer, factor])
 
 
-def _values(donor: Checkpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
+def _read_entries(donor: Checkpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
     tensor = donor.read(spec.name)
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    return _prepared(split(spec, tensor)[role], spec, role, device, most, seed)
+    return _select_entries(split(spec, tensor)[role], spec, role, device, most, seed)
 
 
-def _prepared(values: Tensor, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
+def _select_entries(values: Tensor, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
     """float64 [m, n]: random rows and columns of a matrix, without those of zeros."""
-    matrix = cut(values.flatten(1), most, stream(seed, f"health/{spec.name}/{role}")).to(device, torch.float64)
+    matrix = random_submatrix(values.flatten(1), most, stream(seed, f"health/{spec.name}/{role}")).to(
+        device, torch.float64
+    )
     matrix = matrix[matrix.any(1)]
     return matrix[:, matrix.any(0)]
 
 
-def _structureless(tally: _Tally, noise: dict[int | None, list[_Matrix]]) -> tuple[list[Finding], bool]:
+def _structureless_findings(tally: _Tally, noise: dict[int | None, list[_Matrix]]) -> tuple[list[Finding], bool]:
     """The findings `untrained` and `permuted`, and whether they are about the whole model."""
     if not noise:
         return [], False
@@ -193,15 +197,15 @@ def _structureless(tally: _Tally, noise: dict[int | None, list[_Matrix]]) -> tup
         groups: list[list[int | None]] = [list(noise)]
     else:
         layers = [layer for layer in noise if layer is not None]
-        marked: list[int | None] = [layer for layer in layers if _marked(tally, noise[layer], {layer})]
+        marked: list[int | None] = [layer for layer in layers if _marked_by_training(tally, noise[layer], {layer})]
         groups = [marked, [layer for layer in layers if layer not in marked]]
     findings = []
     for group in filter(None, groups):
         found = [m for layer in group for m in noise[layer]]
-        marked_by_training = _marked(tally, found, tally.trained_gains if whole else set(group))
+        marked_by_training = _marked_by_training(tally, found, tally.trained_gains if whole else set(group))
         kurtoses = sorted({f"{m.kurtosis:.1f}" for m in found}, key=float)
         span = " to ".join(dict.fromkeys([kurtoses[0], kurtoses[-1]]))
-        what = f"all {len(found)} matrices" if whole else f"{_layers(group)}: {len(found)} matrices"
+        what = f"all {len(found)} matrices" if whole else f"{_layer_numbers(group)}: {len(found)} matrices"
         about = f"spectra inside the Marchenko-Pastur edge, kurtosis {span}"
         text = (
             f"structure gone: {what} are noise of other than initial values ({about}), as if shuffled or drawn anew"
@@ -213,16 +217,16 @@ def _structureless(tally: _Tally, noise: dict[int | None, list[_Matrix]]) -> tup
     return findings, whole
 
 
-def _marked(tally: _Tally, found: list[_Matrix], layers: set[int | None]) -> bool:
+def _marked_by_training(tally: _Tally, found: list[_Matrix], layers: set[int | None]) -> bool:
     """Whether values or gains are other than those that initialisations give."""
-    beyond = any(not UNIFORM - m.margin <= m.kurtosis <= NORMAL + m.margin for m in found)
+    beyond = any(not UNIFORM_KURTOSIS - m.margin <= m.kurtosis <= NORMAL_KURTOSIS + m.margin for m in found)
     return beyond or bool(layers & tally.trained_gains)
 
 
-def _dead(tally: _Tally) -> list[Finding]:
+def _dead_blocks(tally: _Tally) -> list[Finding]:
     findings = []
     layers = {layer for layer, _ in tally.outputs}
-    for block, (roles, sites) in BLOCKS.items():
+    for block, (roles, sites) in BLOCK_FACTORS.items():
         factors = [*roles, *(f"norm@{site}" for site in sites)]
         mixtures = tally.mixtures if block == "MLP" else set()
         for siblings in (layers & mixtures, layers - mixtures):
@@ -234,14 +238,16 @@ def _dead(tally: _Tally) -> list[Finding]:
             alive = [o for o in output.values() if o]
             typical = statistics.median(alive) if alive else 1.0
             for layer, o in output.items():
-                if o <= SILENT * typical:
-                    names = _culprits(tally, layer, factors, writing)
-                    text = f"layer {layer}: its {block} writes {o / typical:.1g} of what others do: {_list(names)}"
+                if o <= DEAD_SHARE * typical:
+                    names = _smallest_tensors(tally, layer, factors, writing)
+                    text = (
+                        f"layer {layer}: its {block} writes {o / typical:.1g} of what others do: {_join_names(names)}"
+                    )
                     findings.append(Finding("dead", names, text))
     return sorted(findings, key=lambda f: f.text)
 
 
-def _culprits(tally: _Tally, layer: int, factors: list[str], siblings: list[int]) -> tuple[str, ...]:
+def _smallest_tensors(tally: _Tally, layer: int, factors: list[str], siblings: list[int]) -> tuple[str, ...]:
     """Of a block that writes too little, the tensors that are the smallest beside their siblings."""
     ratio = {}
     for factor in factors:
@@ -250,14 +256,14 @@ def _culprits(tally: _Tally, layer: int, factors: list[str], siblings: list[int]
             alive = [rms for rms in others if rms]
             ratio[tally.named[layer, factor]] = tally.rms(layer, factor) / (statistics.median(alive) if alive else 1.0)
     least = min(ratio.values())
-    return tuple(name for name, r in ratio.items() if r <= max(10 * least, SILENT))
+    return tuple(name for name, r in ratio.items() if r <= max(10 * least, DEAD_SHARE))
 
 
-def _list(names: Iterable[str], most: int = 3) -> str:
+def _join_names(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _layers(layers: Iterable[int | None]) -> str:
+def _layer_numbers(layers: Iterable[int | None]) -> str:
     numbers = sorted(layer for layer in layers if layer is not None)
     return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from zoo.statistics.spectra import marchenko_pastur, top_singular_values
 
 
-def uneven(matrix: Tensor) -> float:
+def unevenness_p_value(matrix: Tensor) -> float:
     """[m, n] -> p-value of the rows' shares of large entries (above the median of |w|), were all entries in random
     places: chi-square of m counts, in which the law of the entries plays no part."""
     m, n = matrix.shape
@@ -23,7 +23,7 @@ def uneven(matrix: Tensor) -> float:
     return torch.special.gammaincc(half[0], half[1]).item()
 
 
-def beyond_edge(matrix: Tensor) -> float:
+def edge_excess(matrix: Tensor) -> float:
     """How far the largest squared singular value of a matrix of standard normal entries, or of what is tested for
     being one, lies above the Marchenko-Pastur edge, in units of Tracy-Widom's law (mean -1.2, deviation 1.3)."""
     m, n = matrix.shape

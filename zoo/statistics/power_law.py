@@ -9,10 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from zoo.errors import UserError
 
-LEAST = 10  # distinct values: fewer say nothing about a tail
+MIN_DISTINCT_VALUES = 10  # distinct values: fewer say nothing about a tail
 # Exponents beyond these are no fit: `powerlaw` with parameter_ranges={"alpha": [1.01, 20]}, less the 0.01 by which
 # it keeps away from the ends of a range.
-BOUNDS = (1.02, 19.99)
+ALPHA_BOUNDS = (1.02, 19.99)
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,17 @@ def fit_power_law(values: ArrayLike, candidates: int | None = None) -> PowerLaw:
     if not np.isfinite(flat).all():
         raise UserError("a power law cannot be fitted to values with NaN or infinity among them; leave those out")
     x, counts = np.unique(flat[flat > 0], return_counts=True)
-    if len(x) < LEAST:
-        raise UserError(f"{len(x)} distinct positive values are too few to fit a power law: give at least {LEAST}")
-    alphas, distances, starts = scan(np.log(x)[None], counts.astype(np.float64)[None], candidates)
-    best = pick(alphas, distances)[0]
+    if len(x) < MIN_DISTINCT_VALUES:
+        raise UserError(
+            f"{len(x)} distinct positive values are too few to fit a power law: give at least {MIN_DISTINCT_VALUES}"
+        )
+    alphas, distances, starts = fit_every_xmin(np.log(x)[None], counts.astype(np.float64)[None], candidates)
+    best = select_best_fit(alphas, distances)[0]
     start = starts[best]
     return PowerLaw(float(alphas[0, best]), float(x[start]), float(distances[0, best]), int(counts[start:].sum()))
 
 
-def scan(
+def fit_every_xmin(
     logs: NDArray[np.float64], weights: NDArray[np.float64], candidates: int | None = None, both: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     """The laws above every candidate xmin, for many samples at once. logs [b, n], or [1, n] for all: logarithms of
@@ -74,8 +76,8 @@ def scan(
     return alphas, distances, starts
 
 
-def pick(alphas: NDArray[np.float64], distances: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Which of the laws [b, c] that `scan` found are the fits [b]: the nearest whose exponent lies in BOUNDS."""
-    usable = (alphas > BOUNDS[0]) & (alphas < BOUNDS[1])
+def select_best_fit(alphas: NDArray[np.float64], distances: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which of the laws [b, c] that `fit_every_xmin` found are the fits [b]: the nearest whose exponent lies in BOUNDS."""
+    usable = (alphas > ALPHA_BOUNDS[0]) & (alphas < ALPHA_BOUNDS[1])
     usable |= ~usable.any(axis=1, keepdims=True)
     return np.where(usable, distances, np.inf).argmin(axis=1)

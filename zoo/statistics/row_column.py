@@ -18,15 +18,15 @@ from zoo.donors.store import Donor
 from zoo.streams import stream
 from zoo.tensors import Metadata, Part, TensorSpec, split
 
-Energies = dict[tuple[str, int | None, int | None], tuple[Tensor, Tensor]]  # role, layer, expert -> rows, columns
+EnergyTable = dict[tuple[str, int | None, int | None], tuple[Tensor, Tensor]]  # role, layer, expert -> rows, columns
 
-READERS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
-WRITERS = ("attn.o", "mlp.down")
-FLOOR = 1e-12  # of the mean energy: rows of zeros have a logarithm too
-BATCH = 1 << 20  # entries that are shuffled at once
+READER_ROLES = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
+WRITER_ROLES = ("attn.o", "mlp.down")
+ENERGY_FLOOR = 1e-12  # of the mean energy: rows of zeros have a logarithm too
+ENTRIES_PER_BATCH = 1 << 20  # entries that are shuffled at once
 
 
-def row_column(
+def row_column_study(
     donor: Donor,
     permutations: int = 199,
     seed: int = 0,
@@ -55,29 +55,31 @@ def row_column(
     out. One tensor is in memory at a time. progress is called with 1 for every tensor. Raises UserError for NaN and
     infinity."""
     tensors: list[dict[str, Any]] = []
-    energies: Energies = {}
+    energies: EnergyTable = {}
     line: list[tuple[str, Tensor, Tensor]] = []  # of a module without config: its matrices in order
-    for spec, part, matrix in matrices(donor, progress):
+    for spec, part, matrix in iterate_matrices(donor, progress):
         rows, columns = (torch.linalg.vector_norm(matrix, dim=d, dtype=torch.float64) ** 2 for d in (1, 0))
         if "position" not in part.axes:
             energies[part.role, spec.layer, spec.expert] = (rows, columns)
         line.append((spec.name, rows, columns))
         name = f"row-column/{spec.name}/{part.role}"
-        entries = cut(matrix, most, stream(seed, f"{name}/cut")).to(device, torch.float32)
+        entries = random_submatrix(matrix, most, stream(seed, f"{name}/cut")).to(device, torch.float32)
         if min(entries.shape) > 1 and entries.min() < entries.max():
             about = {"tensor": spec.name, "role": part.role, "layer": spec.layer, "expert": spec.expert}
-            tensors.append(about | shuffled(entries, permutations, stream(seed, f"{name}/shuffles")))
+            tensors.append(about | permutation_test(entries, permutations, stream(seed, f"{name}/shuffles")))
     couplings = []
-    pairs = _hidden(line) if donor.blueprint.metadata is None else _spaces(donor, energies)
+    pairs = _adjacent_pairs(line) if donor.blueprint.metadata is None else _hidden_spaces(donor, energies)
     for layer, expert, space, a, b, writes, reads in pairs:
         generator = stream(seed, f"row-column/{space}/{layer}/{expert}/{a}/{b}")
-        if (found := coupling(writes.sqrt(), reads.sqrt(), permutations, generator)) is not None:
+        if (found := coupling_test(writes.sqrt(), reads.sqrt(), permutations, generator)) is not None:
             about = {"layer": layer, "expert": expert, "space": space, "a": a, "b": b}
             couplings.append(about | {"correlation": found[0], "p": found[1]})
     return {"tensors": tensors, "couplings": couplings}
 
 
-def matrices(donor: Donor, progress: Callable[[int], None] | None = None) -> Iterator[tuple[TensorSpec, Part, Tensor]]:
+def iterate_matrices(
+    donor: Donor, progress: Callable[[int], None] | None = None
+) -> Iterator[tuple[TensorSpec, Part, Tensor]]:
     """Every matrix of a donor, in torch's orientation and the dtype on disk (float32 for one of 8 bits); kernels
     flattened, fused tensors split and read once. Integers are no weights and left out."""
     for spec in donor.blueprint.specs:
@@ -90,7 +92,7 @@ def matrices(donor: Donor, progress: Callable[[int], None] | None = None) -> Ite
             progress(1)
 
 
-def cut(matrix: Tensor, most: int, generator: torch.Generator) -> Tensor:
+def random_submatrix(matrix: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """At most `most` random rows and columns of a matrix, in their order."""
     for dim in (0, 1):
         if matrix.shape[dim] > most:
@@ -99,12 +101,12 @@ def cut(matrix: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return matrix
 
 
-def statistics(matrices: Tensor) -> Tensor:
+def row_column_statistics(matrices: Tensor) -> Tensor:
     """[n, rows, columns] -> [n, 3]: spread of log row energy, of log column energy, mean |correlation| of rows."""
     spreads = []
     for dim in (2, 1):
         energy = matrices.square().sum(dim)
-        floor = FLOOR * energy.mean(1, keepdim=True)
+        floor = ENERGY_FLOOR * energy.mean(1, keepdim=True)
         spreads.append(torch.maximum(energy, floor).log().std(1))
     rows = torch.nn.functional.normalize(matrices - matrices.mean(2, keepdim=True), dim=2)
     correlation = rows @ rows.mT
@@ -113,19 +115,19 @@ def statistics(matrices: Tensor) -> Tensor:
     return torch.stack([*spreads, off / (m * (m - 1))], dim=1)
 
 
-def shuffled(matrix: Tensor, permutations: int, generator: torch.Generator) -> dict[str, float]:
+def permutation_test(matrix: Tensor, permutations: int, generator: torch.Generator) -> dict[str, float]:
     """The three statistics of a matrix [m, n], their means over shuffles of its entries, and p-values.
 
     The shuffles are drawn from the rotations of one random order of all entries. That is a subgroup of all shuffles,
     which is all that an exact test needs, and a rotation costs much less than a shuffle from scratch."""
-    observed = statistics(matrix[None])[0]
+    observed = row_column_statistics(matrix[None])[0]
     order = torch.randperm(matrix.numel(), generator=generator)
     turns = torch.randint(matrix.numel(), (permutations,), generator=generator).tolist()
     place = order.argsort().to(matrix.device)
     line = matrix.flatten()[order.to(matrix.device)]
-    size = max(1, BATCH // matrix.numel())
+    size = max(1, ENTRIES_PER_BATCH // matrix.numel())
     null = torch.cat([
-        statistics(torch.stack([line.roll(t)[place].view_as(matrix) for t in turns[i : i + size]]))
+        row_column_statistics(torch.stack([line.roll(t)[place].view_as(matrix) for t in turns[i : i + size]]))
         for i in range(0, permutations, size)
     ])  # fmt: skip
     p = (1 + (null >= observed).sum(0)) / (1 + permutations)
@@ -136,7 +138,7 @@ def shuffled(matrix: Tensor, permutations: int, generator: torch.Generator) -> d
     return found
 
 
-def coupling(
+def coupling_test(
     writes: Tensor, reads: Tensor, permutations: int, generator: torch.Generator
 ) -> tuple[float, float] | None:
     """Two vectors [n] of a number per unit -> their correlation and its two-sided p-value over permutations of the
@@ -152,10 +154,10 @@ def coupling(
 
 
 # layer, expert, space, what writes, what reads, and their energies per unit
-Space = tuple[int | None, int | None, str, str, str, Tensor, Tensor]
+HiddenSpace = tuple[int | None, int | None, str, str, str, Tensor, Tensor]
 
 
-def _spaces(donor: Donor, energies: Energies) -> Iterator[Space]:
+def _hidden_spaces(donor: Donor, energies: EnergyTable) -> Iterator[HiddenSpace]:
     metadata = donor.blueprint.metadata
     assert metadata is not None
     for role, layer, expert in energies:
@@ -172,10 +174,10 @@ def _spaces(donor: Donor, energies: Energies) -> Iterator[Space]:
             grouped = of_head.view(metadata.kv_heads, -1, metadata.head_dim).sum(1).flatten()
             space = "query-key" if role == "attn.q" else "value"
             yield layer, expert, space, key[0], role, shared, grouped
-    yield from _residual(metadata, energies)
+    yield from _residual_spaces(metadata, energies)
 
 
-def _residual(metadata: Metadata, energies: Energies) -> Iterator[Space]:
+def _residual_spaces(metadata: Metadata, energies: EnergyTable) -> Iterator[HiddenSpace]:
     """Place 0 of the stream is what the embedding writes and layer 0 reads, place l what layer l - 1 writes."""
     written: dict[int, dict[str, Tensor]] = {}
     read: dict[int, dict[str, Tensor]] = {}
@@ -190,9 +192,9 @@ def _residual(metadata: Metadata, energies: Energies) -> Iterator[Space]:
             count(written, 0, role, columns)
         if role == "head" or (role == "embed" and metadata.tied):
             count(read, metadata.layers, "head", columns)
-        if role in WRITERS and layer is not None:
+        if role in WRITER_ROLES and layer is not None:
             count(written, layer + 1, role, rows)
-        if role in READERS and layer is not None:
+        if role in READER_ROLES and layer is not None:
             count(read, layer, role, columns)
     for place in sorted(written.keys() & read.keys()):
         (a, writes), (b, reads) = (
@@ -201,7 +203,7 @@ def _residual(metadata: Metadata, energies: Energies) -> Iterator[Space]:
         yield place if place < metadata.layers else None, None, "residual", a, b, writes, reads
 
 
-def _hidden(line: list[tuple[str, Tensor, Tensor]]) -> Iterator[Space]:
+def _adjacent_pairs(line: list[tuple[str, Tensor, Tensor]]) -> Iterator[HiddenSpace]:
     for (a, rows, _), (b, _, columns) in itertools.pairwise(line):
         if len(rows) == len(columns):
             yield None, None, "hidden", a, b, rows, columns

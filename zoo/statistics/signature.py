@@ -47,7 +47,7 @@ def std_vector(donor: Donor) -> dict[str, float]:
 
 
 def clustering_vector(stacks: Mapping[str, Tensor], clusters: int = 3, seed: int = 0) -> dict[str, list[float]]:
-    """stacks: projection -> singular values [layers, r] of one model (`zoo.statistics.similarity.stacks`). K-means of
+    """stacks: projection -> singular values [layers, r] of one model (`zoo.statistics.similarity.singular_value_stacks`). K-means of
     all these vectors together; the result is projection -> share of its layers in each cluster [clusters]. Clusters
     are numbered by the norm of their centre [R], smallest first, so that those of two models can be compared; a scale
     common to all vectors changes nothing. Three clusters [R] told the most models apart, of two to seven, where that
@@ -82,11 +82,11 @@ def signature_distances(signatures: Mapping[str, Signature]) -> dict[str, Any]:
     """model -> std_vector or clustering_vector; -> {models: names, distances: [models][models] cosine distances}, over
     the projections that both have (GPT-2 has no gate); None where they have none in common."""
     names = list(signatures)
-    table = [[_distance(signatures[a], signatures[b]) for b in names] for a in names]
+    table = [[_cosine_distance(signatures[a], signatures[b]) for b in names] for a in names]
     return {"models": names, "distances": table}
 
 
-def _distance(a: Signature, b: Signature) -> float | None:
+def _cosine_distance(a: Signature, b: Signature) -> float | None:
     common = [role for role in PROJECTIONS if role in a and role in b]
     if not common:
         return None

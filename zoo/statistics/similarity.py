@@ -17,19 +17,19 @@ from torch import Tensor
 
 from zoo.donors.store import Donor
 from zoo.errors import UserError, unknown
-from zoo.statistics.goodness import Sample, goodness
-from zoo.statistics.power_law import LEAST
+from zoo.statistics.goodness import DistanceSample, assess_power_law
+from zoo.statistics.power_law import MIN_DISTINCT_VALUES
 from zoo.statistics.spectra import top_singular_values
 from zoo.streams import stream, stream_seed
 from zoo.tensors import TensorSpec, split
 
 PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-FEWEST = 3  # layers
-SAME = 1e-12  # distances below are those of a layer to itself [R]
-SPIKES = 0.78  # Pareto exponent of how many spikes a matrix of the null model has: that of the published fit
+MIN_LAYERS = 3  # layers
+MIN_DISTANCE = 1e-12  # distances below are those of a layer to itself [R]
+SPIKE_EXPONENT = 0.78  # Pareto exponent of how many spikes a matrix of the null model has: that of the published fit
 
 
-def stacks(
+def singular_value_stacks(
     donor: Donor, ranks: Sequence[int], device: str = "cpu", progress: Callable[[int], None] | None = None
 ) -> dict[str, Tensor]:
     """projection -> MSV [L, r] float64 on the CPU, layers in ascending order; r is the largest of `ranks`, or the
@@ -39,7 +39,7 @@ def stacks(
 
     Raises UserError for a donor with no recognisable projections or fewer than three layers, before anything is read,
     and for a constant or non-finite matrix."""
-    specs = _specs(donor)
+    specs = _projection_tensors(donor)
     rank = min(max(ranks), *(min(p.shape) for spec in specs for p in spec.parts if p.role in PROJECTIONS))
     found: dict[str, list[Tensor]] = {role: [] for role in PROJECTIONS}
     for spec in specs:
@@ -51,41 +51,41 @@ def stacks(
                 found[role].append(top_singular_values(matrix.to(device), rank).cpu())
         if progress is not None:
             progress(1)
-    return {role: torch.stack(rows) for role, rows in found.items() if len(rows) >= FEWEST}
+    return {role: torch.stack(rows) for role, rows in found.items() if len(rows) >= MIN_LAYERS}
 
 
-def null_stacks(shapes: dict[str, list[tuple[int, int]]], rank: int, kind: str, seed: int) -> dict[str, Tensor]:
-    """What `stacks` gives, for random matrices of the shapes [rows, columns] of each projection's layers, all drawn
+def null_model_stacks(shapes: dict[str, list[tuple[int, int]]], rank: int, kind: str, seed: int) -> dict[str, Tensor]:
+    """What `singular_value_stacks` gives, for random matrices of the shapes [rows, columns] of each projection's layers, all drawn
     independently: no learning at all.
 
     kind gaussian: independent normal entries (drawn as the bidiagonal matrix of chi variables that has the same
     singular values, Silverstein 1985, so that no matrix is made). kind spikes: such a matrix with k spikes of rank one
     in random directions, k = floor(U^(-1/0.78)) at most the smaller side, each U(1, 4) times sqrt(rows) +
     sqrt(columns), the edge of the noise."""
-    if kind not in NULLS:
-        raise unknown("kind of random matrices", kind, NULLS)
+    if kind not in NULL_MODELS:
+        raise unknown("kind of random matrices", kind, NULL_MODELS)
     found = {}
     for role, sizes in shapes.items():
         names = [f"similarity/{kind}/{role}/{layer}" for layer in range(len(sizes))]
-        rows = [NULLS[kind](*size, rank, seed, name) for size, name in zip(sizes, names, strict=True)]
+        rows = [NULL_MODELS[kind](*size, rank, seed, name) for size, name in zip(sizes, names, strict=True)]
         found[role] = torch.stack(rows)
     return found
 
 
-def distances(a: Tensor, b: Tensor | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def layer_distances(a: Tensor, b: Tensor | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """DSV of a [L, r] with b [M, r]: (values [n], pairs [n, 2] of rows). b None: of a with itself, l < m. Distances
     below 1e-12 are dropped [R]."""
     x = a / a.norm(dim=1, keepdim=True)
     y = x if b is None else b / b.norm(dim=1, keepdim=True)
     # Half the squared distance of unit vectors is 1 - cos, without its cancellation.
     values = 0.5 * (x[:, None] - y[None]).square().sum(-1)
-    kept = values >= SAME
+    kept = values >= MIN_DISTANCE
     if b is None:
         kept &= torch.ones_like(kept).triu(1)
     return values[kept].numpy(), kept.nonzero().numpy()
 
 
-def study(
+def compare_projections(
     stacks: dict[str, Tensor],
     rank: int,
     bootstraps: int = 200,
@@ -104,27 +104,27 @@ def study(
     for i, a in enumerate(known):
         for b in known[i:]:
             one, other = stacks[a][:, :rank], stacks[b][:, :rank]
-            values, pairs = distances(one, None if a == b else other)
+            values, pairs = layer_distances(one, None if a == b else other)
             if len(one) != len(other):  # then rows of the two are not the same layers
                 pairs = pairs + np.array([0, len(one)])
             rng = np.random.default_rng(stream_seed(seed, f"similarity/{a}/{b}/{rank}"))
-            rows.append({"a": a, "b": b} | _row(Sample.of(values, pairs), bootstraps, rng))
+            rows.append({"a": a, "b": b} | _compare_pair(DistanceSample.from_unsorted(values, pairs), bootstraps, rng))
             if progress is not None:
                 progress(1)
     return rows
 
 
-def _row(sample: Sample, bootstraps: int, rng: np.random.Generator) -> dict[str, Any]:
+def _compare_pair(sample: DistanceSample, bootstraps: int, rng: np.random.Generator) -> dict[str, Any]:
     x, n = sample.values, len(sample.values)
     row: dict[str, Any] = {"n": n, "skewness": float(skew(x)) if n > 2 and x[0] < x[-1] else None}
     shown = np.unique(np.geomspace(1, n, min(n, 60)).astype(int)) if n else np.array([], int)
     row["ccdf"] = [[float(x[n - k]), k / n] for k in shown[::-1]]  # dense in the tail
     row["histogram"] = _histogram(x) if n else []
-    if len(np.unique(x)) < LEAST:
+    if len(np.unique(x)) < MIN_DISTINCT_VALUES:
         nothing = dict.fromkeys(("alpha", "xmin", "tail", "distance", "p", "p_pairs", "worth", "alpha_ci95"))
         why = f"{n} distances of {sample.layers} layers are too few to fit anything"
         return row | nothing | {"ratios": {}, "verdict": "undecided", "why": why}
-    return row | goodness(sample, bootstraps, rng)
+    return row | assess_power_law(sample, bootstraps, rng)
 
 
 def _histogram(x: NDArray[np.float64]) -> list[list[float]]:
@@ -132,7 +132,7 @@ def _histogram(x: NDArray[np.float64]) -> list[list[float]]:
     return [[float(edges[i]), float(edges[i + 1]), int(count)] for i, count in enumerate(counts)]
 
 
-def _specs(donor: Donor) -> list[TensorSpec]:
+def _projection_tensors(donor: Donor) -> list[TensorSpec]:
     """Tensors that hold projections, by layer."""
     found = [
         spec
@@ -144,13 +144,13 @@ def _specs(donor: Donor) -> list[TensorSpec]:
         hint = "give a decoder language model, such as a Llama"
         raise UserError(f"{donor.name}: has no recognisable projections (query, key, value, output, MLP); {hint}")
     layers = {spec.layer for spec in found}
-    if len(layers) < FEWEST:
+    if len(layers) < MIN_LAYERS:
         few = f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
-        raise UserError(f"{donor.name}: distances between layers need at least {FEWEST} layers, it has {few}")
+        raise UserError(f"{donor.name}: distances between layers need at least {MIN_LAYERS} layers, it has {few}")
     return sorted(found, key=lambda spec: -1 if spec.layer is None else spec.layer)
 
 
-def _gaussian(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:
+def _gaussian_spectrum(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:
     rng = np.random.default_rng(stream_seed(seed, name))
     long, short = max(rows, columns), min(rows, columns)
     diagonal = np.sqrt(rng.chisquare(long - np.arange(short)))
@@ -162,10 +162,10 @@ def _gaussian(rows: int, columns: int, rank: int, seed: int, name: str) -> Tenso
     return torch.from_numpy(np.sqrt(np.maximum(values, 0))[::-1].copy())
 
 
-def _spikes(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:
+def _spiked_spectrum(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:
     generator = stream(seed, name)
     uniform = 1 - torch.rand(1, generator=generator, dtype=torch.float64).item()
-    count = int(min(uniform ** (-1 / SPIKES), rows, columns))
+    count = int(min(uniform ** (-1 / SPIKE_EXPONENT), rows, columns))
     strengths = (1 + 3 * torch.rand(count, generator=generator)) * (rows**0.5 + columns**0.5)
     left = torch.nn.functional.normalize(torch.randn(rows, count, generator=generator), dim=0)
     right = torch.nn.functional.normalize(torch.randn(columns, count, generator=generator), dim=0)
@@ -173,4 +173,4 @@ def _spikes(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:
     return top_singular_values(noise.addmm_(left * strengths, right.mT), rank)
 
 
-NULLS = {"gaussian": _gaussian, "spikes": _spikes}
+NULL_MODELS = {"gaussian": _gaussian_spectrum, "spikes": _spiked_spectrum}

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.statistics.power_law import LEAST, fit_power_law
+from zoo.statistics.power_law import MIN_DISTINCT_VALUES, fit_power_law
 from zoo.streams import stream
 
-ROWS = 1 << 14  # of a matrix that are float64 at a time
-SMALL = 16  # times the rank: matrices with a side below that are about as cheap to decompose whole
-BLOCK = (16, 32)  # vectors that the Krylov basis grows by: an eighth of the rank, within these
-SETTLED = 3e-4  # relative change over half a rank of basis vectors; what is left is at most twice as much
-STEEP = 1e-4  # float32 says nothing about singular values below this share of the largest
-TRACY_WIDOM = 3.2724  # the law's 99.9 % point for real matrices (Johnstone 2001)
+ROWS_PER_CHUNK = 1 << 14  # of a matrix that are float64 at a time
+DENSE_RATIO = 16  # times the rank: matrices with a side below that are about as cheap to decompose whole
+KRYLOV_BLOCK_SIZES = (16, 32)  # vectors that the Krylov basis grows by: an eighth of the rank, within these
+CONVERGENCE_TOLERANCE = 3e-4  # relative change over half a rank of basis vectors; what is left is at most twice as much
+FLOAT32_RANGE = 1e-4  # float32 says nothing about singular values below this share of the largest
+TRACY_WIDOM_QUANTILE = 3.2724  # the law's 99.9 % point for real matrices (Johnstone 2001)
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -25,10 +25,10 @@ def singular_values(matrix: Tensor) -> Tensor:
     1e-8 of the largest are rounding."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=matrix.device)
-    for rows in tall.split(ROWS):
+    for rows in tall.split(ROWS_PER_CHUNK):
         wide = rows.double()
         gram += wide.mT @ wide
-    return _roots(gram)
+    return _singular_values_of_gram(gram)
 
 
 def top_singular_values(matrix: Tensor, rank: int) -> Tensor:
@@ -40,12 +40,12 @@ def top_singular_values(matrix: Tensor, rank: int) -> Tensor:
     approach from below. Small matrices, and those that fall by more than four decades within the rank, are decomposed
     whole. Beside the matrix two float32 copies and at most n / 2 basis vectors are held."""
     side = min(matrix.shape)
-    if rank * SMALL > side:
+    if rank * DENSE_RATIO > side:
         return singular_values(matrix)[:rank]
     # Products of a row-major matrix with a few columns are twice as fast as with its transpose, so both are kept.
     forth = (matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT).float().contiguous()
     back = forth.mT.contiguous()
-    block = min(max(rank // 8, BLOCK[0]), BLOCK[1])
+    block = min(max(rank // 8, KRYLOV_BLOCK_SIZES[0]), KRYLOV_BLOCK_SIZES[1])
     most = side // 2 // block * block
     basis, images = forth.new_empty(most, side), forth.new_empty(most, forth.shape[0])
     gram = torch.zeros(most, most, dtype=torch.float64, device=matrix.device)
@@ -65,10 +65,10 @@ def top_singular_values(matrix: Tensor, rank: int) -> Tensor:
         wide = images[:done].double()
         gram[:done, checked:done] = wide @ wide[checked:].mT
         gram[checked:done, :checked] = gram[:checked, checked:done].mT
-        checked, last, settled = done, settled, _roots(gram[:done, :done])[:rank]
-        if settled[-1] <= STEEP * settled[0]:
+        checked, last, settled = done, settled, _singular_values_of_gram(gram[:done, :done])[:rank]
+        if settled[-1] <= FLOAT32_RANGE * settled[0]:
             break
-        if last is not None and bool(((settled - last) <= SETTLED * settled).all()):
+        if last is not None and bool(((settled - last) <= CONVERGENCE_TOLERANCE * settled).all()):
             return settled
     return singular_values(matrix)[:rank]
 
@@ -86,10 +86,10 @@ def tracy_widom_edge(rows: int, columns: int, std: float) -> float:
     small, large = sorted((rows, columns))
     centre = math.sqrt(max(large - 1, 1)) + math.sqrt(small)
     width = centre * (1 / math.sqrt(max(large - 1, 1)) + 1 / math.sqrt(small)) ** (1 / 3)
-    return std * math.sqrt(centre**2 + TRACY_WIDOM * width)
+    return std * math.sqrt(centre**2 + TRACY_WIDOM_QUANTILE * width)
 
 
-def spectrum(matrix: Tensor, values: Tensor | None = None) -> dict[str, Any]:
+def spectrum_summary(matrix: Tensor, values: Tensor | None = None) -> dict[str, Any]:
     """What the singular values s of a matrix [m, n] say, in JSON values (`values`: all of them, if they are known):
 
     rank_max        min(m, n)
@@ -113,7 +113,7 @@ def spectrum(matrix: Tensor, values: Tensor | None = None) -> dict[str, Any]:
     std = norm / math.sqrt(rows * columns)
     eigenvalues = s.square()
     eigenvalues = eigenvalues[eigenvalues > eigenvalues[0] * max(rows, columns) * torch.finfo(torch.float64).eps]
-    law = fit_power_law(eigenvalues.numpy()) if len(eigenvalues.unique()) >= LEAST else None
+    law = fit_power_law(eigenvalues.numpy()) if len(eigenvalues.unique()) >= MIN_DISTINCT_VALUES else None
     return {
         "rank_max": len(s),
         "norm": norm,
@@ -130,5 +130,5 @@ def spectrum(matrix: Tensor, values: Tensor | None = None) -> dict[str, Any]:
     }
 
 
-def _roots(gram: Tensor) -> Tensor:
+def _singular_values_of_gram(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()

@@ -24,7 +24,7 @@ def power_law(x: Array, alpha: float) -> Array:
 
 def lognormal(x: Array) -> Array:
     y = np.log(x)
-    return _half_normal(y) - y
+    return _half_normal_fit(y) - y
 
 
 def exponential(x: Array) -> Array:
@@ -33,7 +33,7 @@ def exponential(x: Array) -> Array:
 
 
 def normal(x: Array) -> Array:
-    return _half_normal(x - 1)
+    return _half_normal_fit(x - 1)
 
 
 def truncated_power_law(x: Array) -> Array:
@@ -46,7 +46,7 @@ def truncated_power_law(x: Array) -> Array:
 
     steep = 1 / mean_log + 1
     starts = [(steep, np.log(1e-3 / mean)), (min(steep, 1.0), np.log(1 / mean))]
-    a, rate = min((_minimum(cost, start) for start in starts), key=cost)
+    a, rate = min((_minimise(cost, start) for start in starts), key=cost)
     a, rate = abs(a), np.exp(rate)
     return -a * logs - rate * x - _log_mass(a, rate)
 
@@ -61,7 +61,7 @@ ALTERNATIVES: dict[str, Callable[[Array], Array]] = {
 NESTING = ("truncated_power_law",)  # contain the power law, so that they can only be better
 
 
-def _half_normal(y: Array) -> Array:
+def _half_normal_fit(y: Array) -> Array:
     """exp(-a y - b y²) on y >= 0 with b >= 0: a normal cut at 0, wherever its mean lies; an exponential where b = 0."""
     scale = y.mean()
     y = y / scale
@@ -76,7 +76,7 @@ def _half_normal(y: Array) -> Array:
         b = np.exp(p[1])
         return p[0] * mean + b * square + log_mass(p[0], b)
 
-    a, b = _minimum(cost, (1.0, np.log(0.1)))
+    a, b = _minimise(cost, (1.0, np.log(0.1)))
     b = np.exp(b)
     return -a * y - b * y**2 - log_mass(a, b) - np.log(scale)
 
@@ -90,7 +90,7 @@ def _log_mass(a: float, rate: float) -> float:
     return float(-rate + np.log(0.5 * end * (_WEIGHTS @ np.exp((1 - a) * u - rate * np.expm1(u)))))
 
 
-def _minimum(cost: Callable[[Array], float], start: tuple[float, float]) -> Array:
+def _minimise(cost: Callable[[Array], float], start: tuple[float, float]) -> Array:
     bounds = [(-1e6, 1e6), (-25.0, 25.0)]  # the second is a logarithm; further out nothing changes
     return minimize(
         cost, start, method="Nelder-Mead", bounds=bounds, options={"xatol": 1e-4, "fatol": 1e-9, "maxiter": 1000}

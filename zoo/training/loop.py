@@ -20,7 +20,7 @@ from zoo.streams import stream
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingConfig:
     """How a model is trained: AdamW under a warm-up and a cosine, gradients clipped to norm 1."""
 
     steps: int
@@ -40,7 +40,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepResult:
     """One update that was made: its number (from 1), the loss of its batch before it, the norm before clipping."""
 
     number: int
@@ -48,7 +48,7 @@ class Step:
     grad_norm: float
 
 
-def learning_rate(training: Training, step: int) -> float:
+def learning_rate(training: TrainingConfig, step: int) -> float:
     """The rate of update `step`, counted from 0: linear warm-up, then a cosine down to `final_lr` of the peak."""
     warm = max(1, round(training.warmup * training.steps))
     if step < warm:
@@ -57,7 +57,7 @@ def learning_rate(training: Training, step: int) -> float:
     return training.lr * (training.final_lr + (1 - training.final_lr) * 0.5 * (1 + math.cos(math.pi * phase)))
 
 
-def windows(tokens: Tensor, batch_size: int, sequence: int, seed: int, step: int) -> Tensor:
+def sample_windows(tokens: Tensor, batch_size: int, sequence: int, seed: int, step: int) -> Tensor:
     """tokens int64 [N] -> int64 [B, S+1]: random windows, a function of (seed, step)."""
     starts = torch.randint(len(tokens) - sequence, (batch_size,), generator=stream(seed, f"batch {step}"))
     return tokens[starts[:, None] + torch.arange(sequence + 1)]
@@ -99,7 +99,7 @@ def activation_rms(model: nn.Module, tokens: Tensor, sequence: int = 64, limit: 
     return [float(state.float().square().mean().sqrt()) for state in states.hidden_states]
 
 
-def train_steps(model: nn.Module, tokens: Tensor, training: Training) -> Iterator[Step]:
+def train_steps(model: nn.Module, tokens: Tensor, training: TrainingConfig) -> Iterator[StepResult]:
     """Trains `model` in place on int64 [N] and yields after every update. Stops by itself after `training.steps`, or
     after the first step whose loss or gradient is not finite (that update is not made; the Step says so)."""
     device = next(model.parameters()).device
@@ -114,12 +114,12 @@ def train_steps(model: nn.Module, tokens: Tensor, training: Training) -> Iterato
     for step in range(training.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
-        window = windows(tokens, training.batch_size, training.sequence, training.seed, step).to(device)
+        window = sample_windows(tokens, training.batch_size, training.sequence, training.seed, step).to(device)
         loss = next_token_loss(model, window)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(matrices + vectors, training.clip)
-        done = Step(step + 1, float(loss.detach()), float(norm))
+        done = StepResult(step + 1, float(loss.detach()), float(norm))
         if not (math.isfinite(done.loss) and math.isfinite(done.grad_norm)):
             yield done
             return

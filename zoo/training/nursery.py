@@ -19,9 +19,10 @@ import torch
 
 from zoo.errors import UserError, unknown
 from zoo.streams import stream_seed
-from zoo.training.loop import Training, evaluate, reproducible, train_steps
-from zoo.training.text import BYTES, byte_tokens, hold_out, python_reference, save_byte_tokenizer
-from zoo.training.workers import Report, default_workers, run_jobs
+from zoo.training.corpora import byte_tokens, python_reference, split_held_out
+from zoo.training.loop import TrainingConfig, evaluate, reproducible, train_steps
+from zoo.training.workers import ReportProgress, default_workers, run_jobs
+from zoo.vocabulary import BYTE_VOCAB, save_byte_tokenizer
 
 STAGING = ".nursery"  # inside the zoo: donors that are trained and not yet added
 CORPUS = "Python language reference (pydoc_data.topics)"
@@ -30,7 +31,7 @@ REPORT_EVERY = 10  # steps between two reports to the progress bar
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DonorRecipe:
     """One donor: its shape, and how it is trained. Two seeds of one shape share nothing but the text."""
 
     width: int
@@ -51,8 +52,10 @@ class Recipe:
         return f"nursery-w{self.width}-l{self.layers}-h{self.heads}-kv{self.kv_heads}-s{self.seed}"
 
     @property
-    def training(self) -> Training:
-        return Training(self.steps, self.lr, self.batch_size, self.sequence, seed=stream_seed(self.seed, self.name))
+    def training(self) -> TrainingConfig:
+        return TrainingConfig(
+            self.steps, self.lr, self.batch_size, self.sequence, seed=stream_seed(self.seed, self.name)
+        )
 
     @property
     def cost(self) -> float:
@@ -60,63 +63,52 @@ class Recipe:
         return (self.layers * self.width * (4 * self.width + 3 * self.ffn) + 4e4) * self.training.tokens
 
 
-def demo() -> list[Recipe]:
+def demo_recipes() -> list[DonorRecipe]:
     """Twelve donors, six shapes with two lineages each: what `headstart demo` learns from."""
     shapes = [
-        Recipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=1000),
-        Recipe(48, 4, heads=3, kv_heads=1, ffn=144, steps=1000),
-        Recipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=1000),
-        Recipe(64, 6, heads=4, kv_heads=2, ffn=160, steps=1000),
-        Recipe(96, 4, heads=6, kv_heads=3, ffn=256, steps=1000),
-        Recipe(128, 4, heads=8, kv_heads=8, ffn=336, steps=1000),
+        DonorRecipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=1000),
+        DonorRecipe(48, 4, heads=3, kv_heads=1, ffn=144, steps=1000),
+        DonorRecipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=1000),
+        DonorRecipe(64, 6, heads=4, kv_heads=2, ffn=160, steps=1000),
+        DonorRecipe(96, 4, heads=6, kv_heads=3, ffn=256, steps=1000),
+        DonorRecipe(128, 4, heads=8, kv_heads=8, ffn=336, steps=1000),
     ]
-    return _lineages(shapes, 2)
+    return _with_seeds(shapes, 2)
 
 
-def quick() -> list[Recipe]:
+def quick_recipes() -> list[DonorRecipe]:
     """Four small donors, for `headstart demo --quick` and for trying things out."""
     shapes = [
-        Recipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=450),
-        Recipe(96, 4, heads=6, kv_heads=6, ffn=256, steps=350),
+        DonorRecipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=450),
+        DonorRecipe(96, 4, heads=6, kv_heads=6, ffn=256, steps=350),
     ]
-    return _lineages(shapes, 2)
+    return _with_seeds(shapes, 2)
 
 
-def research() -> list[Recipe]:
-    """Sixteen donors of eight shapes, trained 2.5 times as long: for measurements that are to be believed."""
-    shapes = [
-        Recipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=2500),
-        Recipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=2500),
-        Recipe(64, 6, heads=4, kv_heads=2, ffn=160, steps=2500),
-        Recipe(80, 4, heads=5, kv_heads=5, ffn=208, steps=2500),
-        Recipe(96, 2, heads=6, kv_heads=6, ffn=288, steps=2500),
-        Recipe(96, 4, heads=6, kv_heads=3, ffn=256, steps=2500),
-        Recipe(128, 2, heads=8, kv_heads=8, ffn=336, steps=2500),
-        Recipe(128, 4, heads=8, kv_heads=4, ffn=336, steps=2500),
-    ]
-    return _lineages(shapes, 2)
-
-
-def bench() -> list[Recipe]:
+def bench_recipes() -> list[DonorRecipe]:
     """Twelve donors among which every method finds one for a model 96 wide with 4 layers, 6 heads and FFN 256: half its
     width at its depth (hypercloning), half its depth at its width (stacking), larger in every size (pruning)."""
     shapes = [
-        Recipe(48, 4, heads=3, kv_heads=3, ffn=128, steps=1000),
-        Recipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=1000),
-        Recipe(64, 6, heads=4, kv_heads=2, ffn=160, steps=1000),
-        Recipe(80, 3, heads=5, kv_heads=5, ffn=208, steps=1000),
-        Recipe(96, 2, heads=6, kv_heads=6, ffn=256, steps=1000),
-        Recipe(128, 4, heads=8, kv_heads=8, ffn=336, steps=1000),
+        DonorRecipe(48, 4, heads=3, kv_heads=3, ffn=128, steps=1000),
+        DonorRecipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=1000),
+        DonorRecipe(64, 6, heads=4, kv_heads=2, ffn=160, steps=1000),
+        DonorRecipe(80, 3, heads=5, kv_heads=5, ffn=208, steps=1000),
+        DonorRecipe(96, 2, heads=6, kv_heads=6, ffn=256, steps=1000),
+        DonorRecipe(128, 4, heads=8, kv_heads=8, ffn=336, steps=1000),
     ]
-    return _lineages(shapes, 2)
+    return _with_seeds(shapes, 2)
 
 
-PRESETS: dict[str, Callable[[], list[Recipe]]] = {"demo": demo, "quick": quick, "bench": bench, "research": research}
+PRESETS: dict[str, Callable[[], list[DonorRecipe]]] = {
+    "demo": demo_recipes,
+    "quick": quick_recipes,
+    "bench": bench_recipes,
+}
 
 
-def train(
+def train_zoo(
     zoo: str | Path,
-    preset: str | list[Recipe] = "demo",
+    preset: str | list[DonorRecipe] = "demo",
     seed: int = 0,
     workers: int | None = None,
     quiet: bool = False,
@@ -134,8 +126,8 @@ def train(
         raise unknown("preset", preset, PRESETS)
     recipes = [replace(r, seed=r.seed + seed) for r in (PRESETS[preset]() if isinstance(preset, str) else preset)]
     staging = zoo / STAGING
-    missing = [r for r in recipes if not _finished(zoo / "models" / r.name, r)]
-    trained = [r for r in missing if _finished(staging / r.name, r)]
+    missing = [r for r in recipes if not _is_complete(zoo / "models" / r.name, r)]
+    trained = [r for r in missing if _is_complete(staging / r.name, r)]
     todo = sorted((r for r in missing if r not in trained), key=lambda r: r.cost, reverse=True)
     staging.mkdir(parents=True, exist_ok=True)
     total = sum(r.steps for r in recipes)
@@ -143,7 +135,7 @@ def train(
         bar.set_description(f"nursery: {len(recipes) - len(todo)}/{len(recipes)} donors")
         done = len(recipes) - len(todo)
 
-        def finished(recipe: Recipe) -> None:
+        def finished(recipe: DonorRecipe) -> None:
             nonlocal done
             done += 1
             bar.set_description(f"nursery: {done}/{len(recipes)} donors")
@@ -157,20 +149,20 @@ def train(
     return [r.name for r in recipes]
 
 
-def _train_into(staging: Path, recipe: Recipe, report: Report) -> None:
+def _train_into(staging: Path, recipe: DonorRecipe, report: ReportProgress) -> None:
     train_donor(recipe, staging / recipe.name, report)
 
 
-def train_donor(recipe: Recipe, folder: Path, report: Report = lambda steps: None) -> None:
+def train_donor(recipe: DonorRecipe, folder: Path, report: ReportProgress = lambda steps: None) -> None:
     """Trains one donor in this process and writes it to `folder`, which appears when it is complete. `report` is told
     how many steps were made since it was last told."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     text = python_reference()
-    learned, held = (byte_tokens(part) for part in hold_out(text))
+    learned, held = (byte_tokens(part) for part in split_held_out(text))
     config = LlamaConfig(
-        vocab_size=BYTES,
+        vocab_size=BYTE_VOCAB,
         hidden_size=recipe.width,
         intermediate_size=recipe.ffn,
         num_hidden_layers=recipe.layers,
@@ -215,11 +207,11 @@ def train_donor(recipe: Recipe, folder: Path, report: Report = lambda steps: Non
     temporary.rename(folder)
 
 
-def _lineages(shapes: list[Recipe], seeds: int) -> list[Recipe]:
+def _with_seeds(shapes: list[DonorRecipe], seeds: int) -> list[DonorRecipe]:
     return [replace(shape, seed=seed) for shape in shapes for seed in range(seeds)]
 
 
-def _finished(folder: Path, recipe: Recipe) -> bool:
+def _is_complete(folder: Path, recipe: DonorRecipe) -> bool:
     """Whether `folder` holds the donor of this very recipe."""
     facts = folder / "facts.json"
     if not facts.is_file():
@@ -229,7 +221,7 @@ def _finished(folder: Path, recipe: Recipe) -> bool:
     return True
 
 
-def _card(recipe: Recipe, facts: dict[str, Any]) -> str:
+def _card(recipe: DonorRecipe, facts: dict[str, Any]) -> str:
     return f"""---
 license: {LICENSE}
 language: en

@@ -24,8 +24,8 @@ from zoo.checkpoints.writer import writing
 from zoo.donors.store import Zoo
 from zoo.errors import UserError
 
-STATE = "training.safetensors"  # of an unfinished run
-STAGED = ".finished"  # where a finished run is put together
+STATE_FILE = "training.safetensors"  # of an unfinished run
+STAGING_FOLDER = ".finished"  # where a finished run is put together
 NOTE_EVERY = 50  # steps
 
 
@@ -136,13 +136,13 @@ def publish(staged: Path, out: Path, last: str) -> None:
     staged.rmdir()
 
 
-def identity(recipe: Any, zoo: Zoo, *more: str) -> str:
+def run_identity(recipe: Any, zoo: Zoo, *more: str) -> str:
     """A hash of what a run is a function of: its recipe (a dataclass), the donors of its zoo, and more."""
     known = [asdict(recipe), sorted(d.sha256 for d in zoo.donors), *more]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def claim(out: Path, resume: bool, done: str) -> str | None:
+def claim_folder(out: Path, resume: bool, done: str) -> str | None:
     """Makes `out` a run's folder and returns the identity in its file `done` ({"identity": …}), None where it is not
     done. Raises UserError for a file, or for a folder that holds something and is not to be resumed."""
     if out.exists() and not out.is_dir():
@@ -152,7 +152,7 @@ def claim(out: Path, resume: bool, done: str) -> str | None:
             raise UserError(f"{out}: exists and is not empty; give another --out, or --resume to continue")
         if (out / done).is_file():
             return str(json.loads((out / done).read_text()).get("identity"))
-        if not (out / STATE).is_file() and not (out / STAGED).is_dir():
+        if not (out / STATE_FILE).is_file() and not (out / STAGING_FOLDER).is_dir():
             raise UserError(f"{out}: holds no run to resume; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     return None

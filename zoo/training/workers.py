@@ -16,7 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
 Job = TypeVar("Job")
-Report = Callable[[int], object]  # told how much was done since it was last told
+ReportProgress = Callable[[int], object]  # told how much was done since it was last told
 
 
 def default_workers(most: int = 8) -> int:
@@ -25,10 +25,10 @@ def default_workers(most: int = 8) -> int:
 
 
 def run_jobs(
-    function: Callable[[Job, Report], object],
+    function: Callable[[Job, ReportProgress], object],
     jobs: Sequence[Job],
     workers: int,
-    update: Report,
+    update: ReportProgress,
     finished: Callable[[Job], object] = lambda job: None,
 ) -> None:
     """Calls `function(job, report)` for every job; `finished` is told in the parent, in the order of completion.
@@ -41,8 +41,8 @@ def run_jobs(
         return
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(reports,)) as pool:
-        running: dict[Future[None], Job] = {pool.submit(_work, function, job): job for job in jobs}
+    with ProcessPoolExecutor(workers, context, initializer=_initialise_worker, initargs=(reports,)) as pool:
+        running: dict[Future[None], Job] = {pool.submit(_run_job, function, job): job for job in jobs}
         try:
             while running:
                 with contextlib.suppress(queue.Empty):
@@ -63,17 +63,17 @@ def run_jobs(
 _reports: Any = None  # in a worker: the queue to the parent's progress bar
 
 
-def _begin(reports: Any) -> None:
+def _initialise_worker(reports: Any) -> None:
     import torch
 
     global _reports
     _reports = reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
     torch.set_num_threads(1)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
     """A worker whose parent was killed has nobody to work for."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -81,5 +81,5 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def _work(function: Callable[[Job, Report], object], job: Job) -> None:
+def _run_job(function: Callable[[Job, ReportProgress], object], job: Job) -> None:
     function(job, _reports.put)

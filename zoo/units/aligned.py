@@ -14,13 +14,13 @@ from torch import Tensor
 from zoo.donors.store import Donor, Zoo
 from zoo.errors import UserError
 from zoo.tensors import Metadata
-from zoo.units.canonical import Anchor, anchor, canonicalise
+from zoo.units.canonical import Anchor, canonicalise, make_anchor
 from zoo.units.decoder import Decoder, read_decoder
-from zoo.units.units import gather, require_units
+from zoo.units.units import decoder_to_units, require_units
 
 
 @dataclass(frozen=True)
-class Aligned:
+class AlignedDonor:
     """One donor: `units` are float32 vectors [N, P, d] by kind in canonical, aligned coordinates."""
 
     name: str
@@ -41,20 +41,20 @@ def token_strings(donor: Donor) -> tuple[str, ...]:
     return tuple(names)
 
 
-def known_loss(facts: Mapping[str, Any]) -> float | None:
+def recorded_loss(facts: Mapping[str, Any]) -> float | None:
     """The held-out loss that a donor's trainer recorded, None where there is none or it is no finite number."""
     loss = facts.get("loss")
     return float(loss) if isinstance(loss, (int, float)) and math.isfinite(loss) else None
 
 
-def decoder_of(donor: Donor) -> Decoder:
+def read_donor_decoder(donor: Donor) -> Decoder:
     """The donor in float64. Raises UserError where its whole function is not in units."""
     decoder = read_decoder(donor.blueprint, donor.read, where=donor.name)
     require_units(decoder, donor.name)
     return decoder
 
 
-def align(zoo: Zoo, quiet: bool = True) -> Iterator[Aligned]:
+def align_donors(zoo: Zoo, quiet: bool = True) -> Iterator[AlignedDonor]:
     """The donors whose whole function is in units (the others are named on stderr), aligned by shared token strings to
     the widest (of equals, the one of lowest loss, then the first by name), which comes first. A donor that shares no
     token string keeps its own principal axes.
@@ -65,14 +65,14 @@ def align(zoo: Zoo, quiet: bool = True) -> Iterator[Aligned]:
 
     def rank(donor: Donor) -> tuple[float, float, str]:
         width = donor.blueprint.metadata.width if donor.blueprint.metadata else 0
-        loss = known_loss(donor.facts)
+        loss = recorded_loss(donor.facts)
         return (-width, float("inf") if loss is None else loss, donor.name)
 
     to: Anchor | None = None
     for donor in sorted(zoo.donors, key=rank):
         tokens = token_strings(donor)
         try:
-            decoder = decoder_of(donor)
+            decoder = read_donor_decoder(donor)
             shared = to is not None and not set(tokens).isdisjoint(to.tokens)
             canonical = canonicalise(decoder, tokens, to if shared else None)
         except UserError as error:
@@ -80,8 +80,8 @@ def align(zoo: Zoo, quiet: bool = True) -> Iterator[Aligned]:
                 print(f"left out: {error}", file=sys.stderr)
             continue
         if to is None:
-            to = anchor(canonical.decoder, tokens)
-        units = {kind: unit.vectors.to(torch.float32) for kind, unit in gather(canonical.decoder).items()}
-        yield Aligned(donor.name, canonical.decoder.metadata, tokens, units, donor.facts)
+            to = make_anchor(canonical.decoder, tokens)
+        units = {kind: unit.vectors.to(torch.float32) for kind, unit in decoder_to_units(canonical.decoder).items()}
+        yield AlignedDonor(donor.name, canonical.decoder.metadata, tokens, units, donor.facts)
     if to is None:
         raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")

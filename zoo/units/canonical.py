@@ -72,7 +72,7 @@ class Symmetry:
 @dataclass(frozen=True)
 class Canonical:
     """`decoder` is in principal coordinates with unit gains; `symmetry` took the folded original there; `folded`
-    holds the gains and shifts that were folded away, so that `restore` can undo everything."""
+    holds the gains and shifts that were folded away, so that `undo_canonical` can undo everything."""
 
     decoder: Decoder
     symmetry: Symmetry
@@ -82,11 +82,11 @@ class Canonical:
 # --- gains ------------------------------------------------------------------------------------------------------
 
 
-def _scaled(layer: Layer, factor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _scaled_readers(layer: Layer, factor: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {r: getattr(layer, r) * g for r, g in factor.items() if getattr(layer, r) is not None}
 
 
-def fold(decoder: Decoder) -> tuple[Decoder, tuple[Mapping[str, Tensor], ...]]:
+def fold_gains(decoder: Decoder) -> tuple[Decoder, tuple[Mapping[str, Tensor], ...]]:
     """Folds the gain of every norm that stands before readers into those readers, and its shift into their biases
     (or, where a reader has no bias, into the shift of a gain-free norm). Unties the head. Exact.
 
@@ -103,17 +103,17 @@ def fold(decoder: Decoder) -> tuple[Decoder, tuple[Mapping[str, Tensor], ...]]:
                         bias[r] = bias[r] + getattr(layer, r) @ shift[site]
                     shift[site] = torch.zeros_like(shift[site])
                 else:
-                    shift[site] = _divided(shift[site], gain[site])
+                    shift[site] = _divide_by_gain(shift[site], gain[site])
             if site in gain:
                 factor |= dict.fromkeys(readers, gain[site])
                 gain[site] = torch.ones_like(gain[site])
         folded.append({f"gain.{s}": layer.gain[s] for s in ("attn", "mlp") if s in layer.gain}
                       | {f"shift.{s}": layer.shift[s] for s in ("attn", "mlp") if s in layer.shift})  # fmt: skip
-        layers.append(replace(layer, gain=gain, shift=shift, bias=bias, **_scaled(layer, factor)))
+        layers.append(replace(layer, gain=gain, shift=shift, bias=bias, **_scaled_readers(layer, factor)))
     gain, shift, head = dict(decoder.gain), dict(decoder.shift), decoder.head
     if "final" in gain:
         if "final" in shift:
-            shift["final"] = _divided(shift["final"], gain["final"])
+            shift["final"] = _divide_by_gain(shift["final"], gain["final"])
         head = head * gain["final"]
         gain["final"] = torch.ones_like(gain["final"])
     folded.append(
@@ -123,14 +123,14 @@ def fold(decoder: Decoder) -> tuple[Decoder, tuple[Mapping[str, Tensor], ...]]:
     return replace(decoder, metadata=metadata, layers=tuple(layers), gain=gain, shift=shift, head=head), tuple(folded)
 
 
-def _divided(shift: Tensor, gain: Tensor) -> Tensor:
+def _divide_by_gain(shift: Tensor, gain: Tensor) -> Tensor:
     if bool((gain == 0).any()) and bool((shift[gain == 0] != 0).any()):
         raise UserError("canonical form: a norm has gain 0 and a shift at one coordinate, and its readers have no bias")
     return torch.where(gain == 0, torch.zeros_like(shift), shift / torch.where(gain == 0, torch.ones_like(gain), gain))
 
 
-def unfold(decoder: Decoder, folded: tuple[Mapping[str, Tensor], ...], tied: bool) -> Decoder:
-    """The inverse of `fold`. Where a gain is exactly zero the readers' columns are gone, which changes nothing that
+def unfold_gains(decoder: Decoder, folded: tuple[Mapping[str, Tensor], ...], tied: bool) -> Decoder:
+    """The inverse of `fold_gains`. Where a gain is exactly zero the readers' columns are gone, which changes nothing that
     the model computes."""
 
     def safe(gain: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def unfold(decoder: Decoder, folded: tuple[Mapping[str, Tensor], ...], tied: boo
                     for r in readers:
                         bias[r] = bias[r] - (getattr(layer, r) * factor[r]) @ old[f"shift.{site}"]
                 shift[site] = old[f"shift.{site}"]
-        layers.append(replace(layer, gain=gain, shift=shift, bias=bias, **_scaled(layer, factor)))
+        layers.append(replace(layer, gain=gain, shift=shift, bias=bias, **_scaled_readers(layer, factor)))
     gain = {name.removeprefix("gain."): t for name, t in folded[-1].items() if name.startswith("gain.")}
     shift = {name.removeprefix("shift."): t for name, t in folded[-1].items() if name.startswith("shift.")}
     head = decoder.head / safe(gain["final"]) if "final" in gain else decoder.head
@@ -160,7 +160,7 @@ def unfold(decoder: Decoder, folded: tuple[Mapping[str, Tensor], ...], tied: boo
     return replace(decoder, metadata=metadata, layers=tuple(layers), gain=gain, shift=shift, head=head, embed=embed)
 
 
-def tie(decoder: Decoder) -> Decoder:
+def tie_head(decoder: Decoder) -> Decoder:
     """A canonical decoder for an architecture that ties head and embedding: the embedding serves as both, and the
     final gain is the least-squares fit of `head ~ embed * gain`, coordinate by coordinate. Not exact: a rotated
     gain is no longer diagonal."""
@@ -173,7 +173,7 @@ def tie(decoder: Decoder) -> Decoder:
 # --- applying a symmetry ----------------------------------------------------------------------------------------
 
 
-def rotate(decoder: Decoder, basis: Tensor) -> Decoder:
+def rotate_residual(decoder: Decoder, basis: Tensor) -> Decoder:
     """Every residual vector x -> x @ basis [d, d]. Exact where the module's table allows `basis`."""
     size = basis.abs()
     layers = []
@@ -229,9 +229,9 @@ def _transform_layer(layer: Layer, s: LayerSymmetry) -> Layer:
     )
 
 
-def transform(decoder: Decoder, symmetry: Symmetry) -> Decoder:
+def apply_symmetry(decoder: Decoder, symmetry: Symmetry) -> Decoder:
     """Applies a symmetry to a decoder whose gains are folded."""
-    turned = rotate(decoder, symmetry.basis)
+    turned = rotate_residual(decoder, symmetry.basis)
     layers = tuple(_transform_layer(layer, s) for layer, s in zip(turned.layers, symmetry.layers, strict=True))
     return replace(turned, layers=layers)
 
@@ -239,7 +239,7 @@ def transform(decoder: Decoder, symmetry: Symmetry) -> Decoder:
 # --- the residual basis -----------------------------------------------------------------------------------------
 
 
-def mean_last(width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def mean_last_basis(width: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """An orthonormal basis [width, width] (columns) whose last vector is the all-ones direction (Helmert's)."""
     i = torch.arange(1, width, dtype=dtype)
     helmert = torch.triu(torch.ones(width, width - 1, dtype=dtype))
@@ -249,11 +249,11 @@ def mean_last(width: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def to_principal(decoder: Decoder) -> Decoder:
-    """Disk coordinates -> principal coordinates: nothing for RMSNorm; `mean_last` for LayerNorm, where what the
+    """Disk coordinates -> principal coordinates: nothing for RMSNorm; `mean_last_basis` for LayerNorm, where what the
     writers put along the mean is dropped, because every reader's norm subtracts it."""
     if decoder.metadata.norm != "layer":
         return decoder
-    turned = rotate(decoder, mean_last(decoder.metadata.width, decoder.embed.dtype))
+    turned = rotate_residual(decoder, mean_last_basis(decoder.metadata.width, decoder.embed.dtype))
 
     def drop(x: Tensor) -> Tensor:
         return torch.cat([x[..., :-1], torch.zeros_like(x[..., -1:])], dim=-1)
@@ -275,7 +275,7 @@ def to_disk_basis(decoder: Decoder) -> Decoder:
     """Principal coordinates -> coordinates in which the architecture's own norm is right."""
     if decoder.metadata.norm != "layer":
         return decoder
-    return rotate(decoder, mean_last(decoder.metadata.width, decoder.embed.dtype).mT)
+    return rotate_residual(decoder, mean_last_basis(decoder.metadata.width, decoder.embed.dtype).mT)
 
 
 def residual_vectors(decoder: Decoder) -> Tensor:
@@ -294,15 +294,15 @@ def _fix_sign(axes: Tensor, along: Tensor) -> Tensor:
     return axes * torch.where(skew < 0, -1.0, 1.0)
 
 
-def _post_normed(decoder: Decoder) -> bool:
+def _has_post_norms(decoder: Decoder) -> bool:
     return any(s in layer.gain for layer in decoder.layers for s in ("attn.out", "mlp.out")) or "embed" in decoder.gain
 
 
-def _free(metadata: Metadata) -> int:
+def _free_width(metadata: Metadata) -> int:
     return metadata.width - 1 if metadata.norm == "layer" else metadata.width
 
 
-def _embedded(inner: Tensor, width: int) -> Tensor:
+def _extend_basis(inner: Tensor, width: int) -> Tensor:
     basis = torch.eye(width, dtype=inner.dtype)
     basis[: inner.shape[0], : inner.shape[1]] = inner
     return basis
@@ -311,14 +311,14 @@ def _embedded(inner: Tensor, width: int) -> Tensor:
 def principal_basis(decoder: Decoder) -> Tensor:
     """[d, d]: the principal axes of all residual vectors by falling energy, or, after post-norms, the coordinates
     sorted by energy with signs. `decoder` is folded and in principal coordinates."""
-    free = _free(decoder.metadata)
+    free = _free_width(decoder.metadata)
     rows = residual_vectors(decoder)[:, :free]
-    if _post_normed(decoder):
+    if _has_post_norms(decoder):
         order = rows.square().sum(0).argsort(descending=True, stable=True)
         inner = torch.eye(free, dtype=rows.dtype)[:, order]
     else:
         inner = torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(-1)
-    return _embedded(_fix_sign(inner, decoder.embed[:, :free]), decoder.metadata.width)
+    return _extend_basis(_fix_sign(inner, decoder.embed[:, :free]), decoder.metadata.width)
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ class Anchor:
     pairs: Tensor  # [V, 2, D]: embed_t and head_t, each block scaled to unit RMS
 
 
-def anchor(canonical: Decoder, tokens: tuple[str, ...]) -> Anchor:
+def make_anchor(canonical: Decoder, tokens: tuple[str, ...]) -> Anchor:
     """The anchor that a canonical decoder with these token strings gives."""
     pairs = torch.stack([canonical.embed, canonical.head], dim=1)
     return Anchor(tokens, pairs / pairs.square().mean((0, 2), keepdim=True).sqrt())
@@ -339,12 +339,12 @@ def aligned_basis(decoder: Decoder, tokens: tuple[str, ...], to: Anchor) -> Tens
     """[d, d]: the orthogonal matrix that brings the vocabulary pairs of shared token strings closest to the anchor's
     first d coordinates (orthogonal Procrustes); a donor wider than the anchor orders the coordinates that the anchor
     lacks by energy. Raises UserError where no token string is shared."""
-    free = _free(decoder.metadata)
+    free = _free_width(decoder.metadata)
     here = {token: i for i, token in enumerate(tokens)}
     shared = [(here[token], j) for j, token in enumerate(to.tokens) if token in here]
     if not shared:
         raise UserError("alignment: the donor shares no token string with the anchor; align it by its principal axes")
-    mine = anchor(decoder, tokens).pairs[[i for i, _ in shared], :, :free].flatten(0, 1)
+    mine = make_anchor(decoder, tokens).pairs[[i for i, _ in shared], :, :free].flatten(0, 1)
     theirs = to.pairs[[j for _, j in shared], :, :].flatten(0, 1).to(mine.dtype)
     common = min(free, theirs.shape[1])
     u, _, vt = torch.linalg.svd(mine.mT @ theirs[:, :common], full_matrices=True)
@@ -356,7 +356,7 @@ def aligned_basis(decoder: Decoder, tokens: tuple[str, ...], to: Anchor) -> Tens
         inner[:, common:] = _fix_sign(
             rest @ torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(-1), decoder.embed[:, :free]
         )
-    return _embedded(inner, decoder.metadata.width)
+    return _extend_basis(inner, decoder.metadata.width)
 
 
 # --- heads and neurons ------------------------------------------------------------------------------------------
@@ -465,26 +465,26 @@ def canonicalise(
     if not any(layer.gain for layer in decoder.layers) or "final" not in decoder.gain:
         # An OPT without norm parameters, or without a final norm, normalises in ways that no tensor shows.
         raise UserError(f"canonical form: this {architecture!r} lacks gains of its norms, so what is free is not known")
-    if decoder.metadata.norm == "layer" and _post_normed(decoder):
+    if decoder.metadata.norm == "layer" and _has_post_norms(decoder):
         raise UserError(f"canonical form: {architecture!r} has LayerNorms after its writers, which leave no basis free")
-    folded, gains = fold(decoder)
+    folded, gains = fold_gains(decoder)
     principal = to_principal(folded)
     # The axes are those of balanced heads and neurons, or they would depend on scales that mean nothing; the signs of
     # heads and neurons depend on the axes. So the blocks are brought into form twice.
     unturned = torch.eye(decoder.metadata.width, dtype=decoder.embed.dtype)
-    balanced = transform(principal, Symmetry(unturned, _layer_symmetries(principal)))
+    balanced = apply_symmetry(principal, Symmetry(unturned, _layer_symmetries(principal)))
     if basis is not None:
         chosen = basis
-    elif to is not None and tokens is not None and not _post_normed(principal):
+    elif to is not None and tokens is not None and not _has_post_norms(principal):
         chosen = aligned_basis(balanced, tokens, to)
     else:
         chosen = principal_basis(balanced)
-    symmetry = Symmetry(chosen, _layer_symmetries(rotate(principal, chosen)))
-    return Canonical(transform(principal, symmetry), symmetry, gains)
+    symmetry = Symmetry(chosen, _layer_symmetries(rotate_residual(principal, chosen)))
+    return Canonical(apply_symmetry(principal, symmetry), symmetry, gains)
 
 
-def restore(canonical: Canonical, tied: bool = False) -> Decoder:
+def undo_canonical(canonical: Canonical, tied: bool = False) -> Decoder:
     """The inverse of `canonicalise`: the original coordinates, order and gains (for LayerNorm, up to what its mean
     subtraction hides)."""
-    unturned = transform(canonical.decoder, canonical.symmetry.inverse())
-    return unfold(to_disk_basis(unturned), canonical.folded, tied)
+    unturned = apply_symmetry(canonical.decoder, canonical.symmetry.inverse())
+    return unfold_gains(to_disk_basis(unturned), canonical.folded, tied)

@@ -8,7 +8,7 @@ width, depth, head count and FFN size.
 | qk | q_j, q_j', k_j, k_j' of one frequency plane (j, j' = j + head_dim/2) | layer, query head, plane |
 | vo | v_j, o_j | layer, query head, component |
 
-Under GQA the query heads of a group hold the same k and v: `scatter` takes those of the group's first head.
+Under GQA the query heads of a group hold the same k and v: `units_to_decoder` takes those of the group's first head.
 
 A RMSNorm divides by sqrt(width), so that a reader means something else at another width. Units hold *width-free*
 readers, reader x sqrt(d): cropping or padding their last axis then needs no further factor, and padding with zeros
@@ -52,9 +52,9 @@ class Units:
     slot: Tensor  # neuron, plane, component or token id, in order of importance (but for tokens and planes)
 
 
-def addresses(metadata: Metadata) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def unit_addresses(metadata: Metadata) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """kind -> (layer, head, slot), int64 [N] each: every unit that a decoder of this shape has, in the order in which
-    `gather` gives them."""
+    `decoder_to_units` gives them."""
     layers, heads = torch.arange(metadata.layers), torch.arange(metadata.heads)
     none = torch.tensor([-1])
 
@@ -102,7 +102,7 @@ def require_unit_target(blueprint: Blueprint, where: str) -> Metadata:
     return decoder.metadata
 
 
-def gather(decoder: Decoder) -> dict[str, Units]:
+def decoder_to_units(decoder: Decoder) -> dict[str, Units]:
     """A canonical decoder -> its units by kind (dtype of the decoder)."""
     meta = decoder.metadata
     root = meta.width**0.5
@@ -122,10 +122,10 @@ def gather(decoder: Decoder) -> dict[str, Units]:
         "qk": torch.cat(planes, dim=1),
         "vo": torch.stack([v.flatten(0, 2), o.flatten(0, 2)], dim=1),
     }
-    return {kind: Units(kind, vectors[kind], *where) for kind, where in addresses(meta).items()}
+    return {kind: Units(kind, vectors[kind], *where) for kind, where in unit_addresses(meta).items()}
 
 
-def scatter(units: dict[str, Tensor], metadata: Metadata) -> Decoder:
+def units_to_decoder(units: dict[str, Tensor], metadata: Metadata) -> Decoder:
     """Vectors [N, P, d] by kind, in the order of `addresses(metadata)` -> a canonical decoder with unit gains, of
     the width of the vectors (which must be the metadata's)."""
     root = metadata.width**-0.5
@@ -163,7 +163,7 @@ def to_width(vectors: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(vectors, (0, width - vectors.shape[-1]))
 
 
-def energy(units: Mapping[str, Tensor], metadata: Metadata) -> Tensor:
+def residual_energy(units: Mapping[str, Tensor], metadata: Metadata) -> Tensor:
     """float64 [D, D]: the second moment, summed over vectors [N, P, D] by kind, of a decoder of that width and those
     groups of heads: everything weighs as it does in its tensors."""
     total = torch.zeros(())
@@ -177,14 +177,14 @@ def energy(units: Mapping[str, Tensor], metadata: Metadata) -> Tensor:
 
 
 def principal_axes(energy: Tensor, width: int) -> Tensor:
-    """[D, width]: the orthonormal axes that hold most of an `energy` [D, D], largest first; the largest entry of each
+    """[D, width]: the orthonormal axes that hold most of an `residual_energy` [D, D], largest first; the largest entry of each
     is positive."""
     axes = torch.linalg.eigh(energy).eigenvectors.flip(-1)[:, :width]
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     return axes * torch.where(largest < 0, -1.0, 1.0)
 
 
-def narrowed(units: Mapping[str, Tensor], axes: Tensor) -> dict[str, Tensor]:
+def project_to_axes(units: Mapping[str, Tensor], axes: Tensor) -> dict[str, Tensor]:
     """Vectors [N, P, D] by kind, turned to `axes` [D, d] and cut there: along the principal axes, the narrower model
     that keeps most energy (slicing, 2401.15024)."""
     return {kind: vectors @ axes.to(vectors.dtype) for kind, vectors in units.items()}
@@ -205,7 +205,7 @@ def _heads_map(source: Metadata, target: Metadata) -> Tensor:
     return (groups[:, None] * share + torch.arange(wanted) % share).flatten()
 
 
-def _multiplicity(index: Tensor, size: int) -> Tensor:
+def _copy_counts(index: Tensor, size: int) -> Tensor:
     return torch.bincount(index, minlength=size)[index]
 
 
@@ -227,18 +227,18 @@ def unit_map(source: Metadata, target: Metadata) -> dict[str, tuple[Tensor, Tens
 
     def of_heads(size: int) -> tuple[Tensor, Tensor]:
         index = (heads[:, None] * size + torch.arange(size)).flatten()
-        return rows(index, _multiplicity(heads, source.heads).repeat_interleave(size), source.heads * size)
+        return rows(index, _copy_counts(heads, source.heads).repeat_interleave(size), source.heads * size)
 
     planes, ones = of_heads(source.head_dim // 2)
     return {
         "vocab": (torch.arange(target.vocab), torch.ones(target.vocab)),
-        "neuron": rows(neurons, _multiplicity(neurons, source.ffn), source.ffn),
+        "neuron": rows(neurons, _copy_counts(neurons, source.ffn), source.ffn),
         "qk": (planes, torch.ones_like(ones)),  # queries and keys write nothing
         "vo": of_heads(source.head_dim),
     }
 
 
-def resize(units: dict[str, Tensor], source: Metadata, target: Metadata) -> dict[str, Tensor]:
+def resize_units(units: dict[str, Tensor], source: Metadata, target: Metadata) -> dict[str, Tensor]:
     """Vectors [N, P, d] by kind of a canonical decoder -> those of a decoder of another shape, by `unit_map`: first
     coordinates first, zeros where it is wider. With equal depth, growth in neurons and whole groups is
     exact, in width up to the norm's eps."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from zoo.donors.memory import ModuleDonor
 from zoo.errors import UserError
 from zoo.targets.configs import meta_model, parse
-from zoo.training.text import BYTES, byte_tokens
+from zoo.training.corpora import byte_tokens
+from zoo.vocabulary import BYTE_VOCAB
 
 if TYPE_CHECKING:
     from zoo.donors.store import Donor
@@ -55,7 +56,7 @@ def calibration_windows(text: str | Path, donor: Donor, tokenizer: str | None, w
         found = given / "tokenizer.json" if given.is_dir() else given
     if found is not None:
         tokens = _encode(found, data, path)
-    elif vocab == BYTES:
+    elif vocab == BYTE_VOCAB:
         tokens = byte_tokens(data)
     else:
         raise UserError(

@@ -27,9 +27,17 @@ from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
+from zoo.training.corpora import byte_tokens, reference_corpus
 from zoo.training.loop import next_token_loss
-from zoo.training.resumable import STATE, load_state, restore_training, resumable_steps, save_state, training_tensors
-from zoo.training.text import BYTES, byte_tokens, reference_corpus
+from zoo.training.resumable import (
+    STATE_FILE,
+    load_state,
+    restore_training,
+    resumable_steps,
+    save_state,
+    training_tensors,
+)
+from zoo.vocabulary import BYTE_VOCAB
 
 if TYPE_CHECKING:
     from zoo.donors.store import Donor
@@ -67,7 +75,9 @@ class LearnedPruning(Shrinking):
     needs: ClassVar[tuple[str, ...]] = ("donor", "text")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"constraint": ("at-most", "equality")}
 
-    windows: int = option(512, "of 256 tokens, the beginning of the text: so much of it is read", most=1_000_000)
+    windows: int = option(
+        512, "of 256 tokens, the beginning of the text: so much of it is read", least=1, most=1_000_000
+    )
     steps: int = option(300, "of training the masks", least=1)
     batch_size: int = option(8, "windows of 128 tokens in a step", least=1, most=4096)
     mask_lr: float = option(1.0, "of Adam on the masks' log-odds", least=0.0)
@@ -101,7 +111,7 @@ class LearnedPruning(Shrinking):
         assert donor.blueprint.metadata is not None
         if self.text is not None:
             return super()._calibration(donor)
-        if donor.blueprint.metadata.vocab != BYTES:
+        if donor.blueprint.metadata.vocab != BYTE_VOCAB:
             raise UserError(f"{self.name} trains masks on a text: give a UTF-8 file with --set text=FILE")
         log.info("%s: no text given: masks are trained on Python's language reference", self.name)
         length = window_length(donor)
@@ -214,7 +224,7 @@ def _state_in(work: Path) -> Path:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--set work={work}: cannot be made ({error.strerror}); give another folder") from error
-    return work / STATE
+    return work / STATE_FILE
 
 
 def most_open(masks: Masks, scores: Scores, source: Metadata, target: Metadata) -> Kept:

@@ -21,7 +21,7 @@ from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.roles import ARCHITECTURES
 from zoo.tensors import Metadata
-from zoo.units.canonical import canonicalise, tie
+from zoo.units.canonical import canonicalise, tie_head
 from zoo.units.decoder import READERS, Decoder, Layer, read_decoder, require_decoder, write_decoder
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,9 @@ class Sliced(Transfer):
 
     axes: str = option("auto", "principal axes of the weights, or of the activations on a text; auto: as there is text")
     text: str | None = option(None, "a UTF-8 file for the axes of the activations")
-    windows: int = option(64, "of 256 tokens, the beginning of the text: so much of it is read", most=1_000_000)
+    windows: int = option(
+        64, "of 256 tokens, the beginning of the text: so much of it is read", least=1, most=1_000_000
+    )
     layers: str = option("middle", "which layers go: middle or even (spaced); first keeps the first")
     tie: str = option("refuse", "a target that ties head and embedding: refuse, or fit (least squares, not exact)")
 
@@ -82,8 +84,6 @@ class Sliced(Transfer):
 
     def _calibration(self, donor: Donor) -> Tensor | None:
         """int64 [B, S], None for the axes of the weights."""
-        if self.windows < 1:
-            raise UserError(f"sliced: windows is {self.windows}; at least one is needed")
         if self.axes == "weights" or (self.axes == "auto" and self.text is None):
             return None
         if self.text is None:
@@ -101,7 +101,7 @@ class Sliced(Transfer):
             canonical = canonicalise(decoder, basis=basis).decoder
             small = cut(canonical, target, kept_layers(self.layers, decoder.metadata.layers, target.layers))
             small = _with_rows(small, rows, seed)
-            small = tie(small) if target.tied else small
+            small = tie_head(small) if target.tied else small
         for name, tensor in write_decoder(small, blueprint):
             yield name, tensor.to("cpu", torch.float32)
 

@@ -37,7 +37,7 @@ from tests.headstart.test_cli import headstart
 from zoo.add import add
 from zoo.errors import UserError
 from zoo.statistics.grouping import read_grouping
-from zoo.statistics.spectra import spectrum
+from zoo.statistics.spectra import spectrum_summary
 from zoo.tensors import split
 
 SMALL: dict[str, Any] = {"ranks": (4, 64), "bootstraps": 10, "quiet": True}
@@ -127,7 +127,7 @@ def test_noise_is_seldom_taken_for_heavy_tails() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def noise(shape: tuple[int, int]) -> dict[str, Any]:
-        return spectrum(torch.randn(shape, generator=generator))
+        return spectrum_summary(torch.randn(shape, generator=generator))
 
     claimed = 0
     for _ in range(60):

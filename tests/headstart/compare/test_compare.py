@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.compare import scores
 from headstart.compare.compare import compare
+from headstart.report import scores
 from headstart.report.comparison import page
 from headstart.report.comparison_findings import caveats, headline
 from zoo.errors import UserError
-from zoo.training.text import python_reference
+from zoo.training.corpora import python_reference
 
 TARGET = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 16,
@@ -170,12 +170,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def donors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zoo of two donors that were trained for a moment, wider and narrower than the target."""
-    from zoo.training.nursery import Recipe, train
+    from zoo.training.nursery import DonorRecipe, train_zoo
 
     zoo = tmp_path_factory.mktemp("zoo") / "zoo"
-    wide = Recipe(32, 1, heads=4, kv_heads=2, head_dim=8, ffn=64, steps=60, lr=1e-2)
-    narrow = Recipe(8, 1, heads=1, kv_heads=1, head_dim=8, ffn=16, steps=5)
-    train(zoo, [wide, narrow], workers=1, quiet=True)
+    wide = DonorRecipe(32, 1, heads=4, kv_heads=2, head_dim=8, ffn=64, steps=60, lr=1e-2)
+    narrow = DonorRecipe(8, 1, heads=1, kv_heads=1, head_dim=8, ffn=16, steps=5)
+    train_zoo(zoo, [wide, narrow], workers=1, quiet=True)
     return zoo
 
 
@@ -222,9 +222,9 @@ def test_the_run_is_what_a_user_would_do(compared: Path, donors: Path, corpus: P
 
     from headstart.generate.generate import generate
     from zoo.streams import stream_seed
-    from zoo.training.loop import Training as T
-    from zoo.training.loop import evaluate, learning_rate, windows
-    from zoo.training.text import byte_tokens
+    from zoo.training.corpora import byte_tokens
+    from zoo.training.loop import TrainingConfig as T
+    from zoo.training.loop import evaluate, learning_rate, sample_windows
 
     generate(TARGET, "default", tmp_path / "init", seed=1, dtype="float32", quiet=True)
     tokens = byte_tokens(corpus.read_bytes())
@@ -241,7 +241,7 @@ def test_the_run_is_what_a_user_would_do(compared: Path, donors: Path, corpus: P
     for step in range(12):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
-        window = windows(learned, 4, 32, training.seed, step)
+        window = sample_windows(learned, 4, 32, training.seed, step)
         # transformers shifts the labels itself: this is the loss of the tokens 1 to 32
         optimizer.zero_grad()
         model(input_ids=window, labels=window).loss.backward()
@@ -378,12 +378,12 @@ def test_bad_input_is_refused_before_training(
 
 @pytest.fixture(scope="module")
 def pipeline(donors: Path) -> Path:
-    from autoencoder.training import train as train_autoencoder
-    from diffusion.training import train
+    from autoencoder.training import train_autoencoder
+    from diffusion.training import train_diffusion
 
     made = train_autoencoder(donors, donors.parent / "autoencoder", steps=2, device="cpu", quiet=True)
     small = {"steps": 2, "batch": 8, "hidden": 32, "blocks": 1, "pool": 2}
-    return train(donors, made, donors.parent / "pipeline", device="cpu", quiet=True, **small)
+    return train_diffusion(donors, made, donors.parent / "pipeline", device="cpu", quiet=True, **small)
 
 
 GPT2 = {
@@ -417,11 +417,11 @@ def test_other_coordinates_have_no_distance_and_the_page_says_so(
 
 def test_tokens_are_matched_by_the_strings_of_the_targets_tokenizer(donors: Path, corpus: Path, tmp_path: Path) -> None:
     """A tokenizer with the donor's tokens in reverse order: a method that goes by ids would start at chance."""
-    from zoo.training.text import BYTES, byte_tokenizer, save_byte_tokenizer
+    from zoo.vocabulary import BYTE_VOCAB, byte_tokenizer, save_byte_tokenizer
 
     save_byte_tokenizer(tmp_path)
     content = json.loads(byte_tokenizer().to_str())
-    content["model"]["vocab"] = {token: BYTES - 1 - i for token, i in content["model"]["vocab"].items()}
+    content["model"]["vocab"] = {token: BYTE_VOCAB - 1 - i for token, i in content["model"]["vocab"].items()}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     small = settings(donors, corpus) | {"steps": 1, "seeds": [0], "lrs": [1e-3]}
     plain = compare(out=tmp_path / "plain", **small)

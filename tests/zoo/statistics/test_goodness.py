@@ -11,16 +11,23 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from zoo.statistics.goodness import Sample, goodness, over_layers, ratios, verdict, worth
+from zoo.statistics.goodness import (
+    DistanceSample,
+    assess_power_law,
+    effective_sample_size,
+    likelihood_ratios,
+    variance_over_layers,
+    verdict,
+)
 from zoo.statistics.power_law import fit_power_law
-from zoo.statistics.similarity import distances
+from zoo.statistics.similarity import layer_distances
 from zoo.statistics.tails import ALTERNATIVES
 
 SQUARE = {L: np.array([(i, j) for i in range(L) for j in range(L)]) for L in (12, 16, 30, 50)}
 
 
 def independent(values, layers):
-    return Sample.of(values, SQUARE[layers])
+    return DistanceSample.from_unsorted(values, SQUARE[layers])
 
 
 def shared(layers, seed, jitter=0.05):
@@ -30,11 +37,11 @@ def shared(layers, seed, jitter=0.05):
     distance = 1e-6 * rng.random(layers) ** -1.25
     angle, near = np.arccos(1 - distance), jitter * np.sqrt(2e-6) * rng.normal(size=layers)
     a, b = (torch.tensor(np.stack([np.cos(t), np.sin(t)], 1)) for t in (angle, near))
-    return Sample.of(*distances(a, b))
+    return DistanceSample.from_unsorted(*layer_distances(a, b))
 
 
 def test_level_holds_where_distances_share_vectors_and_pairs_as_independent_do_not():
-    found = [goodness(shared(16, seed), 60, np.random.default_rng(seed)) for seed in range(30)]
+    found = [assess_power_law(shared(16, seed), 60, np.random.default_rng(seed)) for seed in range(30)]
     assert np.mean([f["p"] <= 0.1 for f in found]) <= 0.15
     assert np.mean([f["p_pairs"] <= 0.1 for f in found]) >= 0.8
     better = {k: [f["ratios"][k]["R"] < 0 and f["ratios"][k]["p"] < 0.05 for f in found] for k in ALTERNATIVES}
@@ -45,7 +52,7 @@ def test_level_holds_where_nothing_is_shared():
     found = []
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        found.append(goodness(independent(1e-3 * rng.random(144) ** -1.25, 12), 60, rng))
+        found.append(assess_power_law(independent(1e-3 * rng.random(144) ** -1.25, 12), 60, rng))
     for p in ("p", "p_pairs"):
         values = np.array([f[p] for f in found])
         assert (values <= 0.1).mean() <= 0.2
@@ -66,14 +73,14 @@ def test_other_laws_are_no_power_laws(law):
             "half-normal": lambda: np.abs(rng.normal(size=2500)),  # noqa: B023
             "normal": lambda: rng.normal(5, 1, 2500),  # noqa: B023
         }
-        verdicts.append(goodness(independent(draw[law](), 50), 40, rng)["verdict"])
+        verdicts.append(assess_power_law(independent(draw[law](), 50), 40, rng)["verdict"])
     assert "power law" not in verdicts
     assert verdicts.count("not a power law") >= 2
 
 
 def test_a_power_law_is_one():
     rng = np.random.default_rng(3)
-    found = goodness(independent(1e-3 * rng.random(900) ** -1.25, 30), 40, rng)
+    found = assess_power_law(independent(1e-3 * rng.random(900) ** -1.25, 30), 40, rng)
     assert found["verdict"] == "power law"
     assert found["alpha"] == pytest.approx(1.8, abs=0.15)
 
@@ -83,13 +90,13 @@ def test_variance_over_layers_is_that_of_the_means_of_one_side_where_it_alone_de
     heights = np.random.default_rng(0).normal(size=12)
     terms = (heights - heights.mean())[pairs[:, :1]]
     of_a_mean = heights.var(ddof=1) / 12
-    assert over_layers(terms, pairs) / 144**2 == pytest.approx(of_a_mean - (terms**2).mean() / 144)
+    assert variance_over_layers(terms, pairs) / 144**2 == pytest.approx(of_a_mean - (terms**2).mean() / 144)
 
 
 def test_worth_tells_layers_from_pairs():
     rng = np.random.default_rng(0)
-    assert worth(independent(rng.random(900), 30).pairs) > 700
-    assert 25 < worth(shared(30, 0, jitter=0.001).pairs) < 40
+    assert effective_sample_size(independent(rng.random(900), 30).pairs) > 700
+    assert 25 < effective_sample_size(shared(30, 0, jitter=0.001).pairs) < 40
 
 
 def test_likelihood_ratios_are_those_of_powerlaw():
@@ -97,7 +104,7 @@ def test_likelihood_ratios_are_those_of_powerlaw():
 
     values = 1 + np.random.default_rng(1).exponential(1, 400)
     law = fit_power_law(values)
-    ours = ratios(Sample.of(values, np.arange(800).reshape(400, 2)), law.alpha, law.xmin)
+    ours = likelihood_ratios(DistanceSample.from_unsorted(values, np.arange(800).reshape(400, 2)), law.alpha, law.xmin)
     with warnings.catch_warnings(), np.errstate(all="ignore"), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         theirs = powerlaw.Fit(values / law.xmin, xmin=1.0, parameter_ranges={"alpha": [1.01, 20]}, verbose=0)

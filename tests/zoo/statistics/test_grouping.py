@@ -10,8 +10,8 @@ import pytest
 
 from zoo.donors.standalone import single
 from zoo.errors import UserError
-from zoo.statistics.grouping import Grouping, characterise, group, read_grouping
-from zoo.statistics.similarity import PROJECTIONS, stacks, study
+from zoo.statistics.grouping import Grouping, group_donor, group_projections, read_grouping
+from zoo.statistics.similarity import PROJECTIONS, compare_projections, singular_value_stacks
 
 
 def rows(*others, verdict="not a power law"):
@@ -22,7 +22,7 @@ def rows(*others, verdict="not a power law"):
 
 
 def test_the_example_of_the_paper():
-    found = group(rows(("attn.v", "mlp.gate"), ("mlp.gate", "mlp.up"), ("mlp.gate", "mlp.down")), 16)
+    found = group_projections(rows(("attn.v", "mlp.gate"), ("mlp.gate", "mlp.up"), ("mlp.gate", "mlp.down")), 16)
     assert found.reference == "mlp.gate"
     assert found.gaussian == ("attn.v", "mlp.up", "mlp.down")
     assert found.pareto == ("attn.q", "attn.k", "attn.o")
@@ -30,7 +30,7 @@ def test_the_example_of_the_paper():
 
 
 def test_the_first_of_equals_is_the_reference():
-    found = group(rows(("mlp.up", "attn.k"), ("attn.v", "mlp.down")), 16)
+    found = group_projections(rows(("mlp.up", "attn.k"), ("attn.v", "mlp.down")), 16)
     assert (found.reference, found.gaussian) == ("attn.k", ("mlp.up",))
     assert found.pareto == ("attn.q", "attn.v", "attn.o", "mlp.gate", "mlp.down")
 
@@ -41,37 +41,40 @@ def test_the_first_of_equals_is_the_reference():
     ids=["all power laws", "undecided", "a projection with itself"],
 )
 def test_nothing_stands_out(found):
-    assert replace(group(found, 64), undecided=0) == Grouping(64, None, (), PROJECTIONS, True, {})
+    assert replace(group_projections(found, 64), undecided=0) == Grouping(64, None, (), PROJECTIONS, True, {})
 
 
 def test_projections_that_a_model_lacks_are_in_no_group():
     found = [row for row in rows(("attn.q", "mlp.up")) if "mlp.gate" not in (row["a"], row["b"])]
-    assert "mlp.gate" not in group(found, 16).pareto
+    assert "mlp.gate" not in group_projections(found, 16).pareto
 
 
 def test_what_is_undecided_is_counted_and_said():
-    few = group(rows(*combinations_with_replacement(PROJECTIONS[1:], 2), verdict="undecided"), 16)
-    assert few.undifferentiated and few.undecided == 21 and few.pairs == 28
-    assert "to tell (21 of 28 pairs of projections undecided)" in few.words
-    assert "none is shown to be other than a power law (0 of 28" in group(rows(), 16).words
-    assert "undecided" not in group(rows(("attn.v", "mlp.gate")), 16).words
+    few = group_projections(rows(*combinations_with_replacement(PROJECTIONS[1:], 2), verdict="undecided"), 16)
+    assert few.undifferentiated and few.undecided == 21 and few.n_pairs == 28
+    assert "to tell (21 of 28 pairs of projections undecided)" in few.description
+    assert "none is shown to be other than a power law (0 of 28" in group_projections(rows(), 16).description
+    assert "undecided" not in group_projections(rows(("attn.v", "mlp.gate")), 16).description
 
 
 def test_json_keeps_everything():
     source = {"name": "a", "sha256": "b", "revision": "c", "license": "mit"}
-    found = replace(group(rows(("attn.v", "mlp.gate")), 16, source), undecided=3)
+    found = replace(group_projections(rows(("attn.v", "mlp.gate")), 16, source), undecided=3)
     assert Grouping.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_a_real_checkpoint_is_characterised_by_its_study(shared_data):
     donor = single(shared_data / "models" / "stories260K", quiet=True).only
-    found = characterise(donor, bootstraps=15)
+    found = group_donor(donor, bootstraps=15)
     assert found.rank == 16
     assert found.source["sha256"] == donor.sha256
     groups = {*found.gaussian, *found.pareto} | ({found.reference} - {None})
     assert groups == {*PROJECTIONS}
-    assert found.to_json() | {"source": {}} == group(study(stacks(donor, [16]), 16, 15), 16).to_json()
-    assert characterise(donor, rank=5000, bootstraps=1).rank == 32  # four key heads of eight rows
+    assert (
+        found.to_json() | {"source": {}}
+        == group_projections(compare_projections(singular_value_stacks(donor, [16]), 16, 15), 16).to_json()
+    )
+    assert group_donor(donor, rank=5000, bootstraps=1).rank == 32  # four key heads of eight rows
 
 
 def analysis(path, models):
@@ -80,7 +83,7 @@ def analysis(path, models):
 
 
 def test_reads_the_grouping_of_an_analysis(tmp_path):
-    one, two = group(rows(("attn.v", "mlp.gate")), 16), group(rows(), 64)
+    one, two = group_projections(rows(("attn.v", "mlp.gate")), 16), group_projections(rows(), 64)
     both = {"grouping": {"64": two.to_json(), "16": one.to_json()}, "ranks": {"16": 16, "64": 64, "256": 64}}
     path = analysis(tmp_path / "analysis.json", {"a": both})
     assert read_grouping(path) == one
@@ -125,7 +128,7 @@ def test_refuses_what_is_no_analysis(tmp_path):
     ids=str,
 )  # fmt: skip
 def test_refuses_a_damaged_grouping(tmp_path, change):
-    good = group(rows(("attn.v", "mlp.gate"), ("attn.q", "mlp.gate")), 16)
+    good = group_projections(rows(("attn.v", "mlp.gate"), ("attn.q", "mlp.gate")), 16)
     assert good.reference == "mlp.gate"
     path = analysis(tmp_path / "a.json", {"a": {"grouping": {"16": good.to_json() | change}}})
     with pytest.raises(UserError, match=r"damaged .*analyze it again") as error:
@@ -135,6 +138,8 @@ def test_refuses_a_damaged_grouping(tmp_path, change):
 
 @pytest.mark.parametrize("ranks", [[16], 3, {"16": "64"}, {"16": [16]}], ids=str)
 def test_refuses_damaged_ranks(tmp_path, ranks):
-    path = analysis(tmp_path / "a.json", {"a": {"grouping": {"16": group(rows(), 16).to_json()}, "ranks": ranks}})
+    path = analysis(
+        tmp_path / "a.json", {"a": {"grouping": {"16": group_projections(rows(), 16).to_json()}, "ranks": ranks}}
+    )
     with pytest.raises(UserError, match="ranks of a are damaged"):
         read_grouping(path)

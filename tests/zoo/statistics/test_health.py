@@ -22,7 +22,7 @@ from transformers import (
 
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.donors.memory import zoo_of
-from zoo.statistics.health import Finding, health, summary
+from zoo.statistics.health import Finding, check_health, summarise_findings
 
 Change = Callable[[str, Tensor], Tensor]
 
@@ -62,7 +62,7 @@ def test_every_initialisation_is_untrained(make: Callable[[], nn.Module], scheme
     for name, p in model.named_parameters():
         if p.ndim > 1:
             SCHEMES[scheme](name, p)
-    (finding,) = health(zoo_of({"x": model}).donors[0])
+    (finding,) = check_health(zoo_of({"x": model}).donors[0])
     assert finding.kind == "untrained" and finding.whole and finding.text.startswith("never trained: all ")
     assert "\n" not in finding.text
     matrices = sum(
@@ -74,7 +74,7 @@ def test_every_initialisation_is_untrained(make: Callable[[], nn.Module], scheme
 def test_real_checkpoints_are_fine(shared_data: Path) -> None:
     folders = [p.parent for p in sorted((shared_data / "models").glob("**/config.json"))]
     assert len(folders) > 25
-    found = {folder.name: health(Checkpoint.open(folder), most=256) for folder in folders}
+    found = {folder.name: check_health(Checkpoint.open(folder), most=256) for folder in folders}
     assert {name: findings for name, findings in found.items() if findings} == {}
 
 
@@ -83,7 +83,7 @@ def changed(source: Path, target: Path, change: Change) -> list[Finding]:
     shutil.copytree(source, target)
     weights = target / "model.safetensors"
     save_file({n: change(n, t).contiguous() for n, t in load_file(weights).items()}, weights, {"format": "pt"})
-    return health(Checkpoint.open(target))
+    return check_health(Checkpoint.open(target))
 
 
 def shuffle(tensor: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def test_noise_of_trained_values_is_no_initialisation(mark: str) -> None:
         model.model.norm.weight.mul_(torch.linspace(0.5, 2, 48))
     else:
         model.model.layers[1].mlp.up_proj.weight.copy_(torch.distributions.Laplace(0, 0.02).sample((96, 48)))
-    (finding,) = health(zoo_of({"x": model}).donors[0])
+    (finding,) = check_health(zoo_of({"x": model}).donors[0])
     assert finding.kind == "permuted" and finding.text.startswith("structure gone: all 23 matrices")
 
 
@@ -131,7 +131,7 @@ def test_a_layer_that_was_put_in_new_is_untrained(shared_data: Path, tmp_path: P
 
     (finding,) = changed(shared_data / "models" / "stories260K", tmp_path / "a", renew)
     assert finding.kind == "untrained" and "layers 2, 3: 14 matrices" in finding.text
-    assert not finding.whole and summary([finding]) == "untrained layers"
+    assert not finding.whole and summarise_findings([finding]) == "untrained layers"
 
 
 DEAD: dict[str, tuple[Change, str, str]] = {
@@ -167,7 +167,7 @@ def test_dense_layers_and_layers_of_experts_are_compared_with_their_like(kill: i
             p[0].mul_(3)  # structure, as if it was trained
     if kill is not None:
         model.model.layers[kill].mlp.down_proj.weight.mul_(1e-3)
-    found = health(zoo_of({"x": model}).donors[0])
+    found = check_health(zoo_of({"x": model}).donors[0])
     assert [f.text.partition(" writes")[0] for f in found] == [f"layer {kill}: its MLP"] * (kill is not None)
 
 
@@ -187,7 +187,7 @@ def test_faults_side_by_side(shared_data: Path, tmp_path: Path) -> None:
         "constant": ("model.layers.1.self_attn.q_proj.weight",),
         "dead": ("model.layers.3.mlp.down_proj.weight",),
     }
-    assert summary(found) == "non-finite, constant, dead" and summary([]) == "fine"
+    assert summarise_findings(found) == "non-finite, constant, dead" and summarise_findings([]) == "fine"
     assert all(f.tensors[0] in f.text and "\n" not in f.text for f in found)
 
 
@@ -197,14 +197,14 @@ def test_modules_and_empty_rows() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(90, 40), nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 40))
     model[0].weight[50:] = 0
-    assert summary(health(zoo_of({"x": model}).donors[0])) == "untrained"
+    assert summarise_findings(check_health(zoo_of({"x": model}).donors[0])) == "untrained"
     model[3].weight[:10] *= 2
-    assert health(zoo_of({"x": model}).donors[0]) == []
+    assert check_health(zoo_of({"x": model}).donors[0]) == []
 
 
 def test_only_a_cut_is_looked_at(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
     donor = Checkpoint.open(tiny_llama(tmp_path / "a", hidden_size=64, intermediate_size=160))
     values: list[int] = []
-    (finding,) = health(donor, most=24, progress=values.append)
+    (finding,) = check_health(donor, most=24, progress=values.append)
     assert finding.kind == "untrained" and sum(values) == donor.parameters
-    assert health(donor, most=24, seed=1) != [finding]  # other rows have another kurtosis
+    assert check_health(donor, most=24, seed=1) != [finding]  # other rows have another kurtosis

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from zoo.statistics.noise import beyond_edge, kurtosis, normal_scores, uneven
+from zoo.statistics.noise import edge_excess, kurtosis, normal_scores, unevenness_p_value
 
 LAWS = {
     "normal": scipy.stats.norm(),
@@ -21,10 +21,10 @@ LAWS = {
 def test_noise_of_any_law_is_even(law: str) -> None:
     rng = np.random.default_rng(0)
     drawn = [torch.tensor(LAWS[law].rvs((40, 24), random_state=rng)) for _ in range(150)]
-    p = [uneven(matrix) for matrix in drawn] + [uneven(matrix.mT) for matrix in drawn]
+    p = [unevenness_p_value(matrix) for matrix in drawn] + [unevenness_p_value(matrix.mT) for matrix in drawn]
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
     # Tracy-Widom's law for real matrices has mean -1.21; one matrix in a thousand has more than 3.3.
-    beyond = np.array([beyond_edge(normal_scores(matrix)) for matrix in drawn])
+    beyond = np.array([edge_excess(normal_scores(matrix)) for matrix in drawn])
     assert abs(beyond.mean() + 1.21) < 0.5 and beyond.max() < 4
 
 
@@ -34,7 +34,7 @@ def test_equal_values_do_not_lend_structure_to_noise() -> None:
     matrix = torch.where(draws < 0.5, 0.0, torch.where(draws < 0.8, 1.0, -2.0)).double()
     scores = normal_scores(matrix)
     assert all(len(scores[matrix == v].unique()) == 1 for v in (0.0, 1.0, -2.0))
-    assert beyond_edge(scores) < 4 and min(uneven(matrix), uneven(matrix.mT)) > 1e-3
+    assert edge_excess(scores) < 4 and min(unevenness_p_value(matrix), unevenness_p_value(matrix.mT)) > 1e-3
 
 
 def test_normal_scores_are_quantiles_of_ranks() -> None:
@@ -47,12 +47,12 @@ def test_normal_scores_are_quantiles_of_ranks() -> None:
 def test_structure_is_seen_through_heavy_tails() -> None:
     noise = torch.tensor(scipy.stats.t(2.5).rvs((64, 64), random_state=1))
     louder = noise * torch.linspace(0.5, 2, 64)[:, None].double()
-    assert uneven(louder) < 1e-8 < uneven(louder.mT)
+    assert unevenness_p_value(louder) < 1e-8 < unevenness_p_value(louder.mT)
     direction = torch.randn(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert (
-        beyond_edge(normal_scores(noise + 0.5 * direction @ direction.flip(0).mT))
+        edge_excess(normal_scores(noise + 0.5 * direction @ direction.flip(0).mT))
         > 8
-        > beyond_edge(normal_scores(noise))
+        > edge_excess(normal_scores(noise))
     )
 
 

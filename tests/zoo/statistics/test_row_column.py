@@ -19,7 +19,7 @@ from zoo.donors.memory import zoo_of
 from zoo.donors.standalone import open_donor
 from zoo.donors.store import Donor
 from zoo.errors import UserError
-from zoo.statistics.row_column import cut, row_column, shuffled, statistics
+from zoo.statistics.row_column import permutation_test, random_submatrix, row_column_statistics, row_column_study
 
 NAMES = ("row_spread", "column_spread", "row_correlation")
 
@@ -58,11 +58,11 @@ def test_statistics_are_what_they_are_called() -> None:
         np.log((values**2).sum(0)).std(ddof=1),
         correlation[~np.eye(30, dtype=bool)].mean(),
     ]
-    assert statistics(matrix[None])[0].tolist() == pytest.approx(wanted, rel=1e-4)
-    found = shuffled(matrix, 99, torch.Generator().manual_seed(0))
+    assert row_column_statistics(matrix[None])[0].tolist() == pytest.approx(wanted, rel=1e-4)
+    found = permutation_test(matrix, 99, torch.Generator().manual_seed(0))
     assert [found[n] for n in NAMES] == pytest.approx(wanted, rel=1e-4)
     rng = np.random.default_rng(0)  # the null is that of shuffles from scratch
-    null = statistics(torch.tensor(np.stack([rng.permutation(matrix.flatten().numpy()) for _ in range(300)])
+    null = row_column_statistics(torch.tensor(np.stack([rng.permutation(matrix.flatten().numpy()) for _ in range(300)])
                                    .reshape(300, 30, 20))).mean(0)  # fmt: skip
     assert [found[f"{n}_null"] for n in NAMES] == pytest.approx(null.tolist(), rel=0.03)
     assert found["row_spread_p"] == pytest.approx(0.01)
@@ -75,13 +75,15 @@ def test_p_values_are_uniform_in_random_places(heavy: bool) -> None:
     for i in range(120):
         shape = [(24, 16), (16, 40)][i % 2]
         matrix = torch.distributions.StudentT(3.0).sample(shape) if heavy else torch.randn(shape)
-        drawn.append(shuffled(matrix, 39, torch.Generator().manual_seed(i)))
+        drawn.append(permutation_test(matrix, 39, torch.Generator().manual_seed(i)))
     for name in NAMES:
         assert even([found[f"{name}_p"] for found in drawn], 39) > 0.01
 
 
 def test_random_checkpoints_show_nothing() -> None:
-    found = [row_column(donor(make(seed)), permutations=39, seed=seed) for make in (llama, gpt2) for seed in range(2)]
+    found = [
+        row_column_study(donor(make(seed)), permutations=39, seed=seed) for make in (llama, gpt2) for seed in range(2)
+    ]
     tensors = [t for f in found for t in f["tensors"]]
     assert len(tensors) == 2 * (2 + 2 * 7) + 2 * (2 + 3 * 6)
     for name in NAMES:
@@ -92,7 +94,7 @@ def test_random_checkpoints_show_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-tok105", "arthur/run0-ep025"])
 def test_real_checkpoints_show_it(shared_data: Path, name: str) -> None:
-    found = row_column(open_donor(shared_data / "models" / name), permutations=49, most=128)
+    found = row_column_study(open_donor(shared_data / "models" / name), permutations=49, most=128)
     for statistic in NAMES:
         assert np.mean([t[f"{statistic}_p"] <= 0.021 for t in found["tensors"]]) > 0.5
     coupled = [c for c in space(found, "ffn") if c["a"] == "mlp.up"]
@@ -102,13 +104,13 @@ def test_real_checkpoints_show_it(shared_data: Path, name: str) -> None:
 
 def test_the_coupling_goes_with_the_order_of_one_side(shared_data: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(shared_data / "models" / "makemore-en-a")
-    before = [c for s in ("ffn", "value") for c in space(row_column(donor(model), 99, most=16), s)]
+    before = [c for s in ("ffn", "value") for c in space(row_column_study(donor(model), 99, most=16), s)]
     assert all(c["correlation"] > 0.6 and c["p"] == 1 / 100 for c in before)
     with torch.no_grad():
         for block in model.transformer.h:  # c_proj is [in, out]
             for weight in (block.mlp.c_proj.weight, block.attn.c_proj.weight):
                 weight.copy_(weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))])
-    after = [c for s in ("ffn", "value") for c in space(row_column(donor(model), 99, most=16), s)]
+    after = [c for s in ("ffn", "value") for c in space(row_column_study(donor(model), 99, most=16), s)]
     assert all(abs(c["correlation"]) < 0.35 for c in after) and sum(c["p"] < 0.05 for c in after) <= 1
 
 
@@ -145,7 +147,7 @@ def plant_gpt2() -> tuple[nn.Module, dict[str, int]]:
 @pytest.mark.parametrize("plant", [plant_llama, plant_gpt2])
 def test_a_planted_coupling_is_found_where_it_is(plant: Callable[[], tuple[nn.Module, dict[str, int]]]) -> None:
     model, planted = plant()
-    found = row_column(donor(model))
+    found = row_column_study(donor(model))
     for name, sign in planted.items():
         there = [c for c in space(found, name) if c["layer"] == 1 and c["a"] != "mlp.up"]
         assert len(there) == 1 and sign * there[0]["correlation"] > 0.5 and there[0]["p"] <= 0.02
@@ -154,7 +156,7 @@ def test_a_planted_coupling_is_found_where_it_is(plant: Callable[[], tuple[nn.Mo
 
 
 def test_the_residual_stream_from_the_embedding_to_the_head() -> None:
-    shared = space(row_column(donor(llama(tie_word_embeddings=True))), "residual")
+    shared = space(row_column_study(donor(llama(tie_word_embeddings=True))), "residual")
     assert [(c["layer"], c["a"], c["b"]) for c in shared] == [
         (0, "embed", "attn.q + attn.k + attn.v + mlp.gate + mlp.up"),
         (1, "attn.o + mlp.down", "attn.q + attn.k + attn.v + mlp.gate + mlp.up"),
@@ -170,14 +172,14 @@ def test_the_digits_network() -> None:
     x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-    untrained = row_column(donor(model), 99, most=32)
+    untrained = row_column_study(donor(model), 99, most=32)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)
     for _ in range(300):
         batch = torch.randint(len(x), (128,))
         optimizer.zero_grad()
         F.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
-    found = row_column(donor(model), 99, most=32)
+    found = row_column_study(donor(model), 99, most=32)
     assert [(c["space"], c["a"], c["b"]) for c in found["couplings"]] == [
         ("hidden", "0.weight", "2.weight"), ("hidden", "2.weight", "4.weight")
     ]  # fmt: skip
@@ -187,11 +189,11 @@ def test_the_digits_network() -> None:
 
 def test_large_matrices_are_cut_and_seeds_count() -> None:
     matrix = torch.arange(40.0).view(8, 5)
-    small = cut(matrix, 4, torch.Generator().manual_seed(0))
+    small = random_submatrix(matrix, 4, torch.Generator().manual_seed(0))
     assert small.shape == (4, 4) and bool((small.diff(dim=0) > 0).all()) and bool((small.diff(dim=1) > 0).all())
-    found = row_column(donor(llama()), permutations=9, most=16)
-    assert found == row_column(donor(llama()), permutations=9, most=16)
-    assert found != row_column(donor(llama()), permutations=9, most=16, seed=1)
+    found = row_column_study(donor(llama()), permutations=9, most=16)
+    assert found == row_column_study(donor(llama()), permutations=9, most=16)
+    assert found != row_column_study(donor(llama()), permutations=9, most=16, seed=1)
 
 
 @torch.no_grad()
@@ -199,10 +201,10 @@ def test_what_has_nothing_to_shuffle_is_left_out() -> None:
     model = llama()
     model.model.layers[0].mlp.down_proj.weight.zero_()
     ticks: list[int] = []
-    found = row_column(donor(model), permutations=9, progress=ticks.append)
+    found = row_column_study(donor(model), permutations=9, progress=ticks.append)
     assert len(found["tensors"]) == 2 + 2 * 7 - 1
     assert [c["layer"] for c in space(found, "ffn")] == [1, 1]
     assert sum(ticks) == len(donor(model).blueprint.specs)
     model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj"):
-        row_column(donor(model), permutations=9)
+        row_column_study(donor(model), permutations=9)

@@ -15,7 +15,7 @@ from zoo.donors.memory import zoo_of
 from zoo.donors.standalone import single
 from zoo.errors import UserError
 from zoo.statistics.signature import clustering_vector, signature_distances, std_vector
-from zoo.statistics.similarity import PROJECTIONS, stacks
+from zoo.statistics.similarity import PROJECTIONS, singular_value_stacks
 
 
 def test_standard_deviations_are_those_of_the_donor(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_independent_runs_of_one_recipe_are_near_and_an_architecture_alone_is_no
     donors = {name: single(shared_data / "models" / name, quiet=True).only for name in ARTHUR + MAKEMORE + LLAMA}
     for signatures in (
         {name: std_vector(donor) for name, donor in donors.items()},
-        {name: clustering_vector(stacks(donor, [16])) for name, donor in donors.items()},
+        {name: clustering_vector(singular_value_stacks(donor, [16])) for name, donor in donors.items()},
     ):
         table = signature_distances(signatures)
         near = dict(zip(product(donors, donors), np.ravel(table["distances"]), strict=True))

@@ -15,7 +15,13 @@ from tests.conftest import make_llama
 from zoo.donors.memory import zoo_of
 from zoo.donors.standalone import single
 from zoo.errors import UserError
-from zoo.statistics.similarity import PROJECTIONS, distances, null_stacks, stacks, study
+from zoo.statistics.similarity import (
+    PROJECTIONS,
+    compare_projections,
+    layer_distances,
+    null_model_stacks,
+    singular_value_stacks,
+)
 
 NAMES = {
     "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
@@ -47,7 +53,7 @@ def test_stacks_of_a_real_checkpoint_are_those_of_numpy(shared_data, name):
     folder = shared_data / "models" / name
     tensors = load_file(folder / "model.safetensors")
     seen = []
-    found = stacks(single(folder, quiet=True).only, [16], progress=seen.append)
+    found = singular_value_stacks(single(folder, quiet=True).only, [16], progress=seen.append)
     assert list(found) == list(PROJECTIONS)
     assert sum(seen) == 35
     for role, stack in found.items():
@@ -59,28 +65,28 @@ def test_stacks_of_a_real_checkpoint_are_those_of_numpy(shared_data, name):
 
 
 def test_distances_are_one_minus_the_cosine(shared_data):
-    found = stacks(single(shared_data / "models" / "stories260K", quiet=True).only, [16])
+    found = singular_value_stacks(single(shared_data / "models" / "stories260K", quiet=True).only, [16])
     a, b = found["attn.v"].numpy(), found["mlp.gate"].numpy()
-    values, pairs = distances(found["attn.v"], found["mlp.gate"])
+    values, pairs = layer_distances(found["attn.v"], found["mlp.gate"])
     assert len(values) == 25
     for value, (i, j) in zip(values, pairs, strict=True):
         cosine = a[i] @ b[j] / np.linalg.norm(a[i]) / np.linalg.norm(b[j])
         assert value == pytest.approx(1 - cosine, abs=1e-14, rel=1e-9)
-    values, pairs = distances(found["attn.v"])
+    values, pairs = layer_distances(found["attn.v"])
     assert [tuple(p) for p in pairs] == [(i, j) for i in range(5) for j in range(i + 1, 5)]
 
 
 def test_equal_layers_have_no_distance():
     a = torch.tensor([[3.0, 2.0, 1.0], [6.0, 4.0, 2.0], [3.0, 2.0, 0.5]], dtype=torch.float64)
-    values, pairs = distances(a)
+    values, pairs = layer_distances(a)
     assert [tuple(p) for p in pairs] == [(0, 2), (1, 2)]
     assert values[0] == pytest.approx(values[1])
-    assert len(distances(a, a)[0]) == 4
+    assert len(layer_distances(a, a)[0]) == 4
 
 
 def test_fused_and_transposed_projections_are_split():
     donor, model = donor_of("gpt2")
-    found = stacks(donor, [8])
+    found = singular_value_stacks(donor, [8])
     assert set(found) == {*PROJECTIONS} - {"mlp.gate"}
     for layer, block in enumerate(model.transformer.h):
         parts = dict(zip(("attn.q", "attn.k", "attn.v"), block.attn.c_attn.weight.detach().split(32, 1), strict=True))
@@ -88,14 +94,14 @@ def test_fused_and_transposed_projections_are_split():
         for role, matrix in parts.items():
             np.testing.assert_allclose(found[role][layer], by_numpy(matrix.detach(), 8), rtol=1e-5)
     donor, model = donor_of("gpt_neox")
-    found = stacks(donor, [8])
+    found = singular_value_stacks(donor, [8])
     assert set(found) == {*PROJECTIONS} - {"mlp.gate"}
     for layer, block in enumerate(model.gpt_neox.layers):
         heads = block.attention.query_key_value.weight.detach().view(4, 3, 8, 32)
         for i, role in enumerate(("attn.q", "attn.k", "attn.v")):
             np.testing.assert_allclose(found[role][layer], by_numpy(heads[:, i].reshape(32, 32), 8), rtol=1e-5)
     donor, model = donor_of("phi3")
-    found = stacks(donor, [8])
+    found = singular_value_stacks(donor, [8])
     assert list(found) == list(PROJECTIONS)
     gate, up = model.model.layers[1].mlp.gate_up_proj.weight.detach().split(48)
     np.testing.assert_allclose(found["mlp.gate"][1], by_numpy(gate, 8), rtol=1e-5)
@@ -104,25 +110,25 @@ def test_fused_and_transposed_projections_are_split():
 
 def test_rank_is_capped_at_the_smallest_side_for_all():
     """One key head of 8 rows: no projection can be compared with it in more than 8 numbers."""
-    found = stacks(donor_of("llama")[0], [4, 16])
+    found = singular_value_stacks(donor_of("llama")[0], [4, 16])
     assert {stack.shape for stack in found.values()} == {(3, 8)}
 
 
 def test_refuses_what_has_no_statistics(tmp_path: Path):
     with pytest.raises(UserError, match="at least 3 layers, it has 2 layers"):
-        stacks(donor_of("llama", num_hidden_layers=2)[0], [8])
+        singular_value_stacks(donor_of("llama", num_hidden_layers=2)[0], [8])
     with pytest.raises(UserError, match="no recognisable projections"):
-        stacks(zoo_of({"net": torch.nn.Sequential(torch.nn.Linear(4, 4))}).donor("net"), [4])
+        singular_value_stacks(zoo_of({"net": torch.nn.Sequential(torch.nn.Linear(4, 4))}).donor("net"), [4])
     donor, model = donor_of("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(0.5)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight' is constant"):
-        stacks(donor, [8])
+        singular_value_stacks(donor, [8])
     donor, model = donor_of("gpt2")
     with torch.no_grad():
         model.transformer.h[2].attn.c_attn.weight[:, 32:64] = 0
     with pytest.raises(UserError, match=r"h\.2\.attn\.c_attn\.weight' \(attn\.k\) is constant"):
-        stacks(donor, [8])
+        singular_value_stacks(donor, [8])
     folder = make_llama(tmp_path / "nan", num_hidden_layers=3)
     tensors = load_file(folder / "model.safetensors")
     donor = single(folder, quiet=True).only
@@ -131,7 +137,7 @@ def test_refuses_what_has_no_statistics(tmp_path: Path):
         f.seek(place)
         f.write(np.full(1, np.nan, tensors["model.layers.0.self_attn.q_proj.weight"].dtype).tobytes())
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj\.weight' holds NaN"):
-        stacks(donor, [8])
+        singular_value_stacks(donor, [8])
 
 
 SHAPES = {"attn.q": [(48, 64)] * 4, "attn.k": [(16, 64)] * 4, "mlp.down": [(64, 96), (64, 80), (64, 96), (64, 96)]}
@@ -139,25 +145,25 @@ SHAPES = {"attn.q": [(48, 64)] * 4, "attn.k": [(16, 64)] * 4, "mlp.down": [(64, 
 
 @pytest.mark.parametrize("kind", ["gaussian", "spikes"])
 def test_null_models_have_the_shapes_and_are_drawn_independently(kind):
-    found = null_stacks(SHAPES, 12, kind, 0)
+    found = null_model_stacks(SHAPES, 12, kind, 0)
     assert {role: tuple(stack.shape) for role, stack in found.items()} == {role: (4, 12) for role in SHAPES}
     rows = torch.cat(list(found.values()))
     assert len(rows.unique(dim=0)) == 12
     assert (rows[:, :-1] >= rows[:, 1:]).all()
     assert all(
-        torch.equal(a, b) for a, b in zip(found.values(), null_stacks(SHAPES, 12, kind, 0).values(), strict=True)
+        torch.equal(a, b) for a, b in zip(found.values(), null_model_stacks(SHAPES, 12, kind, 0).values(), strict=True)
     )
-    assert not torch.equal(found["attn.q"], null_stacks(SHAPES, 12, kind, 1)["attn.q"])
+    assert not torch.equal(found["attn.q"], null_model_stacks(SHAPES, 12, kind, 1)["attn.q"])
     # Order and company change nothing.
-    assert torch.equal(found["attn.k"], null_stacks({"attn.k": SHAPES["attn.k"]}, 12, kind, 0)["attn.k"])
+    assert torch.equal(found["attn.k"], null_model_stacks({"attn.k": SHAPES["attn.k"]}, 12, kind, 0)["attn.k"])
     with pytest.raises(UserError, match="kind of random matrices"):
-        null_stacks(SHAPES, 12, "spike", 0)
+        null_model_stacks(SHAPES, 12, "spike", 0)
 
 
 def test_gaussian_null_has_the_singular_values_of_gaussian_matrices():
     """Mean and spread of every one of them, against drawn matrices, within four standard errors."""
     for rows, columns in ((30, 12), (12, 30), (12, 12)):
-        ours = null_stacks({"attn.q": [(rows, columns)] * 600}, 12, "gaussian", 0)["attn.q"].numpy()
+        ours = null_model_stacks({"attn.q": [(rows, columns)] * 600}, 12, "gaussian", 0)["attn.q"].numpy()
         drawn = np.linalg.svd(np.random.default_rng(0).normal(size=(600, rows, columns)), compute_uv=False)
         error = np.hypot(ours.std(0), drawn.std(0)) / np.sqrt(600)
         assert (np.abs(ours.mean(0) - drawn.mean(0)) < 4 * error).all()
@@ -165,17 +171,17 @@ def test_gaussian_null_has_the_singular_values_of_gaussian_matrices():
 
 
 def test_spikes_stand_out_of_the_noise():
-    found = null_stacks({"attn.q": [(64, 64)] * 300}, 64, "spikes", 0)["attn.q"]
+    found = null_model_stacks({"attn.q": [(64, 64)] * 300}, 64, "spikes", 0)["attn.q"]
     outside = (found > 1.15 * 16).sum(1).double()
     assert outside.mean() > 1
     assert outside.max() > 5  # Pareto counts: some matrices have many
-    assert (null_stacks({"attn.q": [(64, 64)] * 300}, 64, "gaussian", 0)["attn.q"] < 1.15 * 16).all()
+    assert (null_model_stacks({"attn.q": [(64, 64)] * 300}, 64, "gaussian", 0)["attn.q"] < 1.15 * 16).all()
 
 
 def test_study_of_a_real_checkpoint(shared_data):
-    found = stacks(single(shared_data / "models" / "babyllama-tok105", quiet=True).only, [16])
+    found = singular_value_stacks(single(shared_data / "models" / "babyllama-tok105", quiet=True).only, [16])
     seen = []
-    rows = study(found, 16, 40, 0, seen.append)
+    rows = compare_projections(found, 16, 40, 0, seen.append)
     assert len(rows) == len(seen) == 28
     assert len({frozenset((row["a"], row["b"])) for row in rows}) == 28
     for row in rows:
@@ -184,18 +190,18 @@ def test_study_of_a_real_checkpoint(shared_data):
         assert row["alpha_ci95"][0] <= row["alpha_ci95"][1]
         assert 5 <= row["worth"] <= row["n"]
         assert set(row["ratios"]) == {"lognormal", "exponential", "truncated_power_law", "normal"}
-        values = np.sort(distances(found[row["a"]], None if row["a"] == row["b"] else found[row["b"]])[0])
+        values = np.sort(layer_distances(found[row["a"]], None if row["a"] == row["b"] else found[row["b"]])[0])
         for x, share in row["ccdf"]:
             assert share == pytest.approx((values >= x).mean())
         assert sum(count for _, _, count in row["histogram"]) == row["n"]
     assert json.loads(json.dumps(rows)) == rows
-    assert study(found, 16, 40, 0)[5] == rows[5]
+    assert compare_projections(found, 16, 40, 0)[5] == rows[5]
 
 
 def test_too_few_distances_are_undecided():
-    found = null_stacks({"attn.q": [(8, 8)] * 3, "attn.k": [(8, 8)] * 3}, 8, "gaussian", 0)
-    for row in study(found, 8, 10):
+    found = null_model_stacks({"attn.q": [(8, 8)] * 3, "attn.k": [(8, 8)] * 3}, 8, "gaussian", 0)
+    for row in compare_projections(found, 8, 10):
         assert (row["verdict"], row["p"], row["ratios"]) == ("undecided", None, {})
         assert "3 layers" in row["why"]
-    nothing = study({"attn.q": torch.ones(3, 2, dtype=torch.float64)}, 2, 10)
+    nothing = compare_projections({"attn.q": torch.ones(3, 2, dtype=torch.float64)}, 2, 10)
     assert (nothing[0]["n"], nothing[0]["verdict"]) == (0, "undecided")

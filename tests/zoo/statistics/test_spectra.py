@@ -17,7 +17,7 @@ from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.statistics.spectra import (
     marchenko_pastur,
     singular_values,
-    spectrum,
+    spectrum_summary,
     top_singular_values,
     tracy_widom_edge,
 )
@@ -110,19 +110,19 @@ def test_noise_passes_the_tracy_widom_edge_once_in_a_thousand(shape: tuple[int, 
 
 @pytest.mark.parametrize("shape", [(200, 200), (400, 100), (64, 256)])
 def test_noise_has_no_outliers_and_planted_spikes_are_found(shape: tuple[int, int]) -> None:
-    false = sum(spectrum(0.02 * draw(*shape, seed=seed))["outliers"] for seed in range(40))
+    false = sum(spectrum_summary(0.02 * draw(*shape, seed=seed))["outliers"] for seed in range(40))
     assert false <= 1
     left, right = (torch.linalg.qr(draw(side, 3, seed=side))[0] for side in shape)
     edge = marchenko_pastur(*shape, 1.0)[1]
     spikes = torch.tensor([1.6, 1.8, 2.0]) * edge
-    found = spectrum(draw(*shape) + (left * spikes) @ right.mT)
+    found = spectrum_summary(draw(*shape) + (left * spikes) @ right.mT)
     assert found["outliers"] == 3
     assert found["edge"] > 1.3
 
 
 def test_numbers_of_a_known_spectrum() -> None:
     values = torch.tensor([3.0, 2.0, *[1.0] * 14])
-    found = spectrum(planted(values))
+    found = spectrum_summary(planted(values))
     assert found["rank_max"] == 16
     assert found["norm"] == pytest.approx(math.sqrt(27), rel=1e-5)
     assert found["top"] == pytest.approx(3, rel=1e-5)
@@ -134,7 +134,7 @@ def test_numbers_of_a_known_spectrum() -> None:
 def test_the_exponent_of_a_planted_power_law() -> None:
     """Eigenvalues at the quantiles of a law of density x^-3: alpha is 3, and 5 for the singular values."""
     quantile = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
-    found = spectrum(planted((1 - quantile).pow(-1 / 4).float()))
+    found = spectrum_summary(planted((1 - quantile).pow(-1 / 4).float()))
     assert found["alpha"] == pytest.approx(3, abs=0.15)
     assert found["alpha_density_of_singular_values"] == 2 * found["alpha"] - 1
     assert found["alpha_weighted"] == pytest.approx(found["alpha"] * math.log10(found["top"] ** 2))
@@ -142,16 +142,18 @@ def test_the_exponent_of_a_planted_power_law() -> None:
 
 def test_directions_that_are_not_there_have_no_part_in_the_tail() -> None:
     matrix = draw(60, 20) @ draw(20, 90, seed=1)
-    assert spectrum(matrix)["alpha"] == pytest.approx(spectrum(torch.linalg.qr(matrix.mT)[1])["alpha"], rel=1e-3)
+    assert spectrum_summary(matrix)["alpha"] == pytest.approx(
+        spectrum_summary(torch.linalg.qr(matrix.mT)[1])["alpha"], rel=1e-3
+    )
     values = torch.linalg.svdvals(matrix.double())[:20]
-    assert spectrum(matrix)["alpha"] == pytest.approx(powerlaw_alpha(values.square()), abs=1e-3)
+    assert spectrum_summary(matrix)["alpha"] == pytest.approx(powerlaw_alpha(values.square()), abs=1e-3)
 
 
 def test_what_too_small_a_matrix_cannot_say_is_none() -> None:
-    assert spectrum(draw(8, 30))["alpha"] is None and spectrum(draw(8, 30))["edge"] > 0
-    nothing = spectrum(torch.zeros(20, 30))
+    assert spectrum_summary(draw(8, 30))["alpha"] is None and spectrum_summary(draw(8, 30))["edge"] > 0
+    nothing = spectrum_summary(torch.zeros(20, 30))
     assert nothing["edge"] is None and nothing["stable_rank"] is None and nothing["outliers"] == 0
-    assert spectrum(torch.eye(30))["alpha"] is None  # one value thirty times
+    assert spectrum_summary(torch.eye(30))["alpha"] is None  # one value thirty times
 
 
 def powerlaw_alpha(values: Tensor) -> float:
@@ -173,7 +175,7 @@ def test_alpha_is_that_of_powerlaw(shared_data: Path, model: str) -> None:
     assert len(found) > 4
     for name, matrix in found:
         expected = powerlaw_alpha(torch.linalg.svdvals(matrix.double()).square())
-        assert spectrum(matrix)["alpha"] == pytest.approx(expected, abs=1e-3), name
+        assert spectrum_summary(matrix)["alpha"] == pytest.approx(expected, abs=1e-3), name
 
 
 @pytest.mark.parametrize("model", ["stories260K", "arthur/run2-ep200"])
@@ -186,7 +188,7 @@ def test_alpha_is_that_of_weightwatcher(shared_data: Path, model: str) -> None:
     rows = weightwatcher.WeightWatcher(model=network).analyze().to_dict("records")
     assert len(rows) > 15
     for row in rows:
-        found = spectrum(modules[row["longname"]].weight.detach())
+        found = spectrum_summary(modules[row["longname"]].weight.detach())
         assert found["alpha"] == pytest.approx(row["alpha"], abs=1e-3), row["longname"]
         assert found["alpha_weighted"] == pytest.approx(row["alpha_weighted"], abs=1e-2)
         assert found["stable_rank"] == pytest.approx(row["stable_rank"], rel=1e-3)
@@ -195,8 +197,8 @@ def test_alpha_is_that_of_weightwatcher(shared_data: Path, model: str) -> None:
 def test_really_trained_matrices_leave_the_edge_of_noise(shared_data: Path) -> None:
     trained = matrices(shared_data / "models" / "stories260K")
     inner = {name: matrix for name, matrix in trained.items() if "layers" in name}
-    found = [spectrum(matrix) for matrix in inner.values()]
-    noise = [spectrum(draw(*matrix.shape, seed=i)) for i, matrix in enumerate(inner.values())]
+    found = [spectrum_summary(matrix) for matrix in inner.values()]
+    noise = [spectrum_summary(draw(*matrix.shape, seed=i)) for i, matrix in enumerate(inner.values())]
     assert sum(s["outliers"] > 0 for s in found) > 0.8 * len(found)
     assert sum(s["outliers"] > 0 for s in noise) == 0
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from zoo.training.loop import (
-    Training,
+    TrainingConfig,
     activation_rms,
     evaluate,
     learning_rate,
     next_token_loss,
     reproducible,
+    sample_windows,
     train_steps,
-    windows,
 )
 
 
@@ -38,24 +38,24 @@ CYCLE = torch.arange(8).repeat(100)  # the next token is certain
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
     tokens = torch.arange(1000)
-    first = windows(tokens, 4, 16, seed=3, step=7)
+    first = sample_windows(tokens, 4, 16, seed=3, step=7)
     torch.manual_seed(99)  # the global stream plays no part
-    assert torch.equal(first, windows(tokens, 4, 16, seed=3, step=7))
+    assert torch.equal(first, sample_windows(tokens, 4, 16, seed=3, step=7))
     assert first.shape == (4, 17) and torch.equal(first[:, 1:], first[:, :-1] + 1), "windows of the text"
-    assert not torch.equal(first, windows(tokens, 4, 16, seed=3, step=8))
-    assert not torch.equal(first, windows(tokens, 4, 16, seed=4, step=7))
+    assert not torch.equal(first, sample_windows(tokens, 4, 16, seed=3, step=8))
+    assert not torch.equal(first, sample_windows(tokens, 4, 16, seed=4, step=7))
     # both ends of the text are reached
-    short = torch.cat([windows(torch.arange(20), 64, 16, 0, step) for step in range(20)])
+    short = torch.cat([sample_windows(torch.arange(20), 64, 16, 0, step) for step in range(20)])
     assert short.min() == 0 and short.max() == 19
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
-    training = Training(steps=100, lr=1.0, warmup=0.1, final_lr=0.1)
+    training = TrainingConfig(steps=100, lr=1.0, warmup=0.1, final_lr=0.1)
     rates = [learning_rate(training, step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[9:]))
-    assert math.isfinite(learning_rate(Training(steps=1, lr=1.0), 0))
+    assert math.isfinite(learning_rate(TrainingConfig(steps=1, lr=1.0), 0))
 
 
 def test_losses_are_nats() -> None:
@@ -100,7 +100,7 @@ def test_evaluation_counts_every_token_once() -> None:
 
 def test_training_learns_and_reports() -> None:
     model = Bigram()
-    steps = list(train_steps(model, CYCLE, Training(steps=60, lr=0.3, sequence=8)))
+    steps = list(train_steps(model, CYCLE, TrainingConfig(steps=60, lr=0.3, sequence=8)))
     assert [s.number for s in steps] == list(range(1, 61))
     assert steps[0].loss == pytest.approx(math.log(8)) and steps[-1].loss < 0.1
     assert steps[0].grad_norm > 0
@@ -111,7 +111,7 @@ def test_an_update_with_no_finite_gradient_is_not_made() -> None:
     with torch.no_grad():
         model.table[0, 0] = math.inf
     before = model.gain.clone()
-    steps = list(train_steps(model, CYCLE, Training(steps=5, lr=0.1, sequence=8)))
+    steps = list(train_steps(model, CYCLE, TrainingConfig(steps=5, lr=0.1, sequence=8)))
     assert len(steps) == 1 and not math.isfinite(steps[0].loss)
     assert torch.equal(model.gain, before)
 

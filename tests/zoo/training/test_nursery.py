@@ -11,9 +11,9 @@ import torch
 from zoo.donors.store import Zoo, verify
 from zoo.errors import UserError
 from zoo.training import nursery
-from zoo.training.nursery import PRESETS, Recipe, train
+from zoo.training.nursery import PRESETS, DonorRecipe, train_zoo
 
-MICRO = [Recipe(16, 1, heads=2, kv_heads=1, head_dim=8, ffn=32, steps=12, seed=seed) for seed in (0, 1)]
+MICRO = [DonorRecipe(16, 1, heads=2, kv_heads=1, head_dim=8, ffn=32, steps=12, seed=seed) for seed in (0, 1)]
 FILES = ("config.json", "facts.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -24,7 +24,7 @@ def contents(zoo: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("nursery") / "zoo"
-    assert train(path, MICRO, workers=1, quiet=True) == [r.name for r in MICRO]
+    assert train_zoo(path, MICRO, workers=1, quiet=True) == [r.name for r in MICRO]
     return path
 
 
@@ -56,7 +56,7 @@ def test_seeds_are_lineages_of_their_own(zoo: Path) -> None:
 
 
 def test_the_number_of_processes_changes_no_byte(zoo: Path, tmp_path: Path) -> None:
-    train(tmp_path / "zoo", MICRO, workers=2, quiet=True)
+    train_zoo(tmp_path / "zoo", MICRO, workers=2, quiet=True)
     assert contents(tmp_path / "zoo") == contents(zoo)
 
 
@@ -74,8 +74,8 @@ def test_an_interrupted_nursery_ends_where_an_uninterrupted_one_does(
 
     monkeypatch.setattr(nursery, "train_steps", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "zoo", MICRO, workers=1, quiet=True)
-    train(tmp_path / "zoo", MICRO, workers=1, quiet=True)
+        train_zoo(tmp_path / "zoo", MICRO, workers=1, quiet=True)
+    train_zoo(tmp_path / "zoo", MICRO, workers=1, quiet=True)
     assert len(calls) == 17 + 12, "the donor that was complete is not trained again"
     assert contents(tmp_path / "zoo") == contents(zoo)
     assert not (tmp_path / "zoo" / nursery.STAGING).exists()
@@ -84,15 +84,15 @@ def test_an_interrupted_nursery_ends_where_an_uninterrupted_one_does(
 def test_a_zoo_that_is_complete_is_left_alone(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(zoo)
     monkeypatch.setattr(nursery, "train_donor", lambda *_: pytest.fail("trained again"))
-    train(zoo, MICRO, workers=1, quiet=True)
+    train_zoo(zoo, MICRO, workers=1, quiet=True)
     assert contents(zoo) == before
 
 
 def test_another_recipe_under_the_same_name_is_refused(zoo: Path) -> None:
     with pytest.raises(UserError, match="another recipe"):
-        train(zoo, [replace(MICRO[0], steps=13)], workers=1, quiet=True)
+        train_zoo(zoo, [replace(MICRO[0], steps=13)], workers=1, quiet=True)
     with pytest.raises(UserError, match="did you mean 'quick'"):
-        train(zoo, "quikc", quiet=True)
+        train_zoo(zoo, "quikc", quiet=True)
 
 
 def test_seed_makes_new_donors() -> None:
@@ -102,10 +102,10 @@ def test_seed_makes_new_donors() -> None:
 
 
 def test_presets_cover_what_a_zoo_needs() -> None:
-    demo, quick, research = (PRESETS[name]() for name in ("demo", "quick", "research"))
-    assert len(demo) >= 12 and len(quick) >= 4 and len(research) > len(demo)
+    demo, quick, bench = (PRESETS[name]() for name in ("demo", "quick", "bench"))
+    assert len(demo) >= 12 and len(quick) >= 4 and len(bench) >= 12
     assert {r.width for r in demo} >= {48, 128} and {2, 6} <= {r.layers for r in demo}
     assert any(r.kv_heads == r.heads for r in demo) and any(r.kv_heads < r.heads for r in demo)
-    for recipes in (demo, quick, research):
+    for recipes in (demo, quick, bench):
         assert len({r.name for r in recipes}) == len(recipes)
         assert all(r.heads % r.kv_heads == 0 and r.width == r.heads * r.head_dim for r in recipes)

@@ -19,15 +19,15 @@ from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.units.canonical import (
-    anchor,
     canonicalise,
-    fold,
-    mean_last,
+    fold_gains,
+    make_anchor,
+    mean_last_basis,
     residual_vectors,
-    restore,
-    rotate,
-    tie,
+    rotate_residual,
+    tie_head,
     to_disk_basis,
+    undo_canonical,
 )
 from zoo.units.decoder import Decoder, read_decoder, write_decoder
 
@@ -133,14 +133,14 @@ def test_canonical_form_keeps_the_logits(name: str) -> None:
     assert (logits(to_disk_basis(canonical.decoder), model.config, IDS) - expected).abs().max() < exact
     in_float32 = logits(to_disk_basis(canonical.decoder), model.config, IDS, torch.float32)
     assert (in_float32 - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
-    restored = restore(canonical, tied=decoder.metadata.tied)
+    restored = undo_canonical(canonical, tied=decoder.metadata.tied)
     assert (logits(restored, model.config, IDS) - expected).abs().max() < exact
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "qwen3", "gemma3", "olmo2", "gpt_neox"])
 def test_the_inverse_gives_the_weights_back(name: str) -> None:
     decoder, blueprint = decoder_of(random_model(CONFIGS[name]))
-    restored = restore(canonicalise(decoder), tied=decoder.metadata.tied)
+    restored = undo_canonical(canonicalise(decoder), tied=decoder.metadata.tied)
     before, after = dict(write_decoder(decoder, blueprint)), dict(write_decoder(restored, blueprint))
     for tensor_name, tensor in before.items():
         if decoder.metadata.norm == "layer" and blueprint[tensor_name].role in ("embed", "attn.o", "mlp.down"):
@@ -164,8 +164,8 @@ def test_energy_falls_along_the_coordinates() -> None:
 def test_canonical_form_forgets_the_coordinates() -> None:
     """A model and its copy, rotated, reordered and rescaled by a random symmetry, have one canonical form."""
     decoder, _ = decoder_of(random_model(CONFIGS["llama-gqa-tied"]))
-    folded, _ = fold(decoder)
-    turned = rotate(folded, torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64)).Q)
+    folded, _ = fold_gains(decoder)
+    turned = rotate_residual(folded, torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64)).Q)
     order = torch.randperm(48)
     scale = torch.randn(48, 1, dtype=torch.float64).exp() * torch.randn(48, 1, dtype=torch.float64).sign()
     mix = torch.randn(2, 8, 8, dtype=torch.float64)
@@ -192,15 +192,15 @@ def test_alignment_finds_a_rotated_copy() -> None:
     decoder, _ = decoder_of(random_model(CONFIGS["llama-mha"]))
     tokens = tuple(f"t{i}" for i in range(40))
     one = canonicalise(decoder).decoder
-    turned = rotate(fold(decoder)[0], torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64)).Q)
+    turned = rotate_residual(fold_gains(decoder)[0], torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64)).Q)
     reordered = torch.randperm(40)
     shuffled = replace(turned, embed=turned.embed[reordered], head=turned.head[reordered])
     names = tuple(tokens[i] for i in reordered)
-    other = canonicalise(shuffled, names, anchor(one, tokens)).decoder
+    other = canonicalise(shuffled, names, make_anchor(one, tokens)).decoder
     assert torch.allclose(other.embed, one.embed[reordered], atol=1e-8)
     assert torch.allclose(other.layers[1].down, one.layers[1].down, atol=1e-8)
     with pytest.raises(UserError, match="shares no token"):
-        canonicalise(shuffled, tuple("x" * (i + 1) for i in range(40)), anchor(one, tokens))
+        canonicalise(shuffled, tuple("x" * (i + 1) for i in range(40)), make_anchor(one, tokens))
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt2"])
@@ -214,7 +214,7 @@ def test_a_narrower_and_a_wider_donor_align_exactly(name: str) -> None:
     for width in (16, 48):
         key = "n_embd" if name == "gpt2" else "hidden_size"
         reference, _ = decoder_of(random_model({**CONFIGS[name], key: width}, seed=1))
-        to = anchor(canonicalise(reference).decoder, tokens)
+        to = make_anchor(canonicalise(reference).decoder, tokens)
         aligned = canonicalise(decoder, tokens, to).decoder
         assert (logits(to_disk_basis(aligned), model.config, IDS) - expected).abs().max() < 1e-8
 
@@ -225,24 +225,26 @@ def test_layernorm_forbids_the_sign_of_one_coordinate() -> None:
     flip[3, 3] = -1
     for name, same in (("llama-mha", True), ("gpt2-untied", False)):
         model = random_model(CONFIGS[name])
-        decoder = fold(decoder_of(model)[0])[0]
+        decoder = fold_gains(decoder_of(model)[0])[0]
         with torch.no_grad():
             difference = (
-                (logits(rotate(decoder, flip), model.config, IDS) - in_own_dtype(model)(IDS).logits).abs().max()
+                (logits(rotate_residual(decoder, flip), model.config, IDS) - in_own_dtype(model)(IDS).logits)
+                .abs()
+                .max()
             )
         assert (difference < 1e-8) == same
 
 
 def test_mean_last_is_orthonormal() -> None:
-    basis = mean_last(7)
+    basis = mean_last_basis(7)
     assert torch.allclose(basis.mT @ basis, torch.eye(7, dtype=torch.float64))
     assert torch.allclose(basis[:, -1], torch.full((7,), 7**-0.5, dtype=torch.float64))
 
 
 def test_tying_is_exact_where_it_can_be() -> None:
     decoder, _ = decoder_of(random_model(CONFIGS["llama-gqa-tied"]))
-    folded, _ = fold(decoder)
-    assert torch.allclose(tie(folded).gain["final"], decoder.gain["final"])
+    folded, _ = fold_gains(decoder)
+    assert torch.allclose(tie_head(folded).gain["final"], decoder.gain["final"])
 
 
 def test_real_checkpoints_keep_their_logits(shared_data: Path) -> None:

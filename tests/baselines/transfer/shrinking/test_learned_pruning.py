@@ -23,8 +23,8 @@ from zoo.donors.standalone import Single, single
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
-from zoo.training.loop import Training, evaluate, train_steps
-from zoo.training.text import byte_tokens, python_reference
+from zoo.training.corpora import byte_tokens, python_reference
+from zoo.training.loop import TrainingConfig, evaluate, train_steps
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -139,7 +139,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokens: torch.Tensor) -> S
     for module in model.model.layers[1].modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data.zero_()
-    for _ in train_steps(model, tokens, Training(steps=150, lr=1e-2, sequence=31)):
+    for _ in train_steps(model, tokens, TrainingConfig(steps=150, lr=1e-2, sequence=31)):
         pass
     folder = tmp_path_factory.mktemp("trained")
     model.save_pretrained(folder)

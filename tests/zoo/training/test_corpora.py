@@ -1,23 +1,15 @@
-"""Bytes as tokens, the corpus, and files as token tensors."""
+"""Corpora: the embedded text, and files as token tensors."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
 
 from zoo.errors import UserError
-from zoo.training.text import (
-    byte_tokens,
-    encode_corpus,
-    hold_out,
-    python_reference,
-    read_vocabulary,
-    reference_corpus,
-    save_byte_tokenizer,
-)
+from zoo.training.corpora import byte_tokens, encode_corpus, python_reference, reference_corpus, split_held_out
+from zoo.vocabulary import read_vocabulary, save_byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -27,32 +19,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_tokenizer_is_a_fast_one_whose_ids_are_bytes(folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.is_fast and len(tokenizer) == 256
-    rng = random.Random(0)
-    every = "".join(chr(c) for c in range(0x2000))  # all bytes that UTF-8 has below three-byte sequences, and some
-    wild = "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(2000))
-    for text in (every, wild, "", " a  b\n\tc ", "naïve — 你好 🙂", "<s>[INST]</s>"):
-        ids = tokenizer(text)["input_ids"]
-        assert ids == list(text.encode()), "nothing is added, split or normalised"
-        assert tokenizer.decode(ids) == text
-
-
-def test_every_byte_has_a_token_of_its_own(folder: Path) -> None:
-    from tokenizers import Tokenizer
-
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    assert sorted(vocabulary.values()) == list(range(256)) and vocabulary["a"] == ord("a")
-
-
 def test_the_reference_repeats_no_paragraph_and_is_held_out_everywhere() -> None:
     text = python_reference()
     paragraphs = text.decode().split("\n\n")
     assert len(text) > 200_000 and len(set(paragraphs)) == len(paragraphs)
-    learned, held = hold_out(text)
+    learned, held = split_held_out(text)
     assert len(learned) + len(held) == len(text)
     assert 0.1 < len(held) / len(text) < 0.13, "the last tenth of reference_corpus() is held out"
     assert reference_corpus() == learned + held
