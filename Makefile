@@ -16,6 +16,7 @@ check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # torch first, as pinned: a bare range downloads gigabytes of CUDA packages on a machine without a GPU.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -50,131 +50,134 @@ class Hub:
         return self.url.replace("127.0.0.1", "localhost")
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Answers for the `hub` that a subclass names."""
+
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        path = urlparse(self.path).path  # still quoted: a branch may hold a slash
+        self.hub.log.append(f"{self.command} {path}")
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            self.about(match[1], unquote(match[2] or "main"), "info")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
+            self.about(match[1], unquote(match[2]), "tree")
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.file(*map(unquote, match.groups()))
+        elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
+            self.body(self.hub.repos[match[1]], match[2])
+        else:
+            self.send(404, {"X-Error-Code": "RepoNotFound"})
+
+    def find(self, name: str, revision: str) -> Repo | None:
+        repo = self.hub.repos.get(name)
+        if repo is None:
+            self.send(404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif repo.gated:
+            self.send(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+            return None
+        elif revision not in ("main", repo.commit, *repo.branches):
+            self.send(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Revision not found"})
+            return None
+        return repo
+
+    def about(self, name: str, revision: str, kind: str) -> None:
+        repo = self.find(name, revision)
+        if repo is None or self.fault(repo, kind):
+            return
+        if kind == "tree":
+            value: object = [
+                {"type": "file", "path": n, "size": len(d), "oid": repo.oid(n)} | self.pointer(repo, n, "oid")
+                for n, d in repo.files.items()
+            ]
+        else:
+            siblings = [
+                {"rfilename": n, "size": len(d), "blobId": repo.oid(n)} | self.pointer(repo, n, "sha256")
+                for n, d in repo.files.items()
+            ]
+            value = {"id": name, "modelId": name, "sha": repo.commit, "siblings": siblings, "tags": []}
+            value["cardData"] = {"license": repo.license} if repo.license else {}
+        self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    def pointer(self, repo: Repo, name: str, key: str) -> dict[str, object]:
+        data = repo.files[name]
+        lfs = {key: hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return {"lfs": lfs} if repo.lfs(name) else {}
+
+    def file(self, name: str, revision: str, file: str) -> None:
+        repo = self.find(name, revision)
+        if repo is None:
+            return
+        about = {"X-Repo-Commit": repo.commit}
+        if file not in repo.files:
+            self.send(404, about | {"X-Error-Code": "EntryNotFound"})
+            return
+        data = repo.files[file]
+        etag = hashlib.sha256(data).hexdigest() if repo.lfs(file) else repo.oid(file)
+        if repo.redirect and repo.lfs(file):
+            about |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{etag}"'}
+            self.send(302, about | {"Location": f"{self.hub.cdn}/cdn/{name}/{file}"})
+        elif self.command == "HEAD":
+            if not self.fault(repo, f"head {file}"):
+                self.send(200, about | {"ETag": f'"{etag}"', "Content-Length": str(len(data))})
+        else:
+            self.body(repo, file, about | {"ETag": f'"{etag}"'})
+
+    def body(self, repo: Repo, file: str, headers: dict[str, str] | None = None) -> None:
+        data, status, headers = repo.files[file], 200, dict(headers or {})
+        if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(ranged[1]), min(int(ranged[2] or len(data) - 1), len(data) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            data, status = data[first : last + 1], 206
+        fault = self.fault(repo, f"get {file}")
+        if fault == "truncate":  # promises all, sends half, hangs up
+            self.send(status, headers | {"Content-Length": str(len(data))}, data[: len(data) // 2])
+            self.close_connection = True
+        elif fault == "short":  # promises nothing, sends half
+            self.send(status, headers | {"Connection": "close", "Content-Length": ""}, data[: len(data) // 2])
+            self.close_connection = True
+        elif fault == "corrupt":
+            self.send(status, headers, data[:-1] + bytes([data[-1] ^ 1]))
+        elif not fault:
+            self.send(status, headers, data)
+
+    def fault(self, repo: Repo, kind: str) -> str | None:
+        """Takes the next fault of this kind; a status is answered here."""
+        queue = repo.faults.get(kind, [])
+        fault = queue.pop(0) if queue else None
+        if fault == "drop":
+            self.close_connection = True
+        elif fault is not None and fault.isdigit():
+            self.send(int(fault), {"Retry-After": "0"})
+        return fault
+
+    def send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        headers = {"Content-Length": str(len(body))} | headers
+        self.send_response(status)
+        for key, value in headers.items():
+            if value:
+                self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
 @contextmanager
 def serve() -> Iterator[Hub]:
     """A hub on a free port of the loopback interface."""
-    repos: dict[str, Repo] = {}
-    hub = Hub("", repos)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self.answer()
-
-        def do_GET(self) -> None:
-            self.answer()
-
-        def answer(self) -> None:
-            path = urlparse(self.path).path  # still quoted: a branch may hold a slash
-            hub.log.append(f"{self.command} {path}")
-            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-                self.about(match[1], unquote(match[2] or "main"), "info")
-            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
-                self.about(match[1], unquote(match[2]), "tree")
-            elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                self.file(*map(unquote, match.groups()))
-            elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
-                self.body(repos[match[1]], match[2])
-            else:
-                self.send(404, {"X-Error-Code": "RepoNotFound"})
-
-        def find(self, name: str, revision: str) -> Repo | None:
-            repo = repos.get(name)
-            if repo is None:
-                self.send(404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-            elif repo.gated:
-                self.send(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
-                return None
-            elif revision not in ("main", repo.commit, *repo.branches):
-                self.send(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Revision not found"})
-                return None
-            return repo
-
-        def about(self, name: str, revision: str, kind: str) -> None:
-            repo = self.find(name, revision)
-            if repo is None or self.fault(repo, kind):
-                return
-            if kind == "tree":
-                value: object = [
-                    {"type": "file", "path": n, "size": len(d), "oid": repo.oid(n)} | self.pointer(repo, n, "oid")
-                    for n, d in repo.files.items()
-                ]
-            else:
-                siblings = [
-                    {"rfilename": n, "size": len(d), "blobId": repo.oid(n)} | self.pointer(repo, n, "sha256")
-                    for n, d in repo.files.items()
-                ]
-                value = {"id": name, "modelId": name, "sha": repo.commit, "siblings": siblings, "tags": []}
-                value["cardData"] = {"license": repo.license} if repo.license else {}
-            self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
-
-        def pointer(self, repo: Repo, name: str, key: str) -> dict[str, object]:
-            data = repo.files[name]
-            lfs = {key: hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-            return {"lfs": lfs} if repo.lfs(name) else {}
-
-        def file(self, name: str, revision: str, file: str) -> None:
-            repo = self.find(name, revision)
-            if repo is None:
-                return
-            about = {"X-Repo-Commit": repo.commit}
-            if file not in repo.files:
-                self.send(404, about | {"X-Error-Code": "EntryNotFound"})
-                return
-            data = repo.files[file]
-            etag = hashlib.sha256(data).hexdigest() if repo.lfs(file) else repo.oid(file)
-            if repo.redirect and repo.lfs(file):
-                about |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{etag}"'}
-                self.send(302, about | {"Location": f"{hub.cdn}/cdn/{name}/{file}"})
-            elif self.command == "HEAD":
-                if not self.fault(repo, f"head {file}"):
-                    self.send(200, about | {"ETag": f'"{etag}"', "Content-Length": str(len(data))})
-            else:
-                self.body(repo, file, about | {"ETag": f'"{etag}"'})
-
-        def body(self, repo: Repo, file: str, headers: dict[str, str] | None = None) -> None:
-            data, status, headers = repo.files[file], 200, dict(headers or {})
-            if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-                first, last = int(ranged[1]), min(int(ranged[2] or len(data) - 1), len(data) - 1)
-                headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-                data, status = data[first : last + 1], 206
-            fault = self.fault(repo, f"get {file}")
-            if fault == "truncate":  # promises all, sends half, hangs up
-                self.send(status, headers | {"Content-Length": str(len(data))}, data[: len(data) // 2])
-                self.close_connection = True
-            elif fault == "short":  # promises nothing, sends half
-                self.send(status, headers | {"Connection": "close", "Content-Length": ""}, data[: len(data) // 2])
-                self.close_connection = True
-            elif fault == "corrupt":
-                self.send(status, headers, data[:-1] + bytes([data[-1] ^ 1]))
-            elif not fault:
-                self.send(status, headers, data)
-
-        def fault(self, repo: Repo, kind: str) -> str | None:
-            """Takes the next fault of this kind; a status is answered here."""
-            queue = repo.faults.get(kind, [])
-            fault = queue.pop(0) if queue else None
-            if fault == "drop":
-                self.close_connection = True
-            elif fault is not None and fault.isdigit():
-                self.send(int(fault), {"Retry-After": "0"})
-            return fault
-
-        def send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-            headers = {"Content-Length": str(len(body))} | headers
-            self.send_response(status)
-            for key, value in headers.items():
-                if value:
-                    self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    hub = Hub("", {})
+    handler = type("BoundHandler", (Handler,), {"hub": hub})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         hub.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
