@@ -99,10 +99,15 @@ class Sampler(ABC):
         content = json.loads(path.read_text())
         if content["method"] != cls.name:
             raise UserError(f"{path}: holds a sampler of method {content['method']!r}, not {cls.name!r}")
-        sampler = cls(**content["options"])
+        sampler = cls(**cls.current_options(content["options"]))
         stored = path.with_name("state.safetensors")
         sampler.restore(content["state"], load_file(stored) if stored.exists() else {})
         return sampler
+
+    @classmethod
+    def current_options(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """The options of a saved sampler that this version still has. A method that lost an option overrides it."""
+        return saved
 
     @classmethod
     def option_table(cls) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from baselines.distributions.statistical import Fit, Member, Statistical, choose
 from baselines.distributions.summary import moments, ordered, summary
 from zoo.donors.standalone import kept, reopen
 from zoo.donors.store import Donor, Zoo, size_gap
-from zoo.errors import UserError
 from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
@@ -37,12 +36,7 @@ class Histogram(Statistical):
     summary: ClassVar[str] = "independent draws from a table of a donor's quantiles, tails log-spaced"
     reference: ClassVar[str] = "Devroye 1986"
 
-    points: int = option(2048, "quantiles in the table; half of them in the tails", most=1 << 20)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.points < 16:
-            raise UserError(f"points of {self.name} is {self.points}: give 16 or more")
+    points: int = option(2048, "quantiles in the table; half of them in the tails", least=16, most=1 << 20)
 
     def fit_values(self, values: Tensor) -> Fit:
         x = ordered(values).double()

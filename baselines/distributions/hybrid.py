@@ -13,7 +13,6 @@ from torch import Tensor
 from baselines.distributions.auto_fit import AutoFit
 from baselines.distributions.empirical import KDE, Histogram, Permuted
 from baselines.distributions.parametric import GeneralizedNormal, Laplace, Mixture, Normal, Parametric, Stable, StudentT
-from zoo.errors import UserError
 from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
@@ -59,16 +58,14 @@ class Hybrid(Sampler):
     donor: str | None = option(None, "name of the donor; none: as `values` chooses")
     values: str = option("histogram", "where values come from: histogram, kde or permuted")
     law: str = option("student-t", "the law: any of the parametric methods, or auto-fit")
-    mix: float = option(0.5, "share of the law, from 0 to 1")
+    mix: float = option(0.5, "share of the law, from 0 to 1", least=0.0, most=1.0)
     mixing: str = option("entries", "the law's draw replaces a share of the entries, or is added to all (linear)")
-    noise: float = option(0.0, "standard deviation of added normal noise, relative to that of the tensor")
+    noise: float = option(0.0, "standard deviation of added normal noise, relative to that of the tensor", least=0.0)
     granularity: str = option("layer", "one fit per tensor (layer), per role, or for all matrices (global)")
     rescale: str = option("fan-in", "of the spread when the input axis changes: fan-in (1 / sqrt) or none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.mix <= 1 or self.noise < 0:
-            raise UserError(f"{self.name} wants a mix from 0 to 1 and a noise of 0 or more: {self.mix}, {self.noise}")
         shared: dict[str, Any] = {"donor": self.donor, "rescale": self.rescale, "device": self.device}
         of_fits: dict[str, Any] = {"granularity": self.granularity}
         self._values = VALUES[self.values](**shared, **({} if self.values == "permuted" else of_fits))

@@ -73,12 +73,12 @@ class Stable(Parametric):
     summary: ClassVar[str] = "independent alpha-stable draws, clipped and rescaled to a donor's range and spread"
     reference: ClassVar[str] = "Koutrouvelis 1980; Kogon & Williams 1998"
 
-    clip: float = option(1e-4, "quantile of the donors' values at which draws are clipped on either side")
+    clip: float = option(1e-4, "quantile of the donors' values at which draws are clipped on either side", least=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.clip < 0.25:
-            raise UserError(f"clip of stable is {self.clip}: give a quantile from 0 to 0.25")
+        if self.clip >= 0.25:
+            raise UserError(f"{self.name}: clip is {self.clip}; give less than 0.25")
 
     def fit_values(self, values: Tensor) -> Fit:
         return fit_stable(values, self.clip)
@@ -92,12 +92,7 @@ class Mixture(Parametric):
     summary: ClassVar[str] = "independent draws from a Gaussian mixture fitted per role and depth"
     reference: ClassVar[str] = "Dempster, Laird & Rubin 1977"
 
-    components: int = option(3, "normal laws in the mixture", most=64)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.components < 1:
-            raise UserError(f"components of mixture is {self.components}: give 1 or more")
+    components: int = option(3, "normal laws in the mixture", least=1, most=64)
 
     def fit_values(self, values: Tensor) -> Fit:
         return fit_mixture(values, self.components)

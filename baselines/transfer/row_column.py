@@ -8,13 +8,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from baselines.transfer import chains, unit_pool
+from baselines.transfer import chains
 from baselines.transfer.chains import Chain, ChainDonor
 from baselines.transfer.growth.growth import ends_block
 from baselines.transfer.index_maps import (
@@ -27,8 +26,6 @@ from baselines.transfer.index_maps import (
     spread_queries,
 )
 from baselines.transfer.transfer import Transfer, expert_ffn, table_axes, transfer
-from baselines.transfer.unit_pool import Pool
-from zoo.donors.standalone import kept, reopen
 from zoo.donors.store import Zoo
 from zoo.errors import UserError
 from zoo.options import option
@@ -43,9 +40,8 @@ CHOICES = {
     "scale": ("1/multiplicity", "n/N", "sqrt(n/N)", "none"),
     "coupling": ("coupled", "uncoupled"),
     "depth": ("share", "repeat", "stack", "silent"),
-    "mix": ("units", "layers"),
-    "vocabulary": ("first", "mean"),
 }
+REMOVED = ("pool", "mix", "vocabulary")  # options of samplers that older versions saved
 
 
 @dataclass(kw_only=True)
@@ -60,8 +56,7 @@ class RowColumn(Transfer):
     Copies that are equal stay equal in training, hence the noise.
 
     `coupling=uncoupled` draws rows and columns apart, tensor by tensor: the control, which transfers nothing but
-    marginals. `pool` takes hidden units of several donors (`unit_pool.py` has the mathematics); one donor is the
-    default because it measured best. A target without a config is a plain chain of matrices (`chains.py`).
+    marginals. A target without a config is a plain chain of matrices (`chains.py`).
     """
 
     name: ClassVar[str] = "row-column"
@@ -75,16 +70,9 @@ class RowColumn(Transfer):
     coupling: str = option("coupled", "rows and columns of a hidden space: coupled, or uncoupled (the control)")
     noise: float = option(0.01, "normal noise on every matrix, relative to its standard deviation", least=0.0)
     depth: str = option("share", "copies of a layer: share its output, repeat it, stack the list, or silent copies")
-    pool: str | None = option(None, "several donors, aligned: names a,b,c (the first gives the vocabulary) or how many")
-    mix: str = option("units", "of a pool: units (every layer from all donors) or layers (every layer from one)")
-    vocabulary: str = option("first", "of a pool: the first donor's vocabulary pairs, or the mean of all donors'")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool is not None and (self.donor is not None or self.coupling == "uncoupled"):
-            other = "donor" if self.donor is not None else "coupling=uncoupled"
-            raise UserError(f"row-column: pool and {other} exclude each other; give one of them")
-        self._pool: Pool | None = None
         self._chain: ChainDonor | None = None
 
     @property
@@ -95,38 +83,26 @@ class RowColumn(Transfer):
     def donors(self) -> tuple[str, ...]:
         if self._chain is not None:
             return (self._chain.name,)
-        return self._pool.names if self._pool is not None else super().donors
+        return super().donors
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         if blueprint.metadata is None:
-            return (self._choose_chain(zoo, blueprint)[0].name,)
-        if self.pool is not None:
-            return unit_pool.choose(zoo, blueprint, self.pool, self.tokenizer, self.name).names
+            return (chains.choose(zoo, blueprint, self.donor, self.name)[0].name,)
         return super().reads(zoo, blueprint)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        self._source, self._pool, self._chain = None, None, None
+        self._source, self._chain = None, None
         if blueprint.metadata is None:
-            self._chain = chains.read(*self._choose_chain(zoo, blueprint))
-        elif self.pool is not None:
-            self._pool = unit_pool.choose(zoo, blueprint, self.pool, self.tokenizer, self.name)
-            log.info("%s: units of %s", self.name, ", ".join(self._pool.names))
+            self._chain = chains.read(*chains.choose(zoo, blueprint, self.donor, self.name))
         else:
             super().fit(zoo, blueprint)
         return self
-
-    def _choose_chain(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[Any, Chain]:
-        if self.pool is not None:
-            raise UserError("row-column: a module without a config has no residual stream to pool donors in; use donor")
-        return chains.choose(zoo, blueprint, self.donor, self.name)
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self._chain is not None:
             drawn = self._of_chain(self._chain, blueprint, seed)
         else:
-            drawn = (
-                self._of_donor(blueprint, seed) if self._pool is None else self._of_pool(self._pool, blueprint, seed)
-            )
+            drawn = self._of_donor(blueprint, seed)
         for name, tensor in drawn:
             if tensor.ndim >= 2 and self.noise:
                 draws = torch.randn(tensor.shape, generator=stream(seed, f"{self.name}/noise/{name}"))
@@ -147,17 +123,6 @@ class RowColumn(Transfer):
                 tensor = _shrink(tensor, shares[spec.layer], spec, blueprint)
             yield name, tensor
 
-    def _of_pool(self, pool: Pool, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
-        target = blueprint.metadata
-        assert target is not None
-        layers = [self._layers(shape, target) for shape in pool.shapes]
-        generator = stream(seed, f"{self.name}/pool")
-        index = functools.partial(self._index, generator=generator)
-        shares = [self._shares(chosen) for chosen in layers]
-        drawn = unit_pool.draw(pool, target, self.mix, layers, shares, index, self._scale, generator)
-        fresh = stream(seed, f"{self.name}/pool/vocab")
-        return unit_pool.sample(pool, blueprint, drawn, self.vocabulary, self.tokenizer, fresh)
-
     def _of_chain(self, donor: ChainDonor, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
         source, target = donor.chain, chains.chain_of(blueprint, "target")
         if found := chains.misfit(source, target):
@@ -173,19 +138,21 @@ class RowColumn(Transfer):
 
         return chains.gather(source, donor.tensors, target, axis)
 
+    @classmethod
+    def current_options(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        if saved.get("pool") is not None:
+            raise UserError("row-column: this sampler mixes several donors (pool), which was removed; fit a new one")
+        return {name: value for name, value in saved.items() if name not in REMOVED}
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A donor in files is named, a module's chain is kept."""
         if self._chain is not None:
             return {"name": self._chain.name, "chain": asdict(self._chain.chain)}, self._chain.tensors
-        if self._pool is not None:
-            return {"zoo": str(self._pool.path.resolve()), "pool": [kept(d) for d in self._pool.members]}, {}
         return super().state()
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if "chain" in values:
             self._chain = ChainDonor(values["name"], Chain.from_json(values["chain"]), tensors)
-        elif "pool" in values:
-            self._pool = Pool(Path(values["zoo"]), tuple(reopen(entry, self.name) for entry in values["pool"]))
         else:
             super().restore(values, tensors)
 
@@ -224,11 +191,10 @@ class RowColumn(Transfer):
             layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), embed_scale=scale, **tables
         )
 
-    def _scale(self, index: Tensor, n: int, N: int, whole: float = 1.0) -> Tensor | float:
-        """What the readers of a space of n donor units and N target units multiply their columns by. whole: of a pool,
-        how many layers' worth of units were drawn."""
+    def _scale(self, index: Tensor, n: int, N: int) -> Tensor | float:
+        """What the readers of a space of n donor units and N target units multiply their columns by."""
         if self.scale == "1/multiplicity":
-            return 1 / (multiplicity(index) * max(1.0, whole))
+            return 1 / multiplicity(index)
         return {"n/N": n / N, "sqrt(n/N)": math.sqrt(n / N), "none": 1.0}[self.scale]
 
     def _embed_scale(self, source: Metadata, target: Metadata) -> float:

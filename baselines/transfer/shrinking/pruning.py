@@ -57,20 +57,15 @@ class Pruning(Shrinking):
     residual: str = option("importance", "coordinates of the stream: by importance, or every n-th by index")
     correct: bool = option(True, "norms' gains make up for the coordinates that they no longer see")
     compensate: bool = option(False, "refit o and down to what the donor's write on the text")
-    ridge: float = option(1e-3, "of the refit, relative to the mean square of its inputs", least=0.0)
+    ridge: float = option(1e-3, "of the refit, relative to the mean square of its inputs", above=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._gains: dict[str, float] = {}  # by name in the target: of the norms
         self._refitted: dict[str, Tensor] = {}  # by name in the target, as on disk
-
-    def _check_options(self) -> None:
-        super()._check_options()
         for wish, asked in (("layers=influence", self.layers == "influence"), ("compensate", self.compensate)):
             if asked and self.text is None:
                 raise UserError(f"{self.name}: {wish} is measured on a text: give a UTF-8 file with --set text=FILE")
-        if self.ridge <= 0:
-            raise UserError(f"{self.name}: ridge is {self.ridge}; it must be above zero")
 
     def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         found = super().refuses(donor, blueprint)

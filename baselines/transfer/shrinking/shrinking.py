@@ -17,7 +17,6 @@ from baselines.transfer.index_maps import Axis, Maps, even_layers, head_axes, un
 from baselines.transfer.shrinking.calibration import calibration_windows
 from baselines.transfer.shrinking.importance import Scores, top
 from baselines.transfer.transfer import Transfer, expert_ffn, table_axes
-from zoo.errors import UserError
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
@@ -84,7 +83,9 @@ class Shrinking(Transfer):
     text the whole donor is held on `device` in float32 while it reads; without one a layer at a time is."""
 
     text: str | None = option(None, "a UTF-8 file to measure importance on; none: by the weights alone")
-    windows: int = option(64, "of 256 tokens, the beginning of the text: so much of it is read", most=1_000_000)
+    windows: int = option(
+        64, "of 256 tokens, the beginning of the text: so much of it is read", least=1, most=1_000_000
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,23 +103,17 @@ class Shrinking(Transfer):
         return []
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
-        self._check_options()
         donor = self._choose(zoo, blueprint)
         self._calibration(donor)
         return (donor.name,)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        self._check_options()
         super().fit(zoo, blueprint)
         windows = self._calibration(self.source)
         if windows is not None:
             log.info("%s: calibrated on %d tokens of %s", self.name, windows.numel(), Path(str(self.text)).name)
         self._kept = self._choose_parts(blueprint, windows)
         return self
-
-    def _check_options(self) -> None:
-        if self.windows < 1:
-            raise UserError(f"{self.name}: windows is {self.windows}; at least one is needed")
 
     def _calibration(self, donor: Donor) -> Tensor | None:
         """int64 [B, S], None without text."""

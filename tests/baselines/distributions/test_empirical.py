@@ -128,7 +128,7 @@ def test_permuted_takes_the_donor_nearest_in_size_and_says_what_it_needs() -> No
     assert Permuted(donor="big").reads(zoo_of({"big": big, "small": small}), blueprint) == ("big",)
     with pytest.raises(UserError, match="permuted needs donors"):
         Permuted().reads(None, blueprint)
-    with pytest.raises(UserError, match="points of histogram"):
+    with pytest.raises(UserError, match="histogram: points is 3; give at least 16"):
         Histogram(points=3)
 
 

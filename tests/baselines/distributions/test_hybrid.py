@@ -76,7 +76,12 @@ def test_permuted_values_and_the_law_are_of_one_donor() -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(UserError, match=r"a mix from 0 to 1 and a noise of 0 or more: 1\.5, 0\.0"):
-        Hybrid(mix=1.5)
+    for options, message in (
+        ({"mix": 1.5}, r"hybrid: mix is 1\.5; give at most 1"),
+        ({"mix": -0.5}, r"hybrid: mix is -0\.5; give at least 0"),
+        ({"noise": -0.1}, r"hybrid: noise is -0\.1; give at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Hybrid(**options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="unknown law of hybrid 'norml': did you mean 'normal'"):
         Hybrid(law="norml")

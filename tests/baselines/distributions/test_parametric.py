@@ -156,10 +156,13 @@ def test_every_family_keeps_spread_and_heavy_tails_where_it_has_them(family: typ
 
 
 def test_options_of_the_families_are_checked() -> None:
-    with pytest.raises(UserError, match="components of mixture is 0"):
+    with pytest.raises(UserError, match="mixture: components is 0; give at least 1"):
         Mixture(components=0)
-    with pytest.raises(UserError, match="clip of stable"):
-        Stable(clip=0.5)
+    for clip in (0.25, 0.5):
+        with pytest.raises(UserError, match=f"stable: clip is {clip}; give less than 0.25"):
+            Stable(clip=clip)
+    with pytest.raises(UserError, match="stable: clip is -0.1; give at least 0"):
+        Stable(clip=-0.1)
 
 
 def cnn(channels: int = 8, width: int = 40) -> nn.Sequential:

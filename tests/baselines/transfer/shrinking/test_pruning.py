@@ -18,8 +18,8 @@ from zoo.donors.memory import load_into, zoo_of
 from zoo.donors.standalone import Single, single
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
+from zoo.training.corpora import byte_tokens, encode_corpus, python_reference
 from zoo.training.loop import evaluate
-from zoo.training.text import byte_tokens, encode_corpus, python_reference
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -184,17 +184,17 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"layers": "influence"}, "layers=influence is measured on a text: give a UTF-8 file"),
     ({}, {"compensate": True}, "compensate is measured on a text"),
     ({}, {"text": "nowhere.txt"}, "no such text"),
-    ({}, {"ridge": 0.0}, "ridge is 0.0; it must be above zero"),
-    ({}, {"windows": 0}, "at least one is needed"),
+    ({}, {"ridge": 0.0}, "pruning: ridge is 0.0; give more than 0"),
+    ({}, {"windows": 0}, "pruning: windows is 0; give at least 1"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "options", "reason"), REFUSED)
 def test_refusals_come_before_any_work(changes: dict[str, Any], options: dict[str, Any], reason: str) -> None:
     zoo, blueprint = zoo_of({"d": build(config("llama"))}), Blueprint.from_config(config("llama", **changes))
-    for act in (Pruning(**options).reads, Pruning(**options).fit):
+    for act in ("reads", "fit"):
         with pytest.raises(UserError, match=reason):
-            act(zoo, blueprint)
+            getattr(Pruning(**options), act)(zoo, blueprint)
 
 
 def test_a_donor_that_is_deep_enough_is_chosen() -> None:

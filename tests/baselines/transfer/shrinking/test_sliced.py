@@ -17,10 +17,11 @@ from zoo.donors.standalone import Single, single
 from zoo.errors import UserError
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
+from zoo.training.corpora import encode_corpus
 from zoo.training.loop import evaluate
-from zoo.training.text import encode_corpus, save_byte_tokenizer
 from zoo.units.canonical import canonicalise
 from zoo.units.decoder import read_decoder
+from zoo.vocabulary import save_byte_tokenizer
 
 UNTIED = {name: {**CONFIGS[name], "tie_word_embeddings": False} for name in CONFIGS}
 BIASED = {**UNTIED["llama-tied"], "mlp_bias": True}
@@ -252,8 +253,9 @@ def test_activations_need_a_text(tmp_path: Path) -> None:
     for sampler, message in (
         (Sliced(axes="activations"), "needs a text"),
         (Sliced(text=str(tmp_path / "none")), "no such text"),
-        (Sliced(windows=0), "windows is 0"),
     ):
         for work in (sampler.fit, sampler.reads):
             with pytest.raises(UserError, match=message):
                 work(zoo, blueprint)
+    with pytest.raises(UserError, match="sliced: windows is 0; give at least 1"):
+        Sliced(windows=0)
