@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headstart.report.analysis_findings import Model, matrices, noise_alpha
-from headstart.report.plots import COLOURS, GREY, INK, plain
+from headstart.report.plot_style import COLOURS, GREY, INK, style_axes
 from zoo.statistics.similarity import PROJECTIONS
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def values(model: Model) -> Figure | None:
     _numbers(right, "x", [t["kurtosis"] for t in known] + [3.0])
     right.set_xlabel("kurtosis (normal: 3); the paler, the nearer to the input")
     for axes in (left, right):
-        plain(axes, grid="x")
+        style_axes(axes, grid="x")
         axes.tick_params(axis="y", length=0)
     return figure
 
@@ -100,7 +100,7 @@ def spectra(model: Model) -> Figure | None:
     for axes in (left, right):
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        plain(axes)
+        style_axes(axes)
     return figure
 
 
@@ -131,7 +131,7 @@ def distances(model: Model, rank: str, pairs: list[dict[str, Any]]) -> Figure | 
         _decades(axes, "y", 0.6 * min(share for r in drawn for _, share in r["ccdf"]), 1.5)
         _decades(axes, "x", *axes.dataLim.intervalx)
         axes.set_title(f"{short(row['a'])} – {short(row['b'])}: {row['verdict']}", loc="left", fontsize=10, color=INK)
-        plain(axes)
+        style_axes(axes)
     for axes in grid[len(drawn) :]:
         axes.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
@@ -160,7 +160,7 @@ def short(projection: str) -> str:
 
 
 def _numbers(axes: Axes, axis: str, numbers: list[float]) -> None:
-    """A logarithmic axis with plain numbers at its ticks, linear where the numbers lie within a factor of two."""
+    """A logarithmic axis with style_axes numbers at its ticks, linear where the numbers lie within a factor of two."""
     low, high = min(numbers), max(numbers)
     margin = (high / max(low, 1e-9)) ** 0.06
     low, high = low / margin, high * margin

@@ -1,226 +1,240 @@
-"""report.html of a comparison: one page that needs nothing else."""
+"""The report.html of a comparison."""
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
-from headstart.compare.scores import REFERENCE
-from headstart.report import plots
-from headstart.report.comparison_findings import Results, caveats, count, fewer, fold, headline, lead, ranked, times
-from headstart.report.page import bullets, document, figure, note, or_dash, table
-from headstart.report.page import cards as boxes
+from headstart.report import comparison_plots as plots
+from headstart.report.comparison_findings import (
+    Results,
+    caveats,
+    format_step_ratio,
+    headline,
+    introduction,
+    rank_methods,
+    speedup_text,
+)
+from headstart.report.html import Cell, Column, Table, number_columns, render, text_columns
+from headstart.report.numbers import DASH, count, count_of, factor, or_dash, short_revision
+from headstart.report.plot_style import inline_svg
+from headstart.report.scores import REFERENCE
+
+# Label on the page -> names of the setting in configs.
+SIZES = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "wide": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+    "tokens": ("vocab_size",),
+}
 
 
-def page(results: Results) -> str:
-    """The whole page; all text in it is escaped."""
-    body = "\n".join(
+def render_comparison(results: Results) -> str:
+    """The whole page, from what results.json holds."""
+    speedups = plots.speedup_bars(results)
+    return render(
+        "comparison.html.j2",
+        title="headstart: initialisations compared",
+        heading=f"headstart compare · {_target_text(results['target'])}",
+        headline=headline(results),
+        introduction=introduction(results),
+        summary=_summary(results),
+        loss_figure=inline_svg(plots.loss_curves(results, title=False), "losses"),
+        loss_note=(
+            f"Mean over {count_of(len(results['seeds']), 'seed')} at each method's best learning rate. Bands reach "
+            "from the lowest to the highest seed. The dotted line is the threshold: the mean final loss of the tuned "
+            "default. A dot marks where a method crosses it."
+        ),
+        speedup_figure=None if speedups is None else inline_svg(speedups, "speedups"),
+        scores=_score_table(results),
+        thresholds=_threshold_table(results),
+        learning_rate_figure=inline_svg(plots.learning_rate_curves(results), "rates"),
+        learning_rates=_learning_rate_table(results),
+        methods=_method_table(results),
+        donors=_donor_table(results),
+        distance_note=_distance_note(results),
+        caveats=caveats(results),
+        conditions=_conditions(results),
+        command=results["command"],
+    )
+
+
+def _summary(results: Results) -> list[tuple[str, str]]:
+    finished = [(name, m) for name, m in rank_methods(results) if m["final_loss"]["mean"] is not None]
+    fast = [(name, m) for name, m in finished if name != REFERENCE and m["speedup"]["mean"] is not None]
+    items = []
+    if fast:
+        items.append((speedup_text(fast[0][1]), f"largest speed-up: {fast[0][0]}"))
+    if finished:
+        name, lowest = min(finished, key=lambda item: item[1]["final_loss"]["mean"])
+        items.append((f"{lowest['final_loss']['mean']:.3f}", f"lowest final loss: {name}"))
+    if results["threshold"] is not None:
+        items.append((f"{results['threshold']:.3f}", "final loss of the tuned default"))
+    return [*items, (f"{results['parameters']:,}", "parameters of the target")]
+
+
+def _score_table(results: Results) -> Table:
+    table = Table(
         [
-            f"<h1>headstart compare · {escape(_target(results))}</h1>",
-            f'<p class="headline">{escape(headline(results))}</p>',
-            f'<p class="lead">{escape(lead(results))}</p>',
-            _cards(results),
-            "<h2>Loss while training</h2>",
-            figure(plots.losses(results, title=False), "losses"),
-            note(
-                f"Mean over {count(len(results['seeds']), 'seed')} at each method's best learning rate; bands reach "
-                "from the lowest to the highest seed. The dotted line is the threshold, the tuned default's mean "
-                "final loss; a dot marks where a method crosses it."
-            ),
-            "<h2>Speed-up</h2>",
-            figure(plots.speedups(results), "speedups"),
-            _scores(results),
-            _thresholds(results),
-            "<h2>Learning rates</h2>",
-            figure(plots.rates(results), "rates"),
-            _rates(results),
-            "<h2>Where the weights come from</h2>",
-            _origins(results),
-            "<h2>What to keep in mind</h2>",
-            bullets(caveats(results)),
-            "<h2>How it was measured</h2>",
-            bullets(_conditions(results)),
-            f"<pre>{escape(results['command'])}</pre>" if results["command"] else "",
+            *text_columns("method"),
+            *number_columns("speed-up", "95 %\ninterval", "steps to\nthreshold", "final loss\n± sd over seeds"),
+            *number_columns("minus default\n95 %, paired", "loss at\nstep 0", "largest\ngradient"),
         ]
     )
-    return document("headstart: initialisations compared", body)
-
-
-def _cards(results: Results) -> str:
-    items = [(name, m) for name, m in ranked(results) if m["final_loss"]["mean"] is not None]
-    fast = [(name, m) for name, m in items if name != REFERENCE and m["speedup"]["mean"] is not None]
-    cards = []
-    if fast:
-        cards.append((fold(fast[0][1]), f"fastest to the threshold: {fast[0][0]}"))
-    if items:
-        name, lowest = min(items, key=lambda item: item[1]["final_loss"]["mean"])
-        cards.append((f"{lowest['final_loss']['mean']:.3f}", f"lowest final loss: {name}"))
-    if results["threshold"] is not None:
-        cards.append((f"{results['threshold']:.3f}", "final loss of the tuned default"))
-    cards.append((f"{results['parameters']:,}", "parameters of the target"))
-    return boxes(cards)
-
-
-def _scores(results: Results) -> str:
     finals = [m["final_loss"]["mean"] for m in results["methods"].values() if m["final_loss"]["mean"] is not None]
-    rows = []
-    for name, m in ranked(results):
-        final = m["final_loss"]
-        rows.append(
+    for name, m in rank_methods(results):
+        final, reached = m["final_loss"], m["steps_to_threshold"]
+        table.rows.append(
             [
-                ("text", _name(results, name)),
-                ("", fold(m)),
-                ("", or_dash(m["speedup"]["ci95"], lambda ci: " to ".join(map(times, ci)))),
-                ("", _steps(results, name)),
-                ("best" if finals and final["mean"] == min(finals) else "", or_dash(final["mean"] and final, _spread)),
-                ("", "–" if name == REFERENCE else _difference(m["difference"])),
-                ("", or_dash(m["step0_loss"], "{:.2f}".format)),
-                ("", or_dash(m["max_grad_norm"], "{:.1f}".format)),
+                _method_cell(results, name),
+                speedup_text(m),
+                or_dash(m["speedup"]["ci95"], lambda ci: " to ".join(map(factor, ci))),
+                _reference_steps(results) if name == REFERENCE else _steps_text(reached),
+                Cell(_mean_with_spread(final), best=bool(finals) and final["mean"] == min(finals)),
+                DASH if name == REFERENCE else _difference_text(m["difference"]),
+                or_dash(m["step0_loss"], "{:.2f}".format),
+                or_dash(m["max_grad_norm"], "{:.1f}".format),
             ]
         )
-    head = (
-        "speed-up",
-        "95 %\ninterval",
-        "steps to\nthreshold",
-        "final loss\n± sd over seeds",
-        "minus default\n95 %, paired",
-    )
-    return table([("text", "method"), *(("", h) for h in (*head, "loss at\nstep 0", "largest\ngradient"))], rows)
+    return table
 
 
-def _thresholds(results: Results) -> str:
-    """Steps of the default over those of each method, to the losses of the default after shares of its steps."""
+def _threshold_table(results: Results) -> Table | None:
+    """Step ratios to the losses that the default has after shares of its steps; None if the default has none."""
     levels: dict[str, Any] = next((m["thresholds"] for m in results["methods"].values() if m["thresholds"]), {})
     if not levels:
-        return ""
-    rows = []
-    for name, m in ranked(results):
-        if name == REFERENCE:
-            continue
-        cells = [("", fewer(m["thresholds"][at]) if at in m["thresholds"] else "–") for at in levels]
-        rows.append([("text", _name(results, name)), *cells])
-    heads = [f"to {found['loss']:.3f}, the default's\nat {float(at):.0%} of its steps" for at, found in levels.items()]
-    return note("Steps of the default over steps of the method, seed by seed, to easier and harder losses.") + table(
-        [("text", "method"), *(("", head) for head in heads)], rows
-    )
+        return None
+    headings = [
+        f"to {found['loss']:.3f}, the default's\nat {float(share):.0%} of its steps" for share, found in levels.items()
+    ]
+    table = Table([*text_columns("method"), *number_columns(*headings)])
+    for name, m in rank_methods(results):
+        if name != REFERENCE:
+            ratios = [or_dash(m["thresholds"].get(share), format_step_ratio) for share in levels]
+            table.rows.append([_method_cell(results, name), *ratios])
+    return table
 
 
-def _rates(results: Results) -> str:
+def _learning_rate_table(results: Results) -> Table:
     grid = [f"{lr:g}" for lr in results["grid"]]
-    rows = []
-    for name, m in ranked(results):
+    table = Table([*text_columns("final loss at"), *number_columns(*grid)])
+    for name, m in rank_methods(results):
         scale = f" (scale {m['scale']:g})" if m["scale"] not in (None, 1.0) else ""
         chosen = None if m["lr"] is None else f"{m['lr']:g}"
-        cells = [("best" if lr == chosen else "", or_dash(m["lrs"][lr], "{:.3f}".format, "diverged")) for lr in grid]
-        rows.append([("text", _name(results, name) + scale), *cells])
-    return table([("text", "final loss at"), *(("", lr) for lr in grid)], rows)
+        cells = [Cell(or_dash(m["lrs"][lr], "{:.3f}".format, "diverged"), best=lr == chosen) for lr in grid]
+        table.rows.append([_method_cell(results, name, scale), *cells])
+    return table
 
 
-def _origins(results: Results) -> str:
-    rows = []
-    for name, m in ranked(results):
+def _method_table(results: Results) -> Table:
+    headings = ("donors", "FLOPs to\ntrain them", "time for\none model", "distance\nto donors")
+    table = Table([*text_columns("method"), *number_columns(*headings), Column("what it does", "wide")])
+    for name, m in rank_methods(results):
         options = ", ".join(f"{key}={value}" for key, value in m["options"].items())
-        rows.append(
+        table.rows.append(
             [
-                ("text", _name(results, name)),
-                ("", str(len(m["donors"])) if m["donors"] else "none"),
-                ("", or_dash(m["donor_cost"], "{:.2g}".format, "unknown")),
-                ("", f"{m['seconds']:.1f} s"),
-                ("", or_dash(m["novelty"], lambda n: f"{n['distance']:.2f}")),
-                ("wide", escape(m["summary"] + (f" ({options})" if options else ""))),
+                _method_cell(results, name),
+                str(len(m["donors"])) if m["donors"] else "none",
+                or_dash(m["donor_cost"], "{:.2g}".format, "unknown"),
+                f"{m['seconds']:.1f} s",
+                or_dash(m["novelty"], lambda novelty: f"{novelty['distance']:.2f}"),
+                m["summary"] + (f" ({options})" if options else ""),
             ]
         )
-    head = ("donors", "FLOPs to\ntrain them", "time to\nmake one", "distance\nto donors")
-    methods = table([("text", "method"), *(("", h) for h in head), ("wide", "what it does")], rows)
+    return table
+
+
+def _donor_table(results: Results) -> Table | None:
     donors = {d["name"]: d for m in results["methods"].values() for d in m["donors"]}
     if not donors:
-        return methods
-    lines = [
-        [
-            ("text", escape(name)),
-            ("text", escape(str(d["license"]))),
-            ("text", f"<code>{escape(d['revision'].removeprefix('sha256:')[:10])}</code>"),
-            ("", f"{d['parameters']:,}"),
-            ("", or_dash(d["loss"], "{:.3f}".format)),
-            ("", or_dash(d["tokens"], "{:,}".format)),
-        ]
-        for name, d in sorted(donors.items())
-    ]
-    named = [*(("text", h) for h in ("donor", "licence", "revision"))]
-    counted = [*(("", h) for h in ("parameters", "held-out loss\nof its training", "tokens seen"))]
-    below = note(
-        "Distance to donors: median over matrices of the relative distance to the nearest matrix of the same role and "
-        "shape of a donor that the method used, as stored. 0 is a copy; unrelated weights of equal size are 1.4 apart. "
-        "A dash: no donor, or as said here." + "".join(f" {line}." for line in _unmeasured(results))
-    )
-    return methods + below + table(named + counted, lines)
+        return None
+    headings = ("parameters", "held-out loss\nof its training", "tokens seen")
+    table = Table([*text_columns("donor", "licence", "revision"), *number_columns(*headings)])
+    for name, donor in sorted(donors.items()):
+        table.rows.append(
+            [
+                name,
+                str(donor["license"]),
+                Cell(short_revision(donor["revision"]), code=True),
+                f"{donor['parameters']:,}",
+                or_dash(donor["loss"], "{:.3f}".format),
+                or_dash(donor["tokens"], "{:,}".format),
+            ]
+        )
+    return table
 
 
-def _unmeasured(results: Results) -> list[str]:
-    """`autoencoder, diffusion: why there is no distance`, one line for each reason."""
-    why: dict[str, list[str]] = {}
-    for name, m in ranked(results):
+def _distance_note(results: Results) -> str:
+    """What the distance to donors means, and for which methods it is missing, one sentence for each reason."""
+    without_distance: dict[str, list[str]] = {}
+    for name, m in rank_methods(results):
         if m["novelty"] is None and m["donors"]:
-            why.setdefault(m["novelty_note"], []).append(name)
-    return [f"{', '.join(names)}: {note}" for note, names in why.items()]
+            without_distance.setdefault(m["novelty_note"], []).append(name)
+    reasons = "".join(f" {', '.join(names)}: {reason}." for reason, names in without_distance.items())
+    return (
+        "Distance to donors: the relative distance of each matrix to the nearest matrix of the same role and shape in "
+        "the donors that the method used; median over matrices. A copy has distance 0, unrelated weights of equal size "
+        f"have 1.4. A dash means: no donor, or the reason given here.{reasons}"
+    )
 
 
 def _conditions(results: Results) -> list[str]:
-    corpus, steps = results["corpus"], results["steps"]
-    held = min(results["windows"] * results["sequence"], corpus["held_out"])
+    corpus, steps, sequence = results["corpus"], results["steps"], results["sequence"]
+    measured = min(results["windows"] * sequence, corpus["held_out"])
     tuning = results["tuning_seeds"]
-    tuned = "seeds" if tuning == results["seeds"] else f"the first {count(len(tuning), 'seed')}"
+    tuned_over = "seeds" if tuning == results["seeds"] else f"the first {count_of(len(tuning), 'seed')}"
     return [
         f"Text: {corpus['name']}, {corpus['tokens']:,} tokens (tokenizer: {corpus['tokenizer']}). The last "
-        f"{corpus['held_out']:,} are held out; every loss on this page is measured on the same {held:,} of them, in "
-        f"windows of {results['sequence']}.",
-        f"Training: AdamW, {count(steps, 'step')} of {results['batch_size']} × {results['sequence']} tokens, 5 % "
-        "warm-up, cosine down to a tenth, weight decay 0.1 on matrices, gradients clipped to norm 1. The batches are a "
-        "function of seed and step alone.",
-        "Each initialisation is made by `headstart generate` and loaded by `from_pretrained`, anew for every seed. "
-        "Methods that draw nothing at random (autoencoder, uniform weight selection) give the same weights each time; "
-        "their runs differ by the batches alone. All of them count.",
-        f"For each method the learning rate with the lowest mean final loss over {tuned} was taken, of one grid.",
-        *(f"Left out: {name}, which refused ({why})." for name, why in results["refused"].items()),
-        "Speed-up: the steps of the tuned default over the steps after which the interpolated curve first reaches the "
-        "tuned default's mean final loss. Geometric mean over seeds; interval by Student's t on the logarithms.",
+        f"{corpus['held_out']:,} are held out. Every loss on this page is measured on the same {measured:,} of them, "
+        f"in windows of {sequence}.",
+        f"Training: AdamW, {count_of(steps, 'step')} of {results['batch_size']} × {sequence} tokens, 5 % warm-up, "
+        "cosine decay to a tenth, weight decay 0.1 on matrices, gradients clipped to norm 1. Seed and step alone "
+        "determine the batches.",
+        "Every seed gets a new initialisation, written by `headstart generate` and read by `from_pretrained`. Methods "
+        "without randomness (autoencoder, uniform weight selection) give the same weights each time, and their runs "
+        "differ only in the batches. All runs count.",
+        f"Learning rate: each method uses the one with the lowest mean final loss over {tuned_over}, all from one "
+        "grid.",
+        *(
+            f"Left out: {name}. It cannot fill this target: {reason.rstrip('.')}."
+            for name, reason in results["refused"].items()
+        ),
+        "Speed-up: the steps of the tuned default divided by the steps after which the interpolated loss curve first "
+        "reaches the threshold. Geometric mean over seeds, with Student's t interval on the logarithms.",
     ]
 
 
-def _target(results: Results) -> str:
-    config = results["target"]
+def _target_text(config: dict[str, Any]) -> str:
     parts = [str(config.get("model_type", "model"))]
-    for label, keys in (
-        ("layers", ("num_hidden_layers", "n_layer")),
-        ("wide", ("hidden_size", "n_embd")),
-        ("heads", ("num_attention_heads", "n_head")),
-        ("tokens", ("vocab_size",)),
-    ):
+    for label, keys in SIZES.items():
         value = next((config[k] for k in keys if isinstance(config.get(k), int)), None)
         if value is not None:
             parts.append(f"{value:,} {label}")
     return ", ".join(parts)
 
 
-def _steps(results: Results, name: str) -> str:
-    reached = results["methods"][name]["steps_to_threshold"]
-    if name == REFERENCE:
-        return f"{results['steps']:,}" if reached["per_seed"] else "–"
+def _reference_steps(results: Results) -> str:
+    """The steps of the default: all of them, by the definition of the threshold."""
+    return f"{results['steps']:,}" if results["methods"][REFERENCE]["steps_to_threshold"]["per_seed"] else DASH
+
+
+def _steps_text(reached: dict[str, Any]) -> str:
     if reached["mean"] is not None:
-        return count(reached["mean"], "").strip(" s")
+        return count(reached["mean"])
     arrived = sum(c is not None for c in reached["per_seed"])
     return f"{arrived} of {len(reached['per_seed'])} seeds" if arrived else "never"
 
 
-def _spread(stats: dict[str, Any]) -> str:
+def _mean_with_spread(stats: dict[str, Any]) -> str:
+    if stats["mean"] is None:
+        return DASH
     return f"{stats['mean']:.3f}" + (f" ± {stats['std']:.3f}" if stats["std"] is not None else "")
 
 
-def _difference(stats: dict[str, Any]) -> str:
+def _difference_text(stats: dict[str, Any]) -> str:
     if stats["mean"] is None:
-        return "–"
+        return DASH
     return f"{stats['mean']:+.3f}" + (f" ± {stats['ci95'][1] - stats['mean']:.3f}" if stats["ci95"] else "")
 
 
-def _name(results: Results, name: str) -> str:
-    return f'<span class="dot" style="background:{plots.colour(results, name)}"></span>{escape(name)}'
+def _method_cell(results: Results, name: str, suffix: str = "") -> Cell:
+    return Cell(name + suffix, dot=plots.method_colour(results, name))

@@ -1,201 +1,194 @@
-"""What a comparison found, in words: the headline, and what its own numbers do not show."""
+"""What a comparison found, in sentences, and what its numbers do not show."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from headstart.compare.scores import REFERENCE
+from headstart.report.numbers import DASH, count_of, factor, or_dash, two_digits
+from headstart.report.scores import REFERENCE
 
 Results = dict[str, Any]
+FEW_SEEDS = 5  # with fewer, an interval rests on the assumption of normal scatter
 
 
-def ranked(results: Results) -> list[tuple[str, dict[str, Any]]]:
-    """Methods, the fastest first, of equals the one with the lower final loss; then those without a speed-up by final
-    loss; those that only diverged last."""
+def rank_methods(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """(name, entry) of all methods. First those with a speed-up, the fastest first, equals by final loss; then those
+    without by final loss; last those that diverged at every learning rate."""
 
-    def place(item: tuple[str, dict[str, Any]]) -> tuple[int, float, float]:
-        fast, final = item[1]["speedup"]["mean"], item[1]["final_loss"]["mean"]
-        if fast is not None:
-            return (0, -round(fast, 6), final)
+    def sort_key(item: tuple[str, dict[str, Any]]) -> tuple[int, float, float]:
+        speedup, final = item[1]["speedup"]["mean"], item[1]["final_loss"]["mean"]
+        if speedup is not None:
+            return (0, -round(speedup, 6), final)
         return (1, final, 0.0) if final is not None else (2, 0.0, 0.0)
 
-    return sorted(results["methods"].items(), key=place)
+    return sorted(results["methods"].items(), key=sort_key)
 
 
 def headline(results: Results) -> str:
-    """What was fastest, and whether that is more than noise, in one sentence."""
-    steps, seeds = results["steps"], len(results["seeds"])
+    """One sentence: the fastest method, its speed-up, and whether that exceeds the noise between seeds."""
+    budget = count_of(results["steps"], "step")
     if results["threshold"] is None:
-        return "The default initialisation diverged at every learning rate, so there is nothing to compare with."
-    fast = [(name, m) for name, m in ranked(results) if m["speedup"]["mean"] is not None and name != REFERENCE]
+        return "The default initialisation diverged at every learning rate, so nothing can be compared with it."
+    fast = [(name, m) for name, m in rank_methods(results) if m["speedup"]["mean"] is not None and name != REFERENCE]
     if not fast or fast[0][1]["speedup"]["mean"] <= 1:
-        return f"No method reached the tuned default's loss in fewer than its {count(steps, 'step')}."
+        return f"No method reaches the final loss of the tuned default in fewer than its {budget}."
     name, best = fast[0]
-    if starts_below(best):
+    if starts_below_threshold(best):
         bounds = best["difference"]["ci95"]
-        if bounds is None:
-            verdict = "with one seed, which cannot exclude noise"
-        else:
-            verdict = f"{'more' if bounds[1] < 0 else 'no more'} than the noise of {seeds} seeds"
+        verdict = _noise_verdict(results, None if bounds is None else bounds[1] < 0)
         return (
-            f"{name} starts below the loss that the tuned default reaches after {count(steps, 'step')}, and ends at "
-            f"{best['final_loss']['mean']:.3f} against {results['threshold']:.3f}: {verdict}."
+            f"{name} starts below the loss that the tuned default reaches after {budget}. It ends at "
+            f"{best['final_loss']['mean']:.3f}, the default at {results['threshold']:.3f}: {verdict}."
         )
-    taken = best["steps_to_threshold"]["mean"]
-    first = f"{name} gets in {count(taken, 'step')} where the tuned default gets in {steps:,}"
-    bounds = best["speedup"]["ci95"]
-    if bounds is None:
-        return f"{first}: {times(best['speedup']['mean'])} faster, measured with one seed, which cannot exclude noise."
-    verdict = "more than the noise of" if bounds[0] > 1 else "not distinguishable from the noise of"
-    return (
-        f"{first}: {times(best['speedup']['mean'])} faster (95 % interval {times(bounds[0])} to {times(bounds[1])}), "
-        f"{verdict} {seeds} seeds."
-    )
+    taken, mean, bounds = best["steps_to_threshold"]["mean"], best["speedup"]["mean"], best["speedup"]["ci95"]
+    first = f"{name} reaches the final loss of the tuned default in {count_of(taken, 'step')} instead of {budget}"
+    interval = "" if bounds is None else f" (95 % interval {factor(bounds[0])} to {factor(bounds[1])})"
+    verdict = _noise_verdict(results, None if bounds is None else bounds[0] > 1)
+    return f"{first}: {factor(mean)} faster{interval}, {verdict}."
 
 
-def lead(results: Results) -> str:
-    """What was done, in two sentences."""
-    threshold = results["threshold"]
-    reached = "" if threshold is None else f" The tuned default ends at {threshold:.3f} nats per token."
+def _noise_verdict(results: Results, exceeds_noise: bool | None) -> str:
+    """`exceeds_noise` is None where one seed gives no interval."""
+    if exceeds_noise is None:
+        return "measured with one seed, which cannot exclude noise"
+    return f"{'more than' if exceeds_noise else 'within'} the noise of {len(results['seeds'])} seeds"
+
+
+def introduction(results: Results) -> str:
+    """What was compared, and how."""
+    ends = or_dash(results["threshold"], lambda loss: f" The tuned default ends at {loss:.3f} nats per token.", "")
     return (
-        f"{len(results['methods'])} initialisations, each trained for {count(results['steps'], 'step')} with "
-        f"{count(len(results['seeds']), 'seed')} at the best of {count(len(results['grid']), 'learning rate')} on "
-        f"{results['corpus']['name']}, on the same batches in the same order.{reached}"
+        f"{len(results['methods'])} initialisations, each trained for {count_of(results['steps'], 'step')} with "
+        f"{count_of(len(results['seeds']), 'seed')} on {results['corpus']['name']}. Each method uses its best of "
+        f"{count_of(len(results['grid']), 'learning rate')}. All see the same batches in the same order.{ends}"
     )
 
 
 def caveats(results: Results) -> list[str]:
-    """What the data of this very comparison does not show, one paragraph each."""
+    """What the data of this comparison does not show, one paragraph each."""
     return [
-        *_about_seeds(results),
-        *_about_thresholds(results),
-        *_about_rates(results),
-        *_about_donors(results),
-        f"Every run ends after {count(results['steps'], 'step')}. That says nothing of longer training, over which a "
-        "head start may shrink.",
-        "The loss at step 0 is shown and decides nothing: what counts is how training goes on from there.",
-        "Learning rates were chosen by the same held-out loss that is reported, for every method alike, so all final "
-        "losses are slightly optimistic. The threshold is itself a mean over seeds; the intervals leave its error out.",
+        *_seed_caveats(results),
+        *_threshold_caveats(results),
+        *_learning_rate_caveats(results),
+        *_scale_caveats(results),
+        *_divergence_caveats(results),
+        *_donor_caveats(results),
+        f"Every run ends after {count_of(results['steps'], 'step')}. Longer training may shrink the advantage.",
+        "The loss at step 0 does not enter the comparison. The loss after training does.",
+        "The held-out loss that is reported also chose the learning rates, for every method alike. All final losses "
+        "are therefore slightly too low. The threshold is a mean over seeds, and the intervals ignore its error.",
     ]
 
 
-def _about_seeds(results: Results) -> list[str]:
+def _seed_caveats(results: Results) -> list[str]:
     seeds = len(results["seeds"])
     if seeds == 1:
-        return ["One seed gives no idea of the spread between runs: use three or more."]
-    if seeds < 5:
+        return ["One seed does not show how much runs differ. Use three or more."]
+    if seeds < FEW_SEEDS:
         return [
-            f"With {seeds} seeds an interval is wide and rests on the assumption that runs scatter normally "
-            "(Student's t)."
+            f"With {seeds} seeds an interval is wide. It assumes that runs scatter normally (Student's t distribution)."
         ]
     return []
 
 
-def _about_thresholds(results: Results) -> list[str]:
+def _threshold_caveats(results: Results) -> list[str]:
     lines, seeds = [], len(results["seeds"])
     for name, m in results["methods"].items():
+        if name == REFERENCE:
+            continue
         reached = [c for c in m["steps_to_threshold"]["per_seed"] if c is not None]
-        if name != REFERENCE and m["curves"] and len(reached) < seeds:
+        if m["curves"] and len(reached) < seeds:
             how = "never reached the threshold" if not reached else f"reached it with {len(reached)} of {seeds} seeds"
-            lines.append(f"{name} {how} within {count(results['steps'], 'step')}, so it is given no speed-up.")
-        if name != REFERENCE and starts_below(m):
+            lines.append(f"{name} {how} within {count_of(results['steps'], 'step')}, so it has no speed-up.")
+        if starts_below_threshold(m):
             lines.append(
-                f"{name} is below the threshold before or within the first step: its donors have learned text like "
-                "this. Its speed-up counts as if it took one step, so look at its final loss instead."
+                f"{name} is below the threshold before or within the first step, because its donors were trained on "
+                "similar text. Its speed-up counts one step, so compare final losses instead."
             )
     return lines
 
 
-def _about_rates(results: Results) -> list[str]:
-    grid, methods = results["grid"], results["methods"]
-    lines = []
+def _learning_rate_caveats(results: Results) -> list[str]:
+    grid = results["grid"]
     if len(grid) == 1:
-        lines.append(f"Only one learning rate ({grid[0]:g}) was tried, so nothing was tuned.")
-    else:
-        for end, rate in (("lowest", min(grid)), ("highest", max(grid))):
-            names = [name for name, m in methods.items() if m["lr"] == rate]
-            if names:
-                lines.append(
-                    f"For {', '.join(names)} the {end} learning rate of the grid ({rate:g}) was the best: a better one "
-                    "may lie beyond."
-                )
-    scales, scale = methods[REFERENCE]["scales"], methods[REFERENCE]["scale"]
-    if len(scales) > 1:
-        edge = scale is not None and scale in (min(map(float, scales)), max(map(float, scales)))
-        lines.append(
-            f"The default initialisation was also tuned over its scale ({', '.join(scales)}), which the other methods "
-            "were not: that favours it."
-            + (f" The best of them, {scale:g}, is the last on its side: a better one may lie beyond." if edge else "")
-        )
-    else:
-        lines.append("The scale of the default initialisation was not tuned, only its learning rate, as for all.")
-    for name, m in methods.items():
+        return [f"Only one learning rate ({grid[0]:g}) was tried, so nothing was tuned."]
+    lines = []
+    for end, rate in (("lowest", min(grid)), ("highest", max(grid))):
+        names = [name for name, m in results["methods"].items() if m["lr"] == rate]
+        if names:
+            lines.append(
+                f"For {', '.join(names)} the {end} learning rate of the grid ({rate:g}) was the best. A better one may "
+                "lie outside the grid."
+            )
+    return lines
+
+
+def _scale_caveats(results: Results) -> list[str]:
+    default = results["methods"][REFERENCE]
+    scales, scale = default["scales"], default["scale"]
+    if len(scales) <= 1:
+        return ["The scale of the default initialisation was not tuned. Its learning rate was, as for every method."]
+    text = (
+        f"The default initialisation was also tuned over its scale ({', '.join(scales)}). The other methods were not, "
+        "which favours the default."
+    )
+    if scale is not None and scale in (min(map(float, scales)), max(map(float, scales))):
+        text += f" Its best scale, {scale:g}, is at the end of that range. A better one may lie outside."
+    return [text]
+
+
+def _divergence_caveats(results: Results) -> list[str]:
+    lines = []
+    for name, m in results["methods"].items():
         if m["diverged"]:
             rates = ", ".join(sorted({f"{d['lr']:g}" for d in m["diverged"]}, key=float))
             lines.append(
-                f"{name} diverged in {count(len(m['diverged']), 'run')}, at learning rate {rates}; such a rate is not "
-                "eligible."
+                f"{name} diverged in {count_of(len(m['diverged']), 'run')}, at learning rate {rates}. A learning rate "
+                "at which a run diverges is never chosen."
             )
     return lines
 
 
-def _about_donors(results: Results) -> list[str]:
-    using = {name: m for name, m in results["methods"].items() if m["donors"]}
-    if not using:
+def _donor_caveats(results: Results) -> list[str]:
+    with_donors = {name: m for name, m in results["methods"].items() if m["donors"]}
+    if not with_donors:
         return []
-    unknown = [name for name, m in using.items() if m["donor_cost"] is None]
-    line = (
-        "Steps count the training of the target alone. Somebody had to train the donors, and a learned method had to "
-        "be trained on them; the table above says what is known of the donors' cost"
-    )
+    unknown = [name for name, m in with_donors.items() if m["donor_cost"] is None]
+    cost = f" For {', '.join(unknown)} that cost is unknown." if unknown else ""
     return [
-        line + (f", which for {', '.join(unknown)} is nothing." if unknown else "."),
-        "Whether the donors have learned from the held-out text is not checked here. Where they have, the methods that "
-        "use them look better than they are.",
+        "Steps count only the training of the target. The donors were trained before, and learned methods were trained "
+        f"on them. The table of donors shows what is known of their cost.{cost}",
+        "This comparison does not check whether the donors were trained on the held-out text. If they were, methods "
+        "with donors look better than they are.",
     ]
 
 
-def starts_below(method: dict[str, Any]) -> bool:
+def starts_below_threshold(method: dict[str, Any]) -> bool:
     """Whether a method reaches the threshold within its first step, with any seed."""
     return any(c is not None and c < 1 for c in method["steps_to_threshold"]["per_seed"])
 
 
-def fold(method: dict[str, Any]) -> str:
-    """The speed-up, as a lower bound where it was cut off at one step."""
+def speedup_text(method: dict[str, Any]) -> str:
+    """`16.7×`; `≥ 50.0×` where a seed is below the threshold within its first step; a dash without a speed-up."""
     mean = method["speedup"]["mean"]
-    return "–" if mean is None else ("≥ " if starts_below(method) else "") + times(mean)
+    return DASH if mean is None else ("≥ " if starts_below_threshold(method) else "") + factor(mean)
 
 
-def fewer(found: dict[str, Any]) -> str:
-    """Of one entry of `thresholds`, how many times fewer steps than the default took: `17× (11–26)`; `≥ 50×` where some
-    seed is there within its first step, which counts as one; `2 of 3 arrive`; `never`."""
+def format_step_ratio(found: dict[str, Any]) -> str:
+    """Steps of the default over steps of the method, from one entry of `thresholds`: `17× (11–26)` with the 95 %
+    interval; `≥ 50×` where a seed arrives within its first step, which counts as one; `2 of 3 arrive`; `never`."""
     steps, ratio = found["steps"], found["ratio"]
     if ratio["mean"] is None:
         arrived = sum(s is not None for s in steps)
         return f"{arrived} of {len(steps)} arrive" if arrived else "never"
     if min(steps) < 1:
-        return f"≥ {_at_least(ratio['mean'])}×"
-    bounds = "" if ratio["ci95"] is None else f" ({'–'.join(_two_digits(x) for x in ratio['ci95'])})"
-    return f"{_two_digits(ratio['mean'])}×{bounds}"
+        return f"≥ {_two_digits_down(ratio['mean'])}×"
+    bounds = "" if ratio["ci95"] is None else f" ({'–'.join(two_digits(x) for x in ratio['ci95'])})"
+    return f"{two_digits(ratio['mean'])}×{bounds}"
 
 
-def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def _at_least(value: float) -> str:
-    """Two digits, rounded down; up only what falls short by the error of its logarithm."""
+def _two_digits_down(value: float) -> str:
+    """Two digits, rounded down. 1e-9 corrects the rounding error of exp(log(x))."""
     unit = 1.0 if value >= 10 else 0.1 if value >= 1 else 0.01
-    return _two_digits(math.floor(value / unit * (1 + 1e-9)) * unit)
-
-
-def count(number: float, noun: str) -> str:
-    """`18 steps`, `1 step`, `2.5 steps`."""
-    text = f"{number:,.0f}" if number >= 9.95 or number == int(number) else f"{number:.1f}"
-    return f"{text} {noun}{'' if text == '1' else 's'}"
-
-
-def times(value: float) -> str:
-    """`16.7×`, three digits or so."""
-    return f"{value:,.0f}×" if value >= 99.5 else f"{value:.1f}×" if value >= 9.95 else f"{value:.2f}×"
+    return two_digits(math.floor(value / unit * (1 + 1e-9)) * unit)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from headstart.report import plots
+from headstart.report import plot_style as plots
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --card: #f6f8fa; --page: #ffffff; }
@@ -56,7 +56,7 @@ def document(title: str, body: str) -> str:
 
 def figure(drawn: Any, label: str) -> str:
     """A matplotlib figure as inline SVG; nothing for None."""
-    return "" if drawn is None else f"<figure>{plots.svg(drawn, label)}</figure>"
+    return "" if drawn is None else f"<figure>{plots.inline_svg(drawn, label)}</figure>"
 
 
 def table(head: Sequence[tuple[str, str]], rows: Iterable[Sequence[tuple[str, str]]]) -> str:
