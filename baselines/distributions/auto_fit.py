@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from baselines.distributions.laws import LAWS
+from baselines.distributions.families import FAMILIES
 from baselines.distributions.parametric import Parametric
-from baselines.distributions.statistical import Fit, thin
+from baselines.distributions.statistical import Fit, thin_values
 from baselines.distributions.summary import moments
 from zoo.errors import UserError, unknown
 from zoo.options import option
 from zoo.streams import stream
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Zoo
+    from zoo.donors.zoo import Zoo
     from zoo.targets.blueprint import Blueprint
 
 log = logging.getLogger(__name__)
 
-HELD_OUT = 0.25  # of the values
-MOST = 1 << 20  # values that decide; the law that was chosen is fitted to all
+HELD_OUT_SHARE = 0.25  # of the values
+MAX_VALUES = 1 << 20  # values that decide; the law that was chosen is fitted to all
 
 
 @dataclass(kw_only=True)
@@ -40,15 +40,15 @@ class AutoFit(Parametric):
     summary: ClassVar[str] = "per tensor the law of highest held-out likelihood among six families"
     reference: ClassVar[str] = "2405.03103"
 
-    families: str = option(",".join(LAWS), "laws to choose from, comma-separated; of equals the first is taken")
+    families: str = option(",".join(FAMILIES), "laws to choose from, comma-separated; of equals the first is taken")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for family in self._families:
-            if family not in LAWS:
-                raise unknown(f"family of {self.name}", family, LAWS)
+            if family not in FAMILIES:
+                raise unknown(f"family of {self.name}", family, FAMILIES)
         if not self._families:
-            raise UserError(f"families of {self.name} is empty: give some of {', '.join(LAWS)}")
+            raise UserError(f"families of {self.name} is empty: give some of {', '.join(FAMILIES)}")
 
     @property
     def _families(self) -> list[str]:
@@ -61,26 +61,26 @@ class AutoFit(Parametric):
         return self
 
     def fit_values(self, values: Tensor) -> Fit:
-        scores = held_out(thin(values, MOST), self._families)
-        family = simplest(scores) if scores else self._families[0]
+        scores = held_out_log_probs(thin_values(values, MAX_VALUES), self._families)
+        family = simplest_family(scores) if scores else self._families[0]
         means = {name: score.mean().item() for name, score in scores.items()}
-        return {"family": family, "law": LAWS[family].fit(values), "scores": means}
+        return {"family": family, "law": FAMILIES[family].fit(values), "scores": means}
 
     def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return LAWS[fit["family"]].sample(fit["law"], shape, generator)
+        return FAMILIES[fit["family"]].sample(fit["law"], shape, generator)
 
 
-def held_out(values: Tensor, families: list[str]) -> dict[str, Tensor]:
+def held_out_log_probs(values: Tensor, families: list[str]) -> dict[str, Tensor]:
     """values [n] -> family -> log density of a fixed random quarter of them [~ n / 4] float64 under the law that the
     others give. Empty for values that say nothing: constant ones, and fewer than 64."""
-    is_test = (torch.rand(len(values), generator=stream(0, "auto-fit/held-out")) < HELD_OUT).to(values.device)
+    is_test = (torch.rand(len(values), generator=stream(0, "auto-fit/held-out")) < HELD_OUT_SHARE).to(values.device)
     train, test = values[~is_test], values[is_test]
     if len(values) < 64 or moments(train)[2]:
         return {}
-    return {name: LAWS[name].log_prob(LAWS[name].fit(train), test) for name in families}
+    return {name: FAMILIES[name].log_prob(FAMILIES[name].fit(train), test) for name in families}
 
 
-def simplest(scores: dict[str, Tensor]) -> str:
+def simplest_family(scores: dict[str, Tensor]) -> str:
     """The first family whose mean is within two standard errors (of the paired difference) of the best."""
     best = max(scores.values(), key=lambda score: score.mean().item())
     for name, score in scores.items():

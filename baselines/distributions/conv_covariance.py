@@ -19,7 +19,8 @@ from zoo.targets.blueprint import Blueprint
 from zoo.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor, Zoo
+    from zoo.donors.donor import Donor
+    from zoo.donors.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
@@ -73,16 +74,16 @@ class ConvCovariance(Sampler):
         chosen = self._choose(zoo, blueprint)
         self._donors = tuple(donor.name for donor in chosen)
         self._laws = {}
-        filters = [_by_kernel(donor.blueprint) for donor in chosen]
-        for kernel, specs in _by_kernel(blueprint).items():
+        filters = [_convolutions_by_kernel(donor.blueprint) for donor in chosen]
+        for kernel, specs in _convolutions_by_kernel(blueprint).items():
             for place, spec in enumerate(specs):
                 found = [
-                    self._filters(donor, theirs[kernel][nearest(place, len(specs), len(theirs[kernel]))])
+                    self._filters(donor, theirs[kernel][nearest_in_depth(place, len(specs), len(theirs[kernel]))])
                     for donor, theirs in zip(chosen, filters, strict=True)
                     if kernel in theirs
                 ]
                 if found:
-                    mean, root = law(torch.cat(found))
+                    mean, root = mean_and_root(torch.cat(found))
                     self._laws[f"root/{spec.name}"] = root.float().cpu()
                     self._laws |= {f"mean/{spec.name}": mean.float().cpu()} if self.mean == "pooled" else {}
                 else:
@@ -110,16 +111,16 @@ class ConvCovariance(Sampler):
         """The donors with a kernel size of the target. UserError where there are none."""
         if zoo is None or not zoo.donors:
             raise UserError(f"{self.name} needs donors: give --zoo DIR, or --donor FOLDER")
-        wanted = _by_kernel(blueprint)
+        wanted = _convolutions_by_kernel(blueprint)
         if not wanted:
             raise UserError(f"{self.name}: the target has no convolution of more than one tap; use normal or another")
         among = (zoo.donor(self.donor),) if self.donor is not None else zoo.donors
-        chosen = tuple(donor for donor in among if wanted.keys() & _by_kernel(donor.blueprint).keys())
+        chosen = tuple(donor for donor in among if wanted.keys() & _convolutions_by_kernel(donor.blueprint).keys())
         if not chosen:
-            have = {kernel for donor in among for kernel in _by_kernel(donor.blueprint)}
+            have = {kernel for donor in among for kernel in _convolutions_by_kernel(donor.blueprint)}
             raise UserError(
-                f"{self.name}: the target's kernels are {_say(wanted)}, and {'the donor' if self.donor else 'the zoo'} "
-                f"has {_say(have) or 'no convolutions'}: a covariance holds for one kernel size; add such a donor"
+                f"{self.name}: the target's kernels are {_format_kernels(wanted)}, and {'the donor' if self.donor else 'the zoo'} "
+                f"has {_format_kernels(have) or 'no convolutions'}: a covariance holds for one kernel size; add such a donor"
             )
         return chosen
 
@@ -132,7 +133,7 @@ class ConvCovariance(Sampler):
         return math.sqrt(math.prod(spec.shape[1:])) if self.rescale == "fan-in" else 1.0
 
 
-def law(filters: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_root(filters: Tensor) -> tuple[Tensor, Tensor]:
     """[n, k] -> mean [k] and the symmetric root [k, k] of the covariance around it."""
     mean = filters.mean(0)
     left = filters - mean
@@ -140,12 +141,12 @@ def law(filters: Tensor) -> tuple[Tensor, Tensor]:
     return mean, axes * energy.clamp_min(0).sqrt() @ axes.mT
 
 
-def nearest(place: int, count: int, there: int) -> int:
+def nearest_in_depth(place: int, count: int, there: int) -> int:
     """Which of `there` convolutions lies at the relative depth of the one at `place` of `count`."""
     return round(place / max(1, count - 1) * (there - 1))
 
 
-def _by_kernel(blueprint: Blueprint) -> dict[Kernel, list[TensorSpec]]:
+def _convolutions_by_kernel(blueprint: Blueprint) -> dict[Kernel, list[TensorSpec]]:
     """Kernel size -> the weights of convolutions of more than one tap, in the model's order."""
     found: dict[Kernel, list[TensorSpec]] = {}
     for spec, _ in blueprint.find("conv"):
@@ -154,5 +155,5 @@ def _by_kernel(blueprint: Blueprint) -> dict[Kernel, list[TensorSpec]]:
     return found
 
 
-def _say(kernels: dict[Kernel, Any] | set[Kernel]) -> str:
+def _format_kernels(kernels: dict[Kernel, Any] | set[Kernel]) -> str:
     return ", ".join("x".join(map(str, kernel)) for kernel in sorted(kernels))

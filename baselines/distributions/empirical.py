@@ -12,10 +12,20 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from baselines.distributions.statistical import Fit, Member, Statistical, choose, fan_in, first, groups, members
-from baselines.distributions.summary import moments, ordered, summary
-from zoo.donors.standalone import kept, reopen
-from zoo.donors.store import Donor, Zoo, size_gap
+from baselines.distributions.statistical import (
+    Fit,
+    Member,
+    Statistical,
+    candidate_groups,
+    choose_donors,
+    collect_members,
+    fan_in_factor,
+    first_found,
+)
+from baselines.distributions.summary import moments, sort_values, weighted_points
+from zoo.donors.donor import Donor, size_gap
+from zoo.donors.folder import donor_ref, open_ref
+from zoo.donors.zoo import Zoo
 from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
@@ -39,22 +49,22 @@ class Histogram(Statistical):
     points: int = option(2048, "quantiles in the table; half of them in the tails", least=16, most=1 << 20)
 
     def fit_values(self, values: Tensor) -> Fit:
-        x = ordered(values).double()
-        at = probabilities(self.points).to(x.device) * (len(x) - 1)
+        x = sort_values(values).double()
+        at = quantile_levels(self.points).to(x.device) * (len(x) - 1)
         left = at.long().clamp(max=max(0, len(x) - 2))
         right = (left + 1).clamp(max=len(x) - 1)
         return {"quantiles": torch.lerp(x[left], x[right], at - left).float().cpu()}
 
     def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         table = fit["quantiles"].to(self.device)
-        p = probabilities(len(table)).to(self.device)
+        p = quantile_levels(len(table)).to(self.device)
         u = torch.rand(shape, generator=generator, dtype=torch.float64).to(self.device).clamp(p[0], p[-1])
         right = torch.searchsorted(p, u).clamp(min=1)
         share = (u - p[right - 1]) / (p[right] - p[right - 1])
         return torch.lerp(table[right - 1], table[right], share.float()).cpu()
 
 
-def probabilities(points: int) -> Tensor:
+def quantile_levels(points: int) -> Tensor:
     """[points] float64, ascending: where a table of that many quantiles has them."""
     tail = torch.logspace(-7, -2, points // 4, dtype=torch.float64)
     body = torch.linspace(0.01, 0.99, points - 2 * len(tail) + 2, dtype=torch.float64)
@@ -78,7 +88,7 @@ class KDE(Statistical):
 
     def fit_values(self, values: Tensor) -> Fit:
         mean, std, _ = moments(values)
-        points, counts = summary(values, self.data)
+        points, counts = weighted_points(values, self.data)
         low, high = points[torch.searchsorted(counts.cumsum(0), torch.tensor([0.25, 0.75]) * len(values))].tolist()
         width = 0.9 * min(std, (high - low) / 1.34 or std) * len(values) ** -0.2 * self.bandwidth
         return {"mean": mean, "std": std, "width": width, "points": points.float(), "counts": counts.int()}
@@ -143,38 +153,40 @@ class Permuted(Sampler):
         parts = {}
         for part in spec.parts:
             found = self._found(blueprint)
-            group = first(groups(blueprint, spec, part, "layer"), found)
+            group = first_found(candidate_groups(blueprint, spec, part, "layer"), found)
             if group is None:
                 return None
-            donor, own, matrix = min(found[group], key=partial(_distance, spec, part))
+            donor, own, matrix = min(found[group], key=partial(_distance_to_member, spec, part))
             values = split(own, donor.read(own.name, torch.float32))[matrix.role].flatten()
             size, rounds = math.prod(part.shape), math.ceil(math.prod(part.shape) / len(values))
             order = torch.cat([torch.randperm(len(values), generator=generator) for _ in range(rounds)])[:size]
-            scale = fan_in(own, matrix, self.rescale) / fan_in(spec, part, self.rescale)  # 1 for equal shapes, exactly
+            scale = fan_in_factor(own, matrix, self.rescale) / fan_in_factor(
+                spec, part, self.rescale
+            )  # 1 for equal shapes, exactly
             shift = donor.blueprint.offset(own) - blueprint.offset(spec)
             parts[part.role] = values[order].view(part.shape) * scale + shift
         return join(spec, parts)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         assert self._source is not None
-        return {**kept(self._source)}, {}
+        return {**donor_ref(self._source)}, {}
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self._source = reopen(values, self.name)
+        self._source = open_ref(values, self.name)
 
     def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Donor:
-        chosen = choose(zoo, blueprint, self.donor, self.name)
+        chosen = choose_donors(zoo, blueprint, self.donor, self.name)
         return min(chosen, key=lambda donor: size_gap(donor, blueprint))
 
     def _found(self, blueprint: Blueprint) -> dict[tuple[str, ...], list[Member]]:
         if self._source is None:
             raise RuntimeError(f"{self.name}: call fit before sample")
         if self._members is None or self._members[0] is not blueprint:
-            self._members = (blueprint, members([self._source], blueprint, "layer"))
+            self._members = (blueprint, collect_members([self._source], blueprint, "layer"))
         return self._members[1]
 
 
-def _distance(spec: TensorSpec, part: Part, member: Member) -> tuple[bool, float]:
+def _distance_to_member(spec: TensorSpec, part: Part, member: Member) -> tuple[bool, float]:
     """Of a donor's part from a target's: another expert, another size."""
     _, own, matrix = member
     return own.expert != spec.expert, abs(math.log(math.prod(matrix.shape) / math.prod(part.shape)))

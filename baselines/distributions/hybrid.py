@@ -19,11 +19,11 @@ from zoo.streams import stream
 from zoo.tensors import TensorSpec, join, split
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Zoo
+    from zoo.donors.zoo import Zoo
     from zoo.targets.blueprint import Blueprint
 
-VALUES: dict[str, type[Histogram | KDE | Permuted]] = {"histogram": Histogram, "kde": KDE, "permuted": Permuted}
-LAWS: dict[str, type[Parametric]] = {
+VALUE_METHODS: dict[str, type[Histogram | KDE | Permuted]] = {"histogram": Histogram, "kde": KDE, "permuted": Permuted}
+LAW_METHODS: dict[str, type[Parametric]] = {
     law.name: law for law in (Normal, Laplace, StudentT, GeneralizedNormal, Stable, Mixture, AutoFit)
 }
 
@@ -51,7 +51,7 @@ class Hybrid(Sampler):
     reference: ClassVar[str] = "1902.07208"
     needs: ClassVar[tuple[str, ...]] = ("donors",)
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        "values": tuple(VALUES), "law": tuple(LAWS), "mixing": ("entries", "linear"),
+        "values": tuple(VALUE_METHODS), "law": tuple(LAW_METHODS), "mixing": ("entries", "linear"),
         "granularity": ("layer", "role", "global"), "rescale": ("fan-in", "none"),
     }  # fmt: skip
 
@@ -68,8 +68,8 @@ class Hybrid(Sampler):
         super().__post_init__()
         shared: dict[str, Any] = {"donor": self.donor, "rescale": self.rescale, "device": self.device}
         of_fits: dict[str, Any] = {"granularity": self.granularity}
-        self._values = VALUES[self.values](**shared, **({} if self.values == "permuted" else of_fits))
-        self._law = LAWS[self.law](**shared, **of_fits)
+        self._values = VALUE_METHODS[self.values](**shared, **({} if self.values == "permuted" else of_fits))
+        self._law = LAW_METHODS[self.law](**shared, **of_fits)
 
     @property
     def donors(self) -> tuple[str, ...]:

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-FULL = 4096  # a side that is longer has a diagonal covariance: a full one would take more memory than a model
-FLOOR = 1e-8  # of the mean variance: what a coordinate without any has, so that it can be divided by
+MAX_FULL_SIDE = 4096  # a side that is longer has a diagonal covariance: a full one would take more memory than a model
+MIN_RELATIVE_VARIANCE = 1e-8  # of the mean variance: what a coordinate without any has, so that it can be divided by
 
 Samples = Callable[[], Iterable[Tensor]]  # goes through the samples [p, q], mean removed, as often as it is called
 
 
-def shrunk(covariance: Tensor, n: float, toward: str = "diagonal", amount: float | None = None) -> Tensor:
+def shrink_covariance(covariance: Tensor, n: float, toward: str = "diagonal", amount: float | None = None) -> Tensor:
     """[p, p] or [p], the sample covariance of n vectors -> (1 - amount) of it and `amount` of its diagonal, or of the
     multiple of the identity with its trace. None: the amount that is best for normal vectors (oracle approximating
     shrinkage, 0907.4698), for the diagonal computed from correlations. A diagonal covariance [p] stays."""
     variance = covariance.diagonal() if covariance.ndim == 2 else covariance
-    variance = variance.clamp_min(FLOOR * float(variance.mean()))
+    variance = variance.clamp_min(MIN_RELATIVE_VARIANCE * float(variance.mean()))
     if covariance.ndim == 1:
         return variance
     spread = variance.sqrt() if toward == "diagonal" else variance.mean().sqrt().expand_as(variance)
@@ -31,20 +31,20 @@ def shrunk(covariance: Tensor, n: float, toward: str = "diagonal", amount: float
         beyond = (n + 1 - 2 / p) * (square - trace**2 / p)
         amount = 1.0 if beyond <= 0 else min(1.0, ((1 - 2 / p) * square + trace**2) / beyond)
     eye = torch.eye(p, dtype=unit.dtype, device=unit.device)
-    return ((1 - amount) * unit + max(amount, FLOOR) * eye) * spread * spread[:, None]
+    return ((1 - amount) * unit + max(amount, MIN_RELATIVE_VARIANCE) * eye) * spread * spread[:, None]
 
 
-def factor(covariance: Tensor) -> Tensor:
+def covariance_factor(covariance: Tensor) -> Tensor:
     """A with A Aᵀ = covariance: [p, p], or the standard deviations [p] of a diagonal one."""
     return torch.linalg.cholesky(covariance) if covariance.ndim == 2 else covariance.sqrt()
 
 
-def times(root: Tensor, x: Tensor) -> Tensor:
+def apply_factor(root: Tensor, x: Tensor) -> Tensor:
     """A [p, p] or [p], x [p, m] -> A x."""
     return root @ x if root.ndim == 2 else root[:, None] * x
 
 
-def whitened(root: Tensor, x: Tensor) -> Tensor:
+def apply_inverse_factor(root: Tensor, x: Tensor) -> Tensor:
     """A [p, p] or [p], x [p, m] -> A⁻¹ x."""
     return torch.linalg.solve_triangular(root, x, upper=False) if root.ndim == 2 else x / root[:, None]
 
@@ -68,23 +68,23 @@ def flip_flop(
     counts = counts.double()
     p, known = len(counts), counts > 0
     n = float(counts.max())
-    full_rows, full_columns = p <= FULL and not diagonal_rows, columns <= FULL
+    full_rows, full_columns = p <= MAX_FULL_SIDE and not diagonal_rows, columns <= MAX_FULL_SIDE
     row = torch.ones(p, dtype=torch.float64, device=counts.device)
     column = torch.ones(columns, dtype=torch.float64, device=counts.device)
     for _ in range(steps):
         before = row, column
-        root = factor(column)
-        total = _scatter((x.mT for x in samples()), root, full_rows)
+        root = covariance_factor(column)
+        total = _scatter_matrix((x.mT for x in samples()), root, full_rows)
         if full_rows:
-            row = shrunk(total / (n * columns), n * columns, toward, amount)
+            row = shrink_covariance(total / (n * columns), n * columns, toward, amount)
         else:
             row = total / (counts.clamp_min(1) * columns)
             row = torch.where(known, row, row[known].mean())
-            row = shrunk(row, n * columns)
+            row = shrink_covariance(row, n * columns)
         row = row * p / (row.trace() if full_rows else row.sum())
-        root = factor(row)
-        total = _scatter(samples(), root, full_columns)
-        column = shrunk(total / counts.sum(), float(counts.sum()), toward, amount)
+        root = covariance_factor(row)
+        total = _scatter_matrix(samples(), root, full_columns)
+        column = shrink_covariance(total / counts.sum(), float(counts.sum()), toward, amount)
         moved = [
             float((new - old).norm() / new.norm()) if new.shape == old.shape else 1.0
             for new, old in zip((row, column), before, strict=True)
@@ -94,7 +94,7 @@ def flip_flop(
     return row, column
 
 
-def sized(row: Tensor, column: Tensor, counts: Tensor) -> Tensor:
+def rescale_to_unit_rms(row: Tensor, column: Tensor, counts: Tensor) -> Tensor:
     """V times the number that gives draws a mean square of one in the known rows, as samples divided by their RMS have
     it. The likelihood finds that for many normal samples; few, or rows of very different directions (frequent tokens
     and such as never occur), can leave it wrong by orders of magnitude."""
@@ -103,17 +103,17 @@ def sized(row: Tensor, column: Tensor, counts: Tensor) -> Tensor:
     return column / ((weights * variances[0]).sum() / weights.sum() * variances[1].mean())
 
 
-def _scatter(samples: Iterable[Tensor], root: Tensor, full: bool) -> Tensor:
+def _scatter_matrix(samples: Iterable[Tensor], root: Tensor, full: bool) -> Tensor:
     """Σ yᵀ y with y = root⁻¹ x, over samples x [k, m]: [m, m], or its diagonal [m]."""
     total: Tensor | None = None
     for x in samples:
-        y = whitened(root, x)
+        y = apply_inverse_factor(root, x)
         part = y.mT @ y if full else y.square().sum(0)
         total = part if total is None else total + part
     assert total is not None
     return total
 
 
-def draw(row_root: Tensor, column_root: Tensor, z: Tensor) -> Tensor:
+def color_noise(row_root: Tensor, column_root: Tensor, z: Tensor) -> Tensor:
     """A [p, p] or [p], B [q, q] or [q], z [p, q] standard normal -> A z Bᵀ."""
-    return times(column_root, times(row_root, z).mT).mT
+    return apply_factor(column_root, apply_factor(row_root, z).mT).mT

@@ -15,9 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from baselines.distributions.kronecker import FULL, draw, factor, flip_flop, sized
-from baselines.transfer.transfer import vocabulary_rows
-from zoo.donors.store import Chosen, Donor, Zoo, unlikeness
+from baselines.distributions.kronecker import (
+    MAX_FULL_SIDE,
+    color_noise,
+    covariance_factor,
+    flip_flop,
+    rescale_to_unit_rms,
+)
+from baselines.transfer.vocabulary import vocabulary_rows
+from zoo.donors.donor import Donor, dissimilarity
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.sampler import Sampler
@@ -31,7 +38,7 @@ from zoo.units.units import ROLES, require_unit_target, resize_units, units_to_d
 
 log = logging.getLogger(__name__)
 
-NOTHING = 1e-12  # the RMS of samples that are all alike
+MIN_RMS = 1e-12  # the RMS of samples that are all alike
 CHOICES = {
     "basis": ("auto", "canonical", "stored"),
     "mean": ("pooled", "zero"),
@@ -105,7 +112,7 @@ class MatrixNormal(Sampler):
             log.info("%s: one donor has no spread around its mean: the mean is taken to be zero", self.name)
         with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
             canonical = self._canonical(blueprint)
-            blocks = Blocks(Path(folder), self.device, pooled, frozenset({"vocab 0"} if canonical else ()))
+            blocks = BlockStore(Path(folder), self.device, pooled, frozenset({"vocab 0"} if canonical else ()))
             if canonical:
                 left = set(pool.names)
                 for aligned in align_donors(pool):
@@ -119,14 +126,14 @@ class MatrixNormal(Sampler):
             self._learn(blocks, by_kind=canonical and self.granularity == "role")
         return self
 
-    def _learn(self, blocks: Blocks, by_kind: bool) -> None:
+    def _learn(self, blocks: BlockStore, by_kind: bool) -> None:
         laws: dict[str, list[str]] = {}
         for name, mean in blocks.means().items():
             self._tensors |= {f"mean/{name}": mean} if blocks.pooled or mean.ndim == 1 else {}
             if mean.ndim == 2:
                 self._group[name] = name.partition(" ")[0] if by_kind else name
                 self._scales[name] = blocks.scale(name)
-                if self._scales[name] > NOTHING and float(blocks.counts(name).sum()):
+                if self._scales[name] > MIN_RMS and float(blocks.counts(name).sum()):
                     laws.setdefault(self._group[name], []).append(name)
                 else:  # constant, or one donor's alone: what there is of it is its mean
                     self._tensors[f"mean/{name}"] = mean
@@ -141,11 +148,11 @@ class MatrixNormal(Sampler):
                 self.shrinkage,
                 diagonal_rows=names[0] in blocks.partial,
             )
-            columns = sized(rows, columns, counts)
+            columns = rescale_to_unit_rms(rows, columns, counts)
             for side, covariance in (("rows", rows), ("columns", columns)):
-                if covariance.ndim == 1 and len(covariance) > FULL:
+                if covariance.ndim == 1 and len(covariance) > MAX_FULL_SIDE:
                     log.info("%s: the %d %s of %s have a diagonal covariance", self.name, len(covariance), side, law)
-                self._tensors[f"{side}/{law}"] = factor(covariance).float().cpu()
+                self._tensors[f"{side}/{law}"] = covariance_factor(covariance).float().cpu()
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if not self._canonical(blueprint):
@@ -173,7 +180,7 @@ class MatrixNormal(Sampler):
             return mean
         rows, columns = (self._tensors[f"{side}/{self._group[name]}"].to(self.device) for side in ("rows", "columns"))
         z = torch.randn(len(rows), len(columns), generator=stream(seed, f"{self.name}/{name}")).to(self.device)
-        drawn = (self._scales[name] * draw(rows, columns, z)).cpu()
+        drawn = (self._scales[name] * color_noise(rows, columns, z)).cpu()
         return drawn if mean is None else drawn + mean
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -186,7 +193,7 @@ class MatrixNormal(Sampler):
     def _canonical(self, blueprint: Blueprint) -> bool:
         return self.basis == "canonical" or (self.basis == "auto" and blueprint.metadata is not None)
 
-    def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Chosen:
+    def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Zoo:
         """The donors that fit; of these, in canonical form, those as wide as the target if there are any. Raises
         UserError with the reason where none does, or not the one that is asked for. Reads configs only."""
         if zoo is None or not zoo.donors:
@@ -203,18 +210,18 @@ class MatrixNormal(Sampler):
             if problem is None:
                 fitting.append(donor)
             else:
-                refused.append((*unlikeness(donor, blueprint), f"{donor.name!r}: {problem}"))
+                refused.append((*dissimilarity(donor, blueprint), f"{donor.name!r}: {problem}"))
         if not fitting:
             raise UserError(f"{self.name}: no donor fits the target; nearest {min(refused)[-1]}")
         if target is not None:
             wide = [d for d in fitting if d.blueprint.metadata and d.blueprint.metadata.width >= target.width]
             fitting = wide or fitting
-        return Chosen(zoo.path, tuple(fitting))
+        return Zoo.of_donors(fitting, zoo.path)
 
     def _problem(self, donor: Donor, blueprint: Blueprint, target: Metadata | None) -> str | None:
         """Why a donor says nothing about a target, or None."""
         if target is None:
-            shared = [s for s in blueprint.specs if len(s.shape) >= 2 and _same(donor, s.name, s.shape)]
+            shared = [s for s in blueprint.specs if len(s.shape) >= 2 and _has_tensor(donor, s.name, s.shape)]
             return None if shared else "it has no matrix of the same name and shape as one of the target's"
         try:
             source = require_unit_target(donor.blueprint, donor.name)
@@ -226,7 +233,7 @@ class MatrixNormal(Sampler):
         return None
 
 
-class Blocks:
+class BlockStore:
     """The donors' matrices by name, in a folder: one file for each donor, one block in memory at a time."""
 
     def __init__(self, folder: Path, device: str, pooled: bool, partial: frozenset[str]) -> None:
@@ -287,10 +294,10 @@ class Blocks:
     def scale(self, name: str) -> float:
         """The RMS of a block's samples; a tiny number where all are alike."""
         squares = sum(float(x.square().sum()) for x in self.samples(name))
-        return max(math.sqrt(squares / max(1.0, float(self.counts(name).sum()) * self.shape(name)[1])), NOTHING)
+        return max(math.sqrt(squares / max(1.0, float(self.counts(name).sum()) * self.shape(name)[1])), MIN_RMS)
 
 
-def _same(donor: Donor, name: str, shape: tuple[int, ...]) -> bool:
+def _has_tensor(donor: Donor, name: str, shape: tuple[int, ...]) -> bool:
     return name in donor.blueprint and donor.blueprint[name].shape == shape
 
 
@@ -299,7 +306,7 @@ def _stored_blocks(donor: Donor, blueprint: Blueprint) -> dict[str, Tensor]:
     return {
         s.name: (x.flatten(1) if x.ndim > 1 else x).contiguous()
         for s in blueprint.specs
-        if _same(donor, s.name, s.shape)
+        if _has_tensor(donor, s.name, s.shape)
         for x in [donor.read(s.name, torch.float32)]
     }
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from baselines.distributions.laws import LAWS, fit_mixture
+from baselines.distributions.families import FAMILIES, fit_mixture
 from baselines.distributions.stable import fit_stable
 from baselines.distributions.statistical import Fit, Statistical
 from zoo.errors import UserError
@@ -22,10 +22,10 @@ class Parametric(Statistical):
     family: ClassVar[str] = "parametric"
 
     def fit_values(self, values: Tensor) -> Fit:
-        return LAWS[self.name].fit(values)
+        return FAMILIES[self.name].fit(values)
 
     def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return LAWS[self.name].sample(fit, shape, generator)
+        return FAMILIES[self.name].sample(fit, shape, generator)
 
 
 @dataclass(kw_only=True)

@@ -22,13 +22,14 @@ from zoo.targets.roles import locate
 from zoo.tensors import Part, TensorSpec, join, split
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor, Zoo
+    from zoo.donors.donor import Donor
+    from zoo.donors.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
 CHOICES = {"granularity": ("layer", "role", "global"), "rescale": ("fan-in", "none")}
-POOL = 1 << 22  # values of one fit; larger groups are thinned evenly
-PIECE = 1 << 22  # values that are drawn at a time
+MAX_FIT_VALUES = 1 << 22  # values of one fit; larger groups are thinned evenly
+DRAW_CHUNK = 1 << 22  # values that are drawn at a time
 Group = tuple[str, ...]  # what tensors that share a fit have in common
 Member = tuple["Donor", TensorSpec, Part]
 Fit = dict[str, Any]  # JSON values and tensors
@@ -74,23 +75,23 @@ class Statistical(Sampler):
         return self._donors
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
-        return tuple(donor.name for donor in choose(zoo, blueprint, self.donor, self.name))
+        return tuple(donor.name for donor in choose_donors(zoo, blueprint, self.donor, self.name))
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        chosen = choose(zoo, blueprint, self.donor, self.name)
+        chosen = choose_donors(zoo, blueprint, self.donor, self.name)
         self._donors, self._fits = tuple(donor.name for donor in chosen), {}
         if self.donor is None:
             log.info("%s: fitted to %d donors: %s", self.name, len(chosen), ", ".join(self._donors))
-        found = members(chosen, blueprint, self.granularity)
+        found = collect_members(chosen, blueprint, self.granularity)
         wanted = {
             group: found[group]
             for spec in blueprint.specs
             for part in spec.parts
-            if (group := first(groups(blueprint, spec, part, self.granularity), found)) is not None
+            if (group := first_found(candidate_groups(blueprint, spec, part, self.granularity), found)) is not None
         }
         for group, own in wanted.items():
-            share = max(1, POOL // len(own))
-            pooled = torch.cat([thin(standard(member, self.rescale), share) for member in own])
+            share = max(1, MAX_FIT_VALUES // len(own))
+            pooled = torch.cat([thin_values(standardized_values(member, self.rescale), share) for member in own])
             is_norm = group[0] == "norm"
             mean = {"mean": pooled.double().mean().item()}
             self._fits["/".join(group)] = mean if is_norm else self.fit_values(pooled.to(self.device))
@@ -107,7 +108,7 @@ class Statistical(Sampler):
         generator = stream(seed, f"{self.name}/{spec.name}")
         parts = {}
         for part in spec.parts:
-            keys = ["/".join(group) for group in groups(blueprint, spec, part, self.granularity)]
+            keys = ["/".join(group) for group in candidate_groups(blueprint, spec, part, self.granularity)]
             key = next((key for key in keys if key in self._fits), None)
             if key is None:
                 return None
@@ -115,9 +116,9 @@ class Statistical(Sampler):
                 parts[part.role] = torch.full(part.shape, self._fits[key]["mean"] - blueprint.offset(spec))
             else:
                 flat = torch.empty(math.prod(part.shape))
-                for piece in flat.split(PIECE):
+                for piece in flat.split(DRAW_CHUNK):
                     piece.copy_(self.draw(self._fits[key], tuple(piece.shape), generator))
-                parts[part.role] = flat.view(part.shape) / fan_in(spec, part, self.rescale)
+                parts[part.role] = flat.view(part.shape) / fan_in_factor(spec, part, self.rescale)
         return join(spec, parts)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -135,13 +136,13 @@ class Statistical(Sampler):
             self._fits[group][key] = tensor
 
 
-def choose(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) -> tuple[Donor, ...]:
+def choose_donors(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) -> tuple[Donor, ...]:
     """The donor called `name`, or all that have every role of the target's matrices, or the most of them; for a plain
     module all that have the most of its tensors, by name or role before number of axes. UserError: there is none."""
     if zoo is None or not zoo.donors:
         raise UserError(f"{who} needs donors: give --zoo DIR, or --donor FOLDER")
     if blueprint.metadata is None:
-        has = {donor: _served(donor, blueprint) for donor in zoo.donors}
+        has = {donor: _count_matches(donor, blueprint) for donor in zoo.donors}
         lacking = "tensor of the target's names or with as many axes"
     else:
         wanted = _matrix_roles(blueprint)
@@ -160,58 +161,58 @@ def choose(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) ->
     return tuple(donor for donor, count in has.items() if count == most)
 
 
-def groups(blueprint: Blueprint, spec: TensorSpec, part: Part, granularity: str) -> list[Group]:
+def candidate_groups(blueprint: Blueprint, spec: TensorSpec, part: Part, granularity: str) -> list[Group]:
     """The groups that a target's part may take after, the best first: its role, and for plain modules its name, then
     its number of axes. Biases, norms and embeddings always have groups of their own."""
     is_plain = blueprint.metadata is None
     if len(part.axes) >= 2 and part.role != "embed" and granularity == "global" and (is_plain or part.role != "other"):
         return [("all",)]
     layer = (str(spec.layer),) if granularity == "layer" and spec.layer is not None else ()
-    found: list[Group] = [(*kind, *layer) for kind in _kinds(spec, part, is_plain)]
-    return [*found, _axes(spec, part)] if is_plain and part.role != "embed" else found
+    found: list[Group] = [(*kind, *layer) for kind in _kind_groups(spec, part, is_plain)]
+    return [*found, _axes_group(spec, part)] if is_plain and part.role != "embed" else found
 
 
-def members(donors: Sequence[Donor], blueprint: Blueprint, granularity: str) -> dict[Group, list[Member]]:
+def collect_members(donors: Sequence[Donor], blueprint: Blueprint, granularity: str) -> dict[Group, list[Member]]:
     """The donors' parts of every group that the target's parts may take after. A donor's layer belongs to the target's
     layers that lie nearest to it in relative depth."""
-    is_plain, layers = blueprint.metadata is None, depth(blueprint)
+    is_plain, layers = blueprint.metadata is None, count_layers(blueprint)
     found: dict[Group, list[Member]] = defaultdict(list)
     for donor in donors:
         for spec in donor.blueprint.specs:
             for part in spec.parts:
-                kinds: list[Group] = _kinds(spec, part, is_plain and donor.blueprint.metadata is None)
+                kinds: list[Group] = _kind_groups(spec, part, is_plain and donor.blueprint.metadata is None)
                 if granularity == "layer" and spec.layer is not None:
-                    near = list(nearest(spec.layer, depth(donor.blueprint), layers))
+                    near = list(nearest_layers(spec.layer, count_layers(donor.blueprint), layers))
                     keys = [(*kind, str(layer)) for kind in kinds for layer in near]
                 else:
                     keys = kinds
                 if len(part.axes) >= 2 and part.role != "embed" and granularity == "global" and kinds:
                     keys = [("all",)]
                 if is_plain and part.role != "embed":
-                    keys = [*keys, _axes(spec, part)]
+                    keys = [*keys, _axes_group(spec, part)]
                 for key in keys:
                     found[key].append((donor, spec, part))
     return found
 
 
-def first(candidates: Sequence[Group], found: Collection[Group]) -> Group | None:
+def first_found(candidates: Sequence[Group], found: Collection[Group]) -> Group | None:
     return next((group for group in candidates if group in found), None)
 
 
-def standard(member: Member, rescale: str) -> Tensor:
+def standardized_values(member: Member, rescale: str) -> Tensor:
     """[n] float32: the values of a donor's part, brought to fan-in 1; gains as what they multiply by."""
     donor, spec, part = member
     values = split(spec, donor.read(spec.name, torch.float32))[part.role].flatten()
-    return values * fan_in(spec, part, rescale) + donor.blueprint.offset(spec)
+    return values * fan_in_factor(spec, part, rescale) + donor.blueprint.offset(spec)
 
 
-def fan_in(spec: TensorSpec, part: Part, rescale: str) -> float:
+def fan_in_factor(spec: TensorSpec, part: Part, rescale: str) -> float:
     """sqrt(fan-in) of what reads an axis, 1 for the rest and for rescale=none."""
     reads = len(part.axes) >= 2 and part.role != "embed" and rescale == "fan-in"
     return math.sqrt(math.prod(part.shape[1:])) if reads else 1.0
 
 
-def thin(values: Tensor, most: int) -> Tensor:
+def thin_values(values: Tensor, most: int) -> Tensor:
     """At most `most` of the values: one at random of each run of neighbours, always the same. A regular stride would
     see some columns of a matrix and never the others."""
     if len(values) <= most:
@@ -222,21 +223,21 @@ def thin(values: Tensor, most: int) -> Tensor:
     return values[index.to(values.device)]
 
 
-def depth(blueprint: Blueprint) -> int:
+def count_layers(blueprint: Blueprint) -> int:
     """How many layers a model has; of a plain module what its names count."""
     if blueprint.metadata is not None:
         return blueprint.metadata.layers
     return 1 + max((spec.layer for spec in blueprint.specs if spec.layer is not None), default=0)
 
 
-def nearest(layer: int, donor_layers: int, layers: int) -> Iterator[int]:
+def nearest_layers(layer: int, donor_layers: int, layers: int) -> Iterator[int]:
     """The target's layers that lie nearest to a donor's layer in relative depth."""
     for target in range(layers):
         if round(target / max(1, layers - 1) * (donor_layers - 1)) == layer:
             yield target
 
 
-def _kinds(spec: TensorSpec, part: Part, is_plain: bool) -> list[Group]:
+def _kind_groups(spec: TensorSpec, part: Part, is_plain: bool) -> list[Group]:
     """What a part is whatever its layer: by its role, or by its name where that says nothing."""
     if is_plain and part.role in ("conv", "other"):
         return [("name", locate(spec.name)[0], spec.kind, str(len(part.axes)))]
@@ -244,14 +245,16 @@ def _kinds(spec: TensorSpec, part: Part, is_plain: bool) -> list[Group]:
     return [] if part.role == "other" else [(part.role, spec.kind, table)]
 
 
-def _axes(spec: TensorSpec, part: Part) -> Group:
+def _axes_group(spec: TensorSpec, part: Part) -> Group:
     return ("axes", spec.kind, str(len(part.axes)))
 
 
-def _served(donor: Donor, blueprint: Blueprint) -> tuple[int, int]:
+def _count_matches(donor: Donor, blueprint: Blueprint) -> tuple[int, int]:
     """How many tensors of a plain module a donor serves by name or role, and how many at all."""
-    found = members([donor], blueprint, "layer")
-    keys = [first(groups(blueprint, s, part, "layer"), found) for s in blueprint.specs for part in s.parts]
+    found = collect_members([donor], blueprint, "layer")
+    keys = [
+        first_found(candidate_groups(blueprint, s, part, "layer"), found) for s in blueprint.specs for part in s.parts
+    ]
     served = [key for key in keys if key is not None]
     return sum(key[0] != "axes" for key in served), len(served)
 

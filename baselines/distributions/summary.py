@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FEW = 16  # values that show no shape
+MIN_VALUES = 16  # values that show no shape
 
 
-def ordered(values: Tensor) -> Tensor:
+def sort_values(values: Tensor) -> Tensor:
     """The values [n], ascending; on the CPU by numpy, whose sort is eight times as fast as torch's there."""
     return values.sort().values if values.is_cuda else torch.from_numpy(np.sort(values.numpy()))
 
@@ -18,14 +18,14 @@ def moments(values: Tensor) -> tuple[float, float, bool]:
     """Mean, standard deviation (exactly 0 for constants), and whether there is no shape to fit: constant, or few."""
     std, mean = torch.std_mean(values.double(), correction=0)
     is_constant = bool(values.max() == values.min())
-    return mean.item(), 0.0 if is_constant else std.item(), is_constant or len(values) < FEW
+    return mean.item(), 0.0 if is_constant else std.item(), is_constant or len(values) < MIN_VALUES
 
 
-def summary(values: Tensor, most: int = 4096) -> tuple[Tensor, Tensor]:
+def weighted_points(values: Tensor, most: int = 4096) -> tuple[Tensor, Tensor]:
     """values [n] -> points [m] ascending and how many values each stands for [m]; float64 on the CPU, m <= most.
     The extreme eighths of the points are the extreme values themselves, those between are means of neighbours, so
     that tails are exact and averages of smooth functions are as good as over all values."""
-    x = ordered(values).double()
+    x = sort_values(values).double()
     n = len(x)
     if n <= most:
         return x.cpu(), torch.ones(n, dtype=torch.float64)

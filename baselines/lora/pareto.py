@@ -15,26 +15,28 @@ from torch import Tensor
 from baselines.lora.pareto_generator import (
     MODES,
     TEMPLATES,
-    as_matrix,
     gaussian_counts,
     kaiming_std,
     pareto_counts,
-    perturbed,
+    perturb,
+    to_matrix,
 )
-from zoo.donors.standalone import kept, reopen, single
+from zoo.donors.folder import StandaloneDonor, donor_ref, open_ref
 from zoo.errors import UserError
-from zoo.lora.adapters import LoraSampler, Pair, base_donor, change_norm, pairs_of
+from zoo.lora.adapters import LoraSampler, base_donor, change_norm, pairs_of
 from zoo.options import option
 from zoo.statistics.grouping import Grouping, group_donor, read_grouping
 from zoo.streams import stream
+from zoo.targets.adapters import Pair
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor, Zoo
+    from zoo.donors.donor import Donor
+    from zoo.donors.zoo import Zoo
     from zoo.targets.blueprint import Blueprint
 
 log = logging.getLogger(__name__)
 
-ANALYSIS = re.compile(r"(.+\.json)(?:#(.+))?")  # FILE or FILE#MODEL
+ANALYSIS_PATTERN = re.compile(r"(.+\.json)(?:#(.+))?")  # FILE or FILE#MODEL
 REFERENCE, OTHERS = "reference", "others"  # the two templates
 
 
@@ -141,13 +143,13 @@ class Pareto(LoraSampler):
         if self._base is not None:
             _check_base(self._base, blueprint)
         self._grouping = self._characterised(zoo)
-        announce(self._grouping)
+        log_grouping(self._grouping)
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         pairs = pairs_of(blueprint, self.name)
-        groups = {pair.module: group_of(first_role(blueprint, pair), self.grouping) for pair in pairs}
-        size = largest(pairs)
+        groups = {pair.module: template_and_counts(projection_role(blueprint, pair), self.grouping) for pair in pairs}
+        size = largest_size(pairs)
         templates = {name: self._template(name, size, seed) for name in {name for name, _ in groups.values()}}
         changes = []
         for pair in pairs:
@@ -174,7 +176,7 @@ class Pareto(LoraSampler):
             entries = pair.rank * (pair.columns if self.strategy == "A_only" else min(pair.rows, pair.columns))
             if entries < 2:
                 raise UserError(f"{self.name}: {pair.module}: a matrix of one entry has no spread; raise the rank")
-        if self.template == "gaussian-process" and self.length > (size := largest(pairs)):
+        if self.template == "gaussian-process" and self.length > (size := largest_size(pairs)):
             raise UserError(f"{self.name}: length {self.length:g}: above the {size} entries of the largest matrix")
 
     def _template(self, name: str, size: int, seed: int) -> Tensor:
@@ -192,12 +194,12 @@ class Pareto(LoraSampler):
             count = gaussian_counts(1, size, generator)
         else:
             count = pareto_counts(1, size, generator, self.nmin, self.exponent)
-        values = perturbed(template[:size], int(count), generator, self.mode, std=self.strength)
-        return as_matrix(values, *shape, self.std or kaiming_std(pair.columns))
+        values = perturb(template[:size], int(count), generator, self.mode, std=self.strength)
+        return to_matrix(values, *shape, self.std or kaiming_std(pair.columns))
 
     def _characterised(self, zoo: Zoo | None) -> Grouping:
         given = self.reference_model
-        if given is not None and (analysis := ANALYSIS.fullmatch(given)):
+        if given is not None and (analysis := ANALYSIS_PATTERN.fullmatch(given)):
             return read_grouping(Path(analysis[1]), analysis[2], self.reference_rank)
         if given is None:
             donor = base_donor(zoo, self.base, self.name)
@@ -205,7 +207,7 @@ class Pareto(LoraSampler):
         elif zoo is not None and given in zoo.names:
             donor = zoo.donor(given)
         else:
-            donor = single(given, quiet=True).only
+            donor = StandaloneDonor.open(given, quiet=True)
         return group_donor(donor, self.reference_rank, self.bootstraps, device=self.device)
 
     def _log_change(self, changes: list[float]) -> None:
@@ -217,34 +219,34 @@ class Pareto(LoraSampler):
         log.info("%s: %s from %.3g to %.3g over %d pairs at step 0", self.name, what, low, high, len(changes))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        base = None if self._base is None else kept(self._base)
+        base = None if self._base is None else donor_ref(self._base)
         return {"grouping": self.grouping.to_json(), "donors": list(self._used), "base": base}, {}
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._grouping = Grouping.from_json(values["grouping"])
         self._used = tuple(values["donors"])
-        self._base = None if values["base"] is None else reopen(values["base"], self.name)
+        self._base = None if values["base"] is None else open_ref(values["base"], self.name)
 
 
-def group_of(role: str, grouping: Grouping) -> tuple[str, str]:
+def template_and_counts(role: str, grouping: Grouping) -> tuple[str, str]:
     """(which template, which counts) the pairs of a projection are drawn from."""
     if role == grouping.reference:
         return REFERENCE, "pareto"
     return (REFERENCE, "gaussian") if role in grouping.gaussian else (OTHERS, "pareto")
 
 
-def largest(pairs: Sequence[Pair]) -> int:
+def largest_size(pairs: Sequence[Pair]) -> int:
     """Entries of the largest matrix of all pairs."""
     return max(pair.rank * max(pair.rows, pair.columns) for pair in pairs)
 
 
-def first_role(blueprint: Blueprint, pair: Pair) -> str:
+def projection_role(blueprint: Blueprint, pair: Pair) -> str:
     """The projection that a pair goes by: the first of those fused in the weight that it adapts."""
     assert blueprint.adapter is not None
     return blueprint.adapter.base[pair.weight].parts[0].role
 
 
-def announce(grouping: Grouping) -> None:
+def log_grouping(grouping: Grouping) -> None:
     """Says which projections follow which law, and warns where nothing tells them apart."""
     if grouping.undifferentiated:
         log.warning("pareto: %s; a deeper reference, or another reference_rank, may differ", grouping.description)

@@ -22,12 +22,12 @@ from torch import Tensor
 LEAST_SHARE = 1 / 384
 
 
-def normal(size: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def normal_template(size: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """[size] float32, independent N(mean, std)."""
     return torch.randn(size, generator=generator) * std + mean
 
 
-def gaussian_process(
+def gaussian_process_template(
     size: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0, length: float = 1.0
 ) -> Tensor:
     """[size] float32: a draw of the Gaussian process over the indices 0 .. size - 1 with the RBF kernel
@@ -42,7 +42,7 @@ def gaussian_process(
     return (smooth[:size] * std + mean).float()
 
 
-TEMPLATES: dict[str, Callable[..., Tensor]] = {"normal": normal, "gaussian-process": gaussian_process}
+TEMPLATES: dict[str, Callable[..., Tensor]] = {"normal": normal_template, "gaussian-process": gaussian_process_template}
 MODES = ("replace", "add")
 
 
@@ -62,7 +62,7 @@ def gaussian_counts(number: int, size: int, generator: torch.Generator) -> Tenso
     return (size / 2 + size / 8 * normal).round().clamp(0, size).long()
 
 
-def perturbed(
+def perturb(
     template: Tensor,
     count: int,
     generator: torch.Generator,
@@ -79,7 +79,7 @@ def perturbed(
     return member
 
 
-def as_matrix(values: Tensor, rows: int, columns: int, std: float) -> Tensor:
+def to_matrix(values: Tensor, rows: int, columns: int, std: float) -> Tensor:
     """values [rows columns] -> [rows, columns] float32, row by row, of mean 0 and this standard deviation (over all
     entries, divided by their number)."""
     wide = values.double()

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from zoo.donors.standalone import kept, reopen
+from zoo.donors.folder import donor_ref, open_ref
 from zoo.errors import UserError
-from zoo.lora.adapters import LoraSampler, Pair, base_donor, base_weight, pairs_of, require_peft
+from zoo.lora.adapters import LoraSampler, base_donor, base_weight, pairs_of
 from zoo.options import option
 from zoo.streams import stream_seed
+from zoo.targets.adapters import Pair, require_peft
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor, Zoo
+    from zoo.donors.donor import Donor
+    from zoo.donors.zoo import Zoo
     from zoo.targets.blueprint import Blueprint
 
 
@@ -40,7 +42,7 @@ class PeftInit(LoraSampler):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         for pair in pairs_of(blueprint, self.name):
-            a, b = initialised(self.init, pair, self.weight(pair), stream_seed(seed, f"{self.name}/{pair.module}"))
+            a, b = initialize_pair(self.init, pair, self.weight(pair), stream_seed(seed, f"{self.name}/{pair.module}"))
             yield pair.a, a
             yield pair.b, b
 
@@ -97,7 +99,7 @@ class Orthogonal(PeftInit):
 
 
 @dataclass(kw_only=True)
-class FromBase(PeftInit):
+class BaseDecomposition(PeftInit):
     """Those that take a part of the base's weights into A and B; the base keeps the rest: `compensated`."""
 
     needs: ClassVar[tuple[str, ...]] = ("base",)
@@ -126,14 +128,14 @@ class FromBase(PeftInit):
         return base_weight(self._base, pair).to(self.device)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return ({} if self._base is None else {"base": kept(self._base)}), {}
+        return ({} if self._base is None else {"base": donor_ref(self._base)}), {}
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self._base = reopen(values["base"], self.name) if "base" in values else None
+        self._base = open_ref(values["base"], self.name) if "base" in values else None
 
 
 @dataclass(kw_only=True)
-class PiSSA(FromBase):
+class PiSSA(BaseDecomposition):
     """init_lora_weights="pissa": A = sqrt(S) V^T and B = U sqrt(S) of the weight's first singular vectors, over the
     scaling. `niter` is PEFT's "pissa_niter_N", a randomised SVD, which runs on the CPU to draw from its streams."""
 
@@ -153,7 +155,7 @@ class PiSSA(FromBase):
 
 
 @dataclass(kw_only=True)
-class OLoRA(FromBase):
+class OLoRA(BaseDecomposition):
     """init_lora_weights="olora": B the first columns of Q and A the first rows of R of the weight's QR decomposition.
     UserError for Conv1D (GPT-2), whose weights lie transposed: PEFT decomposes them as they lie, so that its A and B
     have each other's shapes."""
@@ -174,7 +176,7 @@ class OLoRA(FromBase):
         return pairs
 
 
-def initialised(init: bool | str, pair: Pair, weight: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+def initialize_pair(init: bool | str, pair: Pair, weight: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
     """A [rank, columns] and B [rows, rank] as PEFT makes them for one linear layer, float32 on the CPU. weight: [rows,
     columns] on any device; None where `init` does not read it."""
     peft = require_peft()

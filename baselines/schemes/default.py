@@ -19,7 +19,7 @@ from zoo.targets.configs import parse
 from zoo.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Zoo
+    from zoo.donors.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ class Default(Sampler):
         if not wanted:
             return
         model = empty_model(blueprint)
-        for prefix, block, owner in blocks(model):
+        for prefix, block, owner in model_blocks(model):
             on_disk = disk_names(model, prefix, block)
             if wanted.isdisjoint(on_disk):
                 continue
-            for name, tensor in disk_state(model, prefix, initialised(model, block, owner, prefix, seed)).items():
+            for name, tensor in disk_state(model, prefix, initialize_block(model, block, owner, prefix, seed)).items():
                 if name in wanted:
                     wanted.discard(name)
                     yield name, tensor * self.multiplier(blueprint[name])
@@ -79,7 +79,7 @@ def empty_model(blueprint: Blueprint) -> nn.Module:
     return meta_model(parse(blueprint.config))
 
 
-def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def model_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """(prefix, block, owner): the parts that a model is initialised in, in the model's order. A block is an entry of a
     list of modules, a module without such a list inside, or a module that owns parameters beside its list; `owner` is
     the innermost enclosing model, whose `_init_weights` applies."""
@@ -95,21 +95,21 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
                 yield prefix, module, owner
         else:
             if module._parameters:
-                yield prefix, _shallow(module), owner
+                yield prefix, _without_children(module), owner
             for name, child in module.named_children():
                 yield from walk(child, f"{prefix}{name}.", owner)
 
     return walk(model, "", model)
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def _without_children(module: nn.Module) -> nn.Module:
     """A module with its own parameters and none of its children."""
     twin = copy.copy(module)
     twin._modules = {}
     return twin
 
 
-def initialised(model: nn.Module, block: nn.Module, owner: nn.Module, name: str, seed: int) -> dict[str, Tensor]:
+def initialize_block(model: nn.Module, block: nn.Module, owner: nn.Module, name: str, seed: int) -> dict[str, Tensor]:
     """A copy of `block` on the CPU in float32, initialised under the stream (seed, name) -> its persistent tensors."""
     twin = copy.deepcopy(block)
     twin = twin.float().to_empty(device="cpu")
@@ -120,7 +120,7 @@ def initialised(model: nn.Module, block: nn.Module, owner: nn.Module, name: str,
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, f"default/{name}"))
-            _initialise(twin, owner)
+            _initialize_module(twin, owner)
     state = twin.state_dict()
     bare = [k for k, v in state.items() if v.isnan().any()]
     if bare and not hasattr(model, "save_pretrained"):
@@ -135,11 +135,11 @@ def initialised(model: nn.Module, block: nn.Module, owner: nn.Module, name: str,
     return state
 
 
-def _initialise(module: nn.Module, owner: nn.Module) -> None:
+def _initialize_module(module: nn.Module, owner: nn.Module) -> None:
     """Children first, then the module, as transformers does it: a parent rescales what its children drew (GPT-2)."""
     owner = module if hasattr(module, "_init_weights") else owner
     for child in module.children():
-        _initialise(child, owner)
+        _initialize_module(child, owner)
     if hasattr(owner, "_init_weights"):
         owner._init_weights(module)  # type: ignore[operator]
     elif hasattr(module, "reset_parameters"):

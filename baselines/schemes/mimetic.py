@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from baselines.schemes.rules import known
+from baselines.schemes.rules import tensors_of_known_kind
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.sampler import Sampler
@@ -20,13 +20,13 @@ from zoo.targets.blueprint import Blueprint
 from zoo.tensors import TensorSpec, join
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Zoo
+    from zoo.donors.zoo import Zoo
 
 ROLES = ("attn.q", "attn.k", "attn.v", "attn.o")
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionBlock:
     """One attention block of the target: the tensors that hold its four matrices, and its heads."""
 
     specs: tuple[TensorSpec, ...]  # fused or not; their parts are attn.q, attn.k, attn.v and attn.o
@@ -73,7 +73,7 @@ class Mimetic(Sampler):
     )
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
-        attentions(self, blueprint)
+        find_attention(self, blueprint)
         return ()
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
@@ -81,7 +81,7 @@ class Mimetic(Sampler):
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        for block in attentions(self, blueprint):
+        for block in find_attention(self, blueprint):
             key = next(s.name for s in block.specs if any(p.role == "attn.k" for p in s.parts))
             value = next(s.name for s in block.specs if any(p.role == "attn.v" for p in s.parts))
             parts = self.queries_and_keys(block, stream(seed, f"{self.name}/qk/{key}"))
@@ -89,29 +89,29 @@ class Mimetic(Sampler):
             for spec in block.specs:
                 yield spec.name, join(spec, parts).cpu()
 
-    def queries_and_keys(self, block: Attention, generator: torch.Generator) -> dict[str, Tensor]:
+    def queries_and_keys(self, block: AttentionBlock, generator: torch.Generator) -> dict[str, Tensor]:
         """{attn.q [heads head_dim, width], attn.k [kv_heads head_dim, width]}"""
         queries, keys = [], []
         for _ in range(block.kv_heads):
             product = self._noisy_identity(block.width, self.qk_alpha, self.qk_beta, generator)
-            basis, scale = right_singular(product, block.head_dim)  # [width, r], [r]
+            basis, scale = right_singular_vectors(product, block.head_dim)  # [width, r], [r]
             group = [product @ basis]
             for _ in range(block.heads // block.kv_heads - 1):
                 # Z times orthonormal columns is as Gaussian as Z: no other [width, width] has to be drawn.
                 noise = torch.randn(basis.shape, generator=generator).to(self.device) / block.width**0.5
                 group.append(self.qk_alpha * noise + self.qk_beta * basis)
-            turn = spread(len(scale), block.head_dim, generator).to(self.device)  # [r, head_dim]
+            turn = orthonormal_rows(len(scale), block.head_dim, generator).to(self.device)  # [r, head_dim]
             keys.append(basis * scale.sqrt() @ turn)
             queries += [m / scale.sqrt() @ turn for m in group]
         return {"attn.q": torch.cat(queries, dim=1).mT, "attn.k": torch.cat(keys, dim=1).mT}
 
-    def values_and_outputs(self, block: Attention, generator: torch.Generator) -> dict[str, Tensor]:
+    def values_and_outputs(self, block: AttentionBlock, generator: torch.Generator) -> dict[str, Tensor]:
         """{attn.v [kv_heads head_dim, width], attn.o [width, heads head_dim]}"""
         share = block.heads // block.kv_heads
         beta = self.vo_beta * (1 - 2 * block.depth if self.vo_depth == "flip" else 1)
         product = self._noisy_identity(block.width, self.vo_alpha, beta, generator)
-        basis, scale = right_singular(product, block.kv_heads * block.head_dim)
-        turn = spread(len(scale), block.kv_heads * block.head_dim, generator).to(self.device)
+        basis, scale = right_singular_vectors(product, block.kv_heads * block.head_dim)
+        turn = orthonormal_rows(len(scale), block.kv_heads * block.head_dim, generator).to(self.device)
         values = product @ basis / scale.sqrt() @ turn  # [width, kv_heads head_dim]
         outputs = (basis * scale.sqrt() @ turn).unflatten(1, (block.kv_heads, block.head_dim)) / share
         return {"attn.v": values.mT, "attn.o": outputs.repeat_interleave(share, dim=1).flatten(1)}
@@ -121,7 +121,7 @@ class Mimetic(Sampler):
         return (alpha / width**0.5) * noise + beta * torch.eye(width, device=self.device)
 
 
-def right_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def right_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """matrix [n, n] -> its leading right singular vectors [n, r] and values [r], descending, r = min(rank, n). With
     B the vectors, matrix B B^T is the best approximation of rank r, exactly the matrix for r = n."""
     squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
@@ -132,7 +132,7 @@ def right_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     ).sqrt()
 
 
-def spread(rank: int, size: int, generator: torch.Generator) -> Tensor:
+def orthonormal_rows(rank: int, size: int, generator: torch.Generator) -> Tensor:
     """[rank, size] with orthonormal rows: the identity, or, where heads hold more than the product's rank, random, so
     that no row of theirs is zero. It cancels in the product."""
     if size == rank:
@@ -140,16 +140,16 @@ def spread(rank: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(size, rank, generator=generator)).Q.mT
 
 
-def attentions(sampler: Mimetic, blueprint: Blueprint) -> list[Attention]:
+def find_attention(sampler: Mimetic, blueprint: Blueprint) -> list[AttentionBlock]:
     """The attention blocks of a target. UserError: there is none, or a plain module does not say its heads."""
     blocks: dict[str, list[TensorSpec]] = defaultdict(list)
     owners: dict[str, nn.MultiheadAttention] = {}
-    for spec, owner in known(blueprint):
+    for spec, owner in tensors_of_known_kind(blueprint):
         if spec.kind == "weight" and spec.role.startswith("attn."):
-            blocks[_block(spec.name)].append(spec)
+            blocks[_attention_path(spec.name)].append(spec)
             if isinstance(owner, nn.MultiheadAttention):
-                owners[_block(spec.name)] = owner
-    whole = {name: specs for name, specs in blocks.items() if _shapes(specs).keys() == set(ROLES)}
+                owners[_attention_path(spec.name)] = owner
+    whole = {name: specs for name, specs in blocks.items() if _part_shapes(specs).keys() == set(ROLES)}
     if not whole:
         seen = ", ".join(s.name for specs in blocks.values() for s in specs) or "none"
         raise UserError(
@@ -163,24 +163,24 @@ def attentions(sampler: Mimetic, blueprint: Blueprint) -> list[Attention]:
         heads = metadata.heads if metadata else owner.num_heads if owner else sampler.heads
         if heads is None:
             raise UserError(f"mimetic: nothing says how many heads {name} has; set heads=N")
-        found.append(_attention(name, specs, heads, i / last))
+        found.append(_describe_attention(name, specs, heads, i / last))
     return found
 
 
-def _block(name: str) -> str:
+def _attention_path(name: str) -> str:
     """The path of the attention that a tensor belongs to."""
     parent = name.removesuffix(".weight").rpartition(".")[0]
     inside = re.match(r"(.*att[^.]*)(\.|$)", parent, re.IGNORECASE)
     return inside[1] if inside else parent
 
 
-def _shapes(specs: list[TensorSpec]) -> dict[str, tuple[int, ...]]:
+def _part_shapes(specs: list[TensorSpec]) -> dict[str, tuple[int, ...]]:
     return {part.role: part.shape for spec in specs for part in spec.parts}
 
 
-def _attention(name: str, specs: list[TensorSpec], heads: int, depth: float) -> Attention:
+def _describe_attention(name: str, specs: list[TensorSpec], heads: int, depth: float) -> AttentionBlock:
     """UserError: the four matrices are not those of `heads` heads that read and write one stream."""
-    shapes = _shapes(specs)
+    shapes = _part_shapes(specs)
     queries, width = shapes["attn.q"]
     keys, head_dim = shapes["attn.k"][0], queries // heads
     expected = {
@@ -192,4 +192,4 @@ def _attention(name: str, specs: list[TensorSpec], heads: int, depth: float) -> 
     if shapes != expected or queries % heads or keys % head_dim or heads % (keys // head_dim):
         sizes = ", ".join(f"{role} {list(shapes[role])}" for role in ROLES)
         raise UserError(f"mimetic: {name} is not attention of {heads} heads within one stream: {sizes}")
-    return Attention(tuple(specs), width, heads, keys // head_dim, head_dim, depth)
+    return AttentionBlock(tuple(specs), width, heads, keys // head_dim, head_dim, depth)

@@ -23,15 +23,15 @@ from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Part, TensorSpec, join
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Zoo
+    from zoo.donors.zoo import Zoo
 
-WRITERS = ("attn.o", "mlp.down")  # what a residual block adds to the stream
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-AFFINE = (nn.Linear, _ConvNd, nn.MultiheadAttention)
+RESIDUAL_WRITERS = ("attn.o", "mlp.down")  # what a residual block adds to the stream
+NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+AFFINE_LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
-class Slot:
+class MatrixSlot:
     """One matrix to be filled, and what the rules ask about it. `role` is `other` for a plain module's matrices whose
     names say nothing."""
 
@@ -59,11 +59,11 @@ class Scheme(Sampler):
     family: ClassVar[str] = "scheme"
 
     @abstractmethod
-    def draw(self, slot: Slot, generator: torch.Generator) -> Tensor | None:
+    def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor | None:
         """A float32 tensor of `slot.shape`; None leaves it to the default."""
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
-        if not any(True for _ in known(blueprint)):
+        if not any(True for _ in tensors_of_known_kind(blueprint)):
             raise UserError(f"{self.name}: knows none of the target's {len(blueprint.specs)} tensors; use default")
         return ()
 
@@ -75,7 +75,7 @@ class Scheme(Sampler):
         metadata = blueprint.metadata
         layers = metadata.layers if metadata else 1 + max((s.layer or 0 for s in blueprint.specs), default=0)
         gated = bool(blueprint.find("mlp.gate"))
-        for spec, owner in known(blueprint):
+        for spec, owner in tensors_of_known_kind(blueprint):
             if spec.kind == "bias" or spec.role == "norm":
                 yield spec.name, torch.full(spec.shape, 1.0 - blueprint.offset(spec) if spec.kind == "weight" else 0.0)
                 continue
@@ -86,14 +86,16 @@ class Scheme(Sampler):
                 tied = metadata.tied if metadata else spec.name in blueprint.ties.values()
                 tied = tied and part.role == "embed" and part.axes[0] == "vocab"
                 groups, transposed = getattr(owner, "groups", 1), isinstance(owner, _ConvTransposeNd)
-                slot = Slot(part.role, part.shape, width, spec.layer or 0, layers, gated, tied, groups, transposed)
+                slot = MatrixSlot(
+                    part.role, part.shape, width, spec.layer or 0, layers, gated, tied, groups, transposed
+                )
                 parts[part.role] = self.draw(slot, generator)
             filled = {role: tensor for role, tensor in parts.items() if tensor is not None}
             if len(filled) == len(parts):
                 yield spec.name, join(spec, filled)
 
 
-def known(blueprint: Blueprint) -> Iterator[tuple[TensorSpec, nn.Module | None]]:
+def tensors_of_known_kind(blueprint: Blueprint) -> Iterator[tuple[TensorSpec, nn.Module | None]]:
     """(spec, owner): the tensors of known kind, with the roles that the modules which own them tell (`norm`, `embed`,
     the three parts of torch's fused attention). The owner is None for a language model."""
     module = blueprint.module
@@ -103,7 +105,7 @@ def known(blueprint: Blueprint) -> Iterator[tuple[TensorSpec, nn.Module | None]]
     for spec in blueprint.specs:
         owner = module.get_submodule(spec.name.rpartition(".")[0])
         parts = spec.parts
-        if isinstance(owner, NORMS):
+        if isinstance(owner, NORM_LAYERS):
             parts = (replace(parts[0], role="norm"),)
         elif isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
             parts = (Part("embed", ("vocab", "other"), spec.shape),)
@@ -112,7 +114,7 @@ def known(blueprint: Blueprint) -> Iterator[tuple[TensorSpec, nn.Module | None]]
             parts = tuple(Part(f"attn.{r}", ("heads", "residual"), third) for r in "qkv")
         elif spec.kind == "weight" and isinstance(owner, NonDynamicallyQuantizableLinear):  # torch's out_proj
             parts = (Part("attn.o", ("residual", "heads"), spec.shape),)
-        is_affine = isinstance(owner, AFFINE) and (spec.kind == "bias" or len(spec.shape) == 2)
+        is_affine = isinstance(owner, AFFINE_LAYERS) and (spec.kind == "bias" or len(spec.shape) == 2)
         if is_affine or any(part.role != "other" for part in parts):
             yield replace(spec, parts=parts), owner
 
@@ -127,12 +129,12 @@ class GPT2(Scheme):
 
     std: float = option(0.02, "standard deviation of everything that does not write to the residual stream", above=0.0)
 
-    def draw(self, slot: Slot, generator: torch.Generator) -> Tensor:
-        std = self.std / math.sqrt(2 * slot.layers) if slot.role in WRITERS else self.std
+    def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor:
+        std = self.std / math.sqrt(2 * slot.layers) if slot.role in RESIDUAL_WRITERS else self.std
         return std * torch.randn(slot.shape, generator=generator)
 
 
-def torchtitan(slot: Slot, std: float) -> tuple[float, float]:
+def torchtitan_std(slot: MatrixSlot, std: float) -> tuple[float, float]:
     """(standard deviation, bound): std with absolute bounds of 2, which do not bind; writers, and the ungated half of a
     gated MLP, divided by sqrt(2 (layer + 1)); head d^-1/2 within 3 deviations; embeddings N(0, 1), but the head's law
     where the two are tied. Positions as embeddings [R]."""
@@ -140,24 +142,24 @@ def torchtitan(slot: Slot, std: float) -> tuple[float, float]:
         return slot.width**-0.5, 3 * slot.width**-0.5
     if slot.role == "embed":
         return 1.0, math.inf
-    deep = slot.role in WRITERS or (slot.role == "mlp.up" and slot.gated)
+    deep = slot.role in RESIDUAL_WRITERS or (slot.role == "mlp.up" and slot.gated)
     return (std / math.sqrt(2 * (slot.layer + 1)) if deep else std), 2.0
 
 
-def olmo(slot: Slot, std: float) -> tuple[float, float]:
+def olmo_std(slot: MatrixSlot, std: float) -> tuple[float, float]:
     """OLMo's `mitchell`: d^-1/2, cut at 3 deviations; output projections of attention (2 d (layer + 1))^-1/2, of the
     MLP (2 ffn (layer + 1))^-1/2."""
     fan_in = slot.shape[1] if slot.role == "mlp.down" else slot.width
-    std = (fan_in * (2 * (slot.layer + 1) if slot.role in WRITERS else 1)) ** -0.5
+    std = (fan_in * (2 * (slot.layer + 1) if slot.role in RESIDUAL_WRITERS else 1)) ** -0.5
     return std, 3 * std
 
 
-def olmo2(slot: Slot, std: float) -> tuple[float, float]:
+def olmo2_std(slot: MatrixSlot, std: float) -> tuple[float, float]:
     """OLMo 2's, `normal` of OLMo-core: one deviation for everything, cut at 3 of it."""
     return std, 3 * std
 
 
-RECIPES = {"torchtitan": torchtitan, "olmo": olmo, "olmo2": olmo2}
+RECIPES = {"torchtitan": torchtitan_std, "olmo": olmo_std, "olmo2": olmo2_std}
 
 
 @dataclass(kw_only=True)
@@ -172,7 +174,7 @@ class TruncatedNormal(Scheme):
     recipe: str = option("torchtitan", "torchtitan, olmo or olmo2")
     std: float = option(0.02, "of matrices before the scaling by depth; the recipe olmo has d^-1/2 instead", above=0.0)
 
-    def draw(self, slot: Slot, generator: torch.Generator) -> Tensor:
+    def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor:
         std, bound = RECIPES[self.recipe](slot, self.std)
         if math.isinf(bound):
             return std * torch.randn(slot.shape, generator=generator)
@@ -223,20 +225,24 @@ class Identity(Scheme):
         None, "deviation of the noise on identities; none: 1e-6 for idinit, 0 for zero", least=0.0
     )
 
-    def draw(self, slot: Slot, generator: torch.Generator) -> Tensor | None:
+    def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor | None:
         if self.scheme == "nanochat":
-            return _nanochat(slot, generator)
+            return _nanochat_matrix(slot, generator)
         if slot.role in ("embed", "head"):
             return None
-        if slot.role in WRITERS:
+        if slot.role in RESIDUAL_WRITERS:
             return torch.zeros(slot.shape) if self.scheme == "zero" else self.epsilon * repeated_identity(*slot.shape)
         noise = self.noise if self.noise is not None else 1e-6 if self.scheme == "idinit" else 0.0
-        matrix = _convolution(slot, self.scheme) if len(slot.shape) > 2 else _matrix(self.scheme, *slot.shape)
+        matrix = (
+            _identity_convolution(slot, self.scheme)
+            if len(slot.shape) > 2
+            else _identity_matrix(self.scheme, *slot.shape)
+        )
         return matrix + noise * torch.randn(slot.shape, generator=generator) if noise else matrix
 
 
-def _nanochat(slot: Slot, generator: torch.Generator) -> Tensor:
-    if slot.role in WRITERS:
+def _nanochat_matrix(slot: MatrixSlot, generator: torch.Generator) -> Tensor:
+    if slot.role in RESIDUAL_WRITERS:
         return torch.zeros(slot.shape)
     if slot.role in ("embed", "head"):
         std = slot.width**-0.5 if slot.tied else 1.0 if slot.role == "embed" else 0.001
@@ -245,11 +251,11 @@ def _nanochat(slot: Slot, generator: torch.Generator) -> Tensor:
     return torch.empty(slot.shape).uniform_(-bound, bound, generator=generator)
 
 
-def _matrix(scheme: str, rows: int, columns: int) -> Tensor:
+def _identity_matrix(scheme: str, rows: int, columns: int) -> Tensor:
     return repeated_identity(rows, columns) if scheme == "idinit" else zero_matrix(rows, columns)
 
 
-def _convolution(slot: Slot, scheme: str) -> Tensor:
+def _identity_convolution(slot: MatrixSlot, scheme: str) -> Tensor:
     """Each group alone. ZerO puts its matrix at the kernel's centre; IDInit fills [out, in x kernel] as a matrix."""
     rows, columns, *kernel = slot.shape
     rows //= slot.groups

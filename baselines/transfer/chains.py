@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from baselines.transfer.index_maps import Axis
-from zoo.donors.store import Donor, Zoo, size_gap
+from baselines.transfer.index_maps import AxisMap
+from zoo.donors.donor import Donor, size_gap
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
@@ -56,7 +57,7 @@ class ChainDonor:
     tensors: dict[str, Tensor]
 
 
-def chain_of(blueprint: Blueprint, where: str) -> Chain:
+def trace_chain(blueprint: Blueprint, where: str) -> Chain:
     """The chain of a module in memory, from its forward. Linear layers, with elementwise functions, LayerNorm and
     RMSNorm between; what stands before the first and after the last matrix is free, if it has no parameters.
 
@@ -69,7 +70,7 @@ def chain_of(blueprint: Blueprint, where: str) -> Chain:
     sizes: list[int] = []
     vectors: list[list[tuple[str, str]]] = [[]]
     between: list[str] = []  # what was called since the last matrix and is not elementwise
-    for path, called, layer in _calls(module, where):
+    for path, called, layer in _traced_calls(module, where):
         if isinstance(layer, nn.Linear):
             if sizes and layer.in_features != sizes[-1]:
                 raise UserError(f"{where}: {path} reads {layer.in_features} values, what stands before it {sizes[-1]}")
@@ -106,7 +107,7 @@ def chain_of(blueprint: Blueprint, where: str) -> Chain:
     return chain
 
 
-def _calls(module: nn.Module, where: str) -> Iterator[tuple[str, str, nn.Module | None]]:
+def _traced_calls(module: nn.Module, where: str) -> Iterator[tuple[str, str, nn.Module | None]]:
     """(path or name, name of the function in lower case, the layer if it is one) of every step of a forward that is
     one line from input to output, in order."""
     kind = type(module).__name__
@@ -128,7 +129,7 @@ def _calls(module: nn.Module, where: str) -> Iterator[tuple[str, str, nn.Module 
             yield name, name.lower().replace("_", ""), None
 
 
-def misfit(source: Chain, target: Chain) -> list[str]:
+def chain_mismatches(source: Chain, target: Chain) -> list[str]:
     """Why a donor's chain cannot fill a target's, with both sizes; empty where it can.
 
     The depths must agree: without skip connections the coordinates of two hidden spaces have nothing in common, so no
@@ -147,21 +148,21 @@ def misfit(source: Chain, target: Chain) -> list[str]:
     return found
 
 
-def choose(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) -> tuple[Donor, Chain]:
+def choose_chain_donor(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) -> tuple[Donor, Chain]:
     """The donor called `name`, or of those that fit the nearest in size (ties by name), and its chain. Raises UserError
     where the target is no chain, or it (or none) fits. Reads no weight."""
-    target = chain_of(blueprint, "target")
+    target = trace_chain(blueprint, "target")
     if zoo is None:
         raise UserError(f"{who} needs a donor: give a zoo of modules (zoo.donors.memory.zoo_of)")
     fitting: list[tuple[float, str, Chain]] = []
     reasons = []
     for donor in [zoo.donor(name)] if name is not None else zoo.donors:
         try:
-            chain = chain_of(donor.blueprint, donor.name)
+            chain = trace_chain(donor.blueprint, donor.name)
         except UserError as error:
             reasons.append(str(error))
             continue
-        found = misfit(chain, target)
+        found = chain_mismatches(chain, target)
         if found:
             reasons.append(f"donor {donor.name!r} does not fit the target: {'; '.join(found)}")
         else:
@@ -173,12 +174,12 @@ def choose(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) ->
     return zoo.donor(chosen), chain
 
 
-def read(donor: Donor, chain: Chain) -> ChainDonor:
+def read_chain(donor: Donor, chain: Chain) -> ChainDonor:
     return ChainDonor(donor.name, chain, {name: donor.read(name, torch.float32) for name in chain.names})
 
 
-def gather(
-    source: Chain, tensors: Mapping[str, Tensor], target: Chain, axis: Callable[[int, str], Axis]
+def gather_chain(
+    source: Chain, tensors: Mapping[str, Tensor], target: Chain, axis: Callable[[int, str], AxisMap]
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 tensor) of the target: rows by the map of the space that a matrix writes, columns by that of the
     space that it reads, times that one's scale; vectors follow the rows. axis: (space, name of the tensor) -> map."""

@@ -14,19 +14,21 @@ import torch
 from torch import Tensor
 
 from baselines.transfer import chains
+from baselines.transfer.base import Transfer
 from baselines.transfer.chains import Chain, ChainDonor
-from baselines.transfer.growth.growth import ends_block
+from baselines.transfer.gather import fixed_maps, gather_tensors
+from baselines.transfer.growth.base import ends_residual_branch
 from baselines.transfer.index_maps import (
-    Axis,
-    Maps,
+    AxisMap,
+    IndexMaps,
     even_layers,
-    head_axes,
+    head_maps,
     multiplicity,
-    random_subset,
-    spread_queries,
+    random_index,
+    spread_query_heads,
 )
-from baselines.transfer.transfer import Transfer, expert_ffn, table_axes, transfer
-from zoo.donors.store import Zoo
+from baselines.transfer.sizes import expert_ffn_size
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.streams import stream
@@ -41,7 +43,7 @@ CHOICES = {
     "coupling": ("coupled", "uncoupled"),
     "depth": ("share", "repeat", "stack", "silent"),
 }
-REMOVED = ("pool", "mix", "vocabulary")  # options of samplers that older versions saved
+REMOVED_OPTIONS = ("pool", "mix", "vocabulary")  # options of samplers that older versions saved
 
 
 @dataclass(kw_only=True)
@@ -87,13 +89,13 @@ class RowColumn(Transfer):
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         if blueprint.metadata is None:
-            return (chains.choose(zoo, blueprint, self.donor, self.name)[0].name,)
+            return (chains.choose_chain_donor(zoo, blueprint, self.donor, self.name)[0].name,)
         return super().reads(zoo, blueprint)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         self._source, self._chain = None, None
         if blueprint.metadata is None:
-            self._chain = chains.read(*chains.choose(zoo, blueprint, self.donor, self.name))
+            self._chain = chains.read_chain(*chains.choose_chain_donor(zoo, blueprint, self.donor, self.name))
         else:
             super().fit(zoo, blueprint)
         return self
@@ -112,37 +114,37 @@ class RowColumn(Transfer):
     def _of_donor(self, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
         coupled = self._maps(blueprint, stream(seed, f"{self.name}/maps"))
 
-        def maps(name: str) -> Maps:
+        def maps(name: str) -> IndexMaps:
             apart = self.coupling == "uncoupled"
             return self._maps(blueprint, stream(seed, f"{self.name}/maps/{name}")) if apart else coupled
 
         shares = self._shares(coupled.layers)
-        for name, tensor in transfer(self.source, blueprint, maps, seed, self.name):
+        for name, tensor in gather_tensors(self.source, blueprint, maps, seed, self.name):
             spec = blueprint[name]
-            if spec.layer is not None and shares[spec.layer] != 1.0 and ends_block(spec, blueprint):
-                tensor = _shrink(tensor, shares[spec.layer], spec, blueprint)
+            if spec.layer is not None and shares[spec.layer] != 1.0 and ends_residual_branch(spec, blueprint):
+                tensor = _scale_output(tensor, shares[spec.layer], spec, blueprint)
             yield name, tensor
 
     def _of_chain(self, donor: ChainDonor, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
-        source, target = donor.chain, chains.chain_of(blueprint, "target")
-        if found := chains.misfit(source, target):
+        source, target = donor.chain, chains.trace_chain(blueprint, "target")
+        if found := chains.chain_mismatches(source, target):
             raise UserError(f"{self.name}: donor {donor.name!r} does not fit the target: {'; '.join(found)}")
 
-        def axis(space: int, name: str) -> Axis:
+        def axis(space: int, name: str) -> AxisMap:
             n, N = source.sizes[space], target.sizes[space]
             if space in (0, len(source.matrices)):  # inputs and outputs are what they are
-                return Axis(torch.arange(n))
+                return AxisMap(torch.arange(n))
             apart = f"/{name}" if self.coupling == "uncoupled" else ""
             chosen = self._index(n, N, stream(seed, f"{self.name}/maps/{space}{apart}"))
-            return Axis(chosen, self._scale(chosen, n, N))
+            return AxisMap(chosen, self._scale(chosen, n, N))
 
-        return chains.gather(source, donor.tensors, target, axis)
+        return chains.gather_chain(source, donor.tensors, target, axis)
 
     @classmethod
     def current_options(cls, saved: dict[str, Any]) -> dict[str, Any]:
         if saved.get("pool") is not None:
             raise UserError("row-column: this sampler mixes several donors (pool), which was removed; fit a new one")
-        return {name: value for name, value in saved.items() if name not in REMOVED}
+        return {name: value for name, value in saved.items() if name not in REMOVED_OPTIONS}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A donor in files is named, a module's chain is kept."""
@@ -161,33 +163,33 @@ class RowColumn(Transfer):
         if self.sampling == "iid":
             chosen = torch.randint(t, (s,), generator=generator).sort().values
         else:
-            chosen = random_subset(t, s, generator)
+            chosen = random_index(t, s, generator)
         return chosen[torch.randperm(s, generator=generator)] if self.coupling == "uncoupled" else chosen
 
-    def _maps(self, blueprint: Blueprint, generator: torch.Generator) -> Maps:
+    def _maps(self, blueprint: Blueprint, generator: torch.Generator) -> IndexMaps:
         source, target = self.source.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None
         index = functools.partial(self._index, generator=generator)
 
-        def axis(t: int, s: int) -> Axis:
+        def axis(t: int, s: int) -> AxisMap:
             chosen = index(t, s)
-            return Axis(chosen, self._scale(chosen, t, s))
+            return AxisMap(chosen, self._scale(chosen, t, s))
 
-        tables: dict[str, Any] = table_axes(self.source, blueprint, self.rows(blueprint))
+        tables: dict[str, Any] = fixed_maps(self.source, blueprint, self.rows(blueprint))
         per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
         residual = axis(source.width, target.width)
         heads, kv_heads, ffn, experts = [], [], [], []
         for _ in range(target.layers):
             groups = index(source.kv_heads, target.kv_heads)
-            h, kv = head_axes(source, groups, spread_queries(groups, per_group, wanted), tables["head_dim"].index)
-            heads.append(Axis(h.index, self._scale(h.index, source.heads, target.heads)))
+            h, kv = head_maps(source, groups, spread_query_heads(groups, per_group, wanted), tables["head_dim"].index)
+            heads.append(AxisMap(h.index, self._scale(h.index, source.heads, target.heads)))
             kv_heads.append(kv)
             ffn.append(axis(source.ffn, target.ffn))
             if target.experts:
-                experts.append(axis(expert_ffn(source), expert_ffn(target)))
+                experts.append(axis(expert_ffn_size(source), expert_ffn_size(target)))
         layers = self._layers(source, target)
         scale = self._embed_scale(source, target)
-        return Maps(
+        return IndexMaps(
             layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), embed_scale=scale, **tables
         )
 
@@ -215,6 +217,6 @@ class RowColumn(Transfer):
         return [1.0] * len(layers)
 
 
-def _shrink(tensor: Tensor, share: float, spec: TensorSpec, blueprint: Blueprint) -> Tensor:
+def _scale_output(tensor: Tensor, share: float, spec: TensorSpec, blueprint: Blueprint) -> Tensor:
     one = blueprint.offset(spec)
     return (tensor + one) * share - one

@@ -9,18 +9,20 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from baselines.transfer.base import Transfer
+from baselines.transfer.gather import fixed_maps, gather_tensors
 from baselines.transfer.index_maps import (
-    Axis,
-    Maps,
+    AxisMap,
+    IndexMaps,
     even_layers,
-    first,
-    head_axes,
+    head_maps,
+    leading_index,
     multiplicity,
-    random_subset,
-    spread_queries,
-    uniform,
+    random_index,
+    spread_query_heads,
+    uniform_index,
 )
-from baselines.transfer.transfer import Transfer, expert_ffn, table_axes, transfer
+from baselines.transfer.sizes import expert_ffn_size
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -60,12 +62,12 @@ class WeightSelection(Transfer):
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         coupled = self._maps(blueprint, seed, "")
 
-        def maps(name: str) -> Maps:
+        def maps(name: str) -> IndexMaps:
             return self._maps(blueprint, seed, name) if self.variant == "random-inconsistent" else coupled
 
-        yield from transfer(self.source, blueprint, maps, seed, self.name)
+        yield from gather_tensors(self.source, blueprint, maps, seed, self.name)
 
-    def _maps(self, blueprint: Blueprint, seed: int, name: str) -> Maps:
+    def _maps(self, blueprint: Blueprint, seed: int, name: str) -> IndexMaps:
         """The index maps of the stream (seed, name)."""
         source, target = self.source.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None
@@ -73,29 +75,29 @@ class WeightSelection(Transfer):
 
         def index(t: int, s: int) -> Tensor:
             if self.variant.startswith("random"):
-                return random_subset(t, s, generator)
-            return first(t, s) if self.variant == "consecutive" and s <= t else uniform(t, s)
+                return random_index(t, s, generator)
+            return leading_index(t, s) if self.variant == "consecutive" and s <= t else uniform_index(t, s)
 
-        def axis(t: int, s: int) -> Axis:
+        def axis(t: int, s: int) -> AxisMap:
             chosen = index(t, s)
-            return Axis(chosen, self._scale(chosen, t, s))
+            return AxisMap(chosen, self._scale(chosen, t, s))
 
-        tables: dict[str, Any] = table_axes(self.source, blueprint, self.rows(blueprint))
+        tables: dict[str, Any] = fixed_maps(self.source, blueprint, self.rows(blueprint))
         heads, kv_heads, ffn, experts = [], [], [], []
         per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
         residual = axis(source.width, target.width)
         for _ in range(target.layers):
             groups = index(source.kv_heads, target.kv_heads)
-            queries = spread_queries(groups, per_group, wanted)
-            h, kv = head_axes(source, groups, queries, tables["head_dim"].index)
-            heads.append(Axis(h.index, self._scale(h.index, source.heads * source.head_dim, len(h.index))))
+            queries = spread_query_heads(groups, per_group, wanted)
+            h, kv = head_maps(source, groups, queries, tables["head_dim"].index)
+            heads.append(AxisMap(h.index, self._scale(h.index, source.heads * source.head_dim, len(h.index))))
             kv_heads.append(kv)
             ffn.append(axis(source.ffn, target.ffn))
             if target.experts:
-                experts.append(axis(expert_ffn(source), expert_ffn(target)))
+                experts.append(axis(expert_ffn_size(source), expert_ffn_size(target)))
         keep_first = self.layers == "first" and target.layers <= source.layers
         chosen = tuple(range(target.layers)) if keep_first else even_layers(source.layers, target.layers)
-        return Maps(chosen, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), **tables)
+        return IndexMaps(chosen, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), **tables)
 
     def _scale(self, index: Tensor, t: int, s: int) -> Tensor:
         ratio = math.sqrt(t / s) if self.rescale == "sqrt" and s < t else 1.0

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from baselines.distributions.auto_fit import AutoFit
 from baselines.distributions.empirical import KDE, Histogram
-from baselines.distributions.laws import LAWS
+from baselines.distributions.families import FAMILIES
 
 METHODS: dict[str, Callable[[Tensor], object]] = {
-    **{name: law.fit for name, law in LAWS.items()},
+    **{name: law.fit for name, law in FAMILIES.items()},
     "histogram": Histogram().fit_values,
     "kde": KDE().fit_values,
     "auto-fit": AutoFit().fit_values,
@@ -40,7 +40,7 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 def measure(n: int, repeats: int) -> list[dict[str, str | float]]:
     """[{method, seconds, ratio}] on n values of a Student-t law of five degrees of freedom."""
     law = {"nu": 5.0, "loc": 0.0, "scale": 0.02, "low": -10.0, "high": 10.0}
-    values = LAWS["student-t"].sample(law, (n,), torch.Generator().manual_seed(0))
+    values = FAMILIES["student-t"].sample(law, (n,), torch.Generator().manual_seed(0))
     unit = seconds(lambda: torch.quantile(values, 0.5), repeats)
     rows: list[dict[str, str | float]] = [{"method": "torch.quantile", "seconds": unit, "ratio": 1.0}]
     for name, fit in METHODS.items():

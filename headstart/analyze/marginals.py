@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from baselines.distributions.auto_fit import held_out, simplest
-from baselines.distributions.laws import LAWS
-from baselines.distributions.statistical import thin
+from baselines.distributions.auto_fit import held_out_log_probs, simplest_family
+from baselines.distributions.families import FAMILIES
+from baselines.distributions.statistical import thin_values
 from zoo.statistics.power_law import fit_every_xmin, select_best_fit
 
 MOST = 1 << 17  # values that laws and tails are fitted to; moments are of all
@@ -42,9 +42,9 @@ def marginal(values: Tensor, most: int = MOST) -> dict[str, Any]:
     low, high = values.min().item(), values.max().item()
     mean = _mean(values, 0.0, 1)
     second, third, fourth = (_mean(values, mean, power) if low < high else 0.0 for power in (2, 3, 4))
-    few = thin(values.float(), most)
-    scores = held_out(few, list(LAWS))
-    family = simplest(scores) if scores else None
+    few = thin_values(values.float(), most)
+    scores = held_out_log_probs(few, list(FAMILIES))
+    family = simplest_family(scores) if scores else None
     index, fraction = _tail(few.double())
     return {
         "count": len(values),
@@ -56,7 +56,7 @@ def marginal(values: Tensor, most: int = MOST) -> dict[str, Any]:
         "max": high,
         "family": family,
         "scores": {name: score.mean().item() for name, score in scores.items()},
-        "law": LAWS[family].fit(few) if family else {},
+        "law": FAMILIES[family].fit(few) if family else {},
         "tail_index": index,
         "tail_fraction": fraction,
     }

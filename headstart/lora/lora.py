@@ -23,23 +23,15 @@ from headstart.lora import card as lora_card
 from headstart.versions import package_versions
 from zoo.checkpoints.sources import Source, count_tensors, resolve
 from zoo.checkpoints.writer import new_folder, plan_shards, write_checkpoint
+from zoo.donors.donor import Donor, provenance
+from zoo.donors.folder import FolderDonor, StandaloneDonor, standalone_name
 from zoo.donors.memory import ModuleDonor
-from zoo.donors.standalone import Lone, lone_name, single
-from zoo.donors.store import Chosen, Donor, Zoo, record
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
-from zoo.lora.adapters import (
-    CONFIG,
-    WEIGHTS,
-    Adapter,
-    LoraSampler,
-    change_norm,
-    compensation,
-    described,
-    refuse_shared,
-    require_peft,
-)
-from zoo.lora.bases import BaseDonor, base_on_disk, changed_base, refuse_changed
-from zoo.targets.blueprint import Blueprint
+from zoo.lora.adapters import LoraSampler, change_norm, compensation, refuse_shared
+from zoo.lora.bases import PeftBaseDonor, base_on_disk, changed_base, refuse_changed
+from zoo.targets.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require_peft
+from zoo.targets.blueprint import Adapter, Blueprint, adapter_blueprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,7 +90,7 @@ def lora(
     source = resolve(str(base))
     followed = None if reference is None else follow(str(reference), source)
     sampler = build_sampler(
-        cls, settings, base=lone_name(source), reference_model=followed and followed.name, device=device
+        cls, settings, base=standalone_name(source), reference_model=followed and followed.name, device=device
     )
     assert isinstance(sampler, LoraSampler)
     blueprint = _blueprint(source, str(base), rank, alpha, targets)
@@ -110,7 +102,7 @@ def lora(
         blueprint.adapter.config["base_model_name_or_path"] = str((out / BASE).resolve())
     if plan:
         return _plan(sampler, source, followed, blueprint, out, dtype)
-    donor = single(source, quiet).only if source.folder is not None or sampler.reads_base else None
+    donor = StandaloneDonor.open(source, quiet) if source.folder is not None or sampler.reads_base else None
     zoo = _zoo(source, donor, followed, quiet)
     words = {"reference": reference, "alpha": alpha, "targets": targets, "seed": seed, "dtype": dtype}
     step0: dict[str, Any] = {"largest_change": 0.0, "module": None}
@@ -118,8 +110,8 @@ def lora(
         fit_sampler(sampler, zoo, blueprint)
         filled = watched(sampler.sample(blueprint, seed), blueprint.adapter, donor, step0)
         write_checkpoint(folder, blueprint, filled, None if dtype is None else DTYPES[dtype], ONE_FILE)
-        (folder / "model.safetensors").rename(folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(blueprint.adapter.config, indent=2) + "\n")
+        (folder / "model.safetensors").rename(folder / ADAPTER_WEIGHTS)
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(blueprint.adapter.config, indent=2) + "\n")
         grouping = getattr(sampler, "grouping", None)
         made = {
             "method": method,
@@ -138,7 +130,7 @@ def lora(
         }
         if sampler.compensated:
             assert donor is not None
-            _write_base(folder / BASE, donor, blueprint.adapter, folder / WEIGHTS, dtype, device)
+            _write_base(folder / BASE, donor, blueprint.adapter, folder / ADAPTER_WEIGHTS, dtype, device)
             (folder / BASE / "README.md").write_text(lora_card.base_text(made, donor.license))
         (folder / "headstart.json").write_text(json.dumps(made, indent=2) + "\n")
         (folder / "README.md").write_text(lora_card.text(made, cls, _auto_class(blueprint.adapter), source.repo))
@@ -168,8 +160,8 @@ def initialize_lora_weights(
     require_peft()
     if isinstance(sampler, str):
         sampler = samplers.lora_sampler(sampler)()
-    base = BaseDonor.of_peft(peft_model)
-    blueprint = described(peft_model, base.blueprint, adapter_name)
+    base = PeftBaseDonor.from_peft(peft_model)
+    blueprint = adapter_blueprint(peft_model, base.blueprint, adapter_name)
     assert blueprint.adapter is not None
     sampler.check(blueprint)
     refuse_changed(peft_model, adapter_name, sampler.compensated)
@@ -180,11 +172,11 @@ def initialize_lora_weights(
         if not hasattr(sampler, "reference_model"):
             raise UserError(f"{sampler.name} follows no other model: leave reference out")
         if isinstance(reference, nn.Module):
-            members.append(ModuleDonor.of("reference", reference))
+            members.append(ModuleDonor.from_module("reference", reference))
             sampler = replace(sampler, reference_model="reference")  # type: ignore[call-arg]
         else:
             sampler = replace(sampler, reference_model=str(reference))  # type: ignore[call-arg]
-    sampler.fit(Chosen(Path("memory"), tuple(members)), blueprint)
+    sampler.fit(Zoo.of_donors(members), blueprint)
     filled = dict(sampler.sample(blueprint, seed))
     model = peft_model.get_base_model()
     for pair in blueprint.adapter.pairs:
@@ -208,17 +200,17 @@ class Followed:
 
 def follow(reference: str, base: Source | None) -> Followed:
     """UserError for what is neither a checkpoint nor an analysis. The base may be its own reference."""
-    from baselines.lora.pareto import ANALYSIS
+    from baselines.lora.pareto import ANALYSIS_PATTERN
 
-    if found := ANALYSIS.fullmatch(reference):
+    if found := ANALYSIS_PATTERN.fullmatch(reference):
         if not Path(found[1]).is_file():
             raise UserError(f"{found[1]}: no such file; `headstart analyze` writes an analysis.json")
         return Followed(reference, None, Path(found[1]))
     source = resolve(reference)
     if base is not None and source.given == base.given:
-        return Followed(lone_name(base), None)
-    name = lone_name(source)
-    return Followed(name if base is None or name != lone_name(base) else source.given, source)
+        return Followed(standalone_name(base), None)
+    name = standalone_name(source)
+    return Followed(name if base is None or name != standalone_name(base) else source.given, source)
 
 
 def watched(
@@ -243,7 +235,9 @@ def watched(
         yield name, tensor
 
 
-def _write_base(out: Path, donor: Donor, adapter: Adapter, adapter_file: Path, dtype: str | None, device: str) -> None:
+def _write_base(
+    out: Path, donor: FolderDonor, adapter: Adapter, adapter_file: Path, dtype: str | None, device: str
+) -> None:
     blueprint = base_on_disk(donor)
     coarse = {str(blueprint[pair.weight].dtype).removeprefix("torch.") for pair in adapter.pairs} - {"float32"}
     if coarse and dtype is None:
@@ -290,19 +284,18 @@ def _check_name(out: Path) -> None:
 
 def _zoo(source: Source, donor: Donor | None, followed: Followed | None, quiet: bool) -> Zoo | None:
     """The base, where its weights are here, then the reference."""
-    members = [] if donor is None else [donor]
+    members: list[Donor] = [] if donor is None else [donor]
     if followed is not None and followed.source is not None:
-        found = single(followed.source, quiet).only
-        named = found.record | {"name": followed.name}
-        members.append(Lone(found.folder, found.config, found.entries, found.files, named))
-    return Chosen(Path(source.given), tuple(members)) if members else None
+        found = StandaloneDonor.open(followed.source, quiet)
+        members.append(replace(found, name=followed.name))
+    return Zoo.of_donors(members, source.given) if members else None
 
 
 def _records(source: Source, donor: Donor | None, sampler: LoraSampler, zoo: Zoo | None) -> list[dict[str, Any]]:
     """The base, whose hash is not known where only its config was fetched (its commit is), and the reference, be it
     only known by its analysis."""
-    unread = {"name": lone_name(source), "revision": source.commit, "sha256": None, "license": source.license}
-    base = unread if donor is None else record(donor)
+    unread = {"name": standalone_name(source), "revision": source.commit, "sha256": None, "license": source.license}
+    base = unread if donor is None else provenance(donor)
     return [base, *(d for d in sampler.provenance(zoo) if d["sha256"] != base["sha256"])]
 
 
@@ -322,7 +315,7 @@ def _auto_class(adapter: Adapter) -> str:
 def _plan(
     sampler: LoraSampler, source: Source, followed: Followed | None, blueprint: Blueprint, out: Path, dtype: str | None
 ) -> dict[str, Any]:
-    sources = {lone_name(source): source} if source.folder is not None or sampler.reads_base else {}
+    sources = {standalone_name(source): source} if source.folder is not None or sampler.reads_base else {}
     if followed is not None and followed.source is not None:
         sources[followed.name] = followed.source
     read = [{"name": name, "tensors": count_tensors(s), "bytes": s.size} for name, s in sources.items()]
@@ -332,7 +325,7 @@ def _plan(
     written = {"adapter": blueprint}
     if sampler.compensated:
         here = source.folder is not None
-        written["base"] = base_on_disk(single(source, quiet=True).only) if here else blueprint.adapter.base
+        written["base"] = base_on_disk(StandaloneDonor.open(source, quiet=True)) if here else blueprint.adapter.base
     as_dtype = None if dtype is None else DTYPES[dtype]
     write = {
         name: {

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.transfer.growth.growth import Growth, numbers
-from baselines.transfer.index_maps import Axis, Maps, copies, first, head_axes, multiplicity
-from baselines.transfer.transfer import sizes, table_axes, transfer
+from baselines.transfer.gather import fixed_maps, gather_tensors
+from baselines.transfer.growth.base import Growth
+from baselines.transfer.index_maps import AxisMap, IndexMaps, copy_numbers, head_maps, leading_index, multiplicity
+from baselines.transfer.sizes import axis_sizes, metadata_pair
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Part, TensorSpec, join, split
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor
+    from zoo.donors.donor import Donor
 
 
 @dataclass(kw_only=True)
@@ -43,7 +44,7 @@ class HyperCloning(Growth):
     )
 
     def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
-        source, target = numbers(donor, blueprint)
+        source, target = metadata_pair(donor, blueprint)
         if found := super().refuses(donor, blueprint):
             return found
         if target.layers != source.layers:
@@ -52,7 +53,7 @@ class HyperCloning(Growth):
                 " stacking for the depth"
             )
         uneven = []
-        for axis, t, s in sizes(source, target):
+        for axis, t, s in axis_sizes(source, target):
             if axis in ("width", "ffn", "kv_heads", "heads per KV head") and s % t:
                 near = f"{s // t * t} or {(s // t + 1) * t}" if s > t else f"{t} or {2 * t}"
                 uneven.append(f"{axis} {t} does not go into the target's {s} a whole number of times ({near} would do)")
@@ -60,7 +61,7 @@ class HyperCloning(Growth):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         maps = self._maps(blueprint)
-        for name, tensor in transfer(self.source, blueprint, lambda _: maps, seed, self.name):
+        for name, tensor in gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name):
             spec = blueprint[name]
             if self.noise and spec.layer is not None and tensor.ndim == 2:
                 generator = stream(seed, f"{self.name}/noise/{name}")
@@ -70,20 +71,20 @@ class HyperCloning(Growth):
                 tensor = join(spec, parts)
             yield name, tensor
 
-    def _maps(self, blueprint: Blueprint) -> Maps:
-        source, target = numbers(self.source, blueprint)
-        tables: dict[str, Any] = table_axes(self.source, blueprint, self.rows(blueprint))
+    def _maps(self, blueprint: Blueprint) -> IndexMaps:
+        source, target = metadata_pair(self.source, blueprint)
+        tables: dict[str, Any] = fixed_maps(self.source, blueprint, self.rows(blueprint))
 
-        def tiled(t: int, s: int) -> Axis:
-            return Axis(first(t, s), t / s)
+        def tiled(t: int, s: int) -> AxisMap:
+            return AxisMap(leading_index(t, s), t / s)
 
         per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
-        groups = first(source.kv_heads, target.kv_heads)
-        queries = first(per_group, wanted).expand(len(groups), -1)
-        heads, kv_heads = head_axes(source, groups, queries, tables["head_dim"].index)
-        heads = Axis(heads.index, 1 / multiplicity(heads.index))
+        groups = leading_index(source.kv_heads, target.kv_heads)
+        queries = leading_index(per_group, wanted).expand(len(groups), -1)
+        heads, kv_heads = head_maps(source, groups, queries, tables["head_dim"].index)
+        heads = AxisMap(heads.index, 1 / multiplicity(heads.index))
         n = target.layers
-        return Maps(
+        return IndexMaps(
             tuple(range(n)),
             tiled(source.width, target.width),
             (heads,) * n,
@@ -94,10 +95,12 @@ class HyperCloning(Growth):
             **tables,
         )
 
-    def _noise(self, matrix: Tensor, part: Part, spec: TensorSpec, maps: Maps, generator: torch.Generator) -> Tensor:
+    def _noise(
+        self, matrix: Tensor, part: Part, spec: TensorSpec, maps: IndexMaps, generator: torch.Generator
+    ) -> Tensor:
         """[out, in] whose columns cancel in pairs of copies of one input."""
         index = maps.axis(part.axes[1], spec.layer).index
-        rank = copies(index)
+        rank = copy_numbers(index)
         pair, last = rank // 2, multiplicity(index).long() - 1
         sign = (1.0 - 2.0 * (rank % 2)).masked_fill((rank == last) & (rank % 2 == 0), 0.0)
         shape = (len(matrix), int(pair.max()) + 1, int(index.max()) + 1)

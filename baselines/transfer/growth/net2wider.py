@@ -11,33 +11,28 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from baselines.transfer.growth.growth import (
-    Growth,
-    moved_kinds,
-    numbers,
-    post_norm,
-    repeats,
-    silenced,
-)
+from baselines.transfer.gather import fixed_maps, gather_tensors
+from baselines.transfer.growth.base import Growth, changed_layer_kind, has_post_norm, repeated_layers, silence_layers
 from baselines.transfer.index_maps import (
-    Axis,
-    Maps,
-    copies,
+    AxisMap,
+    IndexMaps,
+    copy_numbers,
     even_layers,
-    grown,
-    head_axes,
+    growth_index,
+    head_maps,
     multiplicity,
-    shares,
-    spread_queries,
+    read_shares,
+    spread_query_heads,
 )
-from baselines.transfer.transfer import table_axes, transfer
+from baselines.transfer.sizes import metadata_pair
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, Part, TensorSpec, join, split
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor, Zoo
+    from zoo.donors.donor import Donor
+    from zoo.donors.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +78,15 @@ class Net2Wider(Growth):
     )
 
     def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
-        source, target = numbers(donor, blueprint)
+        source, target = metadata_pair(donor, blueprint)
         found = super().refuses(donor, blueprint)
         if not found and target.layers > source.layers:
-            if post_norm(blueprint):
+            if has_post_norm(blueprint):
                 found.append(
                     f"layers {source.layers} -> {target.layers}: its norms stand on the stream itself, where no"
                     " layer can be silent: keep the depth"
                 )
-            elif moved := moved_kinds(donor, blueprint, self._layers(source, target)):
+            elif moved := changed_layer_kind(donor, blueprint, self._layers(source, target)):
                 other = "stack" if self.depth == "interleave" else "interleave"
                 found.append(f"{moved}: try depth={other}")
         if not found and target.norm == "layer" and target.width > source.width:
@@ -105,7 +100,7 @@ class Net2Wider(Growth):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         super().fit(zoo, blueprint)
-        source, target = numbers(self.source, blueprint)
+        source, target = metadata_pair(self.source, blueprint)
         if target.layers > source.layers:
             log.info("%s: %d copies of layers write nothing at first", self.name, target.layers - source.layers)
         if target.width > source.width:
@@ -122,10 +117,10 @@ class Net2Wider(Growth):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         maps = self._maps(blueprint, seed)
-        tensors = transfer(self.source, blueprint, lambda _: maps, seed, self.name)
+        tensors = gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)
         if self.expansion == "aki":
             tensors = self._from_above(tensors, blueprint, maps, seed)
-        for name, tensor in silenced(tensors, blueprint, repeats(maps.layers)):
+        for name, tensor in silence_layers(tensors, blueprint, repeated_layers(maps.layers)):
             if self.noise and tensor.ndim == 2:
                 draws = torch.randn(tensor.shape, generator=stream(seed, f"{self.name}/noise/{name}"))
                 tensor = tensor + self.noise * tensor.std(correction=min(1, tensor.numel() - 1)) * draws.to(
@@ -133,21 +128,23 @@ class Net2Wider(Growth):
                 )
             yield name, tensor
 
-    def _maps(self, blueprint: Blueprint, seed: int) -> Maps:
-        source, target = numbers(self.source, blueprint)
-        tables: dict[str, Any] = table_axes(self.source, blueprint, self.rows(blueprint))
+    def _maps(self, blueprint: Blueprint, seed: int) -> IndexMaps:
+        source, target = metadata_pair(self.source, blueprint)
+        tables: dict[str, Any] = fixed_maps(self.source, blueprint, self.rows(blueprint))
         whole = self._norm_over_heads()
         heads, kv_heads, ffn = [], [], []
         for layer in range(target.layers):
             generator = stream(seed, f"{self.name}/layer {layer}")
             share = generator if self.shares == "random" else None
-            groups = grown(source.kv_heads, target.kv_heads, generator)
-            h, kv = head_axes(source, groups, _queries(source, target, groups, generator), tables["head_dim"].index)
-            heads.append(Axis(h.index, shares(h.index, share), _amplitude(h.index) if whole else 1.0))
-            kv_heads.append(Axis(kv.index, 1.0, _amplitude(kv.index) if whole else 1.0))
-            index = grown(source.ffn, target.ffn, generator)
-            ffn.append(Axis(index, shares(index, share)))
-        return Maps(
+            groups = growth_index(source.kv_heads, target.kv_heads, generator)
+            h, kv = head_maps(
+                source, groups, _grow_query_heads(source, target, groups, generator), tables["head_dim"].index
+            )
+            heads.append(AxisMap(h.index, read_shares(h.index, share), _write_amplitude(h.index) if whole else 1.0))
+            kv_heads.append(AxisMap(kv.index, 1.0, _write_amplitude(kv.index) if whole else 1.0))
+            index = growth_index(source.ffn, target.ffn, generator)
+            ffn.append(AxisMap(index, read_shares(index, share)))
+        return IndexMaps(
             self._layers(source, target),
             self._residual(source, target, stream(seed, f"{self.name}/residual")),
             tuple(heads),
@@ -166,23 +163,23 @@ class Net2Wider(Growth):
         exact = source.norm == "rms" or target.width % source.width == 0
         return self.residual if self.residual != "auto" else "copy" if exact else "pad"
 
-    def _residual(self, source: Metadata, target: Metadata, generator: torch.Generator) -> Axis:
+    def _residual(self, source: Metadata, target: Metadata, generator: torch.Generator) -> AxisMap:
         t, s = source.width, target.width
         if t == s:
-            return Axis(torch.arange(s))
+            return AxisMap(torch.arange(s))
         if self._kind(source, target) == "pad":
             free = torch.arange(s) >= t
             write = torch.full((s,), math.sqrt(s / t), dtype=torch.float64)
             scale = 1 / write
-            return Axis(
+            return AxisMap(
                 torch.arange(s) % t, scale, write.masked_fill(free, 0.0) if source.norm == "rms" else write, free
             )
-        index = grown(t, s, generator)
+        index = growth_index(t, s, generator)
         share = generator if self.shares == "random" else None
         if source.norm == "layer":
-            return Axis(index, shares(index, share))
-        write = (s / t * shares(index, share)).sqrt()
-        return Axis(index, shares(index, share) / write, write)
+            return AxisMap(index, read_shares(index, share))
+        write = (s / t * read_shares(index, share)).sqrt()
+        return AxisMap(index, read_shares(index, share) / write, write)
 
     def _layers(self, source: Metadata, target: Metadata) -> tuple[int, ...]:
         if self.depth == "stack":
@@ -190,39 +187,39 @@ class Net2Wider(Growth):
         return even_layers(source.layers, target.layers)
 
     def _from_above(
-        self, tensors: Iterator[tuple[str, Tensor]], blueprint: Blueprint, maps: Maps, seed: int
+        self, tensors: Iterator[tuple[str, Tensor]], blueprint: Blueprint, maps: IndexMaps, seed: int
     ) -> Iterator[tuple[str, Tensor]]:
         """The rows of copies replaced by the same rows of the donor's next layer (the last one keeps its own)."""
         last = max(maps.layers)
         lifted = replace(maps, layers=tuple(min(layer + 1, last) for layer in maps.layers))
-        others = transfer(self.source, blueprint, lambda _: lifted, seed, self.name)
+        others = gather_tensors(self.source, blueprint, lambda _: lifted, seed, self.name)
         for (name, tensor), (_, other) in zip(tensors, others, strict=True):
             spec = blueprint[name]
             if spec.layer is not None and spec.role != "norm":
                 parts, above = split(spec, tensor), split(spec, other)
                 for p in spec.parts:
-                    parts[p.role] = _with_new_rows(parts[p.role], above[p.role], p, spec, maps)
+                    parts[p.role] = _replace_copied_rows(parts[p.role], above[p.role], p, spec, maps)
                 tensor = join(spec, parts)
             yield name, tensor
 
 
-def _with_new_rows(own: Tensor, above: Tensor, part: Part, spec: TensorSpec, maps: Maps) -> Tensor:
+def _replace_copied_rows(own: Tensor, above: Tensor, part: Part, spec: TensorSpec, maps: IndexMaps) -> Tensor:
     axis = maps.axis(part.axes[0], spec.layer)
-    new = copies(axis.index) > 0
+    new = copy_numbers(axis.index) > 0
     if axis.free is not None:
         new &= ~axis.free
     return torch.where(new.view(-1, *[1] * (own.ndim - 1)), above, own)
 
 
-def _amplitude(index: Tensor) -> Tensor:
+def _write_amplitude(index: Tensor) -> Tensor:
     """[s] float64: what copies are written with so that the mean square over the space stays."""
     return (len(index) / (int(index.max()) + 1) / multiplicity(index)).sqrt()
 
 
-def _queries(source: Metadata, target: Metadata, groups: Tensor, generator: torch.Generator) -> Tensor:
+def _grow_query_heads(source: Metadata, target: Metadata, groups: Tensor, generator: torch.Generator) -> Tensor:
     """[K, G] the donor's query head in its group of each of the target's. As many per group or more: each in its
     place, then random ones; fewer: the copies of a group share them out."""
     per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
     if wanted < per_group:
-        return spread_queries(groups, per_group, wanted)
-    return torch.stack([grown(per_group, wanted, generator) for _ in groups])
+        return spread_query_heads(groups, per_group, wanted)
+    return torch.stack([growth_index(per_group, wanted, generator) for _ in groups])

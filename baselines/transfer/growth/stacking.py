@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.transfer.growth.growth import Growth, moved_kinds, numbers, post_norm, repeats, shrinking, silenced
-from baselines.transfer.index_maps import Axis, Maps, even_layers
-from baselines.transfer.transfer import sizes, table_axes, transfer
+from baselines.transfer.gather import fixed_maps, gather_tensors
+from baselines.transfer.growth.base import (
+    Growth,
+    changed_layer_kind,
+    growth_mismatches,
+    has_post_norm,
+    repeated_layers,
+    silence_layers,
+)
+from baselines.transfer.index_maps import AxisMap, IndexMaps, even_layers
+from baselines.transfer.sizes import axis_sizes, metadata_pair
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor
+    from zoo.donors.donor import Donor
 
 
 @dataclass(kw_only=True)
@@ -40,48 +48,48 @@ class Stacking(Growth):
     exact: bool = option(False, "copies write nothing at first, so that the donor's function is preserved")
 
     def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
-        source, target = numbers(donor, blueprint)
+        source, target = metadata_pair(donor, blueprint)
         other_size = [
             f"{axis} {t} is not the target's {s}"
-            for axis, t, s in sizes(source, target)
+            for axis, t, s in axis_sizes(source, target)
             if t != s and axis not in ("layers", "vocab", "positions")
         ]
         if other_size:
             return [f"{', '.join(other_size)}: stacking changes the depth alone, net2wider any size"]
-        found = shrinking(donor, blueprint)
+        found = growth_mismatches(donor, blueprint)
         if not found and self.exact and target.layers > source.layers:
-            if post_norm(blueprint):
+            if has_post_norm(blueprint):
                 found.append("its norms stand on the stream itself, where no layer can be silent: leave out exact=true")
-            elif moved := moved_kinds(donor, blueprint, self._layers(source, target)):
+            elif moved := changed_layer_kind(donor, blueprint, self._layers(source, target)):
                 other = "interleave" if self.order == "stack" else "stack"
                 found.append(f"{moved}: try order={other}, or leave out exact=true")
         return found
 
     def inexact(self, blueprint: Blueprint) -> list[str]:
-        source, target = numbers(self.source, blueprint)
+        source, target = metadata_pair(self.source, blueprint)
         found = super().inexact(blueprint)
         if target.layers > source.layers and not self.exact:
             found.append(f"{target.layers} layers where the donor has {source.layers} (exact=true keeps it)")
-            if moved := moved_kinds(self.source, blueprint, self._layers(source, target)):
+            if moved := changed_layer_kind(self.source, blueprint, self._layers(source, target)):
                 found.append(moved)
         return found
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        source, target = numbers(self.source, blueprint)
-        tables: dict[str, Any] = table_axes(self.source, blueprint, self.rows(blueprint))
-        heads, kv_heads = (Axis(torch.arange(n * source.head_dim)) for n in (source.heads, source.kv_heads))
+        source, target = metadata_pair(self.source, blueprint)
+        tables: dict[str, Any] = fixed_maps(self.source, blueprint, self.rows(blueprint))
+        heads, kv_heads = (AxisMap(torch.arange(n * source.head_dim)) for n in (source.heads, source.kv_heads))
         layers = self._layers(source, target)
-        maps = Maps(
+        maps = IndexMaps(
             layers,
-            Axis(torch.arange(source.width)),
+            AxisMap(torch.arange(source.width)),
             (heads,) * target.layers,
             (kv_heads,) * target.layers,
-            (Axis(torch.arange(source.ffn)),) * target.layers,
+            (AxisMap(torch.arange(source.ffn)),) * target.layers,
             (),
             **tables,
         )
-        tensors = transfer(self.source, blueprint, lambda _: maps, seed, self.name)
-        yield from silenced(tensors, blueprint, repeats(layers) if self.exact else ())
+        tensors = gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)
+        yield from silence_layers(tensors, blueprint, repeated_layers(layers) if self.exact else ())
 
     def _layers(self, source: Metadata, target: Metadata) -> tuple[int, ...]:
         if self.order == "stack":

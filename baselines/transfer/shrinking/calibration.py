@@ -12,25 +12,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zoo.donors.memory import ModuleDonor
+from zoo.donors.folder import FolderDonor
+from zoo.donors.memory import MemoryDonor
 from zoo.errors import UserError
 from zoo.targets.configs import meta_model, parse
 from zoo.training.corpora import byte_tokens
 from zoo.vocabulary import BYTE_VOCAB
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor
+    from zoo.donors.donor import Donor
 
-LENGTH = 256  # tokens of a window, fewer where the donor knows fewer positions
+WINDOW_TOKENS = 256  # tokens of a window, fewer where the donor knows fewer positions
 BYTES_PER_TOKEN = 16  # of a text no more than this is read: no tokenizer's tokens are longer on average
-BATCH = 4  # windows in a forward pass
+BATCH_WINDOWS = 4  # windows in a forward pass
 
 
 def window_length(donor: Donor) -> int:
     """Tokens of a calibration window."""
     assert donor.blueprint.config is not None
     config = parse(donor.blueprint.config).get_text_config()
-    return min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    return min(WINDOW_TOKENS, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
 
 
 def calibration_windows(text: str | Path, donor: Donor, tokenizer: str | None, windows: int, who: str) -> Tensor:
@@ -50,7 +51,9 @@ def calibration_windows(text: str | Path, donor: Donor, tokenizer: str | None, w
         raise UserError(f"{who}: {path}: no such text; give a UTF-8 file with --set text=FILE")
     with path.open("rb") as f:
         data = f.read(min(windows * length * BYTES_PER_TOKEN, path.stat().st_size))
-    found = donor.folder / "tokenizer.json" if "tokenizer.json" in donor.files else None
+    found = None
+    if isinstance(donor, FolderDonor) and "tokenizer.json" in donor.files:
+        found = donor.folder / "tokenizer.json"
     if found is None and tokenizer is not None:
         given = Path(tokenizer)
         found = given / "tokenizer.json" if given.is_dir() else given
@@ -87,13 +90,14 @@ def _encode(tokenizer: Path, data: bytes, path: Path) -> Tensor:
     return torch.tensor(encoder.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
 
-def load_donor(donor: Donor, device: str) -> nn.Module:
+def load_model(donor: Donor, device: str) -> nn.Module:
     """The donor as a module of transformers in float32 on `device`, in evaluation mode; a copy where it is one in
     memory."""
     from transformers.utils import logging
 
-    if isinstance(donor, ModuleDonor):
+    if isinstance(donor, MemoryDonor):
         return copy.deepcopy(donor.module).float().to(device).eval()
+    assert isinstance(donor, FolderDonor)
     cls: Any = type(meta_model(parse(donor.config, str(donor.folder)), str(donor.folder)))
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -104,7 +108,7 @@ def load_donor(donor: Donor, device: str) -> nn.Module:
             logging.enable_progress_bar()
 
 
-def module_of(model: nn.Module, name: str) -> nn.Module:
+def module_holding(model: nn.Module, name: str) -> nn.Module:
     """The module that holds the tensor called `name` on disk. Raises UserError where transformers keeps it elsewhere
     in memory, so that its activations cannot be read."""
     path = name.rpartition(".")[0]
@@ -124,20 +128,21 @@ def block_path(name: str) -> str:
     return found[0]
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a module was given."""
     return args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, readers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+def observe_inputs(model: nn.Module, readers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Inside, each of `readers` (by a tensor's name on disk) sees the input of the module that holds that tensor."""
 
     def hook(see: Callable[[Tensor], None]) -> Callable[..., None]:
-        return lambda module, args, kwargs: see(first_tensor(args, kwargs))
+        return lambda module, args, kwargs: see(first_input(args, kwargs))
 
     handles = [
-        module_of(model, name).register_forward_pre_hook(hook(see), with_kwargs=True) for name, see in readers.items()
+        module_holding(model, name).register_forward_pre_hook(hook(see), with_kwargs=True)
+        for name, see in readers.items()
     ]
     try:
         yield
@@ -147,9 +152,9 @@ def watching(model: nn.Module, readers: dict[str, Callable[[Tensor], None]]) -> 
 
 
 @torch.no_grad()
-def forward(model: nn.Module, windows: Tensor) -> None:
+def run_windows(model: nn.Module, windows: Tensor) -> None:
     """Runs int64 [B, S] through a model's blocks, without its head: what comes out is for hooks to see."""
     body: Any = getattr(model, "base_model", model)
     device = next(model.parameters()).device
-    for batch in windows.split(BATCH):
+    for batch in windows.split(BATCH_WINDOWS):
         body(input_ids=batch.to(device), use_cache=False)

@@ -14,14 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.transfer.shrinking.calibration import block_path, first_tensor, forward, module_of, watching
+from baselines.transfer.shrinking.calibration import (
+    block_path,
+    first_input,
+    module_holding,
+    observe_inputs,
+    run_windows,
+)
 from zoo.tensors import Metadata, split
 from zoo.units.decoder import site_readers
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor
+    from zoo.donors.donor import Donor
 
-Norm = tuple[str | None, int | None]  # the site and the layer of one
+NormSite = tuple[str | None, int | None]  # the site and the layer of one
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,9 @@ class Scores:
     ffn: Tensor  # [L, F]; [L, 0] where there are only experts
     heads: Tensor  # [L, H]
     expert_ffn: Tensor  # [L, E], the experts of a layer together; [L, 0] without experts
-    energy: Mapping[Norm, Tensor]  # of every norm: how what it normalises is shared among its coordinates, sums to 1
+    energy: Mapping[
+        NormSite, Tensor
+    ]  # of every norm: how what it normalises is shared among its coordinates, sums to 1
     influence: Tensor | None = None  # [L] block influence 1 - E cos(x_l, x_l+1) (ShortGPT 2403.03853); needs text
 
     def groups(self, kv_heads: int) -> Tensor:
@@ -40,12 +48,12 @@ class Scores:
         return self.heads.unflatten(1, (kv_heads, -1)).square().sum(-1).sqrt()
 
 
-def top(scores: Tensor, count: int) -> Tensor:
+def top_indices(scores: Tensor, count: int) -> Tensor:
     """[count] int64: where the largest of [n] are, in their original order; of equals the first."""
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
-def by_weights(donor: Donor, device: str = "cpu") -> Scores:
+def score_by_weights(donor: Donor, device: str = "cpu") -> Scores:
     """Scores from norms, with a layer's matrices at most in memory; what reads the stream counts with its norm's gain:
 
     residual   |what writes the coordinate| · |what reads it|, every matrix over its mean
@@ -67,11 +75,11 @@ def by_weights(donor: Donor, device: str = "cpu") -> Scores:
     writes = torch.zeros(meta.width, dtype=torch.float64)
     reads = torch.zeros(meta.width, dtype=torch.float64)
     for table in matrices("embed"):
-        writes += _over_mean(_columns(table))
+        writes += _divide_by_mean(_squared_columns(table))
     for head in matrices("head" if blueprint.find("head") else "embed"):
         if head.shape[0] == meta.vocab:
-            reads += _over_mean(_columns(head * gain(None, "final")))
-    shares: dict[Norm, Tensor] = {}
+            reads += _divide_by_mean(_squared_columns(head * gain(None, "final")))
+    shares: dict[NormSite, Tensor] = {}
     neurons, heads = [], []
     for layer in range(meta.layers):
         gains = {f"attn.{r}": gain(layer, "attn") for r in ("q", "k", "v")}
@@ -80,25 +88,25 @@ def by_weights(donor: Donor, device: str = "cpu") -> Scores:
         rows: dict[str, list[Tensor]] = {}
         for role in gains:
             for matrix in matrices(role, layer):
-                reads += _over_mean(_columns(matrix * gains[role]))
-                rows.setdefault(role, []).append(_columns((matrix * gains[role]).mT))
+                reads += _divide_by_mean(_squared_columns(matrix * gains[role]))
+                rows.setdefault(role, []).append(_squared_columns((matrix * gains[role]).mT))
         product = torch.stack(rows["mlp.up"])
         if "mlp.gate" in rows:
             product = product * torch.stack(rows["mlp.gate"])
         for role in ("attn.o", "mlp.down"):
             for matrix in matrices(role, layer):
-                writes += _over_mean(_columns(matrix.mT))
-                rows.setdefault(role, []).append(_columns(matrix.mT))
-                rows.setdefault(f"{role} columns", []).append(_columns(matrix))
+                writes += _divide_by_mean(_squared_columns(matrix.mT))
+                rows.setdefault(role, []).append(_squared_columns(matrix.mT))
+                rows.setdefault(f"{role} columns", []).append(_squared_columns(matrix))
         neurons.append((product * torch.stack(rows["mlp.down columns"])).sqrt().sum(0))
         v = next(matrices("attn.v", layer)) * gains["attn.v"]
-        heads.append(_products(v, next(matrices("attn.o", layer)), meta))
+        heads.append(_head_norms(v, next(matrices("attn.o", layer)), meta))
         sources = {"q": "attn.q", "k": "attn.k", "attn.out": "attn.o", "mlp.out": "mlp.down"}
         for site, role in sources.items():
             for _, part in blueprint.find("norm", layer=layer, site=site):
-                shares[site, layer] = _share(torch.stack(rows[role]).sum(0).view(-1, part.shape[0]).sum(0))
+                shares[site, layer] = _divide_by_sum(torch.stack(rows[role]).sum(0).view(-1, part.shape[0]).sum(0))
     for spec, _ in blueprint.find("norm"):
-        shares.setdefault((spec.site, spec.layer), _share(writes))
+        shares.setdefault((spec.site, spec.layer), _divide_by_sum(writes))
     ffn, none = torch.stack(neurons), torch.zeros(meta.layers, 0, dtype=torch.float64)
     dense = not meta.experts
     return Scores(
@@ -110,7 +118,7 @@ def by_weights(donor: Donor, device: str = "cpu") -> Scores:
     )
 
 
-def by_activations(model: nn.Module, donor: Donor, windows: Tensor, weights: Scores) -> Scores:
+def score_by_activations(model: nn.Module, donor: Donor, windows: Tensor, weights: Scores) -> Scores:
     """Scores from int64 [B, S] run through the donor, loaded as `model`:
 
     residual   mean |x| of the stream before every block, each divided by its mean over the coordinates
@@ -128,7 +136,7 @@ def by_activations(model: nn.Module, donor: Donor, windows: Tensor, weights: Sco
         sums[key] = sums.get(key, 0.0) + values.sum(0).cpu().double()
         counts[key] = counts.get(key, 0) + len(values)
 
-    def share(site: Norm) -> Callable[[Tensor], None]:
+    def share(site: NormSite) -> Callable[[Tensor], None]:
         def see(x: Tensor) -> None:
             x = x - x.mean(-1, keepdim=True) if meta.norm == "layer" else x
             add(("norm", *site), x.square() / x.square().sum(-1, keepdim=True).clamp_min(1e-30))
@@ -147,16 +155,16 @@ def by_activations(model: nn.Module, donor: Donor, windows: Tensor, weights: Sco
         layer = spec.layer or 0
 
         def block(module: nn.Module, args: Any, kwargs: Any, output: Any, layer: int = layer) -> None:
-            x, y = first_tensor(args, kwargs), output[0] if isinstance(output, tuple) else output
+            x, y = first_input(args, kwargs), output[0] if isinstance(output, tuple) else output
             add(("stream", layer), x.abs())
             add(("influence", layer), 1 - F.cosine_similarity(x.float(), y.float(), dim=-1).flatten())
 
         handles.append(
-            module_of(model, f"{block_path(spec.name)}.weight").register_forward_hook(block, with_kwargs=True)
+            module_holding(model, f"{block_path(spec.name)}.weight").register_forward_hook(block, with_kwargs=True)
         )
     try:
-        with watching(model, readers):
-            forward(model, windows)
+        with observe_inputs(model, readers):
+            run_windows(model, windows)
     finally:
         for handle in handles:
             handle.remove()
@@ -167,7 +175,7 @@ def by_activations(model: nn.Module, donor: Donor, windows: Tensor, weights: Sco
     layers = range(meta.layers)
     return replace(
         weights,
-        residual=torch.stack([_over_mean(mean("stream", i)) for i in layers]).mean(0),
+        residual=torch.stack([_divide_by_mean(mean("stream", i)) for i in layers]).mean(0),
         ffn=weights.ffn if meta.experts else torch.stack([mean("ffn", i) for i in layers]),
         heads=torch.stack([mean("heads", i).unflatten(0, (meta.heads, -1)).mean(-1) for i in layers]),
         energy=weights.energy | {key[1:]: mean(*key) for key in sums if key[0] == "norm"},  # type: ignore[operator]
@@ -175,23 +183,23 @@ def by_activations(model: nn.Module, donor: Donor, windows: Tensor, weights: Sco
     )
 
 
-def _products(v: Tensor, o: Tensor, meta: Metadata) -> Tensor:
+def _head_norms(v: Tensor, o: Tensor, meta: Metadata) -> Tensor:
     """v [K h, d], o [d, H h] -> [H], |o_h v_g| of every query head, by h x h products: |o v|^2 = <o^T o, v v^T>."""
     v = v.unflatten(0, (meta.kv_heads, -1)).repeat_interleave(meta.heads // meta.kv_heads, 0)  # [H, h, d]
     o = o.mT.unflatten(0, (meta.heads, -1))
     return ((o @ o.mT) * (v @ v.mT)).sum((1, 2)).clamp_min(0).sqrt().cpu().double()
 
 
-def _columns(matrix: Tensor) -> Tensor:
+def _squared_columns(matrix: Tensor) -> Tensor:
     """[out, in] -> [in], float64 on the CPU: the squared norm of every column."""
     return matrix.square().sum(0).cpu().double()
 
 
-def _over_mean(x: Tensor) -> Tensor:
+def _divide_by_mean(x: Tensor) -> Tensor:
     return x / x.mean().clamp_min(1e-30)
 
 
-def _share(x: Tensor) -> Tensor:
+def _divide_by_sum(x: Tensor) -> Tensor:
     return x / x.sum().clamp_min(1e-30)
 
 

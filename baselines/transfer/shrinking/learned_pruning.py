@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from baselines.transfer.shrinking.calibration import load_donor, window_length
-from baselines.transfer.shrinking.importance import Scores, by_weights, top
-from baselines.transfer.shrinking.masks import EXACT, Masks, masking
-from baselines.transfer.shrinking.shrinking import Kept, Shrinking
-from baselines.transfer.transfer import transfer
+from baselines.transfer.gather import gather_tensors
+from baselines.transfer.shrinking.base import KeptParts, Shrinking
+from baselines.transfer.shrinking.calibration import load_model, window_length
+from baselines.transfer.shrinking.importance import Scores, score_by_weights, top_indices
+from baselines.transfer.shrinking.masks import SUPPORTED, Masks, apply_masks
 from zoo.donors.memory import ModuleDonor
 from zoo.errors import UserError
 from zoo.options import option
@@ -40,11 +40,11 @@ from zoo.training.resumable import (
 from zoo.vocabulary import BYTE_VOCAB
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor
+    from zoo.donors.donor import Donor
 
 log = logging.getLogger(__name__)
 
-SEQUENCE = 128  # predicted tokens of a window in a batch
+BATCH_TOKENS = 128  # predicted tokens of a window in a batch
 SAVE_EVERY = 100
 
 
@@ -97,8 +97,8 @@ class LearnedPruning(Shrinking):
         found = super().refuses(donor, blueprint)
         source, target = donor.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None
-        if source.architecture not in EXACT:
-            known = ", ".join(EXACT)
+        if source.architecture not in SUPPORTED:
+            known = ", ".join(SUPPORTED)
             found.append(f"masks are exact for {known} and not for {source.architecture}: use pruning")
         if source.head_dim != target.head_dim:
             found.append(f"head_dim {source.head_dim} has no mask that makes it {target.head_dim}: use pruning")
@@ -118,16 +118,16 @@ class LearnedPruning(Shrinking):
         tokens = byte_tokens(reference_corpus())
         return tokens[: len(tokens) // length * length].view(-1, length)[: self.windows]
 
-    def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> Kept:
+    def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
         source, target = self.source.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None and windows is not None
-        scores = by_weights(self.source, self.device)
-        model = load_donor(self.source, self.device)
+        scores = score_by_weights(self.source, self.device)
+        model = load_model(self.source, self.device)
         masks = self._train(model, Masks(source, target).to(self.device), windows)
-        self._kept = most_open(masks, scores, source, target)
+        self._kept = select_most_open(masks, scores, source, target)
         self._trained = {}
         if self.train_weights:
-            self._trained = self._gathered(ModuleDonor.of(self.source.name, model.cpu()), blueprint)
+            self._trained = self._gathered(ModuleDonor.from_module(self.source.name, model.cpu()), blueprint)
         return self._kept
 
     def _train(self, model: nn.Module, masks: Masks, windows: Tensor) -> Masks:
@@ -144,7 +144,7 @@ class LearnedPruning(Shrinking):
             groups.append({"params": [*model.parameters()], "peak": self.weights_lr})
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         known, start = self._identity(windows, masks), 0
-        path = None if self.work is None else _state_in(Path(self.work))
+        path = None if self.work is None else _state_path(Path(self.work))
         if path is not None and path.is_file():
             state, start = load_state(path, known)
             restore_training(state, trained, optimizer)
@@ -155,10 +155,10 @@ class LearnedPruning(Shrinking):
 
         drawn: dict[str, Tensor] = {}
         steps = resumable_steps(start, self.steps, SAVE_EVERY, save, self.name, quiet=not sys.stderr.isatty())
-        with masking(model, self.source.blueprint, drawn), contextlib.closing(steps):
+        with apply_masks(model, self.source.blueprint, drawn), contextlib.closing(steps):
             for step in steps:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * pace(step, self.steps)
+                    group["lr"] = group["peak"] * lr_factor(step, self.steps)
                 drawn.update(masks.draw(self.mask_seed, f"{self.name}/step {step}"))
                 loss = next_token_loss(model, self._batch(windows, step).to(self.device))
                 total = loss + masks.penalty(
@@ -179,7 +179,7 @@ class LearnedPruning(Shrinking):
     def _batch(self, windows: Tensor, step: int) -> Tensor:
         """int64 [B, S + 1], a function of (mask_seed, step)."""
         generator = stream(self.mask_seed, f"{self.name}/batch {step}")
-        length = min(SEQUENCE + 1, windows.shape[1])
+        length = min(BATCH_TOKENS + 1, windows.shape[1])
         rows = torch.randint(len(windows), (self.batch_size,), generator=generator)
         starts = torch.randint(windows.shape[1] - length + 1, (self.batch_size,), generator=generator)
         return windows[rows[:, None], starts[:, None] + torch.arange(length)]
@@ -193,14 +193,14 @@ class LearnedPruning(Shrinking):
 
     def _gathered(self, donor: Donor, blueprint: Blueprint) -> dict[str, Tensor]:
         maps = self.maps(blueprint, rescale=False)
-        return dict(transfer(donor, blueprint, lambda _: maps, self.mask_seed, self.name))
+        return dict(gather_tensors(donor, blueprint, lambda _: maps, self.mask_seed, self.name))
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self._trained:
             yield from self._trained.items()
             return
         maps = self.maps(blueprint, rescale=False)
-        yield from transfer(self.source, blueprint, lambda _: maps, seed, self.name)
+        yield from gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
@@ -211,14 +211,14 @@ class LearnedPruning(Shrinking):
         self._trained = {k.removeprefix("trained."): t for k, t in tensors.items() if k.startswith("trained.")}
 
 
-def pace(step: int, steps: int) -> float:
+def lr_factor(step: int, steps: int) -> float:
     """The share of its peak that a learning rate has in a step: up over the first tenth, then a cosine to a tenth."""
     warm = max(1, round(0.1 * steps))
     phase = max(0.0, (step - warm) / max(1, steps - warm))
     return min((step + 1) / warm, 0.1 + 0.45 * (1 + math.cos(math.pi * phase)))
 
 
-def _state_in(work: Path) -> Path:
+def _state_path(work: Path) -> Path:
     """The state's file in a folder, made if need be: what cannot be written shows before the masks are trained."""
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def _state_in(work: Path) -> Path:
     return work / STATE_FILE
 
 
-def most_open(masks: Masks, scores: Scores, source: Metadata, target: Metadata) -> Kept:
+def select_most_open(masks: Masks, scores: Scores, source: Metadata, target: Metadata) -> KeptParts:
     """The parts with the largest log-odds, exactly as many as the target has."""
     weights = {
         "residual": scores.residual,
@@ -242,14 +242,14 @@ def most_open(masks: Masks, scores: Scores, source: Metadata, target: Metadata) 
         odds = masks.log_odds[axis].detach().double().cpu() if axis in masks.log_odds else 0.0
         return odds + 1e-6 * preferred
 
-    layers = top(ranked("layers"), target.layers)
-    groups = torch.stack([top(ranked("groups")[i], target.kv_heads) for i in layers])
+    layers = top_indices(ranked("layers"), target.layers)
+    groups = torch.stack([top_indices(ranked("groups")[i], target.kv_heads) for i in layers])
     per_group = target.heads // target.kv_heads
-    return Kept(
+    return KeptParts(
         layers=layers,
-        residual=top(ranked("residual"), target.width),
+        residual=top_indices(ranked("residual"), target.width),
         groups=groups,
         queries=torch.arange(per_group).expand(*groups.shape, per_group).clone(),
-        ffn=torch.stack([top(ranked("ffn")[i], target.ffn) for i in layers]),
+        ffn=torch.stack([top_indices(ranked("ffn")[i], target.ffn) for i in layers]),
         expert_ffn=torch.zeros(len(layers), 0, dtype=torch.int64),
     )

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines.transfer.shrinking.calibration import module_of
+from baselines.transfer.shrinking.calibration import module_holding
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
-BOUND = math.log(100.0)
+MAX_LOG_ODDS = math.log(100.0)
 AXES = ("residual", "groups", "ffn", "layers")
 
 # Whose stream is read through RMSNorms alone, and whose heads and neurons write through one matrix each.
-EXACT = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma")
 
 
 class Masks(nn.Module):
@@ -43,7 +43,7 @@ class Masks(nn.Module):
         }
         wanted = {"residual": target.width, "groups": target.kv_heads, "ffn": target.ffn, "layers": target.layers}
         self.target = {axis: wanted[axis] / shape[-1] for axis, shape in shapes.items() if wanted[axis] < shape[-1]}
-        self.log_odds = nn.ParameterDict({axis: torch.full(shapes[axis], BOUND) for axis in self.target})
+        self.log_odds = nn.ParameterDict({axis: torch.full(shapes[axis], MAX_LOG_ODDS) for axis in self.target})
         self.linear = nn.ParameterDict({axis: torch.zeros(()) for axis in self.target})
         self.quadratic = nn.ParameterDict({axis: torch.zeros(()) for axis in self.target})
 
@@ -75,11 +75,11 @@ class Masks(nn.Module):
     @torch.no_grad()
     def clamp(self) -> None:
         for odds in self.log_odds.values():
-            odds.clamp_(-BOUND, BOUND)
+            odds.clamp_(-MAX_LOG_ODDS, MAX_LOG_ODDS)
 
 
 @contextlib.contextmanager
-def masking(model: nn.Module, blueprint: Blueprint, masks: Mapping[str, Tensor]) -> Iterator[None]:
+def apply_masks(model: nn.Module, blueprint: Blueprint, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, `model` runs under the masks (residual [d], groups [L, K], ffn [L, F], layers [L]) that the mapping holds
     at that time; an axis that it lacks is open. A norm of the stream divides by the coordinates that are kept."""
     meta = blueprint.metadata
@@ -115,11 +115,11 @@ def masking(model: nn.Module, blueprint: Blueprint, masks: Mapping[str, Tensor])
     handles = []
     for spec, _ in blueprint.find("norm"):
         if spec.site in ("attn", "mlp", "final"):
-            handles.append(module_of(model, spec.name).register_forward_hook(norm))
+            handles.append(module_holding(model, spec.name).register_forward_hook(norm))
     for role, readers in (("attn.o", heads), ("mlp.down", neurons)):
         for spec, _ in blueprint.find(role):
             assert spec.layer is not None
-            module = module_of(model, spec.name)
+            module = module_holding(model, spec.name)
             handles += [module.register_forward_pre_hook(readers(spec.layer))]
             handles += [module.register_forward_hook(block(spec.layer))]
     try:

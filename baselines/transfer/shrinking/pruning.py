@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from baselines.transfer.index_maps import Maps
-from baselines.transfer.shrinking.calibration import forward, load_donor, watching
-from baselines.transfer.shrinking.importance import Scores, by_activations, by_weights
-from baselines.transfer.shrinking.shrinking import Kept, Shrinking, choose_layers, keep, ratio
-from baselines.transfer.transfer import transfer
+from baselines.transfer.gather import gather_tensors
+from baselines.transfer.index_maps import IndexMaps
+from baselines.transfer.shrinking.base import KeptParts, Shrinking, select_layers, select_parts, spread_ratio
+from baselines.transfer.shrinking.calibration import load_model, observe_inputs, run_windows
+from baselines.transfer.shrinking.importance import Scores, score_by_activations, score_by_weights
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import join, split
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor
+    from zoo.donors.donor import Donor
 
-GRAMS = 1 << 27  # entries of second moments in memory at a time; more layers take more passes over the text
-WRITERS = {"attn.o": "heads", "mlp.down": "ffn"}
+MAX_GRAM_ENTRIES = 1 << 27  # entries of second moments in memory at a time; more layers take more passes over the text
+WRITER_INPUTS = {"attn.o": "heads", "mlp.down": "ffn"}
 
 
 @dataclass(kw_only=True)
@@ -74,29 +74,29 @@ class Pruning(Shrinking):
             found.append("it has experts, whose outputs cannot be refitted: leave compensate out")
         return found
 
-    def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> Kept:
+    def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
         source, target = self.source.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None
-        scores = by_weights(self.source, self.device)
+        scores = score_by_weights(self.source, self.device)
         model = None
         if windows is not None:
-            model = load_donor(self.source, self.device)
-            scores = replace(by_activations(model, self.source, windows, scores), heads=scores.heads)
+            model = load_model(self.source, self.device)
+            scores = replace(score_by_activations(model, self.source, windows, scores), heads=scores.heads)
         rule = self.layers if self.layers != "auto" else "middle" if windows is None else "influence"
-        layers = choose_layers(rule, scores.influence, source.layers, target.layers)
-        self._kept = keep(scores, layers, source, target, self.residual == "index")
+        layers = select_layers(rule, scores.influence, source.layers, target.layers)
+        self._kept = select_parts(scores, layers, source, target, self.residual == "index")
         maps = self.maps(blueprint, rescale=False)
         self._gains = norm_gains(blueprint, maps, scores) if self.correct else {}
         self._refitted = {}
         if self.compensate and model is not None and windows is not None:
-            self._refitted = refit(self.source, model, windows, blueprint, maps, self.ridge)
+            self._refitted = refit_outputs(self.source, model, windows, blueprint, maps, self.ridge)
         return self._kept
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         maps = self.maps(blueprint, rescale=False)
         assert blueprint.metadata is not None
         one = blueprint.metadata.gain_offset
-        for name, tensor in transfer(self.source, blueprint, lambda _: maps, seed, self.name):
+        for name, tensor in gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name):
             if name in self._gains:
                 tensor = (tensor + one) * self._gains[name] - one
             yield name, self._refitted.get(name, tensor)
@@ -111,7 +111,7 @@ class Pruning(Shrinking):
         self._refitted = {k.removeprefix("refitted."): t for k, t in tensors.items() if k.startswith("refitted.")}
 
 
-def norm_gains(blueprint: Blueprint, maps: Maps, scores: Scores) -> dict[str, float]:
+def norm_gains(blueprint: Blueprint, maps: IndexMaps, scores: Scores) -> dict[str, float]:
     """Disk name -> what the gain of each of the target's norms is multiplied by: sqrt(e t / s), for those that see
     fewer coordinates than the donor's."""
     gains = {}
@@ -119,19 +119,19 @@ def norm_gains(blueprint: Blueprint, maps: Maps, scores: Scores) -> dict[str, fl
         index = maps.axis(part.axes[0], spec.layer).index
         energy = scores.energy[spec.site, None if spec.layer is None else maps.layers[spec.layer]]
         if len(index) < len(energy):
-            gains[spec.name] = ratio(len(energy), len(index)) * float(energy[index].sum()) ** 0.5
+            gains[spec.name] = spread_ratio(len(energy), len(index)) * float(energy[index].sum()) ** 0.5
     return gains
 
 
-def refit(
-    donor: Donor, model: nn.Module, windows: Tensor, blueprint: Blueprint, maps: Maps, ridge: float
+def refit_outputs(
+    donor: Donor, model: nn.Module, windows: Tensor, blueprint: Blueprint, maps: IndexMaps, ridge: float
 ) -> dict[str, Tensor]:
     """Disk name -> tensor as on disk of every o and down of the target that reads fewer coordinates than the donor's.
 
     With x the donor's input of such a matrix W on the text and x_k what is kept of it, W' minimises E|W x - W' x_k|^2
     + ridge E[x_k^2] |W' - W_k|^2, in closed form from E[x x^T]; W_k is the gathered matrix. A bias stays."""
     todo = []
-    for role, axis in WRITERS.items():
+    for role, axis in WRITER_INPUTS.items():
         theirs = {spec.layer: (spec, part) for spec, part in donor.blueprint.find(role)}
         for spec, part in blueprint.find(role):
             assert spec.layer is not None
@@ -139,7 +139,7 @@ def refit(
             if part.shape[1] < part_there.shape[1]:
                 todo.append((spec, maps.axis(axis, spec.layer).index, spec_there, part_there.shape[1]))
     found: dict[str, Tensor] = {}
-    per_pass = max(1, GRAMS // max((size**2 for *_, size in todo), default=1))
+    per_pass = max(1, MAX_GRAM_ENTRIES // max((size**2 for *_, size in todo), default=1))
     for start in range(0, len(todo), per_pass):
         some = todo[start : start + per_pass]
         grams = second_moments(model, {there.name: size for _, _, there, size in some}, windows)
@@ -170,6 +170,6 @@ def second_moments(model: nn.Module, sizes: dict[str, int], windows: Tensor) -> 
 
         return see
 
-    with watching(model, {name: add(name) for name in sizes}):
-        forward(model, windows)
+    with observe_inputs(model, {name: add(name) for name in sizes}):
+        run_windows(model, windows)
     return {name: total / windows.numel() for name, total in sums.items()}

@@ -11,10 +11,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from baselines.transfer.base import Transfer, log_plan
+from baselines.transfer.donor_choice import choose_donor
 from baselines.transfer.index_maps import even_layers
-from baselines.transfer.shrinking.calibration import calibration_windows, forward, load_donor, watching
-from baselines.transfer.transfer import Rows, Transfer, announce, choose, vocabulary_rows
-from zoo.donors.store import Donor, Zoo, unlikeness
+from baselines.transfer.shrinking.calibration import calibration_windows, load_model, observe_inputs, run_windows
+from baselines.transfer.vocabulary import VocabularyRows, vocabulary_rows
+from zoo.donors.donor import Donor, dissimilarity
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.streams import stream
@@ -78,8 +81,8 @@ class Sliced(Transfer):
         donor = self._choose(zoo, blueprint)
         windows = self._calibration(donor)
         self._source = donor
-        announce(donor, blueprint, self.rows(blueprint), self.name)
-        self._basis = None if windows is None else activation_axes(donor, windows, self.device)
+        log_plan(donor, blueprint, self.rows(blueprint), self.name)
+        self._basis = None if windows is None else activation_basis(donor, windows, self.device)
         return self
 
     def _calibration(self, donor: Donor) -> Tensor | None:
@@ -99,8 +102,8 @@ class Sliced(Transfer):
         basis = None if self._basis is None else self._basis.to(self.device)
         with torch.device(self.device):
             canonical = canonicalise(decoder, basis=basis).decoder
-            small = cut(canonical, target, kept_layers(self.layers, decoder.metadata.layers, target.layers))
-            small = _with_rows(small, rows, seed)
+            small = cut_decoder(canonical, target, select_layers(self.layers, decoder.metadata.layers, target.layers))
+            small = _map_vocabulary(small, rows, seed)
             small = tie_head(small) if target.tied else small
         for name, tensor in write_decoder(small, blueprint):
             yield name, tensor.to("cpu", torch.float32)
@@ -126,10 +129,10 @@ class Sliced(Transfer):
         fitting: list[tuple[bool, float, str]] = []
         refused: list[tuple[bool, float, str]] = []
         for donor in [zoo.donor(self.donor)] if self.donor is not None else zoo.donors:
-            other, distance = unlikeness(donor, blueprint)
+            other, distance = dissimilarity(donor, blueprint)
             try:
                 require_sliceable(donor, target)
-                choose(zoo, blueprint, donor.name, self.tokenizer, False, self.name)
+                choose_donor(zoo, blueprint, donor.name, self.tokenizer, False, self.name)
                 same = vocabulary_rows(donor, blueprint, self.tokenizer).same
                 fitting.append((not same, distance, donor.name))
             except UserError as error:
@@ -166,7 +169,7 @@ def require_sliceable(donor: Donor, target: Metadata) -> None:
         raise UserError(f"sliced: donor {donor.name!r} does not fit the target: {reason}")
 
 
-def kept_layers(rule: str, t: int, s: int) -> tuple[int, ...]:
+def select_layers(rule: str, t: int, s: int) -> tuple[int, ...]:
     """The donor's layer of each of the target's s <= t: without those in the middle (one more is kept before them than
     after), the first, or evenly spaced ones."""
     if rule == "even":
@@ -175,7 +178,7 @@ def kept_layers(rule: str, t: int, s: int) -> tuple[int, ...]:
     return (*range(low), *range(t - (s - low), t))
 
 
-def cut(decoder: Decoder, target: Metadata, layers: tuple[int, ...]) -> Decoder:
+def cut_decoder(decoder: Decoder, target: Metadata, layers: tuple[int, ...]) -> Decoder:
     """A canonical decoder -> the first coordinates, KV groups, query heads of each group, and neurons of it, in the
     target's sizes (all but the vocabulary); target layer i is layers[i]."""
     meta, width = decoder.metadata, target.width
@@ -213,7 +216,7 @@ def cut(decoder: Decoder, target: Metadata, layers: tuple[int, ...]) -> Decoder:
     )
 
 
-def _with_rows(decoder: Decoder, rows: Rows, seed: int) -> Decoder:
+def _map_vocabulary(decoder: Decoder, rows: VocabularyRows, seed: int) -> Decoder:
     """The decoder for the target's vocabulary: a token that the donor lacks gets normal rows with the mean and the
     standard deviation of the donor's, coordinate by coordinate."""
     known = rows.index >= 0
@@ -232,7 +235,7 @@ def _with_rows(decoder: Decoder, rows: Rows, seed: int) -> Decoder:
     )
 
 
-def activation_axes(donor: Donor, windows: Tensor, device: str) -> Tensor:
+def activation_basis(donor: Donor, windows: Tensor, device: str) -> Tensor:
     """[d, d] float64 on the CPU: the principal axes of the residual states that the norms before readers see on int64
     [B, S], each state of unit RMS; where post-norms leave no basis free, the coordinates in the order of their
     energy."""
@@ -246,9 +249,9 @@ def activation_axes(donor: Donor, windows: Tensor, device: str) -> Tensor:
         total.addmm_(x.mT, x)
 
     norms = [spec.name for spec, _ in blueprint.find("norm") if spec.site in ("attn", "mlp", "final")]
-    model = load_donor(donor, device)
-    with watching(model, dict.fromkeys(norms, see)):
-        forward(model, windows)
+    model = load_model(donor, device)
+    with observe_inputs(model, dict.fromkeys(norms, see)):
+        run_windows(model, windows)
     if blueprint.find("norm", site="attn.out") or blueprint.find("norm", site="mlp.out"):
         order = total.diagonal().argsort(descending=True, stable=True).cpu()
         return torch.eye(len(order), dtype=torch.float64)[:, order].contiguous()

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from baselines.transfer.shrinking.calibration import load_donor
-from baselines.transfer.shrinking.importance import by_activations, by_weights
-from baselines.transfer.shrinking.shrinking import Kept, Shrinking, keep, middle
-from baselines.transfer.transfer import transfer
+from baselines.transfer.gather import gather_tensors
+from baselines.transfer.shrinking.base import KeptParts, Shrinking, drop_middle_layers, select_parts
+from baselines.transfer.shrinking.calibration import load_model
+from baselines.transfer.shrinking.importance import score_by_activations, score_by_weights
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 
@@ -35,14 +35,14 @@ class Subcloning(Shrinking):
 
     rescale: str = option("sqrt", "of what reads a narrower space: sqrt (of the ratio of the sizes), or none")
 
-    def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> Kept:
+    def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
         source, target = self.source.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None
-        scores = by_weights(self.source, self.device)
+        scores = score_by_weights(self.source, self.device)
         if windows is not None:
-            scores = by_activations(load_donor(self.source, self.device), self.source, windows, scores)
-        return keep(scores, middle(source.layers, target.layers), source, target)
+            scores = score_by_activations(load_model(self.source, self.device), self.source, windows, scores)
+        return select_parts(scores, drop_middle_layers(source.layers, target.layers), source, target)
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         maps = self.maps(blueprint, rescale=self.rescale == "sqrt")
-        yield from transfer(self.source, blueprint, lambda _: maps, seed, self.name)
+        yield from gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from baselines.distributions.auto_fit import AutoFit, held_out, simplest
-from baselines.distributions.laws import LAWS
+from baselines.distributions.auto_fit import AutoFit, held_out_log_probs, simplest_family
+from baselines.distributions.families import FAMILIES
 from tests.baselines.distributions.test_parametric import filled
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import single
+from zoo.donors.zoo import open_standalone
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
@@ -34,7 +34,7 @@ def test_each_tensor_gets_the_law_that_it_was_drawn_from(tmp_path: Path, caplog:
         sampler = AutoFit().fit(zoo_of({"a": module}), blueprint)
     fits = sampler.state()[0]["fits"]
     assert {group.split("/")[1]: fit["family"] for group, fit in fits.items()} == {name: name for name in TRUTH}
-    assert all(set(fit["scores"]) == set(LAWS) for fit in fits.values())
+    assert all(set(fit["scores"]) == set(FAMILIES) for fit in fits.values())
     assert "auto-fit: normal 1, laplace 1, student-t 1, generalized-normal 1, mixture 1" in caplog.text
     sampler.save(tmp_path)
     expected = dict(sampler.sample(blueprint, seed=1))
@@ -63,16 +63,16 @@ def test_what_shows_no_shape_gets_the_first_family() -> None:
 
 def test_the_split_is_fixed_and_sees_every_column() -> None:
     values = torch.arange(64.0 * 50)
-    first = held_out(values, ["normal"])["normal"]
-    assert torch.equal(first, held_out(values, ["normal"])["normal"]) and 700 < len(first) < 900
+    first = held_out_log_probs(values, ["normal"])["normal"]
+    assert torch.equal(first, held_out_log_probs(values, ["normal"])["normal"]) and 700 < len(first) < 900
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert simplest({"normal": torch.zeros(1000), "mixture": noise - noise.mean() + 0.03}) == "normal"
-    assert simplest({"normal": torch.zeros(1000), "mixture": noise - noise.mean() + 0.1}) == "mixture"
+    assert simplest_family({"normal": torch.zeros(1000), "mixture": noise - noise.mean() + 0.03}) == "normal"
+    assert simplest_family({"normal": torch.zeros(1000), "mixture": noise - noise.mean() + 0.1}) == "mixture"
 
 
 def test_on_a_real_checkpoint_it_beats_the_normal_law(shared_data: Path) -> None:
-    zoo = single(shared_data / "models" / "stories260K", quiet=True)
-    blueprint = zoo.only.blueprint
+    zoo = open_standalone(shared_data / "models" / "stories260K", quiet=True)
+    blueprint = zoo.donors[0].blueprint
     sampler = AutoFit(families="normal,student-t,generalized-normal").fit(zoo, blueprint)
     fits = [fit for fit in sampler.state()[0]["fits"].values() if "family" in fit]
     gains = [fit["scores"][fit["family"]] - fit["scores"]["normal"] for fit in fits]

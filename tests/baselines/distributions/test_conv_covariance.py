@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from baselines.distributions.conv_covariance import ConvCovariance, nearest
+from baselines.distributions.conv_covariance import ConvCovariance, nearest_in_depth
 from benchmarks.convolutions import digits, donors, started, train
 from zoo.donors.memory import zoo_of
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.training.loop import reproducible
@@ -65,7 +65,7 @@ def test_filters_have_the_covariance_of_their_depth(groups: bool) -> None:
         mean, covariance = moments(drawn[f"{i}.weight"])
         assert (covariance - laws[depth]).norm() / laws[depth].norm() < 0.15
         assert mean.abs().max() < 0.1
-    assert [nearest(i, 5, 3) for i in range(5)] == [0, 0, 1, 2, 2]
+    assert [nearest_in_depth(i, 5, 3) for i in range(5)] == [0, 0, 1, 2, 2]
 
 
 def test_the_mean_filter_and_the_scale_are_options() -> None:

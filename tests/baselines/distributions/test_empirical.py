@@ -11,10 +11,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from baselines.distributions.empirical import KDE, Histogram, Permuted
-from baselines.distributions.laws import LAWS
+from baselines.distributions.families import FAMILIES
 from tests.support.shaken import CONFIGS, build, donor
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import single
+from zoo.donors.zoo import open_standalone
 from zoo.errors import UserError
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
@@ -25,7 +25,7 @@ BIMODAL = {"weight0": 0.4, "mean0": -0.1, "std0": 0.01, "weight1": 0.6, "mean1":
 
 def linear(rows: int, columns: int, family: str, law: dict[str, float], seed: int = 0) -> nn.Linear:
     module = nn.Linear(columns, rows, bias=False)
-    values = LAWS[family].sample(law, (rows, columns), torch.Generator().manual_seed(seed))
+    values = FAMILIES[family].sample(law, (rows, columns), torch.Generator().manual_seed(seed))
     module.load_state_dict({"weight": values})
     return module
 
@@ -95,7 +95,7 @@ def test_permuted_has_the_donors_values_and_no_order(tmp_path: Path, name: str) 
     got = dict(sampler.sample(blueprint))
     assert set(blueprint.names) - set(got) == set(blueprint.unknown)
     for key, tensor in got.items():
-        own = zoo.only.read(key, torch.float32)
+        own = zoo.donors[0].read(key, torch.float32)
         assert torch.equal(tensor.flatten().sort().values, own.flatten().sort().values), key
         assert not torch.equal(tensor, own) or own.numel() < 3, key
     sampler.save(tmp_path / "saved")
@@ -112,7 +112,7 @@ def test_permuted_to_another_shape_uses_every_value_equally_often(tmp_path: Path
     got = dict(Permuted(rescale="none").fit(zoo, blueprint).sample(blueprint))
     name = "model.layers.{}.mlp.up_proj.weight"
     for layer, source in ((0, 0), (2, 1)):  # 100 rows of 48: every value twice, and some a third time
-        values = zoo.only.read(name.format(source)).flatten()
+        values = zoo.donors[0].read(name.format(source)).flatten()
         counts = torch.stack([(got[name.format(layer)] == value).sum() for value in values[:200]])
         assert set(counts.tolist()) == {2, 3}
         assert torch.isin(got[name.format(layer)], values).all()
@@ -136,7 +136,7 @@ def test_permuted_takes_the_donor_nearest_in_size_and_says_what_it_needs() -> No
 def test_a_saved_fit_needs_no_donor(tmp_path: Path, sampler: Any) -> None:
     build(CONFIGS["gpt2"]).save_pretrained(tmp_path / "donor")
     blueprint = Blueprint.from_config(CONFIGS["gpt2"] | {"n_embd": 16})
-    fitted = sampler().fit(single(tmp_path / "donor"), blueprint)
+    fitted = sampler().fit(open_standalone(tmp_path / "donor"), blueprint)
     fitted.save(tmp_path / "saved")
     (tmp_path / "donor" / "model.safetensors").unlink()
     loaded = sampler.load(tmp_path / "saved")

@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config
 
-from baselines.distributions.kronecker import draw, factor, flip_flop, shrunk, sized
+from baselines.distributions.kronecker import (
+    color_noise,
+    covariance_factor,
+    flip_flop,
+    rescale_to_unit_rms,
+    shrink_covariance,
+)
 from baselines.distributions.matrix_normal import MatrixNormal
 from tests.support.tiny import config, make_zoo
 from zoo.donors.memory import load_into, zoo_of
@@ -28,9 +34,9 @@ def spd(size: int, seed: int, decay: float = 1.0) -> Tensor:
 
 
 def samples(u: Tensor, v: Tensor, n: int, seed: int) -> list[Tensor]:
-    a, b = factor(u), factor(v)
+    a, b = covariance_factor(u), covariance_factor(v)
     generator = torch.Generator().manual_seed(seed)
-    return [draw(a, b, torch.randn(len(a), len(b), generator=generator, dtype=torch.float64)) for _ in range(n)]
+    return [color_noise(a, b, torch.randn(len(a), len(b), generator=generator, dtype=torch.float64)) for _ in range(n)]
 
 
 def relative(found: Tensor, true: Tensor) -> float:
@@ -82,14 +88,16 @@ def test_draws_have_the_moments_of_a_kronecker_product() -> None:
 
 def test_shrinkage_of_correlations() -> None:
     covariance = torch.tensor([[4.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
-    half = shrunk(covariance, 10, amount=0.5)
+    half = shrink_covariance(covariance, 10, amount=0.5)
     torch.testing.assert_close(half, torch.tensor([[4.0, 0.5], [0.5, 1.0]], dtype=torch.float64))
-    half = shrunk(covariance, 10, toward="identity", amount=0.5)
+    half = shrink_covariance(covariance, 10, toward="identity", amount=0.5)
     torch.testing.assert_close(half, torch.tensor([[3.25, 0.5], [0.5, 1.75]], dtype=torch.float64))
-    few, many = (shrunk(covariance, n)[0, 1] for n in (3, 1e6))
+    few, many = (shrink_covariance(covariance, n)[0, 1] for n in (3, 1e6))
     assert few < 0.5 and abs(many - 1) < 1e-3
     # a coordinate without variance stays so and can be divided by
-    assert torch.isfinite(factor(shrunk(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)), 5))).all()
+    assert torch.isfinite(
+        covariance_factor(shrink_covariance(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)), 5))
+    ).all()
 
 
 def test_the_estimated_amount_is_that_of_the_paper() -> None:
@@ -98,7 +106,7 @@ def test_the_estimated_amount_is_that_of_the_paper() -> None:
     x = np.random.default_rng(0).normal(size=(20, 8)) @ np.diag(np.linspace(1, 2, 8))
     empirical = torch.from_numpy(x.T @ x / 20)
     theirs, _ = covariance_.oas(x, assume_centered=True)
-    ours = shrunk(empirical, 20, toward="identity")
+    ours = shrink_covariance(empirical, 20, toward="identity")
     # scikit-learn leaves out the terms with 2 / p, as the paper's equation for large p does
     assert relative(ours, torch.from_numpy(theirs)) < 0.02
 
@@ -128,9 +136,12 @@ def test_a_law_is_as_large_as_its_samples() -> None:
     counts = torch.cat([torch.zeros(100), torch.ones(300)])
     rows, columns = flip_flop(lambda: [x], counts, 60, diagonal_rows=True)
     assert rows[100:].mean() * columns.trace() / 60 > 2
-    own = sized(rows, columns, counts)
+    own = rescale_to_unit_rms(rows, columns, counts)
     assert torch.allclose(own / own.trace(), columns / columns.trace())
-    drawn = [draw(factor(rows), factor(own), torch.randn(400, 60, generator=generator).double()) for _ in range(20)]
+    drawn = [
+        color_noise(covariance_factor(rows), covariance_factor(own), torch.randn(400, 60, generator=generator).double())
+        for _ in range(20)
+    ]
     assert abs(float(torch.stack(drawn)[:, 100:].square().mean()) - 1) < 0.2
 
 
@@ -143,7 +154,12 @@ class Net(nn.Module):
         self.first, self.second = nn.Linear(8, 12), nn.Conv2d(3, 4, 2)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.first.weight.copy_(draw(factor(u), factor(v), torch.randn(12, 8, generator=generator).double()) + 3.0)
+            self.first.weight.copy_(
+                color_noise(
+                    covariance_factor(u), covariance_factor(v), torch.randn(12, 8, generator=generator).double()
+                )
+                + 3.0
+            )
             self.first.bias.fill_(float(seed))
 
 

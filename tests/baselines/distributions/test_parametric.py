@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from baselines.distributions.laws import LAWS
+from baselines.distributions.families import FAMILIES
 from baselines.distributions.parametric import GeneralizedNormal, Laplace, Mixture, Normal, Parametric, Stable, StudentT
 from tests.support.shaken import CONFIGS, build, donor
 from zoo.donors.memory import load_into, zoo_of
-from zoo.donors.standalone import Single, single
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
 WIDE = CONFIGS["llama"] | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 512}
 
 
-def known(folder: Path, config: dict[str, Any]) -> Single:
+def known(folder: Path, config: dict[str, Any]) -> Zoo:
     """A donor whose matrices have std 0.01 (layer + 1), mean 0.002, embedding 0.5, gains around 1.5."""
     model = build(config)
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def known(folder: Path, config: dict[str, Any]) -> Single:
             else:
                 parameter.normal_(0.002, 0.01 * (layer + 1))
     model.save_pretrained(folder)
-    return single(folder)
+    return open_standalone(folder)
 
 
 def test_spread_mean_and_gain_are_the_donors(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_fused_transposed_tensors_keep_a_law_per_part(tmp_path: Path) -> None:
             fused[:, 64 * i : 64 * (i + 1)].normal_(0, std)
     model.save_pretrained(tmp_path / "donor")
     blueprint = Blueprint.from_config(config)
-    got = dict(Normal().fit(single(tmp_path / "donor"), blueprint).sample(blueprint))
+    got = dict(Normal().fit(open_standalone(tmp_path / "donor"), blueprint).sample(blueprint))
     parts = got["transformer.h.0.attn.c_attn.weight"].split(64, dim=1)
     assert all(abs(part.std() / std - 1) < 0.05 for part, std in zip(parts, (0.1, 0.2, 0.3), strict=True))
 
@@ -122,13 +122,15 @@ def test_what_no_donor_has_is_left_out_or_refused(tmp_path: Path) -> None:
         Normal(granularity="layers")
 
 
-FAMILIES = [Normal, Laplace, StudentT, GeneralizedNormal, Stable, Mixture]
+METHODS = [Normal, Laplace, StudentT, GeneralizedNormal, Stable, Mixture]
 
 
 def filled(module: nn.Module, laws: dict[str, tuple[str, dict[str, float]]], seed: int = 0) -> nn.Module:
     """The module with parameters drawn from laws: name -> (family, parameters)."""
     generator = torch.Generator().manual_seed(seed)
-    draws = {n: LAWS[laws[n][0]].sample(laws[n][1], tuple(p.shape), generator) for n, p in module.named_parameters()}
+    draws = {
+        n: FAMILIES[laws[n][0]].sample(laws[n][1], tuple(p.shape), generator) for n, p in module.named_parameters()
+    }
     load_into(module, draws.items())
     return module
 
@@ -138,7 +140,7 @@ def sampled(sampler: Parametric, donors: dict[str, nn.Module], target: nn.Module
     return dict(sampler.fit(zoo_of(donors), blueprint).sample(blueprint, seed))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", METHODS)
 def test_every_family_keeps_spread_and_heavy_tails_where_it_has_them(family: type[Parametric]) -> None:
     heavy = {"nu": 4.0, "loc": 0.0, "scale": 0.02, "low": -1.0, "high": 1.0}
     donor = filled(nn.Linear(300, 300, bias=False), {"weight": ("student-t", heavy)})
@@ -225,7 +227,9 @@ def test_a_zoo_of_language_models_serves_a_module(tmp_path: Path) -> None:
     # No donor has a convolution or a bias; the embedding, 25 times as wide, is no matrix that anything sums over.
     assert set(got) == {"1.weight", "4.weight", "6.weight"} and sampler.donors == ("donor",)
     assert abs(got["1.weight"].mean() - 1.5) < 0.2
-    matrices = [zoo.only.read(s.name) for s in zoo.only.blueprint.specs if len(s.shape) == 2 and s.role != "embed"]
+    matrices = [
+        zoo.donors[0].read(s.name) for s in zoo.donors[0].blueprint.specs if len(s.shape) == 2 and s.role != "embed"
+    ]
     pooled = torch.cat([matrix.flatten() * math.sqrt(matrix.shape[1]) for matrix in matrices])
     assert abs(got["4.weight"].std() * math.sqrt(8 * 36) / pooled.std() - 1) < 0.03
     convolutions = Blueprint.from_module(nn.Conv2d(3, 4, 3, bias=False))

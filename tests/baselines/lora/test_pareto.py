@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from baselines.lora.pareto import Pareto
+from zoo.donors.folder import StandaloneDonor
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import Single, single
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.statistics.grouping import Grouping
 from zoo.targets.blueprint import Blueprint
@@ -46,16 +47,16 @@ def gpt2(folder: Path, layers: int = 3, width: int = 32) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Single]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Zoo]:
     """A Llama with two query heads to a key and tied embeddings, and a GPT-2 (fused, transposed)."""
     from tests.conftest import make_llama
 
     path = tmp_path_factory.mktemp("bases")
     llama = make_llama(path / "llama", num_hidden_layers=4)
-    return {"llama": single(llama, quiet=True), "gpt2": single(gpt2(path / "gpt2"), quiet=True)}
+    return {"llama": open_standalone(llama, quiet=True), "gpt2": open_standalone(gpt2(path / "gpt2"), quiet=True)}
 
 
-def adapter(base: Single, rank: int = 4, alpha: float = 8.0) -> Blueprint:
+def adapter(base: Zoo, rank: int = 4, alpha: float = 8.0) -> Blueprint:
     return Blueprint.from_lora(base.path, {"r": rank, "lora_alpha": alpha, "target_modules": "all-linear"})
 
 
@@ -81,10 +82,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def change(pair: Any, tensors: dict[str, Tensor], base: Single) -> float:
+def change(pair: Any, tensors: dict[str, Tensor], base: Zoo) -> float:
     """||s B A|| / ||W|| by the product itself."""
     product = pair.scaling * tensors[pair.b].double() @ tensors[pair.a].double()
-    weight = base.only.read(pair.weight).double()
+    weight = base.donors[0].read(pair.weight).double()
     assert product.shape == (weight.mT if pair.transposed else weight).shape
     return float(product.norm() / weight.norm())
 
@@ -93,7 +94,7 @@ def change(pair: Any, tensors: dict[str, Tensor], base: Single) -> float:
 @pytest.mark.parametrize("std", [None, 0.3])
 @pytest.mark.parametrize("options", [{}, {"template": "gaussian-process", "mode": "add"}])
 def test_every_pair_is_filled_to_the_deviation_asked_for(
-    bases: dict[str, Single], name: str, std: float | None, options: dict[str, Any]
+    bases: dict[str, Zoo], name: str, std: float | None, options: dict[str, Any]
 ) -> None:
     blueprint = adapter(bases[name])
     tensors = drawn(planted(std=std, **options), blueprint)
@@ -138,7 +139,7 @@ def test_members_of_a_group_share_a_template_and_partners_are_further_from_it(tm
     assert distance("q_proj", "q_proj", "b") < 0.1  # [128, 16] and [16, 128] are as long as each other
 
 
-def test_undifferentiated_pairs_are_all_of_one_template(bases: dict[str, Single]) -> None:
+def test_undifferentiated_pairs_are_all_of_one_template(bases: dict[str, Zoo]) -> None:
     blueprint = adapter(bases["llama"])
     tensors = drawn(planted(ALIKE, nmin=1, exponent=20.0), blueprint)  # one entry is replaced
     gate, query = (next(t for n, t in tensors.items() if f"{m}.lora_A" in n) for m in ("gate_proj", "q_proj"))
@@ -146,7 +147,7 @@ def test_undifferentiated_pairs_are_all_of_one_template(bases: dict[str, Single]
     assert float(cosine) > 0.9
 
 
-def test_fused_projections_go_by_their_first_part(bases: dict[str, Single]) -> None:
+def test_fused_projections_go_by_their_first_part(bases: dict[str, Zoo]) -> None:
     """c_attn (q, k, v) by q, whatever v is; c_fc is up."""
     blueprint = adapter(bases["gpt2"])
     few = {"nmin": 1, "exponent": 20.0}
@@ -164,9 +165,7 @@ def test_fused_projections_go_by_their_first_part(bases: dict[str, Single]) -> N
 
 
 @pytest.mark.parametrize("strategy", ["A_only", "both_compensated", "both_small"])
-def test_bytes_do_not_depend_on_order_and_survive_saving(
-    bases: dict[str, Single], tmp_path: Path, strategy: str
-) -> None:
+def test_bytes_do_not_depend_on_order_and_survive_saving(bases: dict[str, Zoo], tmp_path: Path, strategy: str) -> None:
     base = bases["llama"]
     blueprint = adapter(base)
     assert blueprint.adapter is not None
@@ -189,7 +188,7 @@ def test_bytes_do_not_depend_on_order_and_survive_saving(
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_both_small_keeps_its_cap_on_every_pair(
-    bases: dict[str, Single], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bases: dict[str, Zoo], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = bases[name]
     blueprint = adapter(base)
@@ -211,7 +210,7 @@ def test_both_small_keeps_its_cap_on_every_pair(
     assert f"from {ratios[0]:.3g} to {cap:.3g} over {len(ratios)} pairs" in caplog.text
 
 
-def test_the_change_at_step_0_is_said(bases: dict[str, Single], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_change_at_step_0_is_said(bases: dict[str, Zoo], caplog: pytest.LogCaptureFixture) -> None:
     blueprint = adapter(bases["llama"])
     assert blueprint.adapter is not None
     with caplog.at_level(logging.INFO, logger="baselines.lora.pareto"):
@@ -223,7 +222,7 @@ def test_the_change_at_step_0_is_said(bases: dict[str, Single], caplog: pytest.L
 
 
 def test_a_reference_of_another_family_width_and_depth(
-    bases: dict[str, Single], tmp_path: Path, tiny_llama: MakeLlama
+    bases: dict[str, Zoo], tmp_path: Path, tiny_llama: MakeLlama
 ) -> None:
     """Only its characterisation counts, and no weight of the base is read; a donor of the zoo will do, too."""
     reference = tiny_llama(tmp_path / "reference", hidden_size=48, intermediate_size=80, num_hidden_layers=5, seed=3)
@@ -233,7 +232,7 @@ def test_a_reference_of_another_family_width_and_depth(
     assert sampler.donors == () and [d["name"] for d in sampler.provenance(None)] == ["reference"]
     tensors = drawn(sampler, blueprint)
     assert all(tensors[name].shape == blueprint[name].shape for name in blueprint.names)
-    zoo = replace(bases["gpt2"], members=(*bases["gpt2"].members, single(reference, quiet=True).only))
+    zoo = replace(bases["gpt2"], members=(*bases["gpt2"].members, StandaloneDonor.open(reference, quiet=True)))
     named = Pareto(reference_model="reference", **options)
     assert named.reads(zoo, blueprint) == ("reference",)
     assert same(drawn(named.fit(zoo, blueprint), blueprint), tensors)
@@ -241,7 +240,7 @@ def test_a_reference_of_another_family_width_and_depth(
 
 
 def test_without_a_reference_the_base_is_its_own_and_that_is_said(
-    bases: dict[str, Single], caplog: pytest.LogCaptureFixture
+    bases: dict[str, Zoo], caplog: pytest.LogCaptureFixture
 ) -> None:
     blueprint = adapter(bases["llama"])
     with caplog.at_level(logging.INFO, logger="baselines.lora.pareto"):
@@ -250,13 +249,13 @@ def test_without_a_reference_the_base_is_its_own_and_that_is_said(
     assert sampler.grouping.source["name"] == "llama" and sampler.donors == ("llama",)
 
 
-def test_what_cannot_be_drawn_is_refused(bases: dict[str, Single], tmp_path: Path) -> None:
+def test_what_cannot_be_drawn_is_refused(bases: dict[str, Zoo], tmp_path: Path) -> None:
     reference = saved(tmp_path, ALIKE)
     with pytest.raises(UserError, match=r"length 1e.09: above the [0-9]+ entries"):
         Pareto(reference_model=reference, template="gaussian-process", length=1e9).fit(None, adapter(bases["llama"]))
 
 
-def test_a_matrix_of_one_entry_is_refused(bases: dict[str, Single], tmp_path: Path) -> None:
+def test_a_matrix_of_one_entry_is_refused(bases: dict[str, Zoo], tmp_path: Path) -> None:
     blueprint = adapter(bases["llama"], rank=1)
     assert blueprint.adapter is not None
     pair = replace(blueprint.adapter.pairs[0], rows=1)  # as a head of one output has it
@@ -273,7 +272,7 @@ def test_a_base_of_zeros_gets_a_change_of_zero(
     folder = tiny_llama(tmp_path / "zeros")
     weights = load_file(folder / "model.safetensors")
     save_file({k: torch.zeros_like(v) for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    base = single(folder, quiet=True)
+    base = open_standalone(folder, quiet=True)
     sampler = Pareto(strategy="both_small", reference_model=saved(tmp_path, ALIKE)).fit(base, adapter(base))
     tensors = drawn(sampler, adapter(base))
     assert all(torch.isfinite(t).all() for t in tensors.values())
@@ -281,7 +280,7 @@ def test_a_base_of_zeros_gets_a_change_of_zero(
 
 
 def test_a_reference_that_tells_nothing_apart_is_warned_about(
-    bases: dict[str, Single], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bases: dict[str, Zoo], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for grouping, expected in ((ALIKE, True), (PAPER, False)):
         caplog.clear()
@@ -292,7 +291,7 @@ def test_a_reference_that_tells_nothing_apart_is_warned_about(
 
 
 def test_unsuitable_references_and_bases_are_refused(
-    bases: dict[str, Single], tmp_path: Path, tiny_llama: MakeLlama
+    bases: dict[str, Zoo], tmp_path: Path, tiny_llama: MakeLlama
 ) -> None:
     blueprint = adapter(bases["llama"])
 
@@ -301,7 +300,7 @@ def test_unsuitable_references_and_bases_are_refused(
             Pareto(bootstraps=10, **options).fit(zoo, target)
         assert "\n" not in str(error.value)
 
-    refused("headstart lora", bases["llama"], bases["llama"].only.blueprint)
+    refused("headstart lora", bases["llama"], bases["llama"].donors[0].blueprint)
     refused("holds the base")
     refused("holds the base", strategy="both_small", reference_model=str(bases["llama"].path))
     refused("not the base of this adapter", bases["gpt2"], strategy="both_small")

@@ -12,13 +12,13 @@ from torch import Tensor
 from baselines.lora.pareto_generator import (
     LEAST_SHARE,
     TEMPLATES,
-    as_matrix,
     gaussian_counts,
-    gaussian_process,
+    gaussian_process_template,
     kaiming_std,
-    normal,
+    normal_template,
     pareto_counts,
-    perturbed,
+    perturb,
+    to_matrix,
 )
 from zoo.statistics.power_law import fit_power_law
 
@@ -34,7 +34,7 @@ def family(kind: str, seed: int, mode: str = "replace", strength: float = 1.0, t
     generator = rng(seed)
     counts = {"pareto": pareto_counts, "gaussian": gaussian_counts}[kind](MEMBERS, D, generator)
     t = TEMPLATES[template](D, generator)
-    return torch.stack([t, *(perturbed(t, int(n), generator, mode, std=strength) for n in counts)])
+    return torch.stack([t, *(perturb(t, int(n), generator, mode, std=strength) for n in counts)])
 
 
 def distances(arrays: Tensor) -> Tensor:
@@ -74,16 +74,16 @@ def test_gaussian_counts_do_not() -> None:
 
 def test_distances_are_the_shares_that_were_replaced() -> None:
     size, p, q = 200_000, 0.3, 0.6
-    t = normal(size, rng(0), mean=0.0, std=3.0)
-    a, b = (perturbed(t, int(share * size), rng(seed), std=3.0) for seed, share in ((1, p), (2, q)))
+    t = normal_template(size, rng(0), mean=0.0, std=3.0)
+    a, b = (perturb(t, int(share * size), rng(seed), std=3.0) for seed, share in ((1, p), (2, q)))
     cos = torch.nn.functional.cosine_similarity
     assert 1 - float(cos(t, a, dim=0)) == pytest.approx(p, abs=0.01)
     assert 1 - float(cos(a, b, dim=0)) == pytest.approx(p + q - p * q, abs=0.01)
     assert int((a != t).sum()) == int(p * size)
-    added = perturbed(t, size // 2, rng(3), mode="add", std=0.5)
+    added = perturb(t, size // 2, rng(3), mode="add", std=0.5)
     assert int((added != t).sum()) == size // 2
     assert float((added - t).norm()) == pytest.approx(0.5 * math.sqrt(size / 2), rel=0.01)
-    assert torch.equal(perturbed(t, 0, rng(0)), t)
+    assert torch.equal(perturb(t, 0, rng(0)), t)
 
 
 def test_counts_follow_their_laws() -> None:
@@ -108,7 +108,7 @@ def test_counts_follow_their_laws() -> None:
 
 @pytest.mark.parametrize("length", [1.0, 7.5])
 def test_the_gaussian_process_has_the_rbf_kernel(length: float) -> None:
-    draws = torch.stack([gaussian_process(40, rng(seed), 2.0, 0.5, length) for seed in range(4000)]).double()
+    draws = torch.stack([gaussian_process_template(40, rng(seed), 2.0, 0.5, length) for seed in range(4000)]).double()
     d = torch.arange(40.0, dtype=torch.float64)
     kernel = 0.25 * torch.exp(-0.5 * ((d[:, None] - d) / length) ** 2)
     assert (draws.mean(0) - 2.0).abs().max() < 5 * 0.5 / math.sqrt(4000)
@@ -117,8 +117,8 @@ def test_the_gaussian_process_has_the_rbf_kernel(length: float) -> None:
 
 
 def test_matrices_are_filled_row_by_row_to_the_deviation_asked_for() -> None:
-    values = normal(6 * 32, rng(0), mean=5.0, std=0.1)
-    matrix = as_matrix(values, 6, 32, 0.25)
+    values = normal_template(6 * 32, rng(0), mean=5.0, std=0.1)
+    matrix = to_matrix(values, 6, 32, 0.25)
     assert matrix.dtype == torch.float32 and matrix.shape == (6, 32)
     assert float(matrix.std(correction=0)) == pytest.approx(0.25, rel=1e-6)
     assert abs(float(matrix.mean())) < 1e-7

@@ -16,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from headstart import samplers
 from tests.support.architectures import LISTED
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import single
+from zoo.donors.zoo import open_standalone
 from zoo.errors import UserError
-from zoo.lora.adapters import LoraSampler, Pair, base_weight, compensation
+from zoo.lora.adapters import LoraSampler, base_weight, compensation
 from zoo.streams import stream_seed
+from zoo.targets.adapters import Pair
 from zoo.targets.blueprint import Blueprint
 
 peft = pytest.importorskip("peft")
@@ -124,7 +125,7 @@ def test_pissa_is_the_best_approximation_of_its_rank_and_olora_has_orthonormal_c
 def test_bytes_are_a_function_of_seed_and_module_alone(name: str, tmp_path: Path) -> None:
     model = model_of("llama-gqa-tied")
     model.save_pretrained(tmp_path / "base")
-    zoo, blueprint = single(tmp_path / "base"), Blueprint.from_lora(tmp_path / "base", options())
+    zoo, blueprint = open_standalone(tmp_path / "base"), Blueprint.from_lora(tmp_path / "base", options())
     some = Blueprint.from_lora(tmp_path / "base", options(target_modules=["o_proj", "k_proj"]))
     sampler = samplers.get(name)().fit(zoo, blueprint)
     state = torch.random.get_rng_state()

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import ks_2samp
 from torch import nn
 
-from baselines.schemes.default import Default, blocks, empty_model
+from baselines.schemes.default import Default, empty_model, model_blocks
 from tests.support.shaken import CONFIGS
 from zoo.targets.blueprint import Blueprint, to_disk
 
@@ -93,10 +93,10 @@ def test_scale_multiplies_matrices_only() -> None:
 def test_blocks_cover_every_tensor_once_and_are_small() -> None:
     blueprint = Blueprint.from_config(CONFIGS["gemma3_text"])
     model = empty_model(blueprint)
-    seen = [prefix + name for prefix, block, _ in blocks(model) for name, _ in block.named_parameters()]
+    seen = [prefix + name for prefix, block, _ in model_blocks(model) for name, _ in block.named_parameters()]
     assert sorted(seen) == sorted(name for name, _ in model.named_parameters(remove_duplicate=False))
     assert all(p.device.type == "meta" for p in model.parameters())
-    assert sum(prefix.startswith("model.layers.") for prefix, _, _ in blocks(model)) == 2
+    assert sum(prefix.startswith("model.layers.") for prefix, _, _ in model_blocks(model)) == 2
 
 
 class Plain(nn.Module):

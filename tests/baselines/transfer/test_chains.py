@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.transfer.chains import chain_of
+from baselines.transfer.chains import trace_chain
 from baselines.transfer.row_column import RowColumn
 from tests.support.shaken import CONFIGS, donor
 from zoo.donors.memory import load_into, zoo_of
@@ -83,7 +83,7 @@ def filled(module: nn.Module, source: nn.Module, seed: int = 0, **options: objec
 
 
 def test_the_chain_follows_the_forward() -> None:
-    chain = chain_of(Blueprint.from_module(Named(8)), "net")
+    chain = trace_chain(Blueprint.from_module(Named(8)), "net")
     assert chain.matrices == ("first.weight", "body.0.weight", "out.weight")
     assert chain.sizes == (12, 8, 8, 3)
     norm = (("LayerNorm weight", "body.1.weight"), ("LayerNorm bias", "body.1.bias"))

@@ -10,25 +10,25 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from baselines.transfer.index_maps import (
-    Axis,
-    Maps,
-    copies,
+    AxisMap,
+    IndexMaps,
+    copy_numbers,
     even_layers,
-    grown,
-    head_axes,
+    growth_index,
+    head_maps,
+    index_new_rows,
+    map_part,
     multiplicity,
-    past_the_end,
-    random_subset,
-    rope_pairs,
-    shares,
-    spread_queries,
-    take,
-    uniform,
+    random_index,
+    read_shares,
+    rope_index,
+    spread_query_heads,
+    uniform_index,
 )
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.tensors import Metadata, Part
-from zoo.training.text import rows_by_token
+from zoo.vocabulary import rows_by_token
 
 
 def published_rule(t: int, s: int) -> list[int]:
@@ -40,14 +40,14 @@ def published_rule(t: int, s: int) -> list[int]:
 
 @pytest.mark.parametrize(("t", "s"), [(8, 4), (768, 192), (384, 192), (172, 80), (12, 5), (7, 7), (5, 1)])
 def test_uniform_is_the_published_rule(t: int, s: int) -> None:
-    assert uniform(t, s).tolist() == published_rule(t, s)
+    assert uniform_index(t, s).tolist() == published_rule(t, s)
 
 
 def test_uniform_for_every_pair_of_sizes() -> None:
     """Against exact fractions: the nearest coordinate to i (t - 1) / (s - 1), either of the two at a tie."""
     for t in range(2, 60):
         for s in range(2, t + 1):
-            index = uniform(t, s).tolist()
+            index = uniform_index(t, s).tolist()
             if t % s == 0:
                 assert index == list(range(0, t, t // s))
                 continue
@@ -57,7 +57,7 @@ def test_uniform_for_every_pair_of_sizes() -> None:
 
 @pytest.mark.parametrize(("t", "s"), [(4, 6), (5, 8), (64, 96)])
 def test_growing_uses_every_coordinate_evenly(t: int, s: int) -> None:
-    for index in (uniform(t, s), random_subset(t, s, stream(0, "a"))):
+    for index in (uniform_index(t, s), random_index(t, s, stream(0, "a"))):
         counts = torch.bincount(index, minlength=t)
         assert counts.min() == s // t and counts.max() == -(-s // t)
         assert torch.allclose((1 / multiplicity(index)).sum(), torch.tensor(float(t), dtype=torch.double))
@@ -65,7 +65,7 @@ def test_growing_uses_every_coordinate_evenly(t: int, s: int) -> None:
 
 def test_rotary_pairs_keep_the_frequencies_of_the_target() -> None:
     t, s, base = 128, 32, 10000.0
-    kept = rope_pairs(t, s, rotary=t)
+    kept = rope_index(t, s, rotary=t)
     assert torch.equal(kept[s // 2 :], kept[: s // 2] + t // 2)  # i and i + half stay a pair
     donor = base ** (-2 * torch.arange(t // 2).double() / t)
     target = base ** (-2 * torch.arange(s // 2).double() / s)
@@ -85,7 +85,7 @@ def test_kept_pairs_turn_as_the_targets_do_in_transformers(t: int, s: int, rotat
         return GPTNeoXForCausalLM(config).gpt_neox.rotary_emb.inv_freq
 
     donor, target = frequencies(t), frequencies(s)
-    kept = rope_pairs(t, s, rotary=int(rotated * t))
+    kept = rope_index(t, s, rotary=int(rotated * t))
     half = len(target)
     assert len(donor) == int(rotated * t) // 2 and half == int(rotated * s) // 2
     torch.testing.assert_close(donor[kept[:half]], target)
@@ -93,30 +93,30 @@ def test_kept_pairs_turn_as_the_targets_do_in_transformers(t: int, s: int, rotat
 
 
 def test_partly_rotated_heads_keep_pairs_and_rest() -> None:
-    kept = rope_pairs(16, 8, rotary=8)
+    kept = rope_index(16, 8, rotary=8)
     assert kept.tolist() == [0, 2, 4, 6, 8, 10, 12, 14]  # {0, 2 | 4, 6} rotated, the rest not
 
 
 @pytest.mark.parametrize(("t", "s"), [(8, 16), (12, 8), (6, 3)])
 def test_heads_that_do_not_shrink_by_a_whole_stride_are_refused(t: int, s: int) -> None:
     with pytest.raises(UserError, match=f"head_dim {t} does not shrink to {s}"):
-        rope_pairs(t, s, rotary=t)
+        rope_index(t, s, rotary=t)
 
 
 def test_copies_of_a_group_share_its_query_heads() -> None:
     # 2 groups of 4 queries -> 4 groups of 2: every query head stays, once, with a copy of its own KV head.
-    queries = spread_queries(torch.tensor([0, 0, 1, 1]), 4, 2)
+    queries = spread_query_heads(torch.tensor([0, 0, 1, 1]), 4, 2)
     assert queries.tolist() == [[0, 1], [2, 3], [0, 1], [2, 3]]
     # twice the query heads in each group: every one twice
-    assert spread_queries(torch.tensor([0, 1]), 2, 4).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+    assert spread_query_heads(torch.tensor([0, 1]), 2, 4).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
     # fewer: the published rule
-    assert spread_queries(torch.tensor([0]), 8, 4).tolist() == [[0, 2, 4, 6]]
+    assert spread_query_heads(torch.tensor([0]), 8, 4).tolist() == [[0, 2, 4, 6]]
 
 
 def test_flattened_heads_are_whole_heads_of_the_same_group() -> None:
     donor = Metadata("llama", 1, 32, heads=8, kv_heads=4, head_dim=4, ffn=8, vocab=8)
     groups = torch.tensor([1, 3])
-    heads, kv = head_axes(donor, groups, spread_queries(groups, 2, 2), torch.arange(4))
+    heads, kv = head_maps(donor, groups, spread_query_heads(groups, 2, 2), torch.arange(4))
     assert kv.index.tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
     assert heads.index.view(4, 4)[:, 0].tolist() == [8, 12, 24, 28]  # heads 2, 3 and 6, 7
 
@@ -126,8 +126,8 @@ def test_query_heads_stay_with_their_key(sizes: tuple[int, int, int, int]) -> No
     """Groups, queries per group of donor and target: no query head ever moves to another group's key."""
     t, per_group, s, wanted = sizes
     donor = Metadata("llama", 1, 32, heads=t * per_group, kv_heads=t, head_dim=4, ffn=8, vocab=8)
-    groups = random_subset(t, s, stream(0, "groups"))
-    heads, kv = head_axes(donor, groups, spread_queries(groups, per_group, wanted), torch.arange(4))
+    groups = random_index(t, s, stream(0, "groups"))
+    heads, kv = head_maps(donor, groups, spread_query_heads(groups, per_group, wanted), torch.arange(4))
     assert torch.equal(heads.index % 4, torch.arange(s * wanted * 4) % 4)
     assert torch.equal(
         heads.index.view(s, wanted, 4) // (4 * per_group), (kv.index.view(s, 1, 4) // 4).expand(-1, wanted, -1)
@@ -136,42 +136,42 @@ def test_query_heads_stay_with_their_key(sizes: tuple[int, int, int, int]) -> No
 
 @pytest.mark.parametrize(("t", "s"), [(4, 4), (5, 8), (5, 15), (64, 200)])
 def test_growth_keeps_every_coordinate_in_place_and_copies_evenly(t: int, s: int) -> None:
-    index = grown(t, s, stream(0, "a"))
+    index = growth_index(t, s, stream(0, "a"))
     assert torch.equal(index[:t], torch.arange(t))
     counts = torch.bincount(index)
     assert counts.sum() == s and counts.min() == s // t and counts.max() == -(-s // t)
     for generator in (None, stream(0, "b")):
-        totals = torch.zeros(t, dtype=torch.float64).index_add(0, index, shares(index, generator))
+        totals = torch.zeros(t, dtype=torch.float64).index_add(0, index, read_shares(index, generator))
         assert torch.allclose(totals, torch.ones(t, dtype=torch.float64))
-    drawn = shares(index, stream(0, "b"))
+    drawn = read_shares(index, stream(0, "b"))
     assert drawn.min() > 0.1 and (s == t or drawn[counts[index] > 1].std() > 0.01)
 
 
 def test_copies_are_counted_in_order() -> None:
-    assert copies(torch.tensor([2, 0, 2, 1, 2, 0])).tolist() == [0, 0, 1, 0, 2, 1]
+    assert copy_numbers(torch.tensor([2, 0, 2, 1, 2, 0])).tolist() == [0, 0, 1, 0, 2, 1]
 
 
 def test_what_reads_and_writes_a_space_is_scaled() -> None:
     """One matrix of each kind through a residual map with amplitudes, readers' scales and a free coordinate."""
     free = torch.tensor([False, False, False, True])
     write, scale = torch.tensor([2.0, 1.0, 4.0, 3.0]), torch.tensor([0.5, 1.0, 0.25, 9.0])
-    residual = Axis(torch.tensor([0, 1, 0, 0]), scale, write, free)
-    two = Axis(torch.arange(2))
-    maps = Maps((0,), residual, (two,), (two,), (two,), (), head_dim=two, vocab=two)
+    residual = AxisMap(torch.tensor([0, 1, 0, 0]), scale, write, free)
+    two = AxisMap(torch.arange(2))
+    maps = IndexMaps((0,), residual, (two,), (two,), (two,), (), head_dim=two, vocab=two)
     matrix = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
 
     def part(role: str, *axes: str) -> Part:
         return Part(role, axes, (0,) * len(axes))
 
-    assert take(matrix, part("mlp.down", "residual", "ffn"), maps, 0).tolist() == [[2, 6], [5, 7], [4, 12], [9, 15]]
-    assert take(matrix, part("embed", "vocab", "residual"), maps, None).tolist() == [[2, 3, 4, 6], [10, 7, 20, 18]]
-    up = take(matrix, part("mlp.up", "ffn", "residual"), maps, 0, generator=stream(0, "a"))
+    assert map_part(matrix, part("mlp.down", "residual", "ffn"), maps, 0).tolist() == [[2, 6], [5, 7], [4, 12], [9, 15]]
+    assert map_part(matrix, part("embed", "vocab", "residual"), maps, None).tolist() == [[2, 3, 4, 6], [10, 7, 20, 18]]
+    up = map_part(matrix, part("mlp.up", "ffn", "residual"), maps, 0, generator=stream(0, "a"))
     assert up[:, :3].tolist() == [[0.5, 3, 0.25], [2.5, 7, 1.25]] and up[:, 3].unique().numel() == 2
     vector = torch.tensor([1.0, 3.0])
-    assert take(vector, part("norm", "residual"), maps, 0).tolist() == [1, 3, 1, 2]
-    assert take(vector, part("norm", "residual"), maps, 0, kind="bias").tolist() == [2, 3, 4, 0]
-    assert take(vector, part("mlp.down", "residual"), maps, 0, kind="bias").tolist() == [2, 3, 4, 6]
-    assert take(vector, part("mlp.up", "ffn"), maps, 0, kind="bias").tolist() == [1, 3]
+    assert map_part(vector, part("norm", "residual"), maps, 0).tolist() == [1, 3, 1, 2]
+    assert map_part(vector, part("norm", "residual"), maps, 0, kind="bias").tolist() == [2, 3, 4, 0]
+    assert map_part(vector, part("mlp.down", "residual"), maps, 0, kind="bias").tolist() == [2, 3, 4, 6]
+    assert map_part(vector, part("mlp.up", "ffn"), maps, 0, kind="bias").tolist() == [1, 3]
 
 
 def test_layers_keep_both_ends_and_repeat_in_place() -> None:
@@ -184,4 +184,4 @@ def test_rows_are_matched_by_token_string() -> None:
     donor, target = {"a": 0, "b": 1, "c": 2}, {"c": 0, "x": 1, "a": 2, "y": 3}
     index = rows_by_token(donor, target, rows=3, wanted=5)
     assert index.tolist() == [2, -1, 0, -1, -1]
-    assert past_the_end(index, 3).tolist() == [2, 3, 0, 4, 5]
+    assert index_new_rows(index, 3).tolist() == [2, 3, 0, 4, 5]

@@ -16,8 +16,7 @@ from baselines.transfer.row_column import RowColumn
 from tests.support.shaken import filled
 from tests.support.tiny import config, donor
 from zoo.donors.memory import load_into, zoo_of
-from zoo.donors.standalone import single
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
@@ -91,7 +90,7 @@ def test_uncoupled_transfers_nothing(tmp_path: Path, shared_data: Path) -> None:
     """Not even at the donor's own shape or twice its size, where balanced maps keep the function."""
     from tokenizers import Tokenizer
 
-    zoo = single(shared_data / "models" / "stories260K")
+    zoo = open_standalone(shared_data / "models" / "stories260K")
     text = (shared_data / "corpora" / "tinystories_sample.txt").read_text()[:8_000]
     tokenizer = Tokenizer.from_file(str(zoo.path / "tokenizer.json"))
     tokens = torch.tensor(tokenizer.encode(text).ids[: 4 * 256]).view(4, 256)
@@ -109,7 +108,7 @@ def test_a_sampler_saved_with_the_options_of_a_pool_still_opens(tmp_path: Path) 
     """Older versions saved `pool`, `mix` and `vocabulary`; without a pool the latter two said nothing."""
     blueprint = Blueprint.from_config(config().to_dict())
     donor(tmp_path / "donor", 0)
-    sampler = RowColumn().fit(single(tmp_path / "donor"), blueprint)
+    sampler = RowColumn().fit(open_standalone(tmp_path / "donor"), blueprint)
     sampler.save(tmp_path / "saved")
     path = tmp_path / "saved" / "sampler.json"
     content = json.loads(path.read_text())

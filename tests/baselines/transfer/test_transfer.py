@@ -16,8 +16,8 @@ from baselines.transfer.row_column import RowColumn
 from baselines.transfer.shrinking.sliced import Sliced
 from baselines.transfer.weight_selection import WeightSelection
 from tests.support.shaken import CONFIGS, donor, filled, logits
-from zoo.donors.standalone import Single, single
-from zoo.donors.store import Chosen, size_gap
+from zoo.donors.donor import size_gap
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
@@ -88,7 +88,7 @@ def test_weight_selection_on_a_gqa_llama_is_the_published_rule(tmp_path: Path) -
     got = dict(WeightSelection().fit(zoo, blueprint).sample(blueprint))
 
     def w(name: str) -> np.ndarray:
-        return zoo.only.read(name).numpy()
+        return zoo.donors[0].read(name).numpy()
 
     residual = [0, 2, 3, 5, 7, 8, 10, 11, 13, 15, 16, 18, 20, 21, 23, 24, 26, 28, 29, 31]  # 32 -> 20
     ffn = list(range(0, 48, 2))
@@ -123,11 +123,11 @@ def test_weight_selection_of_fused_transposed_tensors(tmp_path: Path) -> None:
     heads = [*range(8), *range(16, 24)]  # heads 0 and 2 of 4
     columns = [part * 32 + row for part in range(3) for row in heads]
     every_second = list(range(0, 32, 2))
-    fused = zoo.only.read("transformer.h.0.attn.c_attn.weight").numpy()
-    bias = zoo.only.read("transformer.h.0.attn.c_attn.bias").numpy()
+    fused = zoo.donors[0].read("transformer.h.0.attn.c_attn.weight").numpy()
+    bias = zoo.donors[0].read("transformer.h.0.attn.c_attn.bias").numpy()
     np.testing.assert_array_equal(got["transformer.h.0.attn.c_attn.weight"], select(fused, every_second, columns))
     np.testing.assert_array_equal(got["transformer.h.0.attn.c_attn.bias"], select(bias, columns))
-    positions = zoo.only.read("transformer.wpe.weight").numpy()
+    positions = zoo.donors[0].read("transformer.wpe.weight").numpy()
     np.testing.assert_array_equal(got["transformer.wpe.weight"], select(positions, list(range(20)), every_second))
 
 
@@ -137,7 +137,7 @@ def test_experts_are_selected_and_the_router_is_left_out(tmp_path: Path) -> None
     got = dict(WeightSelection().fit(zoo, blueprint).sample(blueprint))
     assert set(blueprint.names) - set(got) == set(blueprint.unknown) and blueprint.unknown
     name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
-    assert torch.equal(got[name.format(1)], zoo.only.read(name.format(2))[:, ::2])
+    assert torch.equal(got[name.format(1)], zoo.donors[0].read(name.format(2))[:, ::2])
 
 
 def test_one_residual_index_set_unless_asked_otherwise(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_one_residual_index_set_unless_asked_otherwise(tmp_path: Path) -> None:
         got = dict(WeightSelection(variant=variant).fit(zoo, blueprint).sample(blueprint, seed=1))
         found = set()
         for name in gains:
-            places = {value: i for i, value in enumerate(zoo.only.read(name).tolist())}
+            places = {value: i for i, value in enumerate(zoo.donors[0].read(name).tolist())}
             found.add(tuple(places[value] for value in got[name].tolist()))
         return found
 
@@ -165,7 +165,7 @@ def test_layers_first_or_even(tmp_path: Path) -> None:
     name = "model.layers.{}.mlp.up_proj.weight"
     for layers, expected in (("first", (0, 1, 2)), ("even", (0, 2, 4))):
         got = dict(WeightSelection(layers=layers).fit(zoo, blueprint).sample(blueprint))
-        assert all(torch.equal(got[name.format(i)], zoo.only.read(name.format(e))) for i, e in enumerate(expected))
+        assert all(torch.equal(got[name.format(i)], zoo.donors[0].read(name.format(e))) for i, e in enumerate(expected))
 
 
 def save_tokenizer(folder: Path, tokens: list[str]) -> Path:
@@ -180,7 +180,7 @@ def save_tokenizer(folder: Path, tokens: list[str]) -> Path:
 def test_other_tokenizers_are_matched_by_string(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokens = [f"t{i}" for i in range(60)]
     donor(tmp_path / "donor", CONFIGS["llama"])
-    zoo = single(save_tokenizer(tmp_path / "donor", tokens))
+    zoo = open_standalone(save_tokenizer(tmp_path / "donor", tokens))
     target = save_tokenizer(tmp_path / "target", ["t7", "new", *tokens[20:58]])
     blueprint = Blueprint.from_config(CONFIGS["llama"] | {"vocab_size": 40})
     caplog.set_level(logging.INFO)
@@ -188,7 +188,7 @@ def test_other_tokenizers_are_matched_by_string(tmp_path: Path, caplog: pytest.L
     assert "39 of 40 tokens are the donor's by string; the other 1 rows" in caplog.text
     got = dict(sampler.sample(blueprint, seed=0))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        table = zoo.only.read(name)
+        table = zoo.donors[0].read(name)
         assert torch.equal(got[name][[0, *range(2, 40)]], table[[7, *range(20, 58)]])
         assert (got[name][1] - table.mean(0)).abs().max() < 6 * table.std(0).max()
         assert not torch.equal(got[name][1], dict(sampler.sample(blueprint, seed=1))[name][1])
@@ -226,8 +226,8 @@ def test_a_donor_that_does_not_fit_is_refused_by_axis_and_sizes(
 def test_the_refusal_tells_of_the_donor_that_is_least_unlike(tmp_path: Path, sampler: Sampler) -> None:
     """Not of a GPT-2 of the target's size, which lacks ten kinds of tensors, but of the smaller Llama."""
     configs = {"a-gpt2": CONFIGS["gpt2"], "llama": CONFIGS["llama"]}
-    members = tuple(donor(tmp_path / name, config).only for name, config in configs.items())
-    zoo = Chosen(tmp_path, members)
+    members = tuple(donor(tmp_path / name, config).donors[0] for name, config in configs.items())
+    zoo = Zoo.of_donors(members, tmp_path)
     target = Blueprint.from_config(CONFIGS["llama"] | {"hidden_size": 64, "head_dim": 6})
     assert size_gap(members[0], target) < size_gap(members[1], target)
     with pytest.raises(UserError, match=r"'.*llama'.*(smaller than the target's 64|head_dim 8)") as caught:
@@ -263,7 +263,7 @@ def test_statistics_of_uneven_growth(tmp_path: Path) -> None:
     torch.testing.assert_close(scaled["sqrt(n/N)"], scaled["none"] * ratio**0.5)
     # divided by multiplicity, what a constant stream gives stays what it was
     assert torch.allclose(
-        scaled["1/multiplicity"].sum(1).sort().values, zoo.only.read(up).sum(1).sort().values, atol=1e-4
+        scaled["1/multiplicity"].sum(1).sort().values, zoo.donors[0].read(up).sum(1).sort().values, atol=1e-4
     )
     iid = dict(RowColumn(noise=0.0, sampling="iid", scale="none").fit(zoo, blueprint).sample(blueprint))
     columns = torch.unique(iid["model.norm.weight"])
@@ -313,14 +313,14 @@ def loss(folder: Path, tokens: torch.Tensor) -> float:
         return model(tokens, labels=tokens).loss.item()
 
 
-def resized(zoo: Single, **changes: Any) -> dict[str, Any]:
+def resized(zoo: Zoo, **changes: Any) -> dict[str, Any]:
     return json.loads((zoo.path / "config.json").read_text()) | changes
 
 
 @pytest.fixture(scope="module")
-def stories(shared_data: Path) -> Single:
+def stories(shared_data: Path) -> Zoo:
     """A really trained donor: 64 wide, 5 layers, 8 heads on 4 KV heads."""
-    return single(shared_data / "models" / "stories260K")
+    return open_standalone(shared_data / "models" / "stories260K")
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +333,7 @@ def tokens(shared_data: Path) -> torch.Tensor:
     return torch.tensor(tokenizer.encode(text).ids[: 4 * 256]).view(4, 256)
 
 
-def test_row_column_keeps_the_loss(tmp_path: Path, stories: Single, tokens: torch.Tensor) -> None:
+def test_row_column_keeps_the_loss(tmp_path: Path, stories: Zoo, tokens: torch.Tensor) -> None:
     twice = resized(stories, hidden_size=128, num_attention_heads=16, num_key_value_heads=8, intermediate_size=344)
     uneven = resized(stories, hidden_size=96, num_attention_heads=12, num_key_value_heads=6, intermediate_size=256)
     before = loss(stories.path, tokens)
@@ -350,7 +350,7 @@ def test_row_column_keeps_the_loss(tmp_path: Path, stories: Single, tokens: torc
     assert losses["share"] < min(before + 0.15, losses["repeat"], losses["stack"])
 
 
-def test_coupled_selection_beats_uncoupled(tmp_path: Path, stories: Single, tokens: torch.Tensor) -> None:
+def test_coupled_selection_beats_uncoupled(tmp_path: Path, stories: Zoo, tokens: torch.Tensor) -> None:
     small = resized(stories, hidden_size=48, num_attention_heads=6, num_key_value_heads=3, intermediate_size=128)
     losses = {
         variant: loss(filled(tmp_path / variant, WeightSelection(variant=variant), stories, small), tokens)

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from baselines.distributions.laws import LAWS
+from baselines.distributions.families import FAMILIES
 from headstart.analyze import marginals
 from headstart.analyze.marginals import marginal
 from zoo.checkpoints.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ def draw(law: stats.rv_continuous, n: int = N, seed: int = 0) -> Tensor:
     return torch.from_numpy(law.rvs(n, random_state=seed)).float()
 
 
-FAMILIES = {
+FAMILY_NAMES = {
     "normal": stats.norm(0.01, 0.02),
     "laplace": stats.laplace(0, 0.02),
     "student-t": stats.t(4, 0, 0.02),
@@ -32,14 +32,14 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_the_family_and_its_likelihood_are_found(family: str) -> None:
-    law = FAMILIES[family]
+    law = FAMILY_NAMES[family]
     found = marginal(draw(law))
     if family != "stable":  # a Cauchy law is one of Student's as well: the first of equals is taken
         assert found["family"] == family
     assert found["family"] in (family, "student-t")
-    assert set(found["scores"]) == set(LAWS)
+    assert set(found["scores"]) == set(FAMILIES)
     assert found["scores"][family] == pytest.approx(-law.entropy(), abs=0.03)
     assert max(found["scores"].values()) < -law.entropy() + 0.03
     json.dumps(found)

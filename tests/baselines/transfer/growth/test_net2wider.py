@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from baselines.transfer.growth.net2wider import Net2Wider
 from tests.support.grown import CONFIGS, exact, grown, logits, moved, random_model, resized
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import single
+from zoo.donors.zoo import open_standalone
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
@@ -235,7 +235,7 @@ def test_what_will_happen_to_the_stream_is_said(caplog: pytest.LogCaptureFixture
 def test_saved_and_loaded_it_gives_the_same_bytes(tmp_path: Path) -> None:
     random_model(CONFIGS["gpt2"]).float().save_pretrained(tmp_path / "donor")
     blueprint = Blueprint.from_config(resized("gpt2", hidden_size=48, num_hidden_layers=3))
-    sampler = Net2Wider(expansion="aki", noise=0.01).fit(single(tmp_path / "donor"), blueprint)
+    sampler = Net2Wider(expansion="aki", noise=0.01).fit(open_standalone(tmp_path / "donor"), blueprint)
     sampler.save(tmp_path / "saved")
     expected = dict(sampler.sample(blueprint, seed=5))
     loaded = dict(Net2Wider.load(tmp_path / "saved").sample(blueprint, seed=5))

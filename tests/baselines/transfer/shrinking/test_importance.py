@@ -8,27 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from baselines.transfer.shrinking.calibration import calibration_windows, load_donor
-from baselines.transfer.shrinking.importance import by_activations, by_weights, top
+from baselines.transfer.shrinking.calibration import calibration_windows, load_model
+from baselines.transfer.shrinking.importance import score_by_activations, score_by_weights, top_indices
 from tests.support.planted import config
 from tests.support.shaken import CONFIGS, build, donor
+from zoo.donors.folder import StandaloneDonor
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import single
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.training.text import encode_corpus
+from zoo.training.corpora import encode_corpus
 
 WINDOWS = torch.randint(0, 60, (6, 16), generator=torch.Generator().manual_seed(0))
 
 
 def test_the_best_keep_their_order_and_the_first_of_equals_wins() -> None:
-    assert top(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
+    assert top_indices(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
 
 
 def test_scores_from_weights_are_norms() -> None:
     """Against dense products of the module's own matrices, gains and all."""
     model = build(CONFIGS["llama"])
-    scores = by_weights(zoo_of({"m": model}).donors[0])
+    scores = score_by_weights(zoo_of({"m": model}).donors[0])
     layer = model.model.layers[1]
     g = layer.post_attention_layernorm.weight
     gate, up, down = layer.mlp.gate_proj.weight * g, layer.mlp.up_proj.weight * g, layer.mlp.down_proj.weight
@@ -40,14 +40,14 @@ def test_scores_from_weights_are_norms() -> None:
         torch.testing.assert_close(scores.heads[1, head].float(), product.norm())
     torch.testing.assert_close(scores.groups(2)[1], scores.heads[1].view(2, 2).norm(dim=1))
     model.model.layers[0].self_attn.o_proj.weight.data[3] *= 100  # now a coordinate that much is written to
-    assert by_weights(zoo_of({"m": model}).donors[0]).residual.argmax() == 3
+    assert score_by_weights(zoo_of({"m": model}).donors[0]).residual.argmax() == 3
 
 
 def test_experts_and_fused_transposed_tensors_have_scores() -> None:
-    experts = by_weights(zoo_of({"m": build(CONFIGS["mixtral"])}).donors[0])
+    experts = score_by_weights(zoo_of({"m": build(CONFIGS["mixtral"])}).donors[0])
     assert experts.expert_ffn.shape == (2, 48) and experts.ffn.shape == (2, 0) and bool((experts.expert_ffn > 0).all())
     model = build(CONFIGS["gpt2"])
-    scores = by_weights(zoo_of({"m": model}).donors[0])
+    scores = score_by_weights(zoo_of({"m": model}).donors[0])
     block = model.transformer.h[1]
     up, down = block.mlp.c_fc.weight.T * block.ln_2.weight, block.mlp.c_proj.weight
     torch.testing.assert_close(scores.ffn[1].float(), up.norm(dim=1) * down.norm(dim=1))
@@ -60,8 +60,8 @@ def test_scores_from_activations_are_means_over_the_text(name: str) -> None:
     """Against transformers' own hidden states, for which the last norm is taken out."""
     model = build(CONFIGS[name])
     source = zoo_of({"m": model}).donors[0]
-    weights = by_weights(source)
-    scores = by_activations(load_donor(source, "cpu"), source, WINDOWS, weights)
+    weights = score_by_weights(source)
+    scores = score_by_activations(load_model(source, "cpu"), source, WINDOWS, weights)
     seen = {}
     last = model.model.norm if name == "llama" else model.transformer.ln_f
     down = model.model.layers[1].mlp.down_proj if name == "llama" else model.transformer.h[1].mlp.c_proj
@@ -87,23 +87,25 @@ def test_scores_from_activations_are_means_over_the_text(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("llama", "gpt2")])
 def test_every_architecture_can_be_watched(name: str) -> None:
     source = zoo_of({"m": build(CONFIGS[name])}).donors[0]
-    scores = by_activations(load_donor(source, "cpu"), source, WINDOWS, by_weights(source))
+    scores = score_by_activations(load_model(source, "cpu"), source, WINDOWS, score_by_weights(source))
     assert scores.influence is not None and bool((scores.influence > 0).all())
     assert bool((scores.residual > 0).all()) and bool((scores.heads > 0).all())
 
 
 def test_the_text_is_read_by_the_donors_tokenizer(shared_data: Path) -> None:
     folder, text = shared_data / "models" / "stories260K", shared_data / "corpora" / "tinystories_sample.txt"
-    windows = calibration_windows(text, single(folder).only, None, 8, "x")
+    windows = calibration_windows(text, StandaloneDonor.open(folder), None, 8, "x")
     assert windows.shape == (8, 256)
-    short = calibration_windows(text, single(folder).only, None, 2, "x")  # less of the file is read: the same tokens
+    short = calibration_windows(
+        text, StandaloneDonor.open(folder), None, 2, "x"
+    )  # less of the file is read: the same tokens
     assert torch.equal(short, windows[:2])
     whole = encode_corpus(text, folder, 512)
     assert torch.equal(windows.flatten(), whole[: 8 * 256])
 
 
 def test_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    bytewise = donor(tmp_path / "bytes", config("llama")).only
+    bytewise = donor(tmp_path / "bytes", config("llama")).donors[0]
     good = tmp_path / "good.txt"
     good.write_text("ä" * 40)  # 80 bytes
     assert calibration_windows(good, bytewise, None, 64, "x").shape == (2, 32)  # the donor knows 32 positions
@@ -112,7 +114,7 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(UserError, match="9 tokens are too few for calibration; give at least 32"):
         calibration_windows(tmp_path / "short.txt", bytewise, None, 64, "x")
-    wordwise = donor(tmp_path / "words", CONFIGS["llama"]).only
+    wordwise = donor(tmp_path / "words", CONFIGS["llama"]).donors[0]
     with pytest.raises(UserError, match=r"has no tokenizer\.json and its vocabulary of 60"):
         calibration_windows(good, wordwise, None, 64, "x")
     from tests.baselines.transfer.test_transfer import save_tokenizer
@@ -126,9 +128,9 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_architecture_kept_elsewhere_in_memory_is_refused() -> None:
-    from baselines.transfer.shrinking.calibration import module_of
+    from baselines.transfer.shrinking.calibration import module_holding
 
     model = build(CONFIGS["mixtral"])
     name = next(s.name for s, _ in Blueprint.from_module(model).find("mlp.down"))
     with pytest.raises(UserError, match="its activations cannot be read"):
-        module_of(model, name)
+        module_holding(model, name)

@@ -12,14 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from baselines.transfer.shrinking import learned_pruning
-from baselines.transfer.shrinking.importance import by_weights
-from baselines.transfer.shrinking.learned_pruning import LearnedPruning, most_open
-from baselines.transfer.shrinking.masks import EXACT, Masks, masking
-from baselines.transfer.shrinking.shrinking import Kept
+from baselines.transfer.shrinking.base import KeptParts
+from baselines.transfer.shrinking.importance import score_by_weights
+from baselines.transfer.shrinking.learned_pruning import LearnedPruning, select_most_open
+from baselines.transfer.shrinking.masks import SUPPORTED, Masks, apply_masks
 from tests.support.planted import DEAD, alive, config, kill
 from tests.support.shaken import CONFIGS, GQA, build, donor, filled, logits
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import Single, single
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -52,7 +52,7 @@ def random_masks(source: Any, target: Any, seed: int) -> Masks:
     return masks
 
 
-def binary(kept: Kept, source: Any) -> dict[str, torch.Tensor]:
+def binary(kept: KeptParts, source: Any) -> dict[str, torch.Tensor]:
     """What was kept, as masks of zero and one."""
     z = {
         "residual": torch.zeros(source.width),
@@ -68,17 +68,17 @@ def binary(kept: Kept, source: Any) -> dict[str, torch.Tensor]:
     return z
 
 
-@pytest.mark.parametrize("name", [n for n in [*CONFIGS, *MORE] if (CONFIGS | MORE)[n]["model_type"] in EXACT])
+@pytest.mark.parametrize("name", [n for n in [*CONFIGS, *MORE] if (CONFIGS | MORE)[n]["model_type"] in SUPPORTED])
 def test_at_zero_and_one_the_masked_model_is_the_pruned_model(tmp_path: Path, name: str) -> None:
     """Every axis at once, parts at random; the norms' epsilon is large enough to be felt."""
     whole = (CONFIGS | MORE)[name] | {"num_hidden_layers": 3, "rms_norm_eps": 1e-3}
     zoo, source, target = donor(tmp_path / "donor", whole), sizes(whole), sizes(whole | SMALL)
-    kept = most_open(random_masks(source, target, 1), by_weights(zoo.only), source, target)
+    kept = select_most_open(random_masks(source, target, 1), score_by_weights(zoo.donors[0]), source, target)
     fitted = Fitted()
-    fitted.restore({"folder": str(zoo.path), "sha256": zoo.only.sha256}, kept.tensors())
+    fitted.restore({"folder": str(zoo.path), "sha256": zoo.donors[0].sha256}, kept.tensors())
     pruned = logits(filled(tmp_path / "pruned", fitted, zoo, whole | SMALL))
     model = AutoModelForCausalLM.from_pretrained(zoo.path).eval()
-    with torch.no_grad(), masking(model, zoo.only.blueprint, binary(kept, source)):
+    with torch.no_grad(), apply_masks(model, zoo.donors[0].blueprint, binary(kept, source)):
         masked = model(torch.arange(1, 25).view(2, 12)).logits
     assert (masked - logits(zoo.path)).abs().max() > 0.05
     torch.testing.assert_close(masked, pruned, rtol=1e-5, atol=1e-5)
@@ -132,7 +132,7 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tokens: torch.Tensor) -> Single:
+def trained(tmp_path_factory: pytest.TempPathFactory, tokens: torch.Tensor) -> Zoo:
     """A tiny byte-level Llama, trained for a moment; what is DEAD, and layer 1, has no gradient and stays dead."""
     model = build(config("llama"))
     kill(model, ("residual", "ffn", "groups"), layer=1)
@@ -143,7 +143,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokens: torch.Tensor) -> S
         pass
     folder = tmp_path_factory.mktemp("trained")
     model.save_pretrained(folder)
-    return single(folder)
+    return open_standalone(folder)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def loss(folder: Path, tokens: torch.Tensor) -> float:
     return evaluate(AutoModelForCausalLM.from_pretrained(folder), tokens, sequence=31, limit=64)
 
 
-def test_training_finds_what_is_dead(tmp_path: Path, trained: Single, tokens: torch.Tensor, text: str) -> None:
+def test_training_finds_what_is_dead(tmp_path: Path, trained: Zoo, tokens: torch.Tensor, text: str) -> None:
     """Neurons, groups and a layer, exactly: the pruned model is the donor."""
     small = config("llama", **SMALL | {"hidden_size": 32})
     sampler = LearnedPruning(text=text, steps=120)
@@ -168,7 +168,7 @@ def test_training_finds_what_is_dead(tmp_path: Path, trained: Single, tokens: to
     torch.testing.assert_close(logits(folder), logits(trained.path), rtol=1e-4, atol=1e-5)
 
 
-def test_learned_masks_beat_masks_at_random(tmp_path: Path, trained: Single, tokens: torch.Tensor, text: str) -> None:
+def test_learned_masks_beat_masks_at_random(tmp_path: Path, trained: Zoo, tokens: torch.Tensor, text: str) -> None:
     """All axes at once. (Dead coordinates of the stream are no exact matter: a norm divides by what is kept.)"""
     small = config("llama", **SMALL)
     sampler = LearnedPruning(text=text, steps=120)
@@ -176,9 +176,11 @@ def test_learned_masks_beat_masks_at_random(tmp_path: Path, trained: Single, tok
     source, target = sizes(config("llama")), sizes(small)
     at_random = []
     for seed in range(3):
-        parts = most_open(random_masks(source, target, seed), by_weights(trained.only), source, target)
+        parts = select_most_open(
+            random_masks(source, target, seed), score_by_weights(trained.donors[0]), source, target
+        )
         fitted = Fitted()
-        fitted.restore({"folder": str(trained.path), "sha256": trained.only.sha256}, parts.tensors())
+        fitted.restore({"folder": str(trained.path), "sha256": trained.donors[0].sha256}, parts.tensors())
         at_random.append(loss(filled(tmp_path / f"random{seed}", fitted, trained, small), tokens))
     before = loss(trained.path, tokens)
     assert before < 2.8 and learned < before + 0.3
@@ -186,7 +188,7 @@ def test_learned_masks_beat_masks_at_random(tmp_path: Path, trained: Single, tok
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    tmp_path: Path, trained: Single, text: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trained: Zoo, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blueprint = Blueprint.from_config(config("llama", **SMALL))
     for weights in (False, True):
@@ -219,7 +221,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.items())
 
 
-def test_weights_that_train_along_get_better(tmp_path: Path, trained: Single, tokens: torch.Tensor, text: str) -> None:
+def test_weights_that_train_along_get_better(tmp_path: Path, trained: Zoo, tokens: torch.Tensor, text: str) -> None:
     small = config("llama", hidden_size=16)
     losses = []
     for weights in (False, True):
@@ -240,7 +242,7 @@ def test_without_a_text_only_bytes_have_one(caplog: pytest.LogCaptureFixture) ->
             act(zoo, words)
 
 
-def test_the_same_shape_is_the_donor(tmp_path: Path, trained: Single, text: str) -> None:
+def test_the_same_shape_is_the_donor(tmp_path: Path, trained: Zoo, text: str) -> None:
     same = filled(tmp_path / "same", LearnedPruning(text=text), trained, config("llama"))
     assert torch.equal(logits(same), logits(trained.path))
 

@@ -15,7 +15,7 @@ from baselines.transfer.weight_selection import WeightSelection
 from tests.support.planted import DEAD, alive, config, planted
 from tests.support.shaken import build, donor, filled, logits
 from zoo.donors.memory import load_into, zoo_of
-from zoo.donors.standalone import Single, single
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import byte_tokens, encode_corpus, python_reference
@@ -69,7 +69,9 @@ def test_query_heads_within_a_group_go_by_importance(tmp_path: Path) -> None:
                 layer.self_attn.o_proj.weight[:, 8 * head : 8 * head + 8] = 0
     model.save_pretrained(tmp_path / "donor")
     sampler = Pruning()
-    small = filled(tmp_path / "small", sampler, single(tmp_path / "donor"), config("llama", num_attention_heads=2))
+    small = filled(
+        tmp_path / "small", sampler, open_standalone(tmp_path / "donor"), config("llama", num_attention_heads=2)
+    )
     assert sampler.kept.queries.flatten(1).tolist() == [[1, 0], [0, 1], [0, 0]]
     torch.testing.assert_close(logits(small), logits(tmp_path / "donor"), rtol=1e-4, atol=1e-5)
 
@@ -87,7 +89,7 @@ def test_compensation_gives_the_work_of_duplicates_to_what_they_repeat(tmp_path:
             heads[1], heads[3] = heads[0], heads[2]
             layer.self_attn.o_proj.weight.view(32, 4, 8)[:, 1::2] *= 0.5
     model.save_pretrained(tmp_path / "donor")
-    zoo, expected = single(tmp_path / "donor"), logits(tmp_path / "donor")
+    zoo, expected = open_standalone(tmp_path / "donor"), logits(tmp_path / "donor")
     small = config("llama", intermediate_size=40, num_attention_heads=2)
     gathered = logits(filled(tmp_path / "gathered", Pruning(text=text), zoo, small))
     refitted = logits(filled(tmp_path / "refitted", Pruning(text=text, compensate=True, ridge=1e-9), zoo, small))
@@ -139,7 +141,7 @@ def test_gains_are_corrected_by_the_share_of_what_is_kept(tmp_path: Path, text: 
     blueprint = Blueprint.from_config(config("llama", hidden_size=24))
     sampler = Pruning(text=text)
     ratio = dict(sampler.fit(zoo, blueprint).sample(blueprint))["model.norm.weight"]
-    ratio = ratio / zoo.only.read("model.norm.weight")[sampler.kept.residual]
+    ratio = ratio / zoo.donors[0].read("model.norm.weight")[sampler.kept.residual]
     model = AutoModelForCausalLM.from_pretrained(zoo.path)
     seen: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -158,7 +160,7 @@ def test_experts_are_pruned_together(tmp_path: Path) -> None:
     got = dict(sampler.sample(blueprint))
     name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
     for expert in (0, 3):
-        expected = zoo.only.read(name.format(expert))[:, sampler.kept.expert_ffn[1]]
+        expected = zoo.donors[0].read(name.format(expert))[:, sampler.kept.expert_ffn[1]]
         assert torch.equal(got[name.format(expert)], expected)
     with pytest.raises(UserError, match="experts, whose outputs cannot be refitted"):
         Pruning(compensate=True, text="any").fit(zoo, blueprint)
@@ -205,7 +207,7 @@ def test_a_donor_that_is_deep_enough_is_chosen() -> None:
 def test_importance_beats_every_nth_neuron_of_a_trained_model(shared_data: Path) -> None:
     """Neurons of stories260K, 172 -> 128, by what they do on TinyStories; losses on stories further on."""
     text = shared_data / "corpora" / "tinystories_sample.txt"
-    zoo: Single = single(shared_data / "models" / "stories260K")
+    zoo: Zoo = open_standalone(shared_data / "models" / "stories260K")
     small = json.loads((zoo.path / "config.json").read_text()) | {"intermediate_size": 128}
     blueprint, tokens = Blueprint.from_config(small), encode_corpus(text, zoo.path, 512)[40_000:44_000]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from baselines.transfer.shrinking.pruning import Pruning
-from baselines.transfer.shrinking.sliced import Sliced, cut, kept_layers
+from baselines.transfer.shrinking.sliced import Sliced, cut_decoder, select_layers
 from baselines.transfer.weight_selection import WeightSelection
 from tests.support.shaken import CONFIGS, GQA, donor, filled, logits
-from zoo.donors.standalone import Single, single
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
@@ -46,7 +46,7 @@ def test_a_tied_donor_is_exact_in_an_untied_target(tmp_path: Path) -> None:
     torch.testing.assert_close(same, logits(zoo.path), rtol=0, atol=1e-5)
 
 
-def silent(zoo: Single, rank: int, neurons: int, groups: int, folder: Path) -> Single:
+def silent(zoo: Zoo, rank: int, neurons: int, groups: int, folder: Path) -> Zoo:
     """A copy of a Llama donor whose function lives in `rank` rotated residual coordinates, the first `neurons` neurons
     and the first `groups` KV groups: what a slice of those sizes must find."""
     from transformers import AutoModelForCausalLM
@@ -66,7 +66,7 @@ def silent(zoo: Single, rank: int, neurons: int, groups: int, folder: Path) -> S
             if "o_proj" in tensor_name:
                 p[:, : -16 * groups] = 0.0
     model.save_pretrained(folder)
-    return single(folder)
+    return open_standalone(folder)
 
 
 def test_what_a_donor_does_not_use_is_what_is_cut(tmp_path: Path) -> None:
@@ -83,10 +83,10 @@ def test_what_a_donor_does_not_use_is_what_is_cut(tmp_path: Path) -> None:
 
 
 def test_layers_kept() -> None:
-    assert kept_layers("middle", 8, 5) == (0, 1, 2, 6, 7)
-    assert kept_layers("first", 8, 3) == (0, 1, 2)
-    assert kept_layers("even", 7, 3) == (0, 3, 6)
-    assert all(kept_layers(rule, 4, 4) == (0, 1, 2, 3) for rule in ("middle", "first", "even"))
+    assert select_layers("middle", 8, 5) == (0, 1, 2, 6, 7)
+    assert select_layers("first", 8, 3) == (0, 1, 2)
+    assert select_layers("even", 7, 3) == (0, 3, 6)
+    assert all(select_layers(rule, 4, 4) == (0, 1, 2, 3) for rule in ("middle", "first", "even"))
 
 
 def test_post_norms_and_embedding_scales_follow_the_width(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_post_norms_and_embedding_scales_follow_the_width(tmp_path: Path) -> Non
     target = Blueprint.from_config({**UNTIED["gemma2"], "hidden_size": 24})
     decoder = canonicalise(read_decoder(source.blueprint, source.read)).decoder
     assert target.metadata is not None
-    small = cut(decoder, target.metadata, (0, 1))
+    small = cut_decoder(decoder, target.metadata, (0, 1))
     x = torch.randn(5, 24, dtype=torch.float64)
     wide = torch.cat([x, torch.zeros(5, 8, dtype=torch.float64)], dim=1)
     for site in ("attn.out", "mlp.out"):
@@ -108,7 +108,7 @@ def test_post_norms_and_embedding_scales_follow_the_width(tmp_path: Path) -> Non
     torch.testing.assert_close(small.embed * 24**0.5, decoder.embed[:, :24] * 32**0.5)
 
 
-def loss(folder: Path, sampler: Sampler, zoo: Single, config: dict[str, Any], tokens: torch.Tensor) -> float:
+def loss(folder: Path, sampler: Sampler, zoo: Zoo, config: dict[str, Any], tokens: torch.Tensor) -> float:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(filled(folder, sampler, zoo, config))
@@ -120,7 +120,7 @@ def test_three_quarters_of_a_real_checkpoint_beats_selection(shared_data: Path, 
     """Its loss before any training, on the text that it was trained for, is below that of every n-th and of the first
     coordinates, and of pruning by index. The axes of stories260K show in its activations only: those of its weights
     lose to selection."""
-    zoo = single(shared_data / "models" / name)
+    zoo = open_standalone(shared_data / "models" / name)
     own = zoo.donors[0].config
     heads = own["hidden_size"] // own["num_attention_heads"]
     config = {**own, "hidden_size": own["hidden_size"] * 3 // 4, "head_dim": heads, "tie_word_embeddings": False}
@@ -145,7 +145,7 @@ def test_three_quarters_of_a_real_checkpoint_beats_selection(shared_data: Path, 
 @pytest.mark.parametrize("name", ["babyllama-tok105", "stories260K"])
 @pytest.mark.parametrize("axes", ["weights", "activations"])
 def test_a_real_checkpoint_at_its_own_sizes(shared_data: Path, tmp_path: Path, name: str, axes: str) -> None:
-    zoo = single(shared_data / "models" / name)
+    zoo = open_standalone(shared_data / "models" / name)
     config = {**zoo.donors[0].config, "tie_word_embeddings": False}
     text = str(shared_data / "corpora/tinystories_sample.txt") if axes == "activations" else None
     if text:
@@ -171,7 +171,7 @@ def test_activation_axes_are_those_of_what_the_norms_see(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "donor")
     save_byte_tokenizer(tmp_path / "donor")
     (tmp_path / "text").write_bytes(bytes(range(97, 123)) * 100)
-    zoo = single(tmp_path / "donor")
+    zoo = open_standalone(tmp_path / "donor")
     sampler = Sliced(axes="activations", text=str(tmp_path / "text"), windows=40)
     sampler.fit(zoo, Blueprint.from_config(config))
     basis = sampler.state()[1]["basis"]
@@ -193,7 +193,7 @@ def test_tokens_are_matched_by_their_strings(tmp_path: Path) -> None:
     config = {**UNTIED["llama"], "vocab_size": 256}
     zoo = donor(tmp_path / "donor", config)
     save_byte_tokenizer(tmp_path / "donor")
-    zoo = single(tmp_path / "donor")
+    zoo = open_standalone(tmp_path / "donor")
     save_byte_tokenizer(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     old = content["model"]["vocab"]
@@ -242,7 +242,7 @@ def test_a_tied_target_is_fitted_when_asked_for(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "shaken")
     torch.nn.init.constant_(model.model.norm.weight, 0.7)
     model.save_pretrained(tmp_path / "donor")
-    zoo = single(tmp_path / "donor")
+    zoo = open_standalone(tmp_path / "donor")
     same = logits(filled(tmp_path / "same", Sliced(tie="fit"), zoo, config))
     torch.testing.assert_close(same, logits(zoo.path), rtol=0, atol=1e-5)
 

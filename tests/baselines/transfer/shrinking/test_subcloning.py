@@ -15,11 +15,11 @@ from baselines.transfer.weight_selection import WeightSelection
 from tests.support.planted import DEAD, alive, config, planted
 from tests.support.shaken import build, donor, filled, logits
 from zoo.donors.memory import load_into, zoo_of
-from zoo.donors.standalone import single
+from zoo.donors.zoo import open_standalone
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
+from zoo.training.corpora import encode_corpus, python_reference
 from zoo.training.loop import evaluate
-from zoo.training.text import encode_corpus, python_reference
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_refusals_come_before_any_work(changes: dict[str, Any], options: dict[st
 def test_active_neurons_and_heads_of_a_trained_model_are_worth_more(shared_data: Path) -> None:
     """stories260K: 172 -> 128 neurons and 4 -> 2 KV groups by what they do on TinyStories, losses further on."""
     text = shared_data / "corpora" / "tinystories_sample.txt"
-    zoo = single(shared_data / "models" / "stories260K")
+    zoo = open_standalone(shared_data / "models" / "stories260K")
     tokens = encode_corpus(text, zoo.path, 512)[40_000:44_000]
     for changes in ({"intermediate_size": 128}, {"num_attention_heads": 4, "num_key_value_heads": 2}):
         small = json.loads((zoo.path / "config.json").read_text()) | changes

@@ -13,24 +13,27 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from baselines.transfer.index_maps import Axis, Maps, even_layers, head_axes, uniform
+from baselines.transfer.base import Transfer
+from baselines.transfer.gather import fixed_maps
+from baselines.transfer.index_maps import AxisMap, IndexMaps, even_layers, head_maps, uniform_index
 from baselines.transfer.shrinking.calibration import calibration_windows
-from baselines.transfer.shrinking.importance import Scores, top
-from baselines.transfer.transfer import Transfer, expert_ffn, table_axes
+from baselines.transfer.shrinking.importance import Scores, top_indices
+from baselines.transfer.sizes import expert_ffn_size
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor, Zoo
+    from zoo.donors.donor import Donor
+    from zoo.donors.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
-SCORED = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")  # what importance is seen from
+SCORED_ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")  # what importance is seen from
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptParts:
     """Which of the donor's parts a target consists of, int64, in the donor's order."""
 
     layers: Tensor  # [L]
@@ -44,35 +47,37 @@ class Kept:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def keep(scores: Scores, layers: tuple[int, ...], source: Metadata, target: Metadata, by_index: bool = False) -> Kept:
+def select_parts(
+    scores: Scores, layers: tuple[int, ...], source: Metadata, target: Metadata, by_index: bool = False
+) -> KeptParts:
     """The best of every hidden space in the layers chosen; by_index: every n-th residual coordinate instead."""
     groups, queries, ffn, experts = [], [], [], []
     group_scores, heads = scores.groups(source.kv_heads), scores.heads.unflatten(1, (source.kv_heads, -1))
     for layer in layers:
-        chosen = top(group_scores[layer], target.kv_heads)
+        chosen = top_indices(group_scores[layer], target.kv_heads)
         groups.append(chosen)
-        queries.append(torch.stack([top(heads[layer, g], target.heads // target.kv_heads) for g in chosen]))
-        ffn.append(top(scores.ffn[layer], target.ffn))
-        experts.append(top(scores.expert_ffn[layer], expert_ffn(target)))
-    residual = uniform(source.width, target.width) if by_index else top(scores.residual, target.width)
+        queries.append(torch.stack([top_indices(heads[layer, g], target.heads // target.kv_heads) for g in chosen]))
+        ffn.append(top_indices(scores.ffn[layer], target.ffn))
+        experts.append(top_indices(scores.expert_ffn[layer], expert_ffn_size(target)))
+    residual = uniform_index(source.width, target.width) if by_index else top_indices(scores.residual, target.width)
     stacked = [torch.stack(x) for x in (groups, queries, ffn, experts)]
-    return Kept(torch.tensor(layers), residual, *stacked)
+    return KeptParts(torch.tensor(layers), residual, *stacked)
 
 
-def middle(t: int, s: int) -> tuple[int, ...]:
+def drop_middle_layers(t: int, s: int) -> tuple[int, ...]:
     """s of t layers without those in the middle: the first half of them, rounded up, and the last."""
     return (*range((s + 1) // 2), *range(t - s // 2, t))
 
 
-def choose_layers(rule: str, influence: Tensor | None, t: int, s: int) -> tuple[int, ...]:
+def select_layers(rule: str, influence: Tensor | None, t: int, s: int) -> tuple[int, ...]:
     """s of t layers by `influence` (the blocks that change the stream most), `middle` or `even`."""
     if rule == "influence":
         assert influence is not None
-        return tuple(top(influence, s).tolist())
-    return middle(t, s) if rule == "middle" else even_layers(t, s)
+        return tuple(top_indices(influence, s).tolist())
+    return drop_middle_layers(t, s) if rule == "middle" else even_layers(t, s)
 
 
-def ratio(t: int, s: int) -> float:
+def spread_ratio(t: int, s: int) -> float:
     """The factor sqrt(t / s) that keeps the spread of a sum of which s of t terms are left."""
     return (t / s) ** 0.5
 
@@ -89,12 +94,12 @@ class Shrinking(Transfer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._kept: Kept | None = None
+        self._kept: KeptParts | None = None
 
     def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         source, target = donor.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None
-        missing = [role for role in SCORED if not donor.blueprint.find(role)]
+        missing = [role for role in SCORED_ROLES if not donor.blueprint.find(role)]
         if missing:
             return [f"its {', '.join(missing)} are not known, so that no importance is: use weight-selection"]
         if source.layers < target.layers:
@@ -121,38 +126,40 @@ class Shrinking(Transfer):
             return None
         return calibration_windows(self.text, donor, self.tokenizer, self.windows, self.name)
 
-    def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> Kept:
+    def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
         raise NotImplementedError
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptParts:
         """What `fit` chose."""
         if self._kept is None:
             raise RuntimeError(f"{self.name}: call fit before sample")
         return self._kept
 
-    def maps(self, blueprint: Blueprint, rescale: bool) -> Maps:
+    def maps(self, blueprint: Blueprint, rescale: bool) -> IndexMaps:
         """The index maps of what was kept. rescale: whether readers make up for what is gone, by sqrt(t / s)."""
         source, target = self.source.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None
-        tables: dict[str, Any] = table_axes(self.source, blueprint, self.rows(blueprint))
+        tables: dict[str, Any] = fixed_maps(self.source, blueprint, self.rows(blueprint))
         kept = self.kept
 
-        def axis(index: Tensor, t: int) -> Axis:
-            return Axis(index, ratio(t, len(index)) if rescale and len(index) else 1.0)
+        def axis(index: Tensor, t: int) -> AxisMap:
+            return AxisMap(index, spread_ratio(t, len(index)) if rescale and len(index) else 1.0)
 
         heads, kv_heads = [], []
         for groups, queries in zip(kept.groups, kept.queries, strict=True):
-            h, kv = head_axes(source, groups, queries, tables["head_dim"].index)
+            h, kv = head_maps(source, groups, queries, tables["head_dim"].index)
             heads.append(axis(h.index, source.heads * source.head_dim))
             kv_heads.append(kv)
-        return Maps(
+        return IndexMaps(
             layers=tuple(kept.layers.tolist()),
             residual=axis(kept.residual, source.width),
             heads=tuple(heads),
             kv_heads=tuple(kv_heads),
             ffn=tuple(axis(index, source.ffn) for index in kept.ffn),
-            expert_ffn=tuple(axis(index, expert_ffn(source)) for index in kept.expert_ffn) if target.experts else (),
+            expert_ffn=tuple(axis(index, expert_ffn_size(source)) for index in kept.expert_ffn)
+            if target.experts
+            else (),
             embed_scale=source.embed_scale / target.embed_scale,
             **tables,
         )
@@ -163,4 +170,4 @@ class Shrinking(Transfer):
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().restore(values, tensors)
-        self._kept = Kept(**{f.name: tensors[f.name] for f in fields(Kept)})
+        self._kept = KeptParts(**{f.name: tensors[f.name] for f in fields(KeptParts)})

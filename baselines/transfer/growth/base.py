@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from baselines.transfer.transfer import Transfer
+from baselines.transfer.base import Transfer
+from baselines.transfer.sizes import metadata_pair
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.configs import ACTIVATIONS, EPSILONS, NAMES, parse, text_config
-from zoo.tensors import Metadata, TensorSpec
+from zoo.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Donor, Zoo
+    from zoo.donors.donor import Donor
+    from zoo.donors.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
 # Keys of a config that say nothing about the function beside what is compared already, and endings of such keys.
-SEEN = {
+IGNORED_KEYS = {
     *(key for keys in NAMES.values() for key in keys), *ACTIVATIONS, *EPSILONS, "rope_theta", "rotary_dim",
     "rotary_pct", "partial_rotary_factor", "use_parallel_residual", "parallel_attn", "layer_types",
     "no_rope_layers", "model_type", "no_rope_layer_interval", "max_window_layers", "sliding_window_pattern",
@@ -31,9 +33,9 @@ SEEN = {
     "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder",
     "layerdrop", "dropout", "init_std", "_sliding_window_pattern", "attn_pdrop", "embd_pdrop", "resid_pdrop",
 }  # fmt: skip
-UNSEEN = ("_token_id", "_dropout", "_implementation", "_dropout_prob")
+IGNORED_ENDINGS = ("_token_id", "_dropout", "_implementation", "_dropout_prob")
 
-SMALLER = "for a smaller one use weight-selection, subcloning, pruning or sliced"
+SHRINKING_METHODS = "for a smaller one use weight-selection, subcloning, pruning or sliced"
 
 
 @dataclass(kw_only=True)
@@ -48,7 +50,7 @@ class Growth(Transfer):
         return True
 
     def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
-        return shrinking(donor, blueprint)
+        return growth_mismatches(donor, blueprint)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         super().fit(zoo, blueprint)
@@ -58,23 +60,16 @@ class Growth(Transfer):
 
     def inexact(self, blueprint: Blueprint) -> list[str]:
         """Why the target's function will not be the donor's, beside other tokens: one line each."""
-        return differences(self.source, blueprint)
+        return config_differences(self.source, blueprint)
 
 
-def numbers(donor: Donor, blueprint: Blueprint) -> tuple[Metadata, Metadata]:
-    """Of both sides; `problems` has seen that they are there."""
-    source, target = donor.blueprint.metadata, blueprint.metadata
-    assert source is not None and target is not None
-    return source, target
-
-
-def shrinking(donor: Donor, blueprint: Blueprint) -> list[str]:
+def growth_mismatches(donor: Donor, blueprint: Blueprint) -> list[str]:
     """The axes that a target has less of than the donor, with both sizes; and what no index map can carry over."""
-    source, target = numbers(donor, blueprint)
+    source, target = metadata_pair(donor, blueprint)
     axes = ("layers", "width", "ffn", "head_dim", "kv_heads", "heads")
     pairs = [(axis, getattr(source, axis), getattr(target, axis)) for axis in axes]
     smaller = [f"{axis} {t} would shrink to {s}" for axis, t, s in pairs if s < t]
-    found = [f"{', '.join(smaller)}: {SMALLER}"] if smaller else []
+    found = [f"{', '.join(smaller)}: {SHRINKING_METHODS}"] if smaller else []
     if target.kv_heads >= source.kv_heads and target.heads >= source.heads:
         per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
         if target.kv_heads // source.kv_heads * wanted < per_group:
@@ -94,15 +89,15 @@ def shrinking(donor: Donor, blueprint: Blueprint) -> list[str]:
     return found
 
 
-def differences(donor: Donor, blueprint: Blueprint) -> list[str]:
+def config_differences(donor: Donor, blueprint: Blueprint) -> list[str]:
     """What two configs with the same kinds of tensors compute differently, one line each."""
-    source, target = numbers(donor, blueprint)
+    source, target = metadata_pair(donor, blueprint)
     pairs = [(key, source.extra.get(key), target.extra.get(key)) for key in ("activation", "norm_eps", "rotary_dim")]
     pairs += [("parallel_block", source.extra.get("parallel_block"), target.extra.get("parallel_block"))]
     pairs += [("rope_theta", source.rope_theta, target.rope_theta)]
     found = [f"{name} {t} -> {s}" for name, t, s in pairs if t != s]
     if source.architecture == target.architecture:
-        here, there = _settings(donor.blueprint), _settings(blueprint)
+        here, there = _other_settings(donor.blueprint), _other_settings(blueprint)
         found += [
             f"{key} {here.get(key)} -> {there.get(key)}"
             for key in sorted({*here, *there})
@@ -111,32 +106,34 @@ def differences(donor: Donor, blueprint: Blueprint) -> list[str]:
     if target.tied and not source.tied:
         found.append("the target ties its head to the embedding and the donor does not")
     same_depth = tuple(range(source.layers))
-    if target.layers == source.layers and (moved := moved_kinds(donor, blueprint, same_depth)):
+    if target.layers == source.layers and (moved := changed_layer_kind(donor, blueprint, same_depth)):
         found.append(moved)
     return found
 
 
-def moved_kinds(donor: Donor, blueprint: Blueprint, layers: tuple[int, ...]) -> str | None:
+def changed_layer_kind(donor: Donor, blueprint: Blueprint, layers: tuple[int, ...]) -> str | None:
     """Where a donor's layer would come to stand as a layer of another kind (sliding instead of full attention), the
     first one as text. layers: the donor's layer of each of the target's, of which the first copy counts."""
-    here, there = _kinds(donor.blueprint), _kinds(blueprint)
+    here, there = _layer_kinds(donor.blueprint), _layer_kinds(blueprint)
     for place, layer in enumerate(layers):
         if layer not in layers[:place] and here and there and here[layer] != there[place]:
             return f"layer {layer} ({here[layer]}) would be the target's layer {place} ({there[place]})"
     return None
 
 
-def _settings(blueprint: Blueprint) -> dict[str, Any]:
+def _other_settings(blueprint: Blueprint) -> dict[str, Any]:
     """What a config says beside sizes, names, and what `differences` and `moved_kinds` look at themselves."""
     if blueprint.config is None:
         return {}
     settings = text_config(parse(blueprint.config)).to_dict()
     if isinstance(rope := settings.get("rope_parameters"), dict):
         settings["rope_parameters"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    return {key: value for key, value in settings.items() if key not in SEEN and not key.endswith(UNSEEN)}
+    return {
+        key: value for key, value in settings.items() if key not in IGNORED_KEYS and not key.endswith(IGNORED_ENDINGS)
+    }
 
 
-def _kinds(blueprint: Blueprint) -> list[str]:
+def _layer_kinds(blueprint: Blueprint) -> list[str]:
     """The kind of every layer, where a config tells them apart: of attention, and whether it rotates (SmolLM 3)."""
     if blueprint.config is None:
         return []
@@ -148,23 +145,23 @@ def _kinds(blueprint: Blueprint) -> list[str]:
     return list(types or ())
 
 
-def repeats(layers: tuple[int, ...]) -> set[int]:
+def repeated_layers(layers: tuple[int, ...]) -> set[int]:
     """The target's layers that are further copies of a donor's."""
     return {place for place, layer in enumerate(layers) if layer in layers[:place]}
 
 
-def silenced(
+def silence_layers(
     tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, layers: Collection[int]
 ) -> Iterator[tuple[str, Tensor]]:
     """Zero for what has the last word on what these layers add to the stream, so that they add nothing, yet learn."""
     for name, tensor in tensors:
         spec = blueprint[name]
-        if spec.layer in layers and ends_block(spec, blueprint):
+        if spec.layer in layers and ends_residual_branch(spec, blueprint):
             tensor = torch.full_like(tensor, -blueprint.offset(spec))
         yield name, tensor
 
 
-def ends_block(spec: TensorSpec, blueprint: Blueprint) -> bool:
+def ends_residual_branch(spec: TensorSpec, blueprint: Blueprint) -> bool:
     """Whether a tensor has the last word on what its half of a block adds to the stream: the norm after the writer
     where there is one, else the writer."""
     if spec.role == "norm":
@@ -173,7 +170,7 @@ def ends_block(spec: TensorSpec, blueprint: Blueprint) -> bool:
     return spec.role in sites and not blueprint.find("norm", layer=spec.layer, site=sites[spec.role])
 
 
-def post_norm(blueprint: Blueprint) -> bool:
+def has_post_norm(blueprint: Blueprint) -> bool:
     """Whether norms stand on the stream itself (BERT, OPT-350m), so that no layer can be made to do nothing."""
     assert blueprint.metadata is not None
     return blueprint.metadata.norm == "layer" and bool(blueprint.find("norm", site="attn.out"))

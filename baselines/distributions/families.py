@@ -19,14 +19,14 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from baselines.distributions.stable import fit_stable, log_prob_stable, sample_stable
-from baselines.distributions.summary import moments, summary
+from baselines.distributions.summary import moments, weighted_points
 
 Params = dict[str, float]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Law:
+class Family:
     """fit       values [n] float32, on any device -> parameters
     sample    parameters, shape, a CPU generator -> independent draws, float32 on the CPU
     log_prob  parameters, values -> log density of each, float64, on the values' device
@@ -59,14 +59,14 @@ def fit_laplace(values: Tensor) -> Params:
 
 def sample_laplace(law: Params, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     size = torch.empty(shape).exponential_(generator=generator)
-    return law["loc"] + law["scale"] * size * _signs(shape, generator)
+    return law["loc"] + law["scale"] * size * _random_signs(shape, generator)
 
 
 def log_prob_laplace(law: Params, values: Tensor) -> Tensor:
     return -(values.double() - law["loc"]).abs() / law["scale"] - math.log(2 * law["scale"])
 
 
-NU = (1.0, 1e4)  # below 1 only spikes are left; at 1e4 the law is normal
+NU_RANGE = (1.0, 1e4)  # below 1 only spikes are left; at 1e4 the law is normal
 
 
 def fit_student_t(values: Tensor) -> Params:
@@ -76,8 +76,8 @@ def fit_student_t(values: Tensor) -> Params:
     """
     mean, std, is_plain = moments(values)
     if is_plain:
-        return {"nu": NU[1], "loc": mean, "scale": std, "low": mean - 6 * std, "high": mean + 6 * std}
-    x, share = _shares((values - mean) / std)
+        return {"nu": NU_RANGE[1], "loc": mean, "scale": std, "low": mean - 6 * std, "high": mean + 6 * std}
+    x, share = _weighted_points((values - mean) / std)
     loc, scale, nu = x[len(x) // 2].item(), 0.7, 5.0
     squares = ((x - loc) / scale) ** 2
 
@@ -92,8 +92,8 @@ def fit_student_t(values: Tensor) -> Params:
         loc = float(weight @ x / weight.sum())
         scale = max(math.sqrt(weight @ (x - loc) ** 2 / weight.sum()), 1e-4)
         squares = ((x - loc) / scale) ** 2
-        near = [math.log(min(max(nu * factor, NU[0]), NU[1])) for factor in (0.4, 2.5)]
-        nu = math.exp(minimum(loss, near[0], near[1]))
+        near = [math.log(min(max(nu * factor, NU_RANGE[0]), NU_RANGE[1])) for factor in (0.4, 2.5)]
+        nu = math.exp(minimize_bounded(loss, near[0], near[1]))
         if math.dist(before, (loc, scale, 1 / nu)) < 1e-7:
             break
     low, high = values.min().item(), values.max().item()
@@ -115,7 +115,7 @@ def log_prob_student_t(law: Params, values: Tensor) -> Tensor:
     return norm - (nu + 1) / 2 * torch.log1p(z.square() / nu)
 
 
-SHAPE = (0.3, 20.0)  # of the generalised normal law: 1 is Laplace, 2 normal, more is nearly uniform
+SHAPE_RANGE = (0.3, 20.0)  # of the generalised normal law: 1 is Laplace, 2 normal, more is nearly uniform
 
 
 def fit_generalized_normal(values: Tensor) -> Params:
@@ -124,7 +124,7 @@ def fit_generalized_normal(values: Tensor) -> Params:
     mean, std, is_plain = moments(values)
     if is_plain:
         return {"shape": 2.0, "loc": mean, "scale": math.sqrt(2) * std}
-    x, share = _shares((values - mean) / std)
+    x, share = _weighted_points((values - mean) / std)
     median = x[int(np.searchsorted(share.cumsum(), 0.5))].item()
     loc, shape, scale = median, 2.0, 1.0
 
@@ -141,8 +141,8 @@ def fit_generalized_normal(values: Tensor) -> Params:
         before = (shape, loc)
         with np.errstate(divide="ignore"):  # a value at the centre has a distance of exp(-inf), which is 0
             distances = np.log(np.abs(x - loc))
-        shape = math.exp(minimum(loss, math.log(SHAPE[0]), math.log(SHAPE[1])))
-        loc = minimum(partial(size, shape), -1.0, 1.0) if shape > 1 else median
+        shape = math.exp(minimize_bounded(loss, math.log(SHAPE_RANGE[0]), math.log(SHAPE_RANGE[1])))
+        loc = minimize_bounded(partial(size, shape), -1.0, 1.0) if shape > 1 else median
         scale = size(shape, loc)
         if abs(shape - before[0]) < 1e-6 and abs(loc - before[1]) < 1e-6:
             break
@@ -153,7 +153,7 @@ def sample_generalized_normal(law: Params, shape: tuple[int, ...], generator: to
     """The shape-th root of a gamma variate, with a random sign."""
     alpha = torch.full(shape, 1 / law["shape"], dtype=torch.float64)
     size = torch._standard_gamma(alpha, generator=generator).pow(1 / law["shape"])
-    return (law["loc"] + law["scale"] * size * _signs(shape, generator)).float()
+    return (law["loc"] + law["scale"] * size * _random_signs(shape, generator)).float()
 
 
 def log_prob_generalized_normal(law: Params, values: Tensor) -> Tensor:
@@ -167,12 +167,12 @@ def fit_mixture(values: Tensor, components: int = 3) -> Params:
     mean, std, is_plain = moments(values)
     if is_plain:
         return {"weight0": 1.0, "mean0": mean, "std0": std}
-    x, share = _shares((values - mean) / std, most=2048)
+    x, share = _weighted_points((values - mean) / std, most=2048)
     slices = x[np.searchsorted(share.cumsum(), (np.arange(components) + 0.5) / components)]
     equal, spreads = np.full_like(slices, 1 / components), np.logspace(-0.5, 0.5, components)
     starts = [(equal, slices, equal), (equal, np.zeros_like(slices), spreads)]
-    ends = [_em(x, share, np.stack([np.log(w), m, np.log(s)]), leaps=15) for w, m, s in starts]
-    found, _ = _em(x, share, max(ends, key=lambda end: end[1])[0], leaps=100)
+    ends = [_fit_em(x, share, np.stack([np.log(w), m, np.log(s)]), leaps=15) for w, m, s in starts]
+    found, _ = _fit_em(x, share, max(ends, key=lambda end: end[1])[0], leaps=100)
     weights, means, stds = np.exp(_log_softmax(found[0])), found[1], np.exp(found[2])
     law: Params = {}
     for i in range(components):
@@ -182,18 +182,18 @@ def fit_mixture(values: Tensor, components: int = 3) -> Params:
 
 
 def sample_mixture(law: Params, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    weights, means, stds = _components(law)
+    weights, means, stds = _mixture_components(law)
     which = torch.bucketize(torch.rand(shape, generator=generator, dtype=torch.float64), weights.cumsum(0)[:-1])
     return torch.randn(shape, generator=generator) * stds.float()[which] + means.float()[which]
 
 
 def log_prob_mixture(law: Params, values: Tensor) -> Tensor:
-    weights, means, stds = (part.to(values.device) for part in _components(law))
+    weights, means, stds = (part.to(values.device) for part in _mixture_components(law))
     z = (values.double()[..., None] - means) / stds
     return ((weights / stds).log() - math.log(2 * math.pi) / 2 - z.square() / 2).logsumexp(-1)
 
 
-def _em(x: Array, share: Array, start: Array, leaps: int) -> tuple[Array, float]:
+def _fit_em(x: Array, share: Array, start: Array, leaps: int) -> tuple[Array, float]:
     """EM with the squared extrapolation of Varadhan & Roland (2008): two steps, then a leap along their line that is
     taken back where the likelihood falls. Overlapping components would need thousands of plain steps.
 
@@ -239,34 +239,34 @@ def _log_softmax(x: Array) -> Array:
     return shifted - math.log(np.exp(shifted).sum())
 
 
-def _shares(values: Tensor, most: int = 4096) -> tuple[Array, Array]:
+def _weighted_points(values: Tensor, most: int = 4096) -> tuple[Array, Array]:
     """The points of `summary` and the share of the whole that each stands for. In numpy: fits make hundreds of passes
     over a few thousand numbers, where torch takes several times as long to start an operation as to do it."""
-    x, count = summary(values, most)
+    x, count = weighted_points(values, most)
     return x.numpy(), (count / count.sum()).numpy()
 
 
-def _components(law: Params) -> tuple[Tensor, Tensor, Tensor]:
+def _mixture_components(law: Params) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, means, stds [k] float64."""
     rows = [[law[f"{key}{i}"] for i in range(len(law) // 3)] for key in ("weight", "mean", "std")]
     weights, means, stds = torch.tensor(rows, dtype=torch.float64)
     return weights, means, stds
 
 
-def minimum(loss: Callable[[float], float], low: float, high: float) -> float:
+def minimize_bounded(loss: Callable[[float], float], low: float, high: float) -> float:
     """Where `loss` is least between low and high (Brent's method)."""
     return float(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-8}).x)
 
 
-def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, shape, generator=generator) * 2 - 1
 
 
-LAWS: dict[str, Law] = {
-    "normal": Law(fit_normal, sample_normal, log_prob_normal),
-    "laplace": Law(fit_laplace, sample_laplace, log_prob_laplace),
-    "student-t": Law(fit_student_t, sample_student_t, log_prob_student_t),
-    "generalized-normal": Law(fit_generalized_normal, sample_generalized_normal, log_prob_generalized_normal),
-    "stable": Law(fit_stable, sample_stable, log_prob_stable),
-    "mixture": Law(fit_mixture, sample_mixture, log_prob_mixture),
+FAMILIES: dict[str, Family] = {
+    "normal": Family(fit_normal, sample_normal, log_prob_normal),
+    "laplace": Family(fit_laplace, sample_laplace, log_prob_laplace),
+    "student-t": Family(fit_student_t, sample_student_t, log_prob_student_t),
+    "generalized-normal": Family(fit_generalized_normal, sample_generalized_normal, log_prob_generalized_normal),
+    "stable": Family(fit_stable, sample_stable, log_prob_stable),
+    "mixture": Family(fit_mixture, sample_mixture, log_prob_mixture),
 }
