@@ -18,17 +18,17 @@ from typing import Any
 from tqdm import tqdm
 
 from headstart import __version__
-from headstart.analyze.parts import Keep, Task, Tick, parts, plain
-from headstart.report.analysis import page
+from headstart.analyze.parts import AnalysisTask, Cache, Progress, analyze_donor, to_json_values
+from headstart.report.analysis import render_analysis
 from headstart.versions import package_versions
 from zoo.checkpoints.writer import new_folder, replace_file
-from zoo.donors.standalone import single
-from zoo.donors.store import Donor, Zoo, record
+from zoo.donors.donor import Donor, provenance
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.statistics.signature import signature_distances
 
 DIGITS = 10  # of all numbers: sums of the same values in another place in memory differ in the last two or three
-PARTS = 8  # that `parts` yields of a donor
+PARTS = 8  # that `analyze_donor` yields of a donor
 
 
 def analyze(
@@ -68,10 +68,12 @@ def analyze(
         with tqdm(total=len(donors) * PARTS, desc="analyze", unit="part", disable=quiet) as bar:
             for d in donors:
                 models[d.name] = found = {}
-                for name, value in parts(Task(d, asked, bootstraps, seed, device, _keeper(work, bar, d.name))):
+                for name, value in analyze_donor(
+                    AnalysisTask(d, asked, bootstraps, seed, device, _keeper(work, bar, d.name))
+                ):
                     found[name] = value
                     bar.update()
-        results = plain(
+        results = to_json_values(
             {
                 "command": command or _command(out, zoo, donor, asked, bootstraps, seed),
                 "versions": package_versions(),
@@ -85,7 +87,7 @@ def analyze(
             DIGITS,
         )
         (folder / "analysis.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
-        (folder / "report.html").write_text(page(results))
+        (folder / "report.html").write_text(render_analysis(results))
     shutil.rmtree(work, ignore_errors=True)
     return results
 
@@ -94,7 +96,7 @@ def _donors(zoo: str | Path | None, donor: str | None, quiet: bool) -> tuple[Don
     if zoo is None and donor is None:
         raise UserError("nothing to analyze: give --zoo DIR, --donor FOLDER (or a hub id), or both to choose a donor")
     if zoo is None:
-        return single(str(donor), quiet).donors
+        return open_standalone(str(donor), quiet).donors
     opened = Zoo.open(zoo)
     if not opened.names:
         raise UserError(f"{zoo}: holds no donors; add some with `headstart zoo add`")
@@ -103,7 +105,7 @@ def _donors(zoo: str | Path | None, donor: str | None, quiet: bool) -> tuple[Don
 
 def _about(donor: Donor) -> dict[str, Any]:
     metadata = donor.blueprint.metadata
-    return record(donor) | {
+    return provenance(donor) | {
         "architecture": donor.config.get("model_type", "unknown"),
         "parameters": donor.parameters,
         "layers": None if metadata is None else metadata.layers,
@@ -111,10 +113,10 @@ def _about(donor: Donor) -> dict[str, Any]:
     }
 
 
-def _keeper(work: Path, bar: Any, donor: str) -> Keep:
+def _keeper(work: Path, bar: Any, donor: str) -> Cache:
     """`keep` of a donor's task: JSON files in `work`, and a word beside the progress bar on what is being done."""
 
-    def keep(what: str, depends_on: list[Any], make: Callable[[Tick], Any]) -> Any:
+    def keep(what: str, depends_on: list[Any], make: Callable[[Progress], Any]) -> Any:
         digest = hashlib.sha256(json.dumps([__version__, what, depends_on]).encode()).hexdigest()
         path = work / f"{what}-{digest[:24]}.json"
         if path.is_file():
@@ -129,7 +131,7 @@ def _keeper(work: Path, bar: Any, donor: str) -> Keep:
                 bar.set_postfix_str(f"{donor}: {what} {done}")
 
         bar.set_postfix_str(f"{donor}: {what}")
-        value = plain(make(tick))
+        value = to_json_values(make(tick))
         replace_file(path, json.dumps(value).encode())
         return value
 

@@ -1,4 +1,4 @@
-"""How the values of one tensor are distributed: moments, the law that predicts them best, the weight of their tail."""
+"""The marginal distribution of one tensor: its moments, its best-fitting family, and the weight of its tail."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from baselines.distributions.families import FAMILIES
 from baselines.distributions.statistical import thin_values
 from zoo.statistics.power_law import fit_every_xmin, select_best_fit
 
-MOST = 1 << 17  # values that laws and tails are fitted to; moments are of all
-TAIL = 0.25  # of the distances from the median: the most that a tail may be
-CANDIDATES = 200  # for where it begins
-FEWEST = 50  # values in a tail; fewer find one in anything
-PIECE = 1 << 22  # values that are float64 at a time
+MAX_FITTED = 1 << 17  # values that families and tails are fitted to; moments use all
+MAX_TAIL = 0.25  # largest share of the distances from the median that can be the tail
+TAIL_STARTS = 200  # candidates for the distance at which the tail begins
+MIN_TAIL_VALUES = 50  # fewer values would show a tail in any distribution
+CHUNK = 1 << 22  # values converted to float64 at a time
 
 
-def marginal(values: Tensor, most: int = MOST) -> dict[str, Any]:
-    """values [n], any float dtype, on any device -> JSON values:
+def marginal_summary(values: Tensor, max_fitted: int = MAX_FITTED) -> dict[str, Any]:
+    """Summarizes values [n] (any float dtype, any device) as JSON values:
 
-    count, mean, std, skewness, kurtosis, min, max   of all values; std with divisor n, kurtosis plain (3: normal)
-    family      of `laws.LAWS`: the first in that order that predicts held-out values as well as the best
-                (within two standard errors, as in the method auto-fit); a quarter of at most `most` values is held out
+    count, mean, std, skewness, kurtosis, min, max   of all values; std with divisor n, kurtosis 3 for a normal
+                distribution
+    family      one of `FAMILIES`: the first, in that order, whose held-out log-likelihood is within two standard errors
+                of the best, as in the method auto-fit. A quarter of at most `max_fitted` values is held out
     scores      family -> mean held-out log-likelihood, in nats per value
-    law         parameters of the family, fitted to those at most `most` values
-    tail_index  how fast the share of values further than x from the median falls: as x^-tail_index. Maximum likelihood
-                (Hill's estimator) above the distance at which the law's Kolmogorov-Smirnov distance is least (Clauset,
-                Shalizi & Newman 0706.1062), one of 200 within the largest quarter, with 50 values or more above it.
-                About nu for Student's t; moments of an order below it exist. Exponential tails look like 4 to 6,
-                normal ones like 8 to 14 (a hundred thousand values; a thousand look heavier, 2 to 7): only well below
-                that is it a power law
-    tail_fraction   share of the values that lie in that tail
+    law         parameters of the family, fitted to the same values
+    tail_index  the share of values further than x from the median falls as x^-tail_index. Maximum likelihood (Hill's
+                estimator) above the distance with the smallest Kolmogorov-Smirnov distance (Clauset, Shalizi & Newman,
+                arXiv 0706.1062), chosen from 200 within the largest quarter, with at least 50 values above it.
+                For Student's t it is close to nu, and moments of a lower order exist. With 100,000 values, exponential
+                tails give 4 to 6 and normal ones 8 to 14; with 1,000 values normal ones give 2 to 7. Only an index
+                well below these shows a power law
+    tail_fraction   share of the values in that tail
 
-    What constant values or too few cannot say is None, or empty: laws need 64 values, tails 50 distinct distances
-    in the largest quarter. Ties, of bfloat16 or of pruned weights, count as they are."""
+    Entries that cannot be computed are None or empty: families need 64 values that are not constant, tails need 50
+    distinct distances in the largest quarter. Ties (bfloat16, pruned weights) are kept as they are."""
     values = values.flatten()
     low, high = values.min().item(), values.max().item()
-    mean = _mean(values, 0.0, 1)
-    second, third, fourth = (_mean(values, mean, power) if low < high else 0.0 for power in (2, 3, 4))
-    few = thin_values(values.float(), most)
-    scores = held_out_log_probs(few, list(FAMILIES))
+    mean = _central_moment(values, 0.0, 1)
+    second, third, fourth = (_central_moment(values, mean, power) if low < high else 0.0 for power in (2, 3, 4))
+    fitted = thin_values(values.float(), max_fitted)
+    scores = held_out_log_probs(fitted, list(FAMILIES))
     family = simplest_family(scores) if scores else None
-    index, fraction = _tail(few.double())
+    index, fraction = _tail_index(fitted.double())
     return {
         "count": len(values),
         "mean": mean,
@@ -56,24 +57,25 @@ def marginal(values: Tensor, most: int = MOST) -> dict[str, Any]:
         "max": high,
         "family": family,
         "scores": {name: score.mean().item() for name, score in scores.items()},
-        "law": FAMILIES[family].fit(few) if family else {},
+        "law": FAMILIES[family].fit(fitted) if family else {},
         "tail_index": index,
         "tail_fraction": fraction,
     }
 
 
-def _mean(values: Tensor, centre: float, power: int) -> float:
-    """Of (values - centre) ** power, in float64."""
-    return sum((v.double() - centre).pow(power).sum().item() for v in values.split(PIECE)) / len(values)
+def _central_moment(values: Tensor, centre: float, power: int) -> float:
+    """The mean of (values - centre) ** power, in float64."""
+    return sum((v.double() - centre).pow(power).sum().item() for v in values.split(CHUNK)) / len(values)
 
 
-def _tail(values: Tensor) -> tuple[float | None, float | None]:
+def _tail_index(values: Tensor) -> tuple[float | None, float | None]:
+    """(tail index, share of the values in the tail)."""
     distances = (values - values.median()).abs()
-    largest = distances.topk(math.ceil(TAIL * len(values))).values
+    largest = distances.topk(math.ceil(MAX_TAIL * len(values))).values
     x, counts = np.unique(largest[largest > 0].cpu().numpy(), return_counts=True)
-    if len(x) < FEWEST:
+    if len(x) < MIN_TAIL_VALUES:
         return None, None
-    alphas, misfits, starts = fit_every_xmin(np.log(x)[None], counts.astype(np.float64)[None], CANDIDATES)
+    alphas, misfits, starts = fit_every_xmin(np.log(x)[None], counts.astype(np.float64)[None], TAIL_STARTS)
     tails = counts[::-1].cumsum()[::-1][starts]
-    best = select_best_fit(alphas, np.where(tails >= FEWEST, misfits, np.inf))[0]
+    best = select_best_fit(alphas, np.where(tails >= MIN_TAIL_VALUES, misfits, np.inf))[0]
     return float(alphas[0, best]) - 1, float(tails[best]) / len(values)

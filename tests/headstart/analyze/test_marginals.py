@@ -13,7 +13,7 @@ from torch import Tensor
 
 from baselines.distributions.families import FAMILIES
 from headstart.analyze import marginals
-from headstart.analyze.marginals import marginal
+from headstart.analyze.marginals import marginal_summary
 from zoo.checkpoints.checkpoint import Checkpoint
 
 N = 60_000
@@ -35,7 +35,7 @@ FAMILY_NAMES = {
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_the_family_and_its_likelihood_are_found(family: str) -> None:
     law = FAMILY_NAMES[family]
-    found = marginal(draw(law))
+    found = marginal_summary(draw(law))
     if family != "stable":  # a Cauchy law is one of Student's as well: the first of equals is taken
         assert found["family"] == family
     assert found["family"] in (family, "student-t")
@@ -47,13 +47,13 @@ def test_the_family_and_its_likelihood_are_found(family: str) -> None:
 
 def test_several_peaks_are_a_mixture() -> None:
     values = torch.cat([draw(stats.norm(-1, 0.1)), draw(stats.norm(1, 0.2), seed=1)])
-    found = marginal(values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))])
+    found = marginal_summary(values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))])
     assert found["family"] == "mixture"
     assert found["law"].keys() >= {"weight0", "mean1", "std2"}
 
 
 def test_the_law_is_that_of_the_family() -> None:
-    law = marginal(draw(stats.t(4, 0.01, 0.02)))["law"]
+    law = marginal_summary(draw(stats.t(4, 0.01, 0.02)))["law"]
     assert law["nu"] == pytest.approx(4, rel=0.06)
     assert law["loc"] == pytest.approx(0.01, abs=5e-4)
     assert law["scale"] == pytest.approx(0.02, rel=0.02)
@@ -61,10 +61,10 @@ def test_the_law_is_that_of_the_family() -> None:
 
 @pytest.mark.parametrize("piece", [1 << 22, 1000])
 def test_moments_are_those_of_scipy(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(marginals, "PIECE", piece)
+    monkeypatch.setattr(marginals, "CHUNK", piece)
     values = draw(stats.gamma(3, loc=100), 2500)
     wide = values.double().numpy()
-    found = marginal(values.view(50, 50))
+    found = marginal_summary(values.view(50, 50))
     assert found["count"] == 2500
     assert found["mean"] == pytest.approx(wide.mean(), rel=1e-12)
     assert found["std"] == pytest.approx(wide.std(), rel=1e-9)
@@ -78,45 +78,45 @@ def test_the_index_of_a_pareto_tail(index: float) -> None:
     """A fifth of the values lies in tails of both signs beyond 0.01, the rest evenly between."""
     body, tail = draw(stats.uniform(-1, 2), 80_000), draw(stats.pareto(index), 20_000, seed=1)
     tail[::2] *= -1
-    found = marginal(0.01 * torch.cat([body, tail]))
+    found = marginal_summary(0.01 * torch.cat([body, tail]))
     assert found["tail_index"] == pytest.approx(index, rel=0.05)
     assert found["tail_fraction"] < 0.21
 
 
 @pytest.mark.parametrize("nu", [1.0, 2.0, 3.0])
 def test_the_index_of_a_student_tail_is_its_degrees_of_freedom(nu: float) -> None:
-    found = marginal(draw(stats.t(nu, loc=5), 100_000))
+    found = marginal_summary(draw(stats.t(nu, loc=5), 100_000))
     assert found["tail_index"] == pytest.approx(nu, rel=0.12)
-    assert 0 < found["tail_fraction"] <= marginals.TAIL
+    assert 0 < found["tail_fraction"] <= marginals.MAX_TAIL
 
 
 @pytest.mark.parametrize("name, index", [("norm", 6.0), ("laplace", 3.5), ("uniform", 10.0)])
 def test_light_tails_have_a_large_index(name: str, index: float) -> None:
     for seed in range(2):
-        assert marginal(draw(getattr(stats, name)(), 60_000, seed))["tail_index"] > index
+        assert marginal_summary(draw(getattr(stats, name)(), 60_000, seed))["tail_index"] > index
 
 
 def test_what_constants_and_few_values_cannot_say_is_none() -> None:
-    constant = marginal(torch.full((500,), 1.1))
+    constant = marginal_summary(torch.full((500,), 1.1))
     assert constant["mean"] == pytest.approx(1.1) and constant["std"] == 0
     assert constant["family"] is constant["kurtosis"] is constant["tail_index"] is None
-    few = marginal(draw(stats.norm(), 63))
+    few = marginal_summary(draw(stats.norm(), 63))
     assert few["std"] > 0 and few["family"] is None and few["scores"] == {} and few["law"] == {}
-    assert few["tail_index"] is None and marginal(torch.ones(1))["count"] == 1
+    assert few["tail_index"] is None and marginal_summary(torch.ones(1))["count"] == 1
     json.dumps([constant, few])
 
 
 def test_ties_of_a_short_format_leave_the_tail_where_it_is() -> None:
     values = draw(stats.t(3), 100_000)
-    fine, coarse = marginal(values), marginal(values.bfloat16())
+    fine, coarse = marginal_summary(values), marginal_summary(values.bfloat16())
     assert coarse["tail_index"] == pytest.approx(fine["tail_index"], rel=0.1)
     assert coarse["kurtosis"] == pytest.approx(fine["kurtosis"], rel=0.05)
 
 
 def test_large_tensors_are_judged_by_a_sample_of_them() -> None:
     values = draw(stats.t(3), 100_000)
-    small = marginal(values, most=20_000)
-    assert small["count"] == 100_000 and small["kurtosis"] == marginal(values)["kurtosis"]
+    small = marginal_summary(values, max_fitted=20_000)
+    assert small["count"] == 100_000 and small["kurtosis"] == marginal_summary(values)["kurtosis"]
     assert small["family"] == "student-t"
     assert small["law"]["nu"] == pytest.approx(3, rel=0.15)
 
@@ -124,8 +124,8 @@ def test_large_tensors_are_judged_by_a_sample_of_them() -> None:
 def test_trained_matrices_have_heavier_tails_than_their_initial_ones(shared_data: Path) -> None:
     checkpoint = Checkpoint.open(shared_data / "models" / "stories260K")
     name = "model.layers.3.self_attn.q_proj.weight"
-    trained = marginal(checkpoint.read(name))
-    fresh = marginal(torch.randn(checkpoint.read(name).shape, generator=torch.Generator().manual_seed(0)))
+    trained = marginal_summary(checkpoint.read(name))
+    fresh = marginal_summary(torch.randn(checkpoint.read(name).shape, generator=torch.Generator().manual_seed(0)))
     assert fresh["family"] == "normal" and trained["family"] != "normal"
     assert trained["kurtosis"] > 3.5 > fresh["kurtosis"]
     assert trained["scores"][trained["family"]] > trained["scores"]["normal"] + 0.05

@@ -391,7 +391,7 @@ def apart(folder: Path) -> Path:
     return folder
 
 
-def left_out(task: analysis_parts.Task) -> Any:
+def left_out(task: analysis_parts.AnalysisTask) -> Any:
     raise UserError("left out")
 
 
@@ -415,7 +415,7 @@ def test_a_reference_reduced_to_its_analysis_gives_the_same_bytes_and_is_named(
     ]
     first = json.loads((outs[0] / "headstart.json").read_text())
     assert first["grouping"]["undifferentiated"] != differs and first["grouping"]["source"]["name"] == "model"
-    words = Grouping.from_json(first["grouping"]).words
+    words = Grouping.from_json(first["grouping"]).description
     assert (
         f"Characterisation of model by the top {first['grouping']['rank']} singular values: {words}"
         in (outs[0] / "README.md").read_text()
