@@ -12,7 +12,8 @@ from torch import Tensor
 
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder
-from zoo.donors.store import Zoo, size_gap
+from zoo.donors.donor import size_gap
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
 from zoo.options import option
 from zoo.sampler import Sampler

@@ -2,64 +2,76 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
-from zoo.checkpoints.writer import writing
-from zoo.donors.store import Zoo, record
-from zoo.errors import UserError
+from zoo.donors.donor import provenance
+from zoo.donors.zoo import Zoo
 from zoo.streams import stream
-from zoo.training.resumable import (
-    STAGING_FOLDER,
-    STATE_FILE,
-    claim_folder,
-    load_state,
-    publish,
-    restore_training,
-    resumable_steps,
-    run_identity,
-    save_state,
-    training_tensors,
-)
+from zoo.training.resumable import restore_training, training_tensors
+from zoo.training.runs import Run, run_identity, train_in_folder
 from zoo.units.aligned import AlignedDonor, align_donors
 from zoo.units.units import ROLES, to_width
 
 REPORT_FILE = "report.json"
-SAVE_EVERY = 200
+SAVE_EVERY = 200  # steps
 
 
 @dataclass(frozen=True)
 class AutoencoderTrainConfig:
-    """rate: numbers of a unit per number of its latent. The network starts as PCA and is trained for `steps`, with
-    normal noise of `noise` times their RMS on the latents: what is generated is off by as much, and a decoder that has
-    only seen exact latents blows that up wherever donors have little (noise on latents: 2510.11690)."""
+    """Hyperparameters. The network starts as PCA and is then trained for `steps`.
 
-    rate: float = 1.5
-    noise: float = 0.1
+    Generated latents are off by about a tenth of their RMS. A decoder that was trained on exact latents amplifies
+    that error in directions where donors have little energy, so it is trained under noise (2510.11690)."""
+
+    rate: float = 1.5  # numbers of a unit per number of its latent
+    noise: float = 0.1  # standard deviation of the noise on the latents, relative to their RMS
     hidden: int = 128
     steps: int = 400
-    batch: int = 256
+    batch: int = 256  # units of each kind per step
     lr: float = 1e-3
     seed: int = 0
 
 
+def train_autoencoder(
+    config: AutoencoderTrainConfig,
+    zoo: str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+    command: dict[str, Any] | None = None,
+) -> Path:
+    """Trains the unit autoencoder of a zoo and writes it to `out`, with `report.json`: per kind, its error beside that
+    of PCA at the same rate. command: the configuration of the command, written to the report as it is.
+
+    An interrupted run leaves its state in `out`; `resume` continues from it to the same bytes. Raises UserError for an
+    unusable zoo, or for an `out` that is in use (without `resume`)."""
+    out, opened = Path(out), Zoo.open(zoo)
+    run = Run(
+        out, run_identity(config, opened), config.steps, SAVE_EVERY, REPORT_FILE, "autoencoder", resume, quiet
+    )  # fmt: skip
+    return train_in_folder(run, lambda: _AutoencoderTrainer(config, opened, run, device, command))
+
+
 def pca_autoencoder(
-    donors: list[AlignedDonor], recipe: AutoencoderTrainConfig, records: list[dict[str, Any]]
+    donors: list[AlignedDonor], config: AutoencoderTrainConfig, records: list[dict[str, Any]]
 ) -> UnitAutoencoder:
-    """The autoencoder before training: PCA at the recipe's rate under the error's weights. records: of the donors."""
+    """The autoencoder before training: PCA at the config's rate, under the error's weights. records: provenance of
+    the donors, kept in the model's config."""
     width = max(d.metadata.width for d in donors)
-    latent = {kind: max(1, round(len(roles) * width / recipe.rate)) for kind, roles in ROLES.items()}
+    latent = {kind: max(1, round(len(roles) * width / config.rate)) for kind, roles in ROLES.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = UnitAutoencoder(width, latent, recipe.hidden, records)
+        torch.manual_seed(config.seed)
+        model = UnitAutoencoder(width, latent, config.hidden, records)
     weights = error_weights([d.units for d in donors], width)
     for kind in ROLES:
         fit_pca(model, kind, torch.cat([to_width(d.units[kind], width) for d in donors]), weights[kind])
@@ -67,12 +79,12 @@ def pca_autoencoder(
 
 
 def sample_batch(
-    donors: list[AlignedDonor], kind: str, recipe: AutoencoderTrainConfig, step: int, width: int
+    donors: list[AlignedDonor], kind: str, config: AutoencoderTrainConfig, step: int, width: int
 ) -> Tensor:
-    """[batch, P, W]: units of one kind of all donors; of (seed, step)."""
-    rng = stream(recipe.seed, f"{kind} {step}")
+    """Units of one kind drawn from all donors, [batch, P, W]: a function of (seed, step). Every unit counts alike."""
+    rng = stream(config.seed, f"{kind} {step}")
     sizes = torch.tensor([float(len(d.units[kind])) for d in donors])
-    counts = torch.bincount(torch.multinomial(sizes, recipe.batch, True, generator=rng), minlength=len(donors))
+    counts = torch.bincount(torch.multinomial(sizes, config.batch, True, generator=rng), minlength=len(donors))
     rows = []
     for donor, count in zip(donors, counts.tolist(), strict=True):
         units = donor.units[kind]
@@ -82,86 +94,70 @@ def sample_batch(
 
 @torch.no_grad()
 def reconstruction_errors(model: UnitAutoencoder, donors: list[AlignedDonor], noise: float = 0.0) -> dict[str, float]:
-    """kind -> relative weighted squared error over all units of all donors, with that much noise on the latents."""
-    out = {}
+    """kind -> relative weighted squared error over all units of all donors. noise: standard deviation of the noise on
+    the latents, relative to their RMS."""
+    errors = {}
     for kind in ROLES:
         units = torch.cat([to_width(d.units[kind], model.width) for d in donors])
         drawn = noise * torch.randn(len(units), model.latent_size(kind), generator=stream(0, f"errors {kind}"))
-        out[kind] = float(model.loss(kind, units.to(model.device), drawn.to(model.device)))
-    return out
+        errors[kind] = float(model.loss(kind, units.to(model.device), drawn.to(model.device)))
+    return errors
 
 
-def train_autoencoder(
-    zoo: str | Path,
-    out: str | Path,
-    resume: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    quiet: bool = False,
-    steps: int | None = None,
-    **settings: Any,
-) -> Path:
-    """Trains the unit autoencoder of a zoo and writes it to `out`, with `report.json`: its error beside that of PCA at
-    the same rate, per kind. settings: fields of `AutoencoderTrainConfig`.
+class _AutoencoderTrainer:
+    """The autoencoder, its optimizer and its donors (`zoo.training.runs.Trainer`)."""
 
-    An interrupted run leaves its state in `out`; `resume` continues it to the same bytes. Raises UserError for an
-    unusable zoo, or an `out` that exists (without resume)."""
-    from accelerate import Accelerator
+    def __init__(
+        self, config: AutoencoderTrainConfig, zoo: Zoo, run: Run, device: str, command: dict[str, Any] | None
+    ) -> None:
+        self.config, self.run, self.command = config, run, command
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.donors = list(align_donors(zoo, run.quiet))
+        records = [provenance(zoo.donor(d.name)) for d in self.donors]
+        self.model = pca_autoencoder(self.donors, config, records).to(self.accelerator.device)
+        self.pca_errors = self._errors()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.0)
 
-    out = Path(out)
-    if steps is not None:
-        settings["steps"] = steps
-    recipe = AutoencoderTrainConfig(seed=seed, **settings)
-    opened = Zoo.open(zoo)
-    known = run_identity(recipe, opened)
-    done = claim_folder(out, resume, REPORT_FILE)
-    if done is not None:
-        if done != known:
-            raise UserError(f"{out}: holds an autoencoder of other settings or another zoo; give another --out")
-        return out
-    accelerator = Accelerator(cpu=device == "cpu")
-    donors = list(align_donors(opened, quiet))
-    model = pca_autoencoder(donors, recipe, [record(opened.donor(d.name)) for d in donors]).to(accelerator.device)
-    before = reconstruction_errors(model, donors), reconstruction_errors(model, donors, recipe.noise)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
-    start = 0
-    if (out / STATE_FILE).is_file():
-        state, start = load_state(out / STATE_FILE, known)
-        restore_training(state, model, optimizer)
-    main = accelerator.is_main_process  # every process makes the same steps, so that their number changes nothing
+    def _errors(self) -> tuple[dict[str, float], dict[str, float]]:
+        """With exact latents, and with noisy ones."""
+        exact = reconstruction_errors(self.model, self.donors)
+        return exact, reconstruction_errors(self.model, self.donors, self.config.noise)
 
-    def save(step: int) -> None:
-        if main:
-            save_state(out / STATE_FILE, training_tensors(model, optimizer), step, known)
+    def state(self) -> dict[str, Tensor]:
+        return training_tensors(self.model, self.optimizer)
 
-    run = resumable_steps(start, recipe.steps, SAVE_EVERY, save, "autoencoder", quiet or not main)
-    with contextlib.closing(run):
-        for step in run:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-            loss = torch.zeros((), device=accelerator.device)
-            for kind in ROLES:
-                units = sample_batch(donors, kind, recipe, step, model.width).to(accelerator.device)
-                rng = stream(recipe.seed, f"noise {kind} {step}")
-                drawn = recipe.noise * torch.randn(len(units), model.latent_size(kind), generator=rng)
-                loss = loss + model.loss(kind, units, drawn.to(accelerator.device))
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-    if main:
-        after = reconstruction_errors(model, donors), reconstruction_errors(model, donors, recipe.noise)
-        kept = {"autoencoder": after[0], "pca": before[0], "autoencoder_noised": after[1], "pca_noised": before[1]}
-        report = {
-            "recipe": asdict(recipe),
-            "donors": model.config["donors"],
-            "error": {k: {name: e[k] for name, e in kept.items()} | {"latent": model.latent_size(k)} for k in ROLES},
-            "identity": known,
+    def restore(self, state: dict[str, Tensor], step: int) -> None:
+        restore_training(state, self.model, self.optimizer)
+
+    def progress_note(self) -> str:
+        return ""
+
+    def train_step(self, step: int) -> None:
+        config, device = self.config, self.accelerator.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        loss = torch.zeros((), device=device)
+        for kind in ROLES:
+            units = sample_batch(self.donors, kind, config, step, self.model.width).to(device)
+            rng = stream(config.seed, f"noise {kind} {step}")
+            noise = config.noise * torch.randn(len(units), self.model.latent_size(kind), generator=rng)
+            loss = loss + self.model.loss(kind, units, noise.to(device))
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        (exact, noisy), (pca_exact, pca_noisy) = self._errors(), self.pca_errors
+        columns = {"autoencoder": exact, "pca": pca_exact, "autoencoder_noised": noisy, "pca_noised": pca_noisy}
+        errors = {
+            kind: {name: column[kind] for name, column in columns.items()} | {"latent": self.model.latent_size(kind)}
+            for kind in ROLES
         }
-        staged = out / STAGING_FOLDER
-        with writing(out):
-            model.cpu().save_pretrained(staged)
-            (staged / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-            publish(staged, out, REPORT_FILE)
-        (out / STATE_FILE).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    return out
+        self.model.cpu().save_pretrained(folder)
+        report = {
+            "recipe": asdict(self.config),
+            "donors": self.model.config["donors"],
+            "error": errors,
+            "identity": self.run.identity,
+        }
+        return report if self.command is None else report | {"config": self.command}

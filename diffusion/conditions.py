@@ -75,14 +75,14 @@ def unit_features(kind: str, address: Address, metadata: Metadata, loss: float |
 
 
 def layer_and_head_of_features(features: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [N] each: what `unit_features` were told of units that have a layer and a head; 0 for what they have not."""
+    """Reads layer and head back from the features of units: int64 [N] each, 0 where a unit has none."""
     at = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES))
     head, layer = (2.0 ** (2 * (features[:, at + i].double() + 1)) - 1 for i in (1, 2))
     return layer.round().long(), head.round().long()
 
 
 def query_heads_per_group(features: Tensor) -> int:
-    """Of the donor whose units' `unit_features` [N, FEATURES] these are."""
+    """Query heads per KV head of the donor whose units have these `features` [N, FEATURES]."""
     return round(float(2.0 ** (features[0, 2] - features[0, 3]).double()))
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from diffusion.pipeline import CONDITIONS, Request, WeightDiffusionPipeline, load_pipeline
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.sampler import Sampler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -123,9 +124,9 @@ def zoo_train(
 def zoo_list(zoo: ZooOption, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the donors of a zoo."""
     with session(quiet):
-        from zoo.donors.store import Zoo
+        from zoo.donors.index import list_donors
 
-        rows = Zoo.open(zoo).describe()
+        rows = list_donors(zoo)
         print_rows(["name", "architecture", "parameters", "tensors", "license", "revision"], rows, as_json)
 
 
@@ -133,11 +134,12 @@ def zoo_list(zoo: ZooOption, as_json: JsonOption = False, quiet: QuietOption = F
 def zoo_verify(zoo: ZooOption, quiet: QuietOption = False) -> None:
     """Read every byte of a zoo again and compare it with the manifest."""
     with session(quiet):
-        from zoo.donors.store import Zoo, notes, verify
+        from zoo.donors.verify import stray_files, verify
+        from zoo.donors.zoo import Zoo
 
         found = verify(zoo)
         if not quiet:
-            for line in notes(zoo):
+            for line in stray_files(zoo):
                 typer.echo(line, err=True)
         for line in found:
             typer.echo(line, err=True)
@@ -159,9 +161,14 @@ def train_autoencoder(
 ) -> None:
     """Train the autoencoder of residual units."""
     with session(quiet, again="the same command with --resume"):
-        from autoencoder.training import train_autoencoder
+        from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+        from headstart.config import TrainAutoencoderConfig
 
-        train_autoencoder(zoo, out, resume=resume, seed=seed, device=torch_device(device), quiet=quiet, steps=steps)
+        config = AutoencoderTrainConfig(seed=seed)
+        config = config if steps is None else replace(config, steps=steps)
+        on = torch_device(device)
+        command = TrainAutoencoderConfig(zoo=str(zoo), out=str(out), steps=steps, seed=seed, device=on).to_record()
+        train_autoencoder(config, zoo, out, resume=resume, device=on, quiet=quiet, command=command)
 
 
 @train_app.command(
@@ -179,11 +186,16 @@ def train_diffusion(
 ) -> None:
     """Train the latent diffusion."""
     with session(quiet, again="the same command with --resume"):
-        from diffusion.training import train_diffusion
+        from diffusion.training import DiffusionTrainConfig, train_diffusion
+        from headstart.config import TrainDiffusionConfig
 
-        train_diffusion(
-            zoo, autoencoder, out, resume=resume, seed=seed, device=torch_device(device), quiet=quiet, steps=steps
-        )
+        config = DiffusionTrainConfig(seed=seed)
+        config = config if steps is None else replace(config, steps=steps)
+        on = torch_device(device)
+        command = TrainDiffusionConfig(
+            zoo=str(zoo), autoencoder=str(autoencoder), out=str(out), steps=steps, seed=seed, device=on
+        ).to_record()
+        train_diffusion(config, zoo, autoencoder, out, resume=resume, device=on, quiet=quiet, command=command)
 
 
 @app.command(epilog="Example: headstart generate --target config.json --method row-column --zoo zoo --out init")

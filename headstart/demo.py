@@ -68,8 +68,8 @@ def demo(
     took: {stage: {seconds, peak_mib}} (peak resident memory of this process and its largest child so far).
 
     Raises UserError where `out` holds something else."""
-    from autoencoder.training import train_autoencoder
-    from diffusion.training import train_diffusion
+    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+    from diffusion.training import DiffusionTrainConfig, train_diffusion
     from headstart.compare.compare import compare
     from headstart.generate.generate import generate
     from zoo.training.corpora import reference_corpus
@@ -93,21 +93,24 @@ def demo(
     run(
         "train autoencoder",
         lambda: train_autoencoder(
-            zoo, autoencoder, resume=True, seed=seed, device="cpu", quiet=quiet, steps=plan.autoencoder_steps
+            AutoencoderTrainConfig(seed=seed, steps=plan.autoencoder_steps),
+            zoo,
+            autoencoder,
+            resume=True,
+            device="cpu",
+            quiet=quiet,
         ),
     )
     run(
         "train diffusion",
         lambda: train_diffusion(
+            DiffusionTrainConfig(seed=seed, steps=plan.diffusion_steps, **plan.diffusion),
             zoo,
             autoencoder,
             pipeline,
             resume=True,
-            seed=seed,
             device="cpu",
             quiet=quiet,
-            steps=plan.diffusion_steps,
-            **plan.diffusion,
         ),
     )
     if not (out / "generated").exists():

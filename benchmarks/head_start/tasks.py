@@ -206,8 +206,8 @@ def work_paths(work: Path, zoo: str, steps: int = 1500) -> dict[str, Path]:
 def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = 1500) -> dict[str, Path]:
     """The `paths`, with donors, and autoencoder and diffusion trained on them; what an earlier call made is kept. The
     autoencoder and the diffusion of the real zoo learn its Llamas, the only ones that they read."""
-    from autoencoder.training import train_autoencoder
-    from diffusion.training import train_diffusion
+    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+    from diffusion.training import DiffusionTrainConfig, train_diffusion
     from zoo.add import add
     from zoo.training.nursery import train_zoo
 
@@ -230,8 +230,12 @@ def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = 1500) -
 
     coder, model = to["autoencoder"], to["model"]
     same: dict[str, Any] = {"resume": True, "device": "cpu"}
-    timed(coder, lambda kept: train_autoencoder(learned, coder, quiet=kept, **same))
-    timed(model, lambda kept: train_diffusion(learned, coder, model, quiet=kept, steps=steps, **same))
+    config = DiffusionTrainConfig(steps=steps)
+    timed(coder, lambda kept: train_autoencoder(AutoencoderTrainConfig(), learned, coder, quiet=kept, **same))
+    timed(
+        model,
+        lambda kept: train_diffusion(config, learned, coder, model, quiet=kept, **same),
+    )
     return to
 
 
@@ -248,7 +252,7 @@ def training_seconds(work: Path, zoo: str, steps: int = 1500) -> float | None:
 
 def target_folder(work: Path, comparison: Comparison, data: Path | None) -> Path:
     """The target as a user would have it: a config and a tokenizer."""
-    from headstart.generate.generate import TOKENIZER_FILES
+    from headstart.generate.tokenizer_files import TOKENIZER_FILES
 
     folder = work / "targets" / f"{comparison.zoo}-{comparison.target}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,12 +34,12 @@ from diffusion.sampler import DiffusionSampler
 from headstart.compare.trials import training_token_count
 from headstart.generate.sampling import sample_with_defaults
 from zoo.checkpoints.writer import replace_file
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import encode_corpus
-from zoo.training.resumable import run_identity
+from zoo.training.runs import run_identity
 from zoo.units.aligned import align_donors, token_strings
 from zoo.units.decoder import read_decoder
 from zoo.units.units import ROLES, to_width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from torch import Tensor
 from autoencoder import training
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
 from autoencoder.sampler import AutoencoderSampler
+from autoencoder.training import AutoencoderTrainConfig
 from tests.support.tiny import config, donor, make_zoo
 from zoo.add import add
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
+from zoo.training.resumable import STATE_FILE
 from zoo.units.aligned import AlignedDonor, align_donors
 from zoo.units.units import ROLES
 
@@ -126,38 +129,46 @@ def test_noise_on_latents_is_not_blown_up_where_narrow_donors_have_nothing() -> 
 
 
 def test_training_says_what_it_is_worth_beside_pca_and_resumes_to_the_same_bytes(zoo: Zoo, tmp_path: Path) -> None:
-    settings = {"steps": 60, "rate": 3.0, "device": "cpu", "quiet": True, "hidden": 16}
-    whole = training.train_autoencoder(zoo.path, tmp_path / "whole", **settings)
+    config = AutoencoderTrainConfig(steps=60, rate=3.0, hidden=16)
+    command = {"subcommand": "train autoencoder", "steps": 60}
+
+    def train(name: str, config: AutoencoderTrainConfig = config, resume: bool = False) -> Path:
+        return training.train_autoencoder(
+            config, zoo.path, tmp_path / name, resume=resume, device="cpu", quiet=True, command=command
+        )
+
+    whole = train("whole")
     report = json.loads((whole / "report.json").read_text())
+    assert report["config"] == command and report["recipe"]["steps"] == 60
     assert set(report["error"]) == set(ROLES)
     for found in report["error"].values():  # of weights that are iid, PCA already holds all that can be held
         assert found["autoencoder"] == pytest.approx(found["pca"], rel=0.02)
         assert found["autoencoder_noised"] == pytest.approx(found["pca_noised"], rel=0.02)
         assert found["pca_noised"] > found["pca"]
-    exact = training.train_autoencoder(zoo.path, tmp_path / "exact", **settings, noise=0.0)
-    still = training.train_autoencoder(zoo.path, tmp_path / "still", **settings, lr=0.0)
+    exact = train("exact", replace(config, noise=0.0))
+    still = train("still", replace(config, lr=0.0))
     assert len({(path / "diffusion_pytorch_model.safetensors").read_bytes() for path in (whole, exact, still)}) == 3
 
     real = training.sample_batch
 
     def stopping(
-        donors: list[AlignedDonor], kind: str, recipe: training.AutoencoderTrainConfig, step: int, width: int
+        donors: list[AlignedDonor], kind: str, config: AutoencoderTrainConfig, step: int, width: int
     ) -> Tensor:
         if step == 31 and kind == "qk":
             os.kill(os.getpid(), signal.SIGINT)
-        return real(donors, kind, recipe, step, width)
+        return real(donors, kind, config, step, width)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "sample_batch", stopping)
-        training.train_autoencoder(zoo.path, tmp_path / "cut", **settings)
+        train("cut")
     with pytest.raises(UserError, match="--resume"):
-        training.train_autoencoder(zoo.path, tmp_path / "cut", **settings)
+        train("cut")
     with pytest.raises(UserError, match="other settings"):
-        training.train_autoencoder(zoo.path, tmp_path / "cut", resume=True, **{**settings, "steps": 61})
-    cut = training.train_autoencoder(zoo.path, tmp_path / "cut", resume=True, **settings)
+        train("cut", replace(config, steps=61), resume=True)
+    cut = train("cut", resume=True)
     name = "diffusion_pytorch_model.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    assert not (cut / training.STATE).exists()
+    assert not (cut / STATE_FILE).exists()
 
 
 def words(folder: Path, first: int) -> None:
@@ -185,7 +196,9 @@ def test_the_donor_knows_the_tokens_first_then_is_wide_good_and_near(tmp_path: P
         return sampler.fit(Zoo.open(path), Blueprint.from_pretrained_config(config(width, 2))).donors[0]
 
     add([str(folder) for folder in folders.values()], tmp_path / "zoo", quiet=True)
-    coder = training.train_autoencoder(tmp_path / "zoo", tmp_path / "coder", steps=2, device="cpu", quiet=True)
+    coder = training.train_autoencoder(
+        AutoencoderTrainConfig(steps=2), tmp_path / "zoo", tmp_path / "coder", device="cpu", quiet=True
+    )
     assert chosen("a", "b", "c", "stranger") == "b"
     assert chosen("c", "stranger") == "c"  # narrower than the target, but it knows the tokens
     assert chosen("a", "c", width=20) == "c"

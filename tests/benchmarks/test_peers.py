@@ -14,15 +14,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from autoencoder.training import train_autoencoder
+from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
 from benchmarks.peers import chunks, d2nwg, measure, sane, training
 from benchmarks.peers import tokens as row_tokens
 from benchmarks.peers.scoring import loss_of
 from benchmarks.peers.weights import own_tensors, principal, read, rebuilt
-from diffusion.training import train_diffusion
+from diffusion.training import DiffusionTrainConfig, train_diffusion
 from headstart.generate.generate import generate
 from tests.support.tiny import config, make_zoo
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -215,9 +215,11 @@ def test_the_command_finds_a_method_in_the_working_directory(tmp_path: Path) -> 
 
 
 def test_the_measurement_runs_and_goes_on(zoo: Zoo, tmp_path: Path) -> None:
-    coder = train_autoencoder(zoo.path, tmp_path / "autoencoder", steps=3, device="cpu", quiet=True)
-    small = {"steps": 3, "batch": 32, "hidden": 32, "blocks": 1, "pool": 4, "quiet": True}
-    pipeline = train_diffusion(zoo.path, coder, tmp_path / "pipeline", device="cpu", **small)
+    coder = train_autoencoder(
+        AutoencoderTrainConfig(steps=3), zoo.path, tmp_path / "autoencoder", device="cpu", quiet=True
+    )
+    small = DiffusionTrainConfig(steps=3, batch=32, hidden=32, blocks=1, pool=4)
+    pipeline = train_diffusion(small, zoo.path, coder, tmp_path / "pipeline", device="cpu", quiet=True)
     tokens = torch.randint(48, (1000,), generator=stream(0, "text"))
     blueprint = target()
     assert blueprint.config is not None

@@ -19,23 +19,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from autoencoder.loading import load_autoencoder
-from autoencoder.training import train_autoencoder
+from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
 from diffusion import Request, WeightDiffusionPipeline, training
 from diffusion.conditions import FEATURES, MODEL_FEATURES, SHAPE_FEATURES, model_features, unit_features
+from diffusion.config import DiffusionTrainConfig
 from diffusion.memory import MAX_LAYERS, TokenScale
 from diffusion.pipeline import CONDITIONS
 from diffusion.sampler import DiffusionSampler
 from diffusion.views import donor_contexts, first_head_unit, mean_tokens, view_shape
 from headstart.generate.generate import generate
 from tests.support.tiny import STD, config, make_zoo, role
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
+from zoo.training.resumable import STATE_FILE
 from zoo.units.canonical import residual_vectors
 from zoo.units.units import residual_energy, unit_addresses
 
-SMALL = {"steps": 60, "batch": 128, "hidden": 64, "blocks": 2, "pool": 8, "lr": 3e-3, "ema": 0.99, "quiet": True}
+SMALL = DiffusionTrainConfig(steps=60, batch=128, hidden=64, blocks=2, pool=8, lr=3e-3, ema=0.99)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +47,16 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 @pytest.fixture(scope="module")
 def autoencoder(zoo: Zoo) -> Path:
-    return train_autoencoder(zoo.path, zoo.path.parent / "autoencoder", steps=5, device="cpu", quiet=True)
+    return train_autoencoder(
+        AutoencoderTrainConfig(steps=5), zoo.path, zoo.path.parent / "autoencoder", device="cpu", quiet=True
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(zoo: Zoo, autoencoder: Path) -> Path:
-    return training.train_diffusion(zoo.path, autoencoder, zoo.path.parent / "pipeline", device="cpu", **SMALL)
+    return training.train_diffusion(
+        SMALL, zoo.path, autoencoder, zoo.path.parent / "pipeline", device="cpu", quiet=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +93,10 @@ def test_the_scale_of_every_role_is_the_donors(tmp_path: Path) -> None:
     rightly smaller in a wider stream. Canonical form keeps products, not factors: it balances q
     with k, v with o and up with down, so that the geometric means are what a target must have."""
     zoo = make_zoo(tmp_path, [{"hidden_size": 32, "kv": kv} for kv in (2, 4)])
-    coder = train_autoencoder(zoo.path, tmp_path / "autoencoder", steps=5, device="cpu", quiet=True)
-    folder = training.train_diffusion(zoo.path, coder, tmp_path / "pipeline", device="cpu", **SMALL)
+    coder = train_autoencoder(
+        AutoencoderTrainConfig(steps=5), zoo.path, tmp_path / "autoencoder", device="cpu", quiet=True
+    )
+    folder = training.train_diffusion(SMALL, zoo.path, coder, tmp_path / "pipeline", device="cpu", quiet=True)
     pipeline = WeightDiffusionPipeline.from_pretrained(folder)
     target = metadata(width=32, layers=2)
     found: dict[str, list[float]] = {}
@@ -260,8 +268,17 @@ def test_contexts_and_mean_tokens_come_from_weights_alone() -> None:
 
 
 def test_training_resumes_to_the_same_bytes(zoo: Zoo, autoencoder: Path, tmp_path: Path) -> None:
-    settings = {**SMALL, "steps": 24, "device": "cpu"}
-    whole = training.train_diffusion(zoo.path, autoencoder, tmp_path / "whole", **settings)
+    config = replace(SMALL, steps=24)
+    command = {"subcommand": "train diffusion", "steps": 24}
+
+    def train(name: str, config: DiffusionTrainConfig = config, resume: bool = False) -> Path:
+        return training.train_diffusion(
+            config, zoo.path, autoencoder, tmp_path / name,
+            resume=resume, device="cpu", quiet=True, command=command,
+        )  # fmt: skip
+
+    whole = train("whole")
+    assert json.loads((whole / "headstart.json").read_text())["config"] == command
     real = training.batches
 
     def cut(*arguments: Any) -> Iterator[Any]:
@@ -272,18 +289,18 @@ def test_training_resumes_to_the_same_bytes(zoo: Zoo, autoencoder: Path, tmp_pat
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "batches", cut)
-        training.train_diffusion(zoo.path, autoencoder, tmp_path / "cut", **settings)
+        train("cut")
     with pytest.raises(UserError, match="--resume"):
-        training.train_diffusion(zoo.path, autoencoder, tmp_path / "cut", **settings)
-    resumed = training.train_diffusion(zoo.path, autoencoder, tmp_path / "cut", resume=True, **settings)
+        train("cut")
+    resumed = train("cut", resume=True)
     for part in ("denoiser", "memory", "autoencoder"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
         assert filecmp.cmp(whole / name, resumed / name, shallow=False), part
     assert json.loads((whole / "headstart.json").read_text()) == json.loads((resumed / "headstart.json").read_text())
-    assert not (resumed / training.STATE).exists()
-    assert training.train_diffusion(zoo.path, autoencoder, whole, resume=True, **settings) == whole
+    assert not (resumed / STATE_FILE).exists()
+    assert train("whole", resume=True) == whole
     with pytest.raises(UserError, match="other settings"):
-        training.train_diffusion(zoo.path, autoencoder, whole, resume=True, **{**settings, "seed": 1})
+        train("whole", replace(config, seed=1), resume=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,7 +10,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from zoo.checkpoints.files import read_json
-from zoo.donors.store import Donor, record
+from zoo.donors.donor import Donor, provenance
 from zoo.errors import UserError, unknown
 from zoo.statistics.similarity import PROJECTIONS, compare_projections, singular_value_stacks
 
@@ -114,7 +114,7 @@ def group_donor(
         found = singular_value_stacks(donor, [rank], device, bar.update)
     rank = next(iter(found.values())).shape[1]
     with tqdm(desc="distances between layers", total=len(found) * (len(found) + 1) // 2, disable=quiet) as bar:
-        return group_projections(compare_projections(found, rank, bootstraps, seed, bar.update), rank, record(donor))
+        return group_projections(compare_projections(found, rank, bootstraps, seed, bar.update), rank, provenance(donor))
 
 
 def read_grouping(path: Path, model: str | None = None, rank: int | None = None) -> Grouping:

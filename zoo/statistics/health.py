@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zoo.checkpoints.checkpoint import Checkpoint
+from zoo.donors.donor import Donor
+from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.errors import NotFinite
 from zoo.statistics.noise import edge_excess, kurtosis, normal_scores, unevenness_p_value
 from zoo.statistics.row_column import random_submatrix
@@ -43,7 +44,7 @@ class Finding:
 
 
 def check_health(
-    donor: Checkpoint,
+    donor: Donor | ModelCheckpoint,
     device: str = "cpu",
     most: int = 512,
     seed: int = 0,
@@ -131,7 +132,7 @@ class _Tally:
     constant_zero: set[str] = field(default_factory=set)
     not_finite: list[str] = field(default_factory=list)
 
-    def add(self, donor: Checkpoint, spec: TensorSpec, device: str, most: int, seed: int) -> None:
+    def add(self, donor: Donor | ModelCheckpoint, spec: TensorSpec, device: str, most: int, seed: int) -> None:
         if not spec.numel or not spec.dtype.is_floating_point:
             return
         try:
@@ -173,7 +174,7 @@ class _Tally:
         return statistics.fmean(self.outputs[layer, factor])
 
 
-def _read_entries(donor: Checkpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
+def _read_entries(donor: Donor | ModelCheckpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
     tensor = donor.read(spec.name)
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return _select_entries(split(spec, tensor)[role], spec, role, device, most, seed)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.donors.store import Donor
+from zoo.donors.donor import Donor
 from zoo.streams import stream
 from zoo.tensors import Metadata, Part, TensorSpec, split
 

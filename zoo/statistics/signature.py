@@ -12,7 +12,7 @@ import torch
 from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor
 
-from zoo.donors.store import Donor
+from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.statistics.similarity import PROJECTIONS
 from zoo.streams import stream_seed

@@ -15,7 +15,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 from scipy.stats import skew
 from torch import Tensor
 
-from zoo.donors.store import Donor
+from zoo.donors.donor import Donor
 from zoo.errors import UserError, unknown
 from zoo.statistics.goodness import DistanceSample, assess_power_law
 from zoo.statistics.power_law import MIN_DISTINCT_VALUES

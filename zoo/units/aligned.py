@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.donors.store import Donor, Zoo
+from zoo.donors.donor import Donor
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.tensors import Metadata
 from zoo.units.canonical import Anchor, canonicalise, make_anchor

@@ -1,4 +1,4 @@
-"""The comparison: its numbers against known answers, its files against the contract, its page read as a page."""
+"""Comparisons: their numbers against known answers, their files against the contract, their page parsed as HTML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from headstart.compare.compare import compare
 from headstart.report import scores
-from headstart.report.comparison import page
+from headstart.report.comparison import render_comparison
 from headstart.report.comparison_findings import caveats, headline
 from zoo.errors import UserError
 from zoo.training.corpora import python_reference
@@ -338,10 +338,10 @@ def test_report_escapes_and_warns() -> None:
         "grid": [1e-3], "batch_size": 1, "sequence": 8, "windows": 2, "device": "cpu",
         "command": None,
     }  # fmt: skip
-    html = page(results)
+    html = render_comparison(results)
     text = " ".join(read(html).text)
     assert "a<b>&c" in text and "<script>alert(1)</script>" in text and "<u>" in text and "<tt>.txt" in text
-    assert "Left out: <b>big, which refused (too <wide>)." in text
+    assert "Left out: <b>big. It cannot fill this target: too <wide>." in text
     warned = "\n".join(caveats(results))
     assert "One seed" in warned and "Only one learning rate" in warned and "within the first step" in warned
     assert "cannot exclude noise" in headline(results)
@@ -378,12 +378,14 @@ def test_bad_input_is_refused_before_training(
 
 @pytest.fixture(scope="module")
 def pipeline(donors: Path) -> Path:
-    from autoencoder.training import train_autoencoder
-    from diffusion.training import train_diffusion
+    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+    from diffusion.training import DiffusionTrainConfig, train_diffusion
 
-    made = train_autoencoder(donors, donors.parent / "autoencoder", steps=2, device="cpu", quiet=True)
-    small = {"steps": 2, "batch": 8, "hidden": 32, "blocks": 1, "pool": 2}
-    return train_diffusion(donors, made, donors.parent / "pipeline", device="cpu", quiet=True, **small)
+    made = train_autoencoder(
+        AutoencoderTrainConfig(steps=2), donors, donors.parent / "autoencoder", device="cpu", quiet=True
+    )
+    small = DiffusionTrainConfig(steps=2, batch=8, hidden=32, blocks=1, pool=2)
+    return train_diffusion(small, donors, made, donors.parent / "pipeline", device="cpu", quiet=True)
 
 
 GPT2 = {

@@ -8,7 +8,7 @@ from itertools import combinations_with_replacement
 
 import pytest
 
-from zoo.donors.standalone import single
+from zoo.donors.folder import StandaloneDonor
 from zoo.errors import UserError
 from zoo.statistics.grouping import Grouping, group_donor, group_projections, read_grouping
 from zoo.statistics.similarity import PROJECTIONS, compare_projections, singular_value_stacks
@@ -64,7 +64,7 @@ def test_json_keeps_everything():
 
 
 def test_a_real_checkpoint_is_characterised_by_its_study(shared_data):
-    donor = single(shared_data / "models" / "stories260K", quiet=True).only
+    donor = StandaloneDonor.open(shared_data / "models" / "stories260K", quiet=True)
     found = group_donor(donor, bootstraps=15)
     assert found.rank == 16
     assert found.source["sha256"] == donor.sha256

@@ -20,8 +20,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.donors.memory import zoo_of
+from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.statistics.health import Finding, check_health, summarise_findings
 
 Change = Callable[[str, Tensor], Tensor]
@@ -74,7 +74,7 @@ def test_every_initialisation_is_untrained(make: Callable[[], nn.Module], scheme
 def test_real_checkpoints_are_fine(shared_data: Path) -> None:
     folders = [p.parent for p in sorted((shared_data / "models").glob("**/config.json"))]
     assert len(folders) > 25
-    found = {folder.name: check_health(Checkpoint.open(folder), most=256) for folder in folders}
+    found = {folder.name: check_health(ModelCheckpoint.open(folder), most=256) for folder in folders}
     assert {name: findings for name, findings in found.items() if findings} == {}
 
 
@@ -83,7 +83,7 @@ def changed(source: Path, target: Path, change: Change) -> list[Finding]:
     shutil.copytree(source, target)
     weights = target / "model.safetensors"
     save_file({n: change(n, t).contiguous() for n, t in load_file(weights).items()}, weights, {"format": "pt"})
-    return check_health(Checkpoint.open(target))
+    return check_health(ModelCheckpoint.open(target))
 
 
 def shuffle(tensor: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def test_modules_and_empty_rows() -> None:
 
 
 def test_only_a_cut_is_looked_at(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
-    donor = Checkpoint.open(tiny_llama(tmp_path / "a", hidden_size=64, intermediate_size=160))
+    donor = ModelCheckpoint.open(tiny_llama(tmp_path / "a", hidden_size=64, intermediate_size=160))
     values: list[int] = []
     (finding,) = check_health(donor, most=24, progress=values.append)
     assert finding.kind == "untrained" and sum(values) == donor.parameters

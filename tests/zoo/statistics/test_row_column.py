@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from tests.support.tiny import config
+from zoo.donors.donor import Donor
+from zoo.donors.folder import open_donor
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import open_donor
-from zoo.donors.store import Donor
 from zoo.errors import UserError
 from zoo.statistics.row_column import permutation_test, random_submatrix, row_column_statistics, row_column_study
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.support.tiny import STD, make_zoo
+from zoo.donors.folder import StandaloneDonor
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import single
 from zoo.errors import UserError
 from zoo.statistics.signature import clustering_vector, signature_distances, std_vector
 from zoo.statistics.similarity import PROJECTIONS, singular_value_stacks
@@ -29,7 +29,7 @@ def test_standard_deviations_are_those_of_the_donor(tmp_path: Path) -> None:
 
 
 def test_fused_and_transposed_projections_are_split(shared_data: Path) -> None:
-    donor = single(shared_data / "models" / "makemore-en-a", quiet=True).only
+    donor = StandaloneDonor.open(shared_data / "models" / "makemore-en-a", quiet=True)
     weights = [donor.read(f"transformer.h.{i}.attn.c_attn.weight").double() for i in range(4)]
     pooled = torch.stack([torch.cat([w.chunk(3, dim=1)[i].flatten() for w in weights]).std() for i in range(3)])
     found = std_vector(donor)
@@ -93,7 +93,8 @@ LLAMA = ["babyllama-tok105", "llama2xs-260K", "stories260K"]
 def test_independent_runs_of_one_recipe_are_near_and_an_architecture_alone_is_no_family(shared_data: Path) -> None:
     """The four Arthur runs, and the three Makemore models, are GPT-2 of 4 layers, and yet lie apart. The Llamas were
     trained by three people in three ways: they are no nearer to each other than to any other model."""
-    donors = {name: single(shared_data / "models" / name, quiet=True).only for name in ARTHUR + MAKEMORE + LLAMA}
+    folders = {name: shared_data / "models" / name for name in ARTHUR + MAKEMORE + LLAMA}
+    donors = {name: StandaloneDonor.open(folder, quiet=True) for name, folder in folders.items()}
     for signatures in (
         {name: std_vector(donor) for name, donor in donors.items()},
         {name: clustering_vector(singular_value_stacks(donor, [16])) for name, donor in donors.items()},

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import make_llama
+from zoo.donors.folder import StandaloneDonor
 from zoo.donors.memory import zoo_of
-from zoo.donors.standalone import single
 from zoo.errors import UserError
 from zoo.statistics.similarity import (
     PROJECTIONS,
@@ -53,7 +53,7 @@ def test_stacks_of_a_real_checkpoint_are_those_of_numpy(shared_data, name):
     folder = shared_data / "models" / name
     tensors = load_file(folder / "model.safetensors")
     seen = []
-    found = singular_value_stacks(single(folder, quiet=True).only, [16], progress=seen.append)
+    found = singular_value_stacks(StandaloneDonor.open(folder, quiet=True), [16], progress=seen.append)
     assert list(found) == list(PROJECTIONS)
     assert sum(seen) == 35
     for role, stack in found.items():
@@ -65,7 +65,7 @@ def test_stacks_of_a_real_checkpoint_are_those_of_numpy(shared_data, name):
 
 
 def test_distances_are_one_minus_the_cosine(shared_data):
-    found = singular_value_stacks(single(shared_data / "models" / "stories260K", quiet=True).only, [16])
+    found = singular_value_stacks(StandaloneDonor.open(shared_data / "models" / "stories260K", quiet=True), [16])
     a, b = found["attn.v"].numpy(), found["mlp.gate"].numpy()
     values, pairs = layer_distances(found["attn.v"], found["mlp.gate"])
     assert len(values) == 25
@@ -131,7 +131,7 @@ def test_refuses_what_has_no_statistics(tmp_path: Path):
         singular_value_stacks(donor, [8])
     folder = make_llama(tmp_path / "nan", num_hidden_layers=3)
     tensors = load_file(folder / "model.safetensors")
-    donor = single(folder, quiet=True).only
+    donor = StandaloneDonor.open(folder, quiet=True)
     place = donor.entry("model.layers.0.self_attn.q_proj.weight").offset
     with (folder / "model.safetensors").open("r+b") as f:
         f.seek(place)
@@ -179,7 +179,7 @@ def test_spikes_stand_out_of_the_noise():
 
 
 def test_study_of_a_real_checkpoint(shared_data):
-    found = singular_value_stacks(single(shared_data / "models" / "babyllama-tok105", quiet=True).only, [16])
+    found = singular_value_stacks(StandaloneDonor.open(shared_data / "models" / "babyllama-tok105", quiet=True), [16])
     seen = []
     rows = compare_projections(found, 16, 40, 0, seen.append)
     assert len(rows) == len(seen) == 28

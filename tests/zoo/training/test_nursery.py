@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoo.donors.store import Zoo, verify
+from zoo.donors.verify import verify
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.training import nursery
 from zoo.training.nursery import PRESETS, DonorRecipe, train_zoo

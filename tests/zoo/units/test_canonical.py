@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from zoo.checkpoints.checkpoint import Checkpoint
+from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.units.canonical import (
@@ -251,7 +251,7 @@ def test_real_checkpoints_keep_their_logits(shared_data: Path) -> None:
     folders = [shared_data / "models" / n for n in ("stories260K", "llama2xs-260K", "babyllama-tok105")]
     folders += [shared_data / "models" / "makemore-en-a", shared_data / "models" / "arthur" / "run0-ep100"]
     for folder in folders:
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = ModelCheckpoint.open(folder)
         config = AutoConfig.from_pretrained(folder)
         ids = torch.arange(14)[None] * 5 % config.vocab_size
         model = in_own_dtype(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())

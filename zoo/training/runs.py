@@ -1,0 +1,131 @@
+"""One skeleton for every training run in a folder: claim the folder, restore, loop, checkpoint, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from zoo.checkpoints.writer import writing
+from zoo.donors.zoo import Zoo
+from zoo.errors import UserError
+from zoo.training.resumable import STATE_FILE, load_state, resumable_steps, save_state
+
+STAGING_FOLDER = ".finished"  # inside the run's folder: where the finished files are put together
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. `record_file` is written last: a folder that holds it is complete."""
+
+    out: Path
+    identity: str  # a hash of all that the result depends on
+    steps: int
+    save_every: int  # steps
+    record_file: str  # JSON, with the identity under the key `identity`
+    label: str  # of the progress bar, and in messages
+    resume: bool = False
+    quiet: bool = False
+
+
+class Trainer(Protocol):
+    """What is trained, and how. The skeleton needs no more of it."""
+
+    accelerator: Accelerator
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by name."""
+
+    def restore(self, state: dict[str, Tensor], step: int) -> None:
+        """The inverse of `state`, taken before `step`."""
+
+    def train_step(self, step: int) -> None:
+        """Makes one update. A function of the state and the number of the step, counted from 0."""
+
+    def progress_note(self) -> str:
+        """What stands beside the progress bar."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes the trained model to `folder` and returns its record."""
+
+
+def train_in_folder(run: Run, prepare: Callable[[], Trainer]) -> Path:
+    """Trains in `run.out` and returns that folder. `prepare` is called only if there is something to train.
+
+    Ctrl-C and every `save_every` steps save the state; with `resume` a run continues from it to the same bytes. Every
+    process makes the same steps, so their number does not change the result; the main one writes.
+
+    Raises UserError if the folder is in use (without `resume`), or holds a run with another identity."""
+    finished = claim_folder(run.out, run.resume, run.record_file)
+    if finished is not None:
+        if finished != run.identity:
+            raise UserError(
+                f"{run.out}: holds a finished {run.label} run with other settings or another zoo; give another --out"
+            )
+        return run.out
+    trainer = prepare()
+    is_main, state_file, start = trainer.accelerator.is_main_process, run.out / STATE_FILE, 0
+    if state_file.is_file():
+        state, start = load_state(state_file, run.identity)
+        trainer.restore(state, start)
+
+    def save(step: int) -> None:
+        if is_main:
+            save_state(state_file, trainer.state(), step, run.identity)
+
+    quiet = run.quiet or not is_main
+    steps = resumable_steps(start, run.steps, run.save_every, save, run.label, quiet, trainer.progress_note)
+    with contextlib.closing(steps):
+        for step in steps:
+            trainer.train_step(step)
+    if is_main:
+        _publish(run, trainer)
+        state_file.unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
+    return run.out
+
+
+def run_identity(config: Any, zoo: Zoo, *more: str) -> str:
+    """A hash of what a run is a function of: its config (a dataclass), the donors of its zoo, and more."""
+    known = [asdict(config), sorted(d.sha256 for d in zoo.donors), *more]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def claim_folder(out: Path, resume: bool, record_file: str) -> str | None:
+    """Makes `out` the folder of a run. Returns the identity in its `record_file`, or None if the run is not finished.
+
+    Raises UserError for a file, for a folder in use (without `resume`), and for one that holds no run."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder with --out")
+    if out.exists() and any(out.iterdir()):
+        if not resume:
+            raise UserError(f"{out}: exists and is not empty; give another --out, or --resume to continue")
+        if (out / record_file).is_file():
+            return str(json.loads((out / record_file).read_text()).get("identity"))
+        if not (out / STATE_FILE).is_file() and not (out / STAGING_FOLDER).is_dir():
+            raise UserError(f"{out}: holds no run to resume; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _publish(run: Run, trainer: Trainer) -> None:
+    """Writes the result aside, then moves it into the run's folder, the record last."""
+    staging = run.out / STAGING_FOLDER
+    with writing(run.out):
+        record = trainer.save(staging)
+        (staging / run.record_file).write_text(json.dumps(record, indent=2) + "\n")
+        for path in sorted(staging.iterdir(), key=lambda p: (p.name == run.record_file, p.name)):
+            target = run.out / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+        staging.rmdir()
