@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from baselines.transfer.row_column import RowColumn
 from zoo.donors.memory import load_into, zoo_of
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from zoo.checkpoints.checkpoint import Checkpoint, check_against_blueprint
+from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.files import FileHashes, content_hash, file_hash
 from zoo.checkpoints.sources import Source, count_tensors, obtain, resolve
 from zoo.checkpoints.writer import writing
-from zoo.donors.manifest import MANIFEST, ROWS, joined, measure, rows, write_rows
-from zoo.donors.store import RECORD, read_record, write_record
+from zoo.donors.index import refresh_index
+from zoo.donors.layout import MANIFEST, RECORD, ROWS
+from zoo.donors.manifest import donor_rows, join_rows, measure, write_rows
+from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint, with_blueprint
+from zoo.donors.records import read_record, write_record
 from zoo.errors import UserError
 from zoo.statistics.health import Finding, check_health, summarise_findings
 
@@ -55,7 +58,7 @@ def add(
     resolved = [resolve(s, revision) for s in sources[index::count]]
     for source in resolved:
         if source.folder is not None:
-            check_against_blueprint(Checkpoint.open(source.folder))
+            check_against_blueprint(ModelCheckpoint.open(source.folder))
     if plan:
         return [_plan(zoo, source) for source in resolved]
     try:
@@ -69,7 +72,8 @@ def merge_manifest(zoo: Path) -> None:
     """manifest.parquet from the donors that are complete. Processes that add side by side take turns here."""
     with writing(zoo), _lock(zoo / "models" / LOCK):
         parts = [p for p in (zoo / "models").glob(f"[!.]*/{ROWS}") if (p.parent / RECORD).exists()]
-        write_rows(zoo / MANIFEST, joined(parts))
+        write_rows(zoo / MANIFEST, join_rows(parts))
+        refresh_index(zoo)
 
 
 def _plan(zoo: Path, source: Source) -> dict[str, Any]:
@@ -110,7 +114,8 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
         return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
 
     download = source.download
-    checkpoint, stamps = obtain(source, quiet)
+    files, stamps = obtain(source, quiet)
+    checkpoint = with_blueprint(files)
     extra = check_against_blueprint(checkpoint)
     if extra and not quiet:
         print(f"{source.names[0]}: {len(extra)} tensors that its config does not know ({extra[0]}, …)", file=sys.stderr)
@@ -147,7 +152,7 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
         name = next((n for n in source.names if not (models / n).exists()), None)
         if name is None:
             raise UserError(f"{source.given}: all its names are taken in {models}; rename the folder")
-        write_rows(staging / ROWS, rows(checkpoint, name, revision, source.license, measures))
+        write_rows(staging / ROWS, donor_rows(checkpoint, name, revision, source.license, measures))
         record = {"source": source.given, "revision": revision, "license": source.license}
         write_record(staging, {**record, "sha256": sha256, "files": stamps})
         home = staging.rename(models / name)
@@ -174,7 +179,7 @@ def _lost(home: Path, record: dict[str, Any]) -> list[str]:
     return [file for file, stamp in record["files"].items() if not whole(file, stamp["size"])]
 
 
-def _stage(staging: Path, checkpoint: Checkpoint, stamps: FileHashes, tick: Callable[[int], object]) -> None:
+def _stage(staging: Path, checkpoint: ModelCheckpoint, stamps: FileHashes, tick: Callable[[int], object]) -> None:
     """Copies the files; those that an interrupted add has left whole are kept."""
     staging.mkdir(exist_ok=True)
     for file, stamp in stamps.items():
@@ -210,13 +215,13 @@ def _copy(source: Path, target: Path, stamp: dict[str, Any], tick: Callable[[int
         partial.unlink(missing_ok=True)
 
 
-def _restore(home: Path, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
+def _restore(home: Path, checkpoint: ModelCheckpoint, record: dict[str, Any]) -> None:
     """Puts back what the donor has lost since it was added."""
     for file in _lost(home, record):
         _copy(checkpoint.folder / file, home / file, record["files"][file])
     if not (home / ROWS).exists():
         measures = {e.name: measure(checkpoint, e) for e in checkpoint.entries.values()}
-        write_rows(home / ROWS, rows(checkpoint, home.name, record["revision"], record["license"], measures))
+        write_rows(home / ROWS, donor_rows(checkpoint, home.name, record["revision"], record["license"], measures))
         write_record(home, record)
 
 

@@ -8,17 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from zoo.donors.donor import provenance
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
 from zoo.options import bounds_problem
-
-if TYPE_CHECKING:
-    from zoo.donors.store import Zoo
-    from zoo.targets.blueprint import Blueprint
+from zoo.targets.blueprint import Blueprint
 
 
 @dataclass(kw_only=True)
@@ -64,9 +63,7 @@ class Sampler(ABC):
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
         """[{name, revision, sha256, license}] of the donors behind what is sampled, for cards and `headstart.json`."""
-        from zoo.donors.store import record
-
-        return [record(zoo.donor(name)) for name in self.donors] if zoo is not None else []
+        return [provenance(zoo.donor(name)) for name in self.donors] if zoo is not None else []
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         """Names of the donors whose weights fit or sample would read; reads no weight itself. For `--plan`."""

@@ -49,7 +49,7 @@ def test_a_method_of_ones_own_is_called_by_its_path() -> None:
 
     assert samplers.get("baselines.schemes.default.Default") is Default
     with pytest.raises(UserError, match=r"no subclass of zoo\.sampler\.Sampler"):
-        samplers.get("zoo.donors.store.Zoo")
+        samplers.get("zoo.donors.zoo.Zoo")
     with pytest.raises(UserError, match="cannot be imported"):
         samplers.get("nowhere.at_all.Method")
     with pytest.raises(UserError, match="cannot be imported"):

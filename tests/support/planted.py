@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tests.support.shaken import CONFIGS, build
-from zoo.donors.standalone import Single, single
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import join, split
 
@@ -62,12 +62,12 @@ def _dead(axis: str, layer: int | None, meta: Any) -> dict[str, torch.Tensor]:
     return {}
 
 
-def planted(folder: Path, config: dict[str, Any], *axes: str, layer: int | None = None) -> Single:
+def planted(folder: Path, config: dict[str, Any], *axes: str, layer: int | None = None) -> Zoo:
     """A zoo of one: a shaken model of that config with what is DEAD along `axes`, and `layer`, dead."""
     model = build(config)
     kill(model, axes, layer)
     model.save_pretrained(folder)
-    return single(folder)
+    return open_standalone(folder)
 
 
 def alive(axis: str, layer: int = 0) -> list[int]:

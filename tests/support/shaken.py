@@ -9,7 +9,7 @@ import torch
 
 from headstart.generate.sampling import sample_with_defaults
 from zoo.checkpoints.writer import write_checkpoint
-from zoo.donors.standalone import Single, single
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 
@@ -54,13 +54,13 @@ def build(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def donor(folder: Path, config: dict[str, Any], seed: int = 0) -> Single:
+def donor(folder: Path, config: dict[str, Any], seed: int = 0) -> Zoo:
     """A zoo of one: a shaken model of that config, saved to `folder`."""
     build(config, seed).save_pretrained(folder)
-    return single(folder)
+    return open_standalone(folder)
 
 
-def filled(folder: Path, sampler: Sampler, zoo: Single, config: dict[str, Any], seed: int = 0) -> Path:
+def filled(folder: Path, sampler: Sampler, zoo: Zoo, config: dict[str, Any], seed: int = 0) -> Path:
     """`folder`, written by a sampler that is fitted here."""
     blueprint = Blueprint.from_config(config)
     write_checkpoint(folder, blueprint, sample_with_defaults(sampler.fit(zoo, blueprint), blueprint, seed))

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from zoo.add import add
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 
 # Far apart, so that a generated tensor has the right scale for a reason.
 STD = {"embed": 0.7, "head": 0.05, "q": 0.2, "k": 0.1, "v": 0.15, "o": 0.3, "gate": 0.12, "up": 0.25, "down": 0.4}

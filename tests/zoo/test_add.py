@@ -21,7 +21,10 @@ import zoo.donors.manifest
 from zoo.add import add
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.headers import INDEX
-from zoo.donors.store import Zoo, notes, verify
+from zoo.donors.index import list_donors
+from zoo.donors.manifest import read_manifest
+from zoo.donors.verify import stray_files, verify
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 
 Make = Callable[..., Path]
@@ -49,7 +52,7 @@ def test_a_donor_is_copied_and_described(tmp_path: Path, tiny_llama: Make) -> No
     assert donor.facts == {"loss": 1.5, "tokens": 1000, "seed": 3}
     assert all((donor.folder / f).read_bytes() == (source / f).read_bytes() for f in donor.files)
     assert not {"optimizer.pt", "README.md"} & set(donor.files)
-    assert zoo.describe() == [
+    assert list_donors(tmp_path / "zoo") == [
         {
             "name": "llama", "revision": donor.revision, "license": "apache-2.0", "architecture": "llama",
             "parameters": Checkpoint.open(source).parameters, "tensors": 20,
@@ -59,7 +62,7 @@ def test_a_donor_is_copied_and_described(tmp_path: Path, tiny_llama: Make) -> No
             },
         }
     ]  # fmt: skip
-    rows = zoo.manifest.to_pylist()
+    rows = read_manifest(zoo.path).to_pylist()
     assert [(r["file"], r["offset"]) for r in rows] == sorted((r["file"], r["offset"]) for r in rows)
     for row in rows:
         with (donor.folder / row["file"]).open("rb") as f:
@@ -82,7 +85,7 @@ def test_statistics_are_scipys(
     tensors["model.embed_tokens.weight"] = (heavy * 0.1 + 5).to(dtype)  # far from zero: a naive formula loses digits
     save_file(tensors, folder / "model.safetensors")
     add([str(folder)], tmp_path / "zoo", quiet=True)
-    for row in Zoo.open(tmp_path / "zoo").manifest.to_pylist():
+    for row in read_manifest(tmp_path / "zoo").to_pylist():
         values = tensors[row["tensor"]].double().numpy().ravel()
         assert row["mean"] == pytest.approx(values.mean(), rel=1e-12, abs=1e-15)
         assert row["std"] == pytest.approx(values.std(), rel=1e-10)
@@ -160,14 +163,14 @@ def test_a_killed_add_resumes(tmp_path: Path, tiny_llama: Make) -> None:
     (target / "models" / ".half.part").unlink()
     kept = {p.name: p.stat().st_mtime_ns for p in (target / "models").glob(".a-*/*")}
     assert len(kept) == 3
-    with pytest.raises(UserError, match="no zoo"):
+    with pytest.raises(UserError, match="not a zoo"):
         Zoo.open(target)
     add([str(source)], target, quiet=True)
     now = stamps(target / "models" / "a")
     assert all(now[name] == when for name, when in kept.items())  # kept, not copied again
     left = {n: d for n, d in tree(target).items() if not n.endswith(".lock")}
     assert left == {n: d for n, d in tree(tmp_path / "whole").items() if not n.endswith(".lock")}
-    assert verify(target) == [] and notes(target) == []
+    assert verify(target) == [] and stray_files(target) == []
 
 
 def test_processes_side_by_side_lose_no_row(tmp_path: Path, tiny_llama: Make) -> None:
@@ -234,7 +237,7 @@ def test_a_good_donor_stays_when_a_later_one_is_refused(tmp_path: Path, tiny_lla
     with pytest.raises(UserError, match=r"model\.norm\.weight"):
         add([str(good), str(bad)], tmp_path / "zoo", quiet=True)
     assert [d.name for d in Zoo.open(tmp_path / "zoo").donors] == ["good"]
-    assert verify(tmp_path / "zoo") == [] and notes(tmp_path / "zoo") == []
+    assert verify(tmp_path / "zoo") == [] and stray_files(tmp_path / "zoo") == []
 
 
 def test_revisions_belong_to_the_hub(tmp_path: Path, tiny_llama: Make) -> None:
@@ -253,7 +256,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path: Path, tiny_llama: 
         with pytest.raises(UserError, match=r"are free; make room|the disk is full"):
             add(sources, disk, quiet=True)
         assert [d.name for d in Zoo.open(disk).donors] == ["a"]
-        assert verify(disk) == [] and notes(disk) == []
+        assert verify(disk) == [] and stray_files(disk) == []
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -266,12 +269,12 @@ def test_the_real_checkpoints(tmp_path: Path, shared_data: Path) -> None:
     done = add(sources, tmp_path / "zoo", quiet=True)
     zoo = Zoo.open(tmp_path / "zoo")
     assert len(zoo.donors) == len(sources) == len({d["name"] for d in done})
-    listed = {d["name"]: d for d in zoo.describe()}
+    listed = {d["name"]: d for d in list_donors(zoo.path)}
     assert listed["stories260K"]["parameters"] == 260032 and listed["stories260K"]["architecture"] == "llama"
     assert listed["run0-ep025"]["roles"]["attn.qkv"] == 8  # weights and biases
     assert not any("other" in d["roles"] for d in listed.values())
     assert verify(tmp_path / "zoo") == []
-    rng, rows = np.random.default_rng(0), zoo.manifest.to_pylist()
+    rng, rows = np.random.default_rng(0), read_manifest(zoo.path).to_pylist()
     broken = set()
     for donor in zoo.donors:
         row = rng.choice([r for r in rows if r["model"] == donor.name])

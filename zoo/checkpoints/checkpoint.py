@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from zoo.checkpoints.headers import INDEX, PICKLES, Entry, inside, read_header, read_index, read_json
+from zoo.checkpoints.files import PICKLES, file_inside, read_json
+from zoo.checkpoints.headers import INDEX, Entry, read_header, read_index
 from zoo.errors import NotFinite, UserError, unknown
-
-if TYPE_CHECKING:
-    from zoo.targets.blueprint import Blueprint
 
 # What belongs to a checkpoint besides its weights. facts.json is what its trainer knows: {"loss", "tokens", "seed"}.
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "facts.json",
 )  # fmt: skip
-
-_blueprints: dict[str, Blueprint] = {}  # by config: the donors of a zoo are often of one shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +41,7 @@ class Checkpoint:
             raise UserError(f"{folder}: no such folder; give one that holds config.json and safetensors")
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: has no config.json; {_suggest(folder)}")
-        config = read_json(inside(folder, "config.json"))
+        config = read_json(file_inside(folder, "config.json"))
         entries = _entries(folder)
         names = {e.file for e in entries.values()} | {n for n in SIDE_FILES if (folder / n).exists()}
         if (folder / INDEX).exists() and not (folder / "model.safetensors").exists():
@@ -54,7 +49,7 @@ class Checkpoint:
         if "tokenizer.json" not in names and (folder / "tokenizer.model").exists():
             names.add("tokenizer.model")
         for name in names:
-            inside(folder, name)
+            file_inside(folder, name)
         return cls(folder, config, entries, tuple(sorted(names)))
 
     @property
@@ -66,44 +61,15 @@ class Checkpoint:
         return sum(math.prod(e.shape) for e in self.entries.values())
 
     @cached_property
-    def blueprint(self) -> Blueprint:
-        from zoo.targets.blueprint import Blueprint
-
-        key = json.dumps(self.config, sort_keys=True)
-        if key not in _blueprints:
-            _blueprints[key] = Blueprint.from_config(self.folder / "config.json")
-        return _blueprints[key]
-
-    @cached_property
     def facts(self) -> dict[str, Any]:
         """facts.json, or {}: what is known of the training (loss, tokens, seed)."""
         return read_json(self.folder / "facts.json") if "facts.json" in self.files else {}
 
-    @cached_property
-    def aliases(self) -> dict[str, str]:
-        """blueprint's name -> name on disk, where they differ: checkpoints saved from a base model lack the head
-        model's prefix (`h.0…` for `transformer.h.0…`) or the other way round, and some keep the head of a tied pair
-        instead of the embedding."""
-        wanted = self.blueprint.names
-        ties = {target: source for source, target in self.blueprint.ties.items()}
-        drop = sorted({n.split(".")[0] + "." for n in wanted})
-        add = sorted({n.split(".")[0] + "." for n in self.entries})
-        found: dict[str, str] = {}
-        for name in wanted:
-            if name not in self.entries:
-                others = [name.removeprefix(p) for p in drop] + [p + name for p in add] + [ties.get(name, name)]
-                other = next((o for o in others if o in self.entries), None)
-                if other is not None:
-                    found[name] = other
-        return found
-
     def entry(self, name: str) -> Entry:
-        """The entry of a tensor, by its name on disk or the blueprint's name for it."""
-        if name in self.entries:
-            return self.entries[name]
-        if name in self.aliases:
-            return self.entries[self.aliases[name]]
-        raise unknown(f"tensor of {self.folder.name}", name, self.entries)
+        """Where the tensor with this name on disk lies. UserError for an unknown name."""
+        if name not in self.entries:
+            raise unknown(f"tensor of {self.folder.name}", name, self.entries)
+        return self.entries[name]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor on the CPU, of the shape and dtype on disk (or cast to `dtype`); only its bytes are read.
@@ -146,35 +112,14 @@ def finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(wide).all())
 
 
-def check_against_blueprint(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Refuses (UserError) a checkpoint whose tensors are not those that its config asks for: one is missing or has
-    another shape. Returns the names on disk that the config does not know (old buffers, heads of other tasks); a tied
-    tensor that is stored besides its twin is not one of them."""
-    blueprint = checkpoint.blueprint
-    where = f"{checkpoint.folder}: config.json and weights disagree:"
-    hint = "take both from the same checkpoint"
-    missing = [n for n in blueprint.names if n not in checkpoint.entries and n not in checkpoint.aliases]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{where} the config asks for {missing[0]!r}{more}, which is not there; {hint}")
-    for spec in blueprint.specs:
-        shape = checkpoint.entry(spec.name).shape
-        if shape != spec.shape:
-            raise UserError(
-                f"{where} {spec.name!r} has shape {list(shape)}, the config asks for {list(spec.shape)}; {hint}"
-            )
-    known = {checkpoint.entry(n).name for n in blueprint.names} | set(blueprint.ties)
-    return tuple(n for n in checkpoint.entries if n not in known)
-
-
 def _entries(folder: Path) -> dict[str, Entry]:
     if (folder / "model.safetensors").exists():
-        return read_header(inside(folder, "model.safetensors"))
+        return read_header(file_inside(folder, "model.safetensors"))
     if (folder / INDEX).exists():
-        weight_map = read_index(inside(folder, INDEX))
+        weight_map = read_index(file_inside(folder, INDEX))
         entries: dict[str, Entry] = {}
         for file in sorted(set(weight_map.values())):
-            shard = read_header(inside(folder, file))
+            shard = read_header(file_inside(folder, file))
             lost = next((n for n, f in weight_map.items() if f == file and n not in shard), None)
             if lost is not None:
                 raise UserError(f"{folder / INDEX}: {file} does not hold {lost!r} as it should; fetch both again")
@@ -182,7 +127,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
         return entries
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if len(found) == 1:
-        return read_header(inside(folder, found[0]))
+        return read_header(file_inside(folder, found[0]))
     if found:
         raise UserError(f"{folder}: has {_list(found)} but no {INDEX} that says what is where; add it")
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from zoo.checkpoints.files import first_line, is_bare_name, read_json, refuse_pickle, unique_keys
 from zoo.errors import UserError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-MAX_JSON = 100_000_000
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -26,7 +23,6 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -39,28 +35,6 @@ class Entry:
     file: str  # file name inside the checkpoint's folder
     offset: int
     nbytes: int
-
-
-def refuse_pickle(path: Path) -> None:
-    """A pickle runs code when it is loaded: UserError, without opening it."""
-    if path.suffix in PICKLES:
-        raise UserError(f"{path}: a pickle can run code when it is loaded; convert it to safetensors and give that")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; UserError where there is none or a key comes twice."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON:
-            raise UserError(f"{path}: {size} bytes is too long for a JSON file; is it what it says?")
-        value = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a folder that holds it") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({_short(error)}); mend it or fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__} where a JSON object must be; fetch it again")
-    return value
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -85,9 +59,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its header is not valid JSON ({_short(error)}); {again}") from error
+        raise UserError(f"{path}: its header is not valid JSON ({first_line(error)}); {again}") from error
     if not isinstance(header, dict):
         raise UserError(f"{path}: its header is not a JSON object; {again}")
 
@@ -125,7 +99,7 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path}: has no weight_map from tensor names to files; fetch it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not plain(file):
+        if not isinstance(file, str) or not is_bare_name(file):
             raise UserError(
                 f"{path}: sends tensor {name!r} to {file!r}; an index may name files of its own folder only"
             )
@@ -133,24 +107,6 @@ def read_index(path: Path) -> dict[str, str]:
         if not file.endswith(".safetensors"):
             raise UserError(f"{path}: sends tensor {name!r} to {file!r}, which is no safetensors file")
     return weight_map
-
-
-def plain(file: str) -> bool:
-    """Whether `file` is a bare file name, which cannot lead out of the folder that it is joined to."""
-    return file not in ("", ".", "..") and not any(c in file for c in "/\\\0:")
-
-
-def inside(folder: Path, file: str) -> Path:
-    """The regular file `file` of `folder`. A symbolic link that leads out of the folder raises UserError; the hub's
-    cache, whose snapshots are links into the `blobs` folder of the same repository, is the one exception."""
-    path = folder / file
-    if not path.is_file():
-        raise UserError(f"{folder}: has no file {file!r}; give a complete checkpoint")
-    real, root = path.resolve(), folder.resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(real.is_relative_to(r) for r in roots):
-        raise UserError(f"{path}: is a link that leads out of its folder; put the file itself there")
-    return path
 
 
 def _entry_problem(value: object) -> str | None:
@@ -174,15 +130,3 @@ def _entry_problem(value: object) -> str | None:
 
 def _naturals(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    pairs = list(pairs)
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"the key {twice[0]!r} comes twice")
-    return dict(pairs)
-
-
-def _short(error: BaseException) -> str:
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -11,12 +12,14 @@ from zoo.errors import UserError
 
 T = TypeVar("T")
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)  # org/name or org/name@revision
+
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try, where the server names none
 LONGEST_WAIT = 300.0
 
 
-def patiently(call: Callable[[], T], what: str) -> T:
+def with_retries(call: Callable[[], T], what: str) -> T:
     """Calls the hub; what passes by itself (too many requests, server errors, lost connections, short bodies) is tried
     again after the server's Retry-After or a growing wait, what the user can mend becomes a UserError.
 
@@ -30,7 +33,7 @@ def patiently(call: Callable[[], T], what: str) -> T:
         except Exception as error:
             wait = next(waits, None) if _transient(error) else None
             if wait is None:
-                mendable = _mendable(error, what)
+                mendable = as_user_error(error, what)
                 if mendable is None:
                     raise
                 raise mendable from error
@@ -68,7 +71,7 @@ def _retry_after(error: BaseException, otherwise: float) -> float:
     return otherwise
 
 
-def _mendable(error: BaseException, what: str) -> UserError | None:
+def as_user_error(error: BaseException, what: str) -> UserError | None:
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.checkpoints.checkpoint import SIDE_FILES, Checkpoint
-from zoo.checkpoints.headers import INDEX, PICKLES, read_index, refuse_pickle
-from zoo.checkpoints.hub import patiently
+from zoo.checkpoints.files import PICKLES, FileHashes, file_hash, refuse_pickle
+from zoo.checkpoints.headers import INDEX, read_index
+from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.writer import writing
-from zoo.donors.store import file_hash
 from zoo.errors import UserError
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
-
-Stamps = dict[str, dict[str, Any]]  # file name -> {size, sha256}
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -106,8 +102,8 @@ def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
 
     with writing(Path(constants.HF_HUB_CACHE)):
         if not constants.HF_HUB_OFFLINE:  # under the name that was given, so that the cache knows it when offline
-            patiently(lambda: hf_hub_download(repo, "config.json", revision=source.asked), source.given)
-        folder = patiently(
+            with_retries(lambda: hf_hub_download(repo, "config.json", revision=source.asked), source.given)
+        folder = with_retries(
             lambda: snapshot_download(
                 repo,
                 revision=commit,
@@ -123,12 +119,12 @@ def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
     return Path(folder)
 
 
-def obtain(source: Source, quiet: bool = False) -> tuple[Checkpoint, Stamps]:
+def obtain(source: Source, quiet: bool = False) -> tuple[Checkpoint, FileHashes]:
     """The source's files on this machine, and their hashes; what the hub says of them is checked, and a file that
     came otherwise is fetched once more. UserError where that does not help."""
     for again in (False, True):
         folder = fetch(source, quiet, force=again)
-        stamps: Stamps = {
+        stamps: FileHashes = {
             f: {"size": (folder / f).stat().st_size, "sha256": file_hash(folder / f)} for f in source.files
         }
         found = {f: said.problem(folder / f, str(stamps[f]["sha256"])) for f, said in source.files.items()}
@@ -151,9 +147,9 @@ def count_tensors(source: Source) -> int:
     repo, commit = source.repo, source.commit
     assert repo is not None
     if INDEX in source.files:
-        return len(read_index(Path(patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what))))
+        return len(read_index(Path(with_retries(lambda: hf_hub_download(repo, INDEX, revision=commit), what))))
     weights = next(n for n in source.files if n.endswith(".safetensors"))
-    header = patiently(lambda: HfApi().parse_safetensors_file_metadata(repo, weights, revision=commit), what)
+    header = with_retries(lambda: HfApi().parse_safetensors_file_metadata(repo, weights, revision=commit), what)
     return len(header.tensors)
 
 
@@ -196,7 +192,7 @@ def _hub(repo: str, revision: str | None) -> Source:
     what = repo if revision is None else f"{repo}@{revision}"
     if constants.HF_HUB_OFFLINE:
         return _cached(repo, revision or "main", what)
-    info: ModelInfo = patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
+    info: ModelInfo = with_retries(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
     assert info.sha is not None
     sizes = {s.rfilename: _file(s) for s in info.siblings or ()}
     names = _wanted(repo, info.sha, sizes, what)
@@ -235,7 +231,7 @@ def _wanted(repo: str, commit: str, sizes: dict[str, File], what: str) -> list[s
     if "model.safetensors" in sizes:
         return [*side, "model.safetensors"]
     if INDEX in sizes:
-        index = patiently(lambda: hf_hub_download(repo, INDEX, revision=commit), what)
+        index = with_retries(lambda: hf_hub_download(repo, INDEX, revision=commit), what)
         shards = sorted(set(read_index(Path(index)).values()))
         lost = [s for s in shards if s not in sizes]
         if lost:
@@ -257,7 +253,7 @@ def _cached(repo: str, revision: str, what: str) -> Source:
     from huggingface_hub import snapshot_download
 
     folder = Path(
-        patiently(
+        with_retries(
             lambda: snapshot_download(
                 repo, revision=revision, allow_patterns=["config.json", INDEX], local_files_only=True
             ),

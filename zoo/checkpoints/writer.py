@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,17 @@ from torch import Tensor
 from zoo.checkpoints.checkpoint import finite
 from zoo.checkpoints.headers import DTYPE_NAMES, INDEX
 from zoo.errors import UserError, unknown
+from zoo.tensors import TensorSpec
 
-if TYPE_CHECKING:
-    from zoo.targets.blueprint import Blueprint
-    from zoo.tensors import TensorSpec
+
+class Target(Protocol):
+    """What a checkpoint is written for: in practice a Blueprint."""
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def config(self) -> dict[str, Any] | None: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def write_checkpoint(
     out: str | Path,
-    blueprint: Blueprint,
+    blueprint: Target,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
@@ -110,6 +117,7 @@ def write_checkpoint(
     twice or missing, a wrong shape, NaN or infinity (after the cast to the dtype on disk).
     """
     shards = plan_shards(blueprint.specs, dtype, max_shard_size, metadata)
+    specs = {spec.name: spec for spec in blueprint.specs}
     place = {name: shard for shard in shards for name in shard.offsets}
     missing = set(place)
     with new_folder(out) as folder, contextlib.ExitStack() as stack:
@@ -124,10 +132,10 @@ def write_checkpoint(
             if name not in missing:
                 raise UserError(f"tensor {name!r} was given twice; a sampler must yield every tensor once")
             missing.remove(name)
-            spec, shard = blueprint[name], place[name]
+            spec, shard = specs[name], place[name]
             _write(files[shard.file], shard.offsets[name], _bytes(spec, tensor, dtype))
         if missing:
-            first = next(n for n in blueprint.names if n in missing)
+            first = next(n for n in specs if n in missing)
             raise UserError(f"{len(missing)} tensors were not given, {first!r} the first; fill them before writing")
         if len(shards) > 1:
             total = sum(shard.size - len(shard.header) for shard in shards)

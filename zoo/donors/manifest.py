@@ -15,10 +15,10 @@ import torch
 
 from zoo.checkpoints.checkpoint import Checkpoint, finite
 from zoo.checkpoints.headers import Entry
+from zoo.donors.layout import MANIFEST
+from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.errors import UserError
 
-MANIFEST = "manifest.parquet"
-ROWS = "tensors.parquet"  # one donor's part of it, inside the donor's folder
 CHUNK = 1 << 24  # bytes of a tensor in memory at a time
 
 SCHEMA = pa.schema(
@@ -44,17 +44,16 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Measure:
-    """Of one tensor: the hash of its bytes, and its moments over all values in float64 (std with divisor n; kurtosis
-    plain, 3 for a normal; None where there is no spread or no value)."""
+    """The hash of a tensor's bytes and the moments of its values in float64. None where a moment is undefined."""
 
     sha256: str
     mean: float | None
-    std: float | None
-    kurtosis: float | None
+    std: float | None  # with divisor n
+    kurtosis: float | None  # 3 for a normal distribution
 
 
 def measure(checkpoint: Checkpoint, entry: Entry) -> Measure:
-    """Two passes over the tensor, CHUNK bytes in memory. UserError where a value is NaN or infinite."""
+    """The measure of one tensor, in two passes with CHUNK bytes in memory. UserError for NaN or infinity."""
     digest, total, count = hashlib.sha256(), 0.0, 0
     for raw, values in _chunks(checkpoint.folder / entry.file, entry):
         digest.update(raw)
@@ -70,21 +69,25 @@ def measure(checkpoint: Checkpoint, entry: Entry) -> Measure:
         second += square.sum().item()
         fourth += square.square_().sum().item()
     variance = second / count
-    # Overflow needs values beyond 1e77, which only float64 holds; then there is no kurtosis to speak of.
+    # Only float64 holds values beyond 1e77, whose fourth power overflows; their kurtosis is undefined.
     kurtosis = fourth / count / variance**2 if 0 < variance < 1e150 and math.isfinite(fourth) else None
     return Measure(digest.hexdigest(), mean, math.sqrt(variance), kurtosis)
 
 
-def rows(checkpoint: Checkpoint, model: str, revision: str, license: str, measures: dict[str, Measure]) -> pa.Table:
-    """The donor's part of the manifest, in the order of files and offsets. A tensor that the blueprint does not know
-    has the role `other`."""
+def donor_rows(
+    checkpoint: ModelCheckpoint, model: str, revision: str, license: str, measures: dict[str, Measure]
+) -> pa.Table:
+    """The manifest's rows of one donor, in the order of files and offsets.
+
+    A tensor outside the blueprint has the role `other`.
+    """
     blueprint = checkpoint.blueprint
     specs = {checkpoint.entry(s.name).name: s for s in blueprint.specs}
-    # A tied tensor that is stored all the same has the role of its name, not of its twin: the head of `lm_head`.
-    found = []
+    # A tied tensor that is stored as well has the role of its own name, not of its twin: `lm_head` is a head.
+    rows = []
     for entry in sorted(checkpoint.entries.values(), key=lambda e: (e.file, e.offset, e.name)):
         spec = specs.get(entry.name)
-        found.append(
+        rows.append(
             {
                 "model": model,
                 "revision": revision,
@@ -100,11 +103,11 @@ def rows(checkpoint: Checkpoint, model: str, revision: str, license: str, measur
                 **asdict(measures[entry.name]),
             }
         )
-    return pa.Table.from_pylist(found, schema=SCHEMA)
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def write_rows(path: Path, table: pa.Table) -> None:
-    """Atomically; a file that already says the same is left alone."""
+    """Writes a manifest, or one donor's rows of it, atomically. A file with the same bytes is left alone."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         _write(table, temporary)
@@ -117,8 +120,13 @@ def write_rows(path: Path, table: pa.Table) -> None:
         raise
 
 
+def read_manifest(zoo: Path) -> pa.Table:
+    """The manifest of the zoo at `zoo`: one row per tensor, the columns of SCHEMA. UserError as `read_rows`."""
+    return read_rows(zoo / MANIFEST)
+
+
 def read_rows(path: Path) -> pa.Table:
-    """UserError for what is no manifest."""
+    """A manifest, or one donor's rows of it. UserError where the file is missing, damaged or something else."""
     try:
         table = pq.read_table(path)
     except FileNotFoundError as error:
@@ -126,25 +134,27 @@ def read_rows(path: Path) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable manifest; remove it and run `headstart zoo add` again") from error
     if table.schema != SCHEMA:
-        raise UserError(f"{path}: is not a manifest of a zoo; give the folder of a zoo")
+        raise UserError(f"{path}: is not the manifest of a zoo; give the folder of a zoo")
     return table
 
 
-def joined(parts: Iterable[Path]) -> pa.Table:
-    """The manifest that the donors' parts make, sorted by model."""
+def join_rows(parts: Iterable[Path]) -> pa.Table:
+    """The manifest made from the files with the donors' rows, sorted by model."""
     tables = sorted((read_rows(p) for p in parts), key=lambda t: t["model"][0].as_py())
     return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 
-def intact(path: Path, parts: Iterable[Path]) -> bool:
-    """Whether the manifest at `path` is the one that `parts` make: the same rows, and the same bytes too where it was
-    written by the version of pyarrow that is here."""
-    table = joined(parts)
+def is_made_from(path: Path, parts: Iterable[Path]) -> bool:
+    """Whether the manifest at `path` is the one made from `parts`.
+
+    The rows must be equal, and also the bytes where the installed version of pyarrow wrote the manifest.
+    """
+    table = join_rows(parts)
     if not read_rows(path).equals(table):
         return False
-    again = pa.BufferOutputStream()
-    _write(table, again)
-    data = again.getvalue()
+    stream = pa.BufferOutputStream()
+    _write(table, stream)
+    data = stream.getvalue()
     same_writer = pq.read_metadata(path).created_by == pq.read_metadata(pa.BufferReader(data)).created_by
     return not same_writer or path.read_bytes() == data.to_pybytes()
 
@@ -154,6 +164,7 @@ def _write(table: pa.Table, where: Path | pa.NativeFile) -> None:
 
 
 def _chunks(path: Path, entry: Entry) -> Iterable[tuple[bytes, torch.Tensor]]:
+    """A tensor on disk in pieces of at most CHUNK bytes, each as bytes and as a flat tensor."""
     with path.open("rb") as f:
         f.seek(entry.offset)
         left = entry.nbytes

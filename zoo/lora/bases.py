@@ -9,40 +9,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from zoo.checkpoints.checkpoint import finite
-from zoo.donors.memory import ModuleDonor
-from zoo.errors import UserError, unknown
-from zoo.lora.adapters import Adapter, compensation
-from zoo.targets.blueprint import Blueprint, to_disk
+from zoo.donors.folder import FolderDonor
+from zoo.donors.memory import MemoryDonor
+from zoo.errors import UserError
+from zoo.lora.adapters import compensation
+from zoo.targets.blueprint import Adapter, Blueprint, to_disk
 from zoo.targets.roles import assign
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from zoo.donors.store import Donor
-
 CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base
 
 
 @dataclass(frozen=True, eq=False)
-class BaseDonor(ModuleDonor):
-    """The base of a PEFT model under the names that it has on disk, read from the layers that PEFT has wrapped. It has
-    no files, and its record names no hash."""
+class PeftBaseDonor(MemoryDonor):
+    """The base of a PEFT model under the names that it has on disk, read from the layers that PEFT has wrapped.
+
+    Its provenance has no hash.
+    """
 
     @classmethod
-    def of_peft(cls, model: PeftModel) -> Self:
-        inner = model.get_base_model()
-        name = str(getattr(getattr(inner, "config", None), "_name_or_path", "") or "base")
-        record = {"source": name, "revision": "memory", "license": "unknown", "sha256": "", "files": {}}
-        return cls(Path(name), {}, {}, (), record, inner)
-
-    @property
-    def name(self) -> str:
-        return "base"
+    def from_peft(cls, model: PeftModel) -> Self:
+        base = model.get_base_model()
+        source = str(getattr(getattr(base, "config", None), "_name_or_path", "") or "base")
+        return cls(base, "base", source=source, revision="memory", sha256="")
 
     @cached_property
     def blueprint(self) -> Blueprint:
@@ -52,25 +46,14 @@ class BaseDonor(ModuleDonor):
             config = copy.deepcopy(self.module.config)
             config.architectures = [type(self.module).__name__]
             return Blueprint.from_pretrained_config(config)
-        return Blueprint(assign([(n, tuple(t.shape), t.dtype) for n, t in _unwrapped(self.module).items()], None))
+        parameters = unwrapped_parameters(self.module)
+        return Blueprint(assign([(name, tuple(t.shape), t.dtype) for name, t in parameters.items()], None))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Disk name -> the model's own parameter, or a copy where memory and disk differ (Mixtral's experts)."""
-        own = _unwrapped(self.module)
+        """Name on disk -> the model's own parameter, or a copy where memory and disk differ (Mixtral's experts)."""
+        own: dict[str, Tensor] = unwrapped_parameters(self.module)
         return to_disk(self.module, own) if hasattr(self.module, "save_pretrained") else own  # type: ignore[arg-type]
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """As Checkpoint.read: a copy on the CPU. UserError: unknown, on the meta device, NaN and infinity."""
-        if name not in self.tensors:
-            raise unknown("tensor of the base", name, self.tensors)
-        found = self.tensors[name].detach()
-        if found.is_meta:
-            raise UserError(f"{name} is on the meta device: load the base's weights before its adapter is initialised")
-        tensor = found.cpu().clone()
-        if not finite(tensor):
-            raise UserError(f"{name} of the base holds NaN or infinity; use another base")
-        return tensor if dtype is None else tensor.to(dtype)
 
 
 def refuse_changed(model: PeftModel, adapter_name: str, compensated: bool) -> None:
@@ -92,7 +75,7 @@ def refuse_changed(model: PeftModel, adapter_name: str, compensated: bool) -> No
         )
 
 
-def base_on_disk(donor: Donor) -> Blueprint:
+def base_on_disk(donor: FolderDonor) -> Blueprint:
     """The donor's blueprint with the dtypes that its tensors have on disk. UserError where they are no plain floats."""
     specs = tuple(replace(spec, dtype=donor.entry(spec.name).dtype) for spec in donor.blueprint.specs)
     odd = next((s for s in specs if not s.dtype.is_floating_point or s.dtype.itemsize < 2), None)
@@ -101,7 +84,7 @@ def base_on_disk(donor: Donor) -> Blueprint:
     return replace(donor.blueprint, specs=specs)
 
 
-def changed_base(donor: Donor, adapter: Adapter, adapter_file: Path, device: str) -> Iterator[tuple[str, Tensor]]:
+def changed_base(donor: FolderDonor, adapter: Adapter, adapter_file: Path, device: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the donor, W - scaling B A for what the adapter adapts, A and B as they lie in `adapter_file`."""
     pairs = {pair.weight: pair for pair in adapter.pairs}
     with safe_open(adapter_file, framework="pt", device=device) as f:
@@ -112,7 +95,7 @@ def changed_base(donor: Donor, adapter: Adapter, adapter_file: Path, device: str
             yield name, tensor
 
 
-def _unwrapped(module: nn.Module) -> dict[str, Tensor]:
+def unwrapped_parameters(module: nn.Module) -> dict[str, Tensor]:
     """The base's parameters under the names that they have without an adapter; shared ones once."""
     found = module.named_parameters()
     return {

@@ -16,20 +16,40 @@ from torch.nn.modules.conv import _ConvNd
 
 from zoo.errors import unknown
 from zoo.targets import roles
+from zoo.targets.adapters import (
+    Pair,
+    adapt,
+    adapter_config_of,
+    adapter_pairs,
+    adapter_specs,
+    as_lora_config,
+    refuse_quantised,
+    require_peft,
+)
 from zoo.targets.configs import check, meta_model, metadata_of, parse, read, to_disk
 from zoo.tensors import Metadata, Part, TensorSpec
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from zoo.lora.adapters import Adapter
 
 __all__ = ["Blueprint", "meta_model", "to_disk"]
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What a blueprint of a LoRA adapter knows besides its tensors."""
+
+    config: dict[str, Any]  # adapter_config.json
+    base: Blueprint
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
 class Blueprint:
-    """specs     one per tensor on disk, in the model's order (by name where transformers converts tensors on saving)
+    """What has to be filled.
+
+    specs     one per tensor on disk, in the model's order (by name where transformers converts tensors on saving)
     metadata  the architecture in numbers, None where no config describes it
     config    the parsed config.json, None where there is none
     ties      name that is not on disk -> disk name of the tensor that it shares
@@ -85,9 +105,18 @@ class Blueprint:
         its adapter_config.json; how it initialises is left to the sampler. UserError besides those of from_config:
         peft is not installed, a target that the base does not have, a rank above the smaller side of a target, a
         quantised base, what is no plain LoRA of linear layers (DoRA, modules_to_save, embeddings)."""
-        from zoo.lora.adapters import from_lora
-
-        return from_lora(base_config, lora_config)
+        require_peft()
+        data, where = read(base_config)
+        refuse_quantised(data, where)
+        model = meta_model(parse(data, where), where)
+        base = cls.from_config(data)
+        config = as_lora_config(lora_config)
+        path = str(base_config) if isinstance(base_config, str | Path) else None
+        blueprint = adapter_blueprint(adapt(model, config, where), base)
+        assert blueprint.adapter is not None
+        # PEFT writes the name of the model without weights here.
+        blueprint.adapter.config["base_model_name_or_path"] = config.base_model_name_or_path or path
+        return blueprint
 
     @cached_property
     def _by_name(self) -> dict[str, TensorSpec]:
@@ -152,6 +181,19 @@ class Blueprint:
             for role in {part.role for part in spec.parts}:
                 found.setdefault((role, spec.kind), []).append(spec)
         return found
+
+
+def adapter_blueprint(model: PeftModel, base: Blueprint, adapter_name: str = "default") -> Blueprint:
+    """The blueprint of an adapter of a PEFT model, on the meta device or not; `base` is that of its base model.
+
+    UserError: no such adapter, not LoRA, a layer that is no plain linear one (quantised, embedding, convolution), a
+    variant (DoRA and similar), other tensors that are trained besides, a rank above the smaller side of a weight.
+    """
+    config = adapter_config_of(model, adapter_name)
+    base_specs = {spec.name: spec for spec in base.specs}
+    pairs = adapter_pairs(model, adapter_name, base_specs, base.ties)
+    specs = adapter_specs(model, adapter_name, pairs, base_specs)
+    return Blueprint(specs, base.metadata, adapter=Adapter(config, base, tuple(pairs)))
 
 
 def _as_json(config: PretrainedConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zoo.checkpoints.headers import read_json, refuse_pickle
+from zoo.checkpoints.files import read_json, refuse_pickle
 from zoo.errors import UserError, unknown
 from zoo.tensors import Metadata
 
@@ -51,10 +51,9 @@ def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if path.is_dir():
         path = path / "config.json"
     elif not path.exists():
-        from zoo.checkpoints import sources
-        from zoo.checkpoints.hub import patiently
+        from zoo.checkpoints.hub import HUB_ID, with_retries
 
-        if not isinstance(source, str) or source.endswith(".json") or not sources.HUB_ID.fullmatch(source):
+        if not isinstance(source, str) or source.endswith(".json") or not HUB_ID.fullmatch(source):
             raise UserError(
                 f"{source}: no such file or folder, and no hub id; give a config.json, a folder that holds one, or "
                 "org/name"
@@ -62,7 +61,7 @@ def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         from huggingface_hub import hf_hub_download
 
         repo, _, revision = source.partition("@")
-        path = Path(patiently(lambda: hf_hub_download(repo, "config.json", revision=revision or None), source))
+        path = Path(with_retries(lambda: hf_hub_download(repo, "config.json", revision=revision or None), source))
     refuse_pickle(path)
     return read_json(path), str(path)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headstart.analyze.analyze import analyze
-from headstart.report.analysis import page
+from headstart.report.analysis import render_analysis
 from headstart.report.analysis_findings import (
     AILING,
     BEYOND,
@@ -186,9 +186,9 @@ def test_a_trained_donor_is_told_from_noise(trained: tuple[Path, dict[str, Any]]
 
 
 def test_fused_tensors_are_told_part_by_part(shared_data: Path, trained: tuple[Path, dict[str, Any]]) -> None:
-    from zoo.donors.standalone import single
+    from zoo.donors.folder import StandaloneDonor
 
-    donor = single(shared_data / "models" / "makemore-en-a", quiet=True).only
+    donor = StandaloneDonor.open(shared_data / "models" / "makemore-en-a", quiet=True)
     spec = next(s for s in donor.blueprint.specs if s.role == "attn.qkv" and s.kind == "weight" and s.layer == 1)
     tensors = trained[1]["models"]["makemore-en-a"]["marginals"]["tensors"]
     for role, matrix in split(spec, donor.read(spec.name, torch.float32)).items():
@@ -232,7 +232,7 @@ def test_the_page_is_whole_and_escaped(folder: Path, untrained: dict[str, Any]) 
         assert target in ids
     assert not re.search(r'(?:src|href)="(?!#)|@import|<script', text)
     hostile = json.loads(json.dumps(untrained).replace('"three"', '"<b>three"'))
-    assert "<b>three" not in page(hostile) and "&lt;b&gt;three" in page(hostile)
+    assert "<b>three" not in render_analysis(hostile) and "&lt;b&gt;three" in render_analysis(hostile)
 
 
 @pytest.mark.parametrize(

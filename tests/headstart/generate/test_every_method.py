@@ -15,8 +15,7 @@ from headstart.generate.generate import generate
 from headstart.generate.sampling import build_sampler
 from headstart.lora.lora import lora
 from zoo.checkpoints.checkpoint import Checkpoint
-from zoo.donors.standalone import single
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import python_reference
@@ -120,7 +119,7 @@ def lora_sampler(label: str) -> Sampler:
 @pytest.mark.parametrize("label", LORA)
 def test_a_seed_gives_an_adapter_the_same_bytes_fitted_anew_and_loaded(label: str, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    zoo, blueprint = single(base), Blueprint.from_lora(base, {"r": 4, "target_modules": "all-linear"})
+    zoo, blueprint = open_standalone(base), Blueprint.from_lora(base, {"r": 4, "target_modules": "all-linear"})
     turned = replace(blueprint, adapter=replace(blueprint.adapter, pairs=blueprint.adapter.pairs[::-1]))  # type: ignore[union-attr,type-var]
     one = lora_sampler(label).fit(zoo, blueprint)
     first = dict(one.sample(blueprint, 0))

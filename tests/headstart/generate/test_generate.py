@@ -168,7 +168,7 @@ def test_a_plan_reads_and_writes_nothing(tmp_path: Path) -> None:
     plan = generate(target, "row-column", tmp_path / "out", donor=str(zoo.path), plan=True)
     assert not (tmp_path / "out").exists() and isinstance(plan, dict)
     assert plan["read"]["tensors"] == 21 and plan["download"]["bytes"] == 0
-    assert plan["read"]["bytes"] == 4 * zoo.only.parameters
+    assert plan["read"]["bytes"] == 4 * zoo.donors[0].parameters
     generate(target, "row-column", tmp_path / "out", donor=str(zoo.path))
     assert plan["write"]["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
 
@@ -206,7 +206,7 @@ def test_settings_are_parsed_by_the_type_of_the_option() -> None:
     ({"method": "default", "donor": "somewhere"}, "takes no --donor"),
     ({"method": "row-column", "model": "somewhere"}, "takes no --model"),
     ({"method": "row-column", "donor": "no-such-folder"}, "no such folder"),
-    ({"method": "row-column", "zoo": "no-such-zoo"}, "is no zoo"),
+    ({"method": "row-column", "zoo": "no-such-zoo"}, "is not a zoo"),
     ({"method": "default", "dtype": "float64"}, "unknown dtype 'float64'"),
     ({"method": "default", "tokenizer": "nowhere"}, "no tokenizer.json"),
     ({"method": "diffusion", "model": "no such/pipe"}, "no such folder, and no hub id"),

@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import make_llama
 from tests.support.hub_server import Hub, Repo, files_of, serve
-from zoo.donors.store import Zoo, verify
+from zoo.donors.verify import verify
+from zoo.donors.zoo import Zoo
 
 # Runs add() for each line of JSON on stdin, and answers with a line: {"ok": …} or {"error": …, "kind": …}.
 WORKER = """

@@ -19,8 +19,9 @@ from transformers import (
 
 from tests.support.architectures import LISTED
 from zoo.errors import UserError
-from zoo.lora.adapters import Adapter, Pair, change_norm, compensation, lora_config_of, pairs_of, refuse_shared
-from zoo.targets.blueprint import Blueprint
+from zoo.lora.adapters import change_norm, compensation, pairs_of, refuse_shared
+from zoo.targets.adapters import Pair, as_lora_config
+from zoo.targets.blueprint import Adapter, Blueprint
 
 peft = pytest.importorskip("peft")
 LLAMA = LISTED["llama-gqa-tied"]
@@ -114,11 +115,11 @@ def test_a_config_is_read_from_a_folder_a_file_a_dict_or_an_object(tmp_path: Pat
     named = Blueprint.from_lora(tmp_path, {"r": 3, "target_modules": ["q_proj"]})
     assert adapter(named).config["base_model_name_or_path"] == str(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
-        lora_config_of(tmp_path / "elsewhere.json")
+        as_lora_config(tmp_path / "elsewhere.json")
     with pytest.raises(UserError, match="only LoRA"):
-        lora_config_of({"peft_type": "LOHA", "r": 4})
+        as_lora_config({"peft_type": "LOHA", "r": 4})
     with pytest.raises(UserError, match="is a int"):
-        lora_config_of(4)
+        as_lora_config(4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Donors whose weights lie in a folder: in a zoo, or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from zoo.checkpoints.checkpoint import Checkpoint
+from zoo.checkpoints.files import content_hash
+from zoo.checkpoints.sources import Source, obtain, resolve
+from zoo.donors.donor import Donor
+from zoo.donors.layout import RECORD
+from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint
+from zoo.donors.records import read_record
+from zoo.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class FolderDonor(ModelCheckpoint):
+    """A checkpoint with a name and a provenance."""
+
+    name: str
+    source: str
+    revision: str
+    license: str
+    sha256: str  # of the names and hashes of its files, sorted
+
+
+@dataclass(frozen=True, eq=False)
+class ZooDonor(FolderDonor):
+    """A donor of a zoo; its name is that of its folder."""
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """UserError where the folder is no complete donor of a zoo."""
+        record = read_record(Path(folder))
+        base = Checkpoint.open(folder)
+        provenance = (record["source"], record["revision"], record["license"], record["sha256"])
+        return cls(base.folder, base.config, base.entries, base.files, base.folder.name, *provenance)
+
+
+@dataclass(frozen=True, eq=False)
+class StandaloneDonor(FolderDonor):
+    """A donor outside a zoo: a checkpoint folder or a hub repository that a command gets instead of a zoo."""
+
+    @classmethod
+    def open(cls, folder: str | Path | Source, quiet: bool = False) -> Self:
+        """folder: a folder or a hub id (org/name[@revision]), downloaded if needed. UserError as for `zoo add`."""
+        source = folder if isinstance(folder, Source) else resolve(str(folder))
+        base, files = obtain(source, quiet)
+        sha256 = content_hash(files)
+        revision = source.commit or f"sha256:{sha256}"
+        provenance = (source.given, revision, source.license, sha256)
+        donor = cls(base.folder, base.config, base.entries, base.files, standalone_name(source), *provenance)
+        check_against_blueprint(donor)
+        return donor
+
+
+def standalone_name(source: Source) -> str:
+    """The name of a donor outside a zoo: its hub id, or the name of its folder."""
+    return source.repo or source.names[0]
+
+
+def open_donor(folder: str | Path) -> FolderDonor:
+    """The donor in a folder, of a zoo or not."""
+    return ZooDonor.open(folder) if (Path(folder) / RECORD).is_file() else StandaloneDonor.open(folder)
+
+
+def donor_ref(donor: Donor) -> dict[str, str]:
+    """What a saved sampler keeps of a donor whose weights it reads while it samples: {folder, sha256}, for `open_ref`.
+
+    UserError for a module in memory, which has no folder.
+    """
+    if not isinstance(donor, FolderDonor):
+        raise UserError(f"{donor.name}: is a module in memory, and a fitted sampler that reads it cannot be saved")
+    return {"folder": str(donor.folder.resolve()), "sha256": donor.sha256}
+
+
+def open_ref(ref: Mapping[str, str], method: str) -> FolderDonor:
+    """The donor of a `donor_ref`. UserError where it is gone or has changed since `method` was fitted to it."""
+    donor = open_donor(ref["folder"])
+    if donor.sha256 != ref["sha256"]:
+        raise UserError(f"{donor.folder}: is not the donor that {method} was fitted to; fit it again")
+    return donor

@@ -1,0 +1,90 @@
+"""index.json: what `headstart zoo list` prints, stored beside the manifest so that it needs neither torch nor pyarrow.
+
+Importing this module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from zoo.donors.layout import INDEX_FILE, MANIFEST, RECORD, donor_folder
+from zoo.donors.records import seal
+from zoo.errors import UserError
+
+
+def list_donors(path: str | Path) -> list[dict[str, Any]]:
+    """The donors of the zoo at `path`: [{name, revision, license, architecture, parameters, tensors, roles}].
+
+    Read from the index where it is current. Otherwise computed from the manifest and the donors, and the index is
+    written again. UserError where there is no zoo, or a donor is damaged.
+    """
+    path = Path(path)
+    index = _read_index(path)
+    if index is not None and index["fingerprint"] == _fingerprint(path, index["donors"]):
+        return index["donors"]
+    from zoo.donors.summary import summarize_donors
+
+    donors = summarize_donors(path)  # raises where a file is missing, so an index is never written as "incomplete"
+    with contextlib.suppress(OSError):  # a zoo on a read-only disk has no index
+        _write_index(path, donors)
+    return donors
+
+
+def refresh_index(path: Path) -> None:
+    """Brings the index up to date after the manifest was written. Does nothing where a donor is damaged."""
+    with contextlib.suppress(UserError):
+        list_donors(path)
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether the zoo has an index that is not one that `list_donors` wrote. An outdated index is not damaged."""
+    return (path / INDEX_FILE).is_file() and _read_index(path) is None
+
+
+def _read_index(path: Path) -> dict[str, Any] | None:
+    """The index as it was written, or None where there is none or any of its bytes has changed."""
+    try:
+        text = (path / INDEX_FILE).read_text()
+        index = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(index, dict) or index.get("seal") != seal(index) or text != _as_text(index):
+        return None
+    return index
+
+
+def _write_index(path: Path, donors: list[dict[str, Any]]) -> None:
+    index = {"fingerprint": _fingerprint(path, donors), "donors": donors}
+    partial = path / f".{INDEX_FILE}.{os.getpid()}.part"
+    try:
+        partial.write_text(_as_text(index | {"seal": seal(index)}))
+        partial.replace(path / INDEX_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _as_text(index: dict[str, Any]) -> str:
+    return json.dumps(index, indent=1) + "\n"
+
+
+def _fingerprint(path: Path, donors: list[dict[str, Any]]) -> str:
+    """sha256 of the manifest, of the donors' records, and of the names and sizes of the donors' files.
+
+    It changes when donors are added, removed, restored or truncated. "incomplete" where one of the files is missing.
+    """
+    digest = hashlib.sha256()
+    try:
+        digest.update((path / MANIFEST).read_bytes())
+        for donor in donors:
+            folder = donor_folder(path, donor["name"])
+            digest.update((folder / RECORD).read_bytes())
+            sizes = sorted((file.name, file.stat().st_size) for file in os.scandir(folder))
+            digest.update(json.dumps(sizes).encode())
+    except OSError:
+        return "incomplete"
+    return digest.hexdigest()
