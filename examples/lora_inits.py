@@ -36,11 +36,11 @@ from lora_report import PEFT, against, published, table, verdict
 from torch import Tensor
 
 from headstart import initialize_lora_weights, samplers
-from headstart.evaluate.evaluate import load_model, load_tokenizer
+from headstart.evaluate.models import load_model, load_tokenizer
 from headstart.evaluate.local_tasks import is_file, local_task, question_files
 from headstart.report.scores import interval
 from headstart.versions import package_versions
-from zoo.donors.standalone import single
+from zoo.donors.folder import StandaloneDonor
 from zoo.errors import UserError
 from zoo.statistics.grouping import Grouping, group_donor
 from zoo.streams import stream_seed
@@ -314,7 +314,7 @@ def characterised(reference: str, rank: int, bootstraps: int, path: Path) -> dic
     if reference == EXAMPLE:
         asked, name, rank = {"name": EXAMPLE}, "the example of 2509.00046", GATE.rank
     else:
-        donor = single(reference, quiet=True).only
+        donor = StandaloneDonor.open(reference, quiet=True)
         asked, name = {"sha256": donor.sha256, "rank": rank, "bootstraps": bootstraps}, Path(reference).name
     if not path.exists() or json.loads(path.read_text())["asked"] != asked:
         grouping = (GATE if reference == EXAMPLE else group_donor(donor, rank, bootstraps)).to_json()
@@ -326,7 +326,7 @@ def characterised(reference: str, rank: int, bootstraps: int, path: Path) -> dic
 def experiment(arguments: argparse.Namespace) -> dict[str, Any]:
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    donor = single(str(arguments.base), quiet=True).only
+    donor = StandaloneDonor.open(str(arguments.base), quiet=True)
     vocab = donor.blueprint.metadata.vocab  # type: ignore[union-attr]
     tokenizer = donor.folder if (donor.folder / "tokenizer.json").is_file() else None
     tokens = encode_corpus(arguments.corpus, tokenizer, vocab)

@@ -1,247 +1,269 @@
-"""The command line: `headstart COMMAND`. Heavy imports happen inside the commands, so that --help is quick."""
+"""The command line: `headstart COMMAND`.
+
+The parameters of a command function are its options. Its body turns them into the command's configuration, together
+with `--config`, and runs that (`run_command`). Heavy imports happen inside the commands, so that --help is quick.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
+import shlex
+import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from headstart.terminal import (
-    Device,
-    Dtype,
-    cell,
-    command_line,
-    print_json,
-    print_rows,
-    print_table,
-    session,
-    shard_of,
-    torch_device,
-    words,
+from headstart import __version__
+from headstart.config import (
+    CONFIGS,
+    AnalyzeConfig,
+    CompareConfig,
+    DemoConfig,
+    EvaluateConfig,
+    LoraConfig,
+    TrainAutoencoderConfig,
+    TrainDiffusionConfig,
+    ZooAddConfig,
+    ZooTrainConfig,
+    config_of,
 )
+from headstart.config_file import FLAGS, merged_options, read_config_file, read_record, split_flags
+from headstart.config_values import comma_list
+from headstart.terminal import session
 from zoo.errors import UserError
 
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 # Options that several commands share.
-ZooOption = Annotated[Path, typer.Option("--zoo", metavar="DIR", help="The zoo's folder.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="YAML with options of this command; those given here win.",
+        callback=read_config_file,
+        is_eager=True,
+    ),
+]
+ZooOption = Annotated[Path, typer.Option("--zoo", metavar="DIR", help="The folder of the zoo.")]
+OptionalZoo = Annotated[Path | None, typer.Option("--zoo", metavar="DIR", help="The folder of the zoo.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write; it must not exist.")]
 TargetOption = Annotated[str, typer.Option("--target", metavar="CONFIG", help="A config.json, its folder or a hub id.")]
 TokenizerOption = Annotated[
-    Path | None, typer.Option("--tokenizer", metavar="DIR", help="The target's tokenizer; else target folder, donors.")
+    Path | None,
+    typer.Option(
+        "--tokenizer", metavar="DIR", help="Of the target [default: of its folder, else of the donors]."
+    ),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="DIR", help="A trained pipeline or autoencoder: folder or hub id.")
+    str | None, typer.Option("--model", metavar="DIR", help="A trained pipeline or autoencoder: a folder or a hub id.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same bytes.")]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Of what is written, else the config's.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no notes on stderr.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
+DonorOption = Annotated[
+    str | None, typer.Option("--donor", metavar="NAME", help="A donor of the zoo; without --zoo a folder or a hub id.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="The same seed gives the same bytes.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto: CUDA if there is any.")]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Of the result [default: what the config says].")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print neither progress nor notes.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+PlanOption = Annotated[bool, typer.Option("--plan", help="Print what would be read and written, and do nothing.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted training in --out.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the default.")]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", help="Optimiser steps [default: the number of the training].")
+]
 
 app = typer.Typer(
     help="Initial weights for new language models, learned from the weights of open ones.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-zoo_app = typer.Typer(help="The donors: add, train, list, verify.", no_args_is_help=True)
+zoo_app = typer.Typer(help="Add, train, list and verify the donors of a zoo.", no_args_is_help=True)
 train_app = typer.Typer(help="Train the autoencoder or the diffusion on a zoo.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(train_app, name="train")
 
 
+def main() -> None:
+    """The console command. Exit codes: 0 done, 2 the user can correct it, 1 our own fault, 130 interrupted."""
+    app(prog_name="headstart")
+
+
+def run_command(ctx: typer.Context, subcommand: str) -> None:
+    """Runs a command with the options in `ctx` and in its --config file."""
+    from headstart.commands import Invocation, run_config
+
+    flags = {flag: bool(ctx.params.get(flag)) for flag in FLAGS.values()}
+    again = "the same command with --resume" if "resume" in ctx.params else "the same command again"
+    with session(flags["quiet"], to_continue=again):
+        config = CONFIGS[subcommand].from_options(merged_options(ctx, subcommand))
+        typed = None if ctx.params.get("config") else shlex.join(["headstart", *sys.argv[1:]])
+        run_config(config, Invocation(**flags, command=typed))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"headstart {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
 @app.command(epilog="Example: headstart demo --out demo --quick")
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything goes.")] = Path("demo"),
+    ctx: typer.Context,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all results.")] = Path(
+        str(DemoConfig.out)
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of ten.")] = False,
     seed: SeedOption = 0,
+    config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a zoo, learn its weights, generate for an unseen shape, compare: everything, on this machine."""
-    with session(quiet):
-        from headstart.demo import demo as run
-
-        run(out, quick=quick, seed=seed, quiet=quiet)
+    """Train a zoo, learn its weights, generate for an unseen shape and compare, all on this machine."""
+    run_command(ctx, "demo")
 
 
-@app.command("methods", epilog="Example: headstart methods --json")
-def list_methods(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """List the methods, what each needs and its options."""
-    with session(quiet):
-        from headstart import samplers
-
-        rows = samplers.describe()
-        if as_json:
-            print_json(rows)
-            return
-        print_table(
-            ["method", "needs", "reference", "what it does"],
-            [[r["name"], ", ".join(r["needs"]) or "-", r["reference"], r["summary"]] for r in rows],
-        )
-        typer.echo("\nOptions (--set NAME=VALUE):")
-        options = [[r["name"], o["name"], str(o["default"]), o["help"]] for r in rows for o in r["options"]]
-        print_table(["method", "option", "default", "meaning"], options)
+@app.command("methods", epilog="Example: headstart methods row-column")
+def list_methods(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method, to list its options.")] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """List the methods and what each needs, or the options of one. Another example: headstart methods --json"""
+    run_command(ctx, "methods")
 
 
 @zoo_app.command("add", epilog="Example: headstart zoo add HuggingFaceTB/SmolLM2-135M ./my-model --zoo zoo")
 def zoo_add(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Hub ids (id or id@rev) or folders.")],
+    ctx: typer.Context,
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Hub ids (id or id@revision) or folders.")],
     zoo: ZooOption,
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="For hub ids without one.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be read and downloaded; do nothing.")] = False,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Only every N-th source, from number I (0, …).")] = "0/1",
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="For hub ids without a revision.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be downloaded, and do nothing.")] = False,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only every N-th source, from number I (the first is 0).")
+    ] = ZooAddConfig.shard,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Add checkpoints to a zoo. Adding twice changes nothing; an interrupted add resumes."""
-    with session(quiet):
-        from zoo.add import add
-
-        rows = add(sources, zoo, revision=revision, plan=plan, shard=shard_of(shard), quiet=quiet)
-        columns = ["name", "state", "health", "revision", "license", "tensors", "read", "download", "write"]
-        print_rows(columns, rows, as_json)
+    """Add checkpoints to a zoo. Adding twice changes nothing, and an interrupted add continues."""
+    run_command(ctx, "zoo add")
 
 
 @zoo_app.command("train", epilog="Example: headstart zoo train --zoo zoo --preset demo")
 def zoo_train(
+    ctx: typer.Context,
     zoo: ZooOption,
-    preset: Annotated[str, typer.Option(metavar="NAME", help="Which set of models.")] = "demo",
+    preset: Annotated[str, typer.Option(metavar="NAME", help="Which set of models to train.")] = ZooTrainConfig.preset,
     seed: SeedOption = 0,
+    config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the embedded zoo: tiny Llama-style models on the text that every Python ships."""
-    with session(quiet):
-        from zoo.training.nursery import train_zoo
-
-        train_zoo(zoo, preset=preset, seed=seed, quiet=quiet)
+    """Train the embedded zoo: tiny Llama-style models, on the text that every Python ships."""
+    run_command(ctx, "zoo train")
 
 
 @zoo_app.command("list", epilog="Example: headstart zoo list --zoo zoo --json")
-def zoo_list(zoo: ZooOption, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+def zoo_list(
+    ctx: typer.Context,
+    zoo: ZooOption,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
     """List the donors of a zoo."""
-    with session(quiet):
-        from zoo.donors.index import list_donors
-
-        rows = list_donors(zoo)
-        print_rows(["name", "architecture", "parameters", "tensors", "license", "revision"], rows, as_json)
+    run_command(ctx, "zoo list")
 
 
 @zoo_app.command("verify", epilog="Example: headstart zoo verify --zoo zoo")
-def zoo_verify(zoo: ZooOption, quiet: QuietOption = False) -> None:
+def zoo_verify(ctx: typer.Context, zoo: ZooOption, config: ConfigOption = None, quiet: QuietOption = False) -> None:
     """Read every byte of a zoo again and compare it with the manifest."""
-    with session(quiet):
-        from zoo.donors.verify import stray_files, verify
-        from zoo.donors.zoo import Zoo
-
-        found = verify(zoo)
-        if not quiet:
-            for line in stray_files(zoo):
-                typer.echo(line, err=True)
-        for line in found:
-            typer.echo(line, err=True)
-        if found:
-            raise UserError(f"{zoo}: {len(found)} problems, listed above")
-        if not quiet:
-            typer.echo(f"{zoo}: {len(Zoo.open(zoo).donors)} donors are as they were added", err=True)
+    run_command(ctx, "zoo verify")
 
 
 @train_app.command("autoencoder", epilog="Example: headstart train autoencoder --zoo zoo --out autoencoder")
 def train_autoencoder(
+    ctx: typer.Context,
     zoo: ZooOption,
     out: OutOption,
     resume: ResumeOption = False,
-    steps: StepsOption = None,
+    steps: StepsOption = TrainAutoencoderConfig.steps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
+    config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the autoencoder of residual units."""
-    with session(quiet, again="the same command with --resume"):
-        from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
-        from headstart.config import TrainAutoencoderConfig
-
-        config = AutoencoderTrainConfig(seed=seed)
-        config = config if steps is None else replace(config, steps=steps)
-        on = torch_device(device)
-        command = TrainAutoencoderConfig(zoo=str(zoo), out=str(out), steps=steps, seed=seed, device=on).to_record()
-        train_autoencoder(config, zoo, out, resume=resume, device=on, quiet=quiet, command=command)
+    run_command(ctx, "train autoencoder")
 
 
 @train_app.command(
     "diffusion", epilog="Example: headstart train diffusion --zoo zoo --autoencoder autoencoder --out diffusion"
 )
 def train_diffusion(
+    ctx: typer.Context,
     zoo: ZooOption,
     autoencoder: Annotated[Path, typer.Option("--autoencoder", metavar="DIR", help="A trained autoencoder.")],
     out: OutOption,
     resume: ResumeOption = False,
-    steps: StepsOption = None,
+    steps: StepsOption = TrainDiffusionConfig.steps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
+    config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the latent diffusion."""
-    with session(quiet, again="the same command with --resume"):
-        from diffusion.training import DiffusionTrainConfig, train_diffusion
-        from headstart.config import TrainDiffusionConfig
-
-        config = DiffusionTrainConfig(seed=seed)
-        config = config if steps is None else replace(config, steps=steps)
-        on = torch_device(device)
-        command = TrainDiffusionConfig(
-            zoo=str(zoo), autoencoder=str(autoencoder), out=str(out), steps=steps, seed=seed, device=on
-        ).to_record()
-        train_diffusion(config, zoo, autoencoder, out, resume=resume, device=on, quiet=quiet, command=command)
+    run_command(ctx, "train diffusion")
 
 
 @app.command(epilog="Example: headstart generate --target config.json --method row-column --zoo zoo --out init")
 def generate(
+    ctx: typer.Context,
     target: TargetOption,
     method: Annotated[str, typer.Option("--method", metavar="NAME", help="One of `headstart methods`.")],
     out: OutOption,
-    zoo: Annotated[Path | None, typer.Option("--zoo", metavar="DIR", help="The zoo's folder.")] = None,
-    donor: Annotated[
-        str | None, typer.Option("--donor", metavar="NAME", help="A donor; without --zoo a folder or hub id.")
-    ] = None,
+    zoo: OptionalZoo = None,
+    donor: DonorOption = None,
     model: ModelOption = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.")
-    ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be read and written; do nothing.")] = False,
+    settings: SetOption = None,
+    plan: PlanOption = False,
     tokenizer: TokenizerOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
+    config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Write initial weights for a config: a folder that `AutoModelForCausalLM.from_pretrained` loads."""
-    with session(quiet):
-        from headstart.generate.generate import generate as run
-
-        result = run(
-            target,
-            method,
-            out,
-            zoo=zoo,
-            donor=donor,
-            model=model,
-            settings=settings or (),
-            seed=seed,
-            dtype=dtype.value if dtype else None,
-            device=torch_device(device),
-            plan=plan,
-            quiet=quiet,
-            command=command_line(),
-            tokenizer=tokenizer,
-        )
-        if plan:
-            print_json(result)
-        elif not quiet:
-            typer.echo(f"wrote {result}", err=True)
+    run_command(ctx, "generate")
 
 
 @app.command(
@@ -249,99 +271,73 @@ def generate(
     "--corpus text.txt --steps 300 --seeds 0,1,2 --lrs 1e-3,3e-3,6e-3 --out comparison"
 )
 def compare(
+    ctx: typer.Context,
     target: TargetOption,
-    zoo: ZooOption,
     methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help="Methods; a variant is NAME:KEY=VALUE.")],
     corpus: Annotated[Path, typer.Option("--corpus", metavar="FILE", help="UTF-8 text to train on.")],
     out: OutOption,
-    steps: Annotated[int, typer.Option("--steps", help="Training steps of each run.")] = 300,
-    seeds: Annotated[str, typer.Option("--seeds", metavar="0,1,2", help="Seeds, the same for all methods.")] = "0,1,2",
+    zoo: OptionalZoo = None,
+    steps: Annotated[int, typer.Option("--steps", help="Training steps of each run.")] = CompareConfig.steps,
+    seeds: Annotated[
+        str, typer.Option("--seeds", metavar="0,1,2", help="Seeds, the same for all methods.")
+    ] = comma_list(CompareConfig.seeds),
     lrs: Annotated[
         str, typer.Option("--lrs", metavar="A,B,...", help="Learning rates, tuned per method.")
-    ] = "1e-3,3e-3,6e-3",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows of text per step.")] = 16,
-    sequence: Annotated[int, typer.Option("--sequence", help="Tokens per window.")] = 64,
+    ] = comma_list(CompareConfig.lrs),
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Windows of text per step.")
+    ] = CompareConfig.batch_size,
+    sequence: Annotated[int, typer.Option("--sequence", help="Tokens per window.")] = CompareConfig.sequence,
+    windows: Annotated[
+        int, typer.Option("--windows", help="Held-out windows at each measurement.")
+    ] = CompareConfig.windows,
     default_scales: Annotated[
         str, typer.Option("--default-scales", metavar="1,A,...", help="Of the default's std, tuned with its rate.")
-    ] = "1,2,4",
-    donor: Annotated[str | None, typer.Option("--donor", metavar="NAME", help="For methods that take one.")] = None,
+    ] = comma_list(CompareConfig.default_scales),
+    donor: Annotated[
+        str | None, typer.Option("--donor", metavar="NAME", help="The donor, for methods that take one.")
+    ] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", help="Processes of one thread; else one per core, or all threads above 5 M weights."),
-    ] = None,
+        typer.Option("--workers", help="Processes of one thread [default: one per core, or 1 above 5 M weights]."),
+    ] = CompareConfig.workers,
     tuning_seeds: Annotated[
-        int | None, typer.Option("--tuning-seeds", metavar="N", help="Tune on the first N seeds only; else on all.")
-    ] = None,
+        int | None, typer.Option("--tuning-seeds", metavar="N", help="Tune on the first N seeds [default: on all].")
+    ] = CompareConfig.tuning_seeds,
     device: DeviceOption = Device.auto,
     keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Leave out methods that refuse the target, and say why.")
-    ] = False,
+        bool, typer.Option("--keep-going", help="Leave out methods that refuse the target, and report why.")
+    ] = CompareConfig.keep_going,
+    config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the target from each initialisation, on the same data in the same order, and report."""
-    with session(quiet):
-        from headstart.compare.compare import compare as run
-
-        run(
-            target,
-            zoo,
-            words("methods", methods, str),
-            corpus,
-            steps=steps,
-            seeds=words("seeds", seeds, int),
-            lrs=words("lrs", lrs, float),
-            out=out,
-            model=model,
-            tokenizer=tokenizer,
-            donor=donor,
-            batch_size=batch_size,
-            sequence=sequence,
-            default_scales=words("default-scales", default_scales, float),
-            device=torch_device(device),
-            workers=workers,
-            tuning_seeds=tuning_seeds,
-            keep_going=keep_going,
-            quiet=quiet,
-            command=command_line(),
-        )
-        if not quiet:
-            typer.echo(f"wrote {out / 'report.html'}", err=True)
+    run_command(ctx, "compare")
 
 
 @app.command(epilog="Example: headstart analyze --zoo zoo --donor stories260K --out analysis")
 def analyze(
+    ctx: typer.Context,
     out: OutOption,
-    zoo: Annotated[Path | None, typer.Option("--zoo", metavar="DIR", help="The zoo's folder.")] = None,
+    zoo: OptionalZoo = None,
     donor: Annotated[
-        str | None, typer.Option("--donor", metavar="NAME", help="Only this donor; without --zoo a folder or hub id.")
+        str | None, typer.Option("--donor", metavar="NAME", help="Only this donor; without --zoo a folder or a hub id.")
     ] = None,
     ranks: Annotated[
-        str, typer.Option("--ranks", metavar="A,B,...", help="Numbers of singular values that layers are compared by.")
-    ] = "16,64,256",
-    bootstraps: Annotated[int, typer.Option("--bootstraps", help="Replicates behind each p-value of a fit.")] = 500,
+        str, typer.Option("--ranks", metavar="A,B,...", help="Numbers of singular values by which layers are compared.")
+    ] = comma_list(AnalyzeConfig.ranks),
+    bootstraps: Annotated[
+        int, typer.Option("--bootstraps", help="Replicates behind each p-value of a fit.")
+    ] = AnalyzeConfig.bootstraps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
+    config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Marginals, spectra, similarity of layers, rows and columns, health: what the weights look like, and what not."""
-    with session(quiet):
-        from headstart.analyze.analyze import analyze as run
-
-        run(
-            out,
-            zoo=zoo,
-            donor=donor,
-            ranks=words("ranks", ranks, int),
-            bootstraps=bootstraps,
-            seed=seed,
-            device=torch_device(device),
-            quiet=quiet,
-            command=command_line(),
-        )
-        if not quiet:
-            typer.echo(f"wrote {out / 'report.html'}", err=True)
+    """Report statistics of weights: distributions, spectra, similarity of layers, rows and columns, health."""
+    run_command(ctx, "analyze")
 
 
 @app.command(
@@ -349,105 +345,83 @@ def analyze(
     "--reference analysis.json --out adapter"
 )
 def lora(
-    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="What is adapted: a folder or a hub id.")],
+    ctx: typer.Context,
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The model to adapt: a folder or a hub id.")],
     method: Annotated[str, typer.Option("--method", metavar="NAME", help="A LoRA method of `headstart methods`.")],
     rank: Annotated[int, typer.Option("--rank", metavar="R", help="Rank of every pair A, B.")],
     out: OutOption,
     reference: Annotated[
         str | None,
-        typer.Option("--reference", metavar="MODEL", help="A folder, hub id or analysis.json, for pareto; else base."),
+        typer.Option(
+            "--reference", metavar="MODEL", help="Folder, hub id or analysis.json [default: base]."
+        ),
     ] = None,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="lora_alpha; the rank, so that B A counts once.")
-    ] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="lora_alpha [default: the rank].")] = LoraConfig.alpha,
     targets: Annotated[
         str, typer.Option("--targets", metavar="A,B,...", help="Modules to adapt, or all-linear.")
-    ] = "all-linear",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.")
-    ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be read and written; do nothing.")] = False,
+    ] = comma_list(LoraConfig.targets),
+    settings: SetOption = None,
+    plan: PlanOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
+    config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Write an initial LoRA adapter: a folder that `PeftModel.from_pretrained` loads."""
-    with session(quiet):
-        from headstart.lora.lora import lora as run
-
-        result = run(
-            base,
-            method,
-            rank,
-            out,
-            reference=reference,
-            alpha=alpha,
-            targets=targets,
-            settings=settings or (),
-            plan=plan,
-            seed=seed,
-            device=torch_device(device),
-            dtype=dtype.value if dtype else None,
-            quiet=quiet,
-            command=command_line(),
-        )
-        if plan:
-            print_json(result)
-        elif not quiet:
-            typer.echo(f"wrote {result}", err=True)
+    run_command(ctx, "lora")
 
 
 @app.command(
     epilog="Example: headstart evaluate --model init --tasks arc_easy.jsonl,blimp/anaphor_gender_agreement.jsonl"
 )
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Option("--model", metavar="DIR", help="A checkpoint or adapter: folder or hub id.")],
     tasks: Annotated[
-        str, typer.Option("--tasks", metavar="A,B,...", help="Names that lm-eval knows, and JSONL files of questions.")
+        str, typer.Option("--tasks", metavar="A,B,...", help="Tasks of lm-eval, and JSONL files of questions.")
     ],
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON here too.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the JSON to this file.")] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="MODEL", help="What an adapter adapts, else what it says itself.")
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="The model of an adapter [default: what its config names]."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Only the first N questions of each.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Requests at once.")] = 16,
+        int | None, typer.Option("--limit", metavar="N", help="Only the first N questions of each task.")
+    ] = EvaluateConfig.limit,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Requests at once.")] = EvaluateConfig.batch_size,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score a checkpoint or an adapter with lm-eval, on its tasks or on local files."""
+    run_command(ctx, "evaluate")
+
+
+@app.command("run", epilog="Example: headstart run init/headstart.json --out again")
+def run_record(
+    record: Annotated[
+        Path, typer.Argument(metavar="RECORD", help="A headstart.json, its folder, or YAML that names a subcommand.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write here instead.")] = None,
+    plan: PlanOption = False,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Repeat the command that a record or a YAML file holds."""
+    from headstart.commands import Invocation, run_config
+
     with session(quiet):
-        from headstart.evaluate.evaluate import evaluate as run
-
-        results = run(
-            model,
-            words("tasks", tasks, str),
-            out=out,
-            base=base,
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed,
-            device=torch_device(device),
-            dtype=dtype.value if dtype else None,
-            quiet=quiet,
-            command=command_line(),
-        )
-        if as_json:
-            print_json(results)
-        else:
-            rows = [
-                [task, metric, cell(scores["samples"]), *("-" if v is None else f"{v:.4f}" for v in value.values())]
-                for task, scores in results["tasks"].items()
-                for metric, value in scores["metrics"].items()
-            ]
-            print_table(["task", "metric", "n", "mean", "stderr"], rows)
-
-
-def main() -> None:
-    """The console command. Exit codes: 0 done, 2 the user can mend it, 1 our fault, 130 interrupted."""
-    app(prog_name="headstart")
+        options, flags = split_flags(read_record(record), str(record))
+        config: Any = config_of(options, str(record))
+        if out is not None:
+            if "out" not in {field.name for field in dataclasses.fields(config)}:
+                raise UserError(f"--out {out}: {config.subcommand} writes no output; leave --out out")
+            config = dataclasses.replace(config, out=str(out))
+        given = {"plan": plan, "resume": resume, "as_json": as_json, "quiet": quiet}
+        flags = {key: value or flags.get(key, False) for key, value in given.items()}
+        run_config(config, Invocation(**flags, command=config.to_command()))

@@ -8,54 +8,87 @@ ways to write the same object. In YAML and JSON the keys are the names of the op
 from __future__ import annotations
 
 import dataclasses
-import json
-import types
+import shlex
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from headstart.config_values import convert, setting_text
 from zoo.errors import UserError, unknown
 from zoo.options import bounds_problem, option
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+CHOICES = {"device": DEVICES, "dtype": DTYPE_NAMES}
+POSITIONAL = ("sources", "name")  # options that the command line takes without a --name
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandConfig:
-    """Base of all configurations. Raises UserError where a number is outside its bounds."""
+    """Base of all configurations. Raises UserError for a value of another type, or outside its bounds or choices."""
 
     subcommand: ClassVar[str]
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
+            value = _normalized(item.name, getattr(self, item.name))
+            value = convert(hints[item.name], value, f"--{option_key(item.name)}")
+            object.__setattr__(self, item.name, value)
             if problem := bounds_problem(item, value):
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UserError(f"--{_key(item.name)} {shown}: give {problem}")
+                raise UserError(f"--{option_key(item.name)} {shown}: give {problem}")
+            if item.name in CHOICES and value is not None and value not in CHOICES[item.name]:
+                raise unknown(item.name, str(value), CHOICES[item.name])
 
     def to_record(self) -> dict[str, Any]:
-        """JSON values under the names of the options; what is not set is left out."""
-        values = {_key(item.name): _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
-        known = {key: value for key, value in values.items() if value not in (None, {}, [])}
-        return {"subcommand": self.subcommand, **known}
+        """JSON values under the names of the options. Options without a value are left out."""
+        values = {option_key(item.name): getattr(self, item.name) for item in dataclasses.fields(self)}
+        known = {key: value for key, value in values.items() if value not in (None, {}, ())}
+        return {
+            "subcommand": self.subcommand,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in known.items()},
+        }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str = "config") -> Self:
-        """The inverse of `to_record`. UserError for an unknown or missing key, or a value of another type."""
-        fields = {_key(item.name): item for item in dataclasses.fields(cls)}
+        """The inverse of `to_record`. Raises UserError for an unknown or missing key, or a value of another type."""
+        values = cls.converted(record, where)
+        for item in dataclasses.fields(cls):
+            if item.name not in values and is_required(item):
+                raise UserError(f"{where}: {cls.subcommand} needs the option {option_key(item.name)!r}; add it")
+        return cls(**values)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """From the values of the command line, by field name; None means not given."""
+        return cls(**{name: value for name, value in options.items() if value is not None})
+
+    @classmethod
+    def converted(cls, record: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The values of a record by field name, each of its field's type."""
+        fields = {option_key(item.name): item.name for item in dataclasses.fields(cls)}
         hints = typing.get_type_hints(cls)
         values = {}
         for key, value in record.items():
             if key == "subcommand":
                 continue
-            if _key(key) not in fields:
-                raise unknown(f"option of {cls.subcommand} in {where}", key, fields)
-            name = fields[_key(key)].name
-            values[name] = _typed(hints[name], value, f"{where}: {key}")
-        missing = [key for key, item in fields.items() if item.name not in values and _required(item)]
-        if missing:
-            raise UserError(f"{where}: {cls.subcommand} needs the option {missing[0]!r}; add it")
-        return cls(**values)
+            name = fields.get(option_key(str(key)))
+            if name is None:
+                raise unknown(f"option of {cls.subcommand} in {where}", str(key), fields)
+            values[name] = convert(hints[name], value, f"{where}: {key}")
+        return values
+
+    def to_command(self) -> str:
+        """The command line of this configuration. Options at their defaults are left out."""
+        words = ["headstart", *self.subcommand.split()]
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if is_required(item) or value != default_of(item):
+                words += _option_words(item.name, value)
+        return shlex.join(words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +97,16 @@ class GenerateConfig(CommandConfig):
 
     subcommand: ClassVar[str] = "generate"
 
-    target: str | dict[str, Any]  # a config.json, its folder, a hub id, or a parsed config
+    target: str | Path | dict[str, Any]  # a config.json, its folder, a hub id, or a parsed config
     method: str
-    out: str
-    zoo: str | None = None  # without a zoo, `donor` is a checkpoint folder or a hub id
+    out: str | Path
+    zoo: str | Path | None = None  # without a zoo, `donor` is a checkpoint folder or a hub id
     donor: str | None = None
-    model: str | None = None  # a trained pipeline or autoencoder: a folder or a hub id
-    tokenizer: str | None = None  # else the target folder's, else the donors'
-    set: dict[str, str] = field(default_factory=dict)  # options of the method
+    model: str | Path | None = None  # a trained pipeline or autoencoder: a folder or a hub id
+    tokenizer: str | Path | None = None  # else the target folder's, else the donors'
+    set: Mapping[str, Any] = field(default_factory=dict)  # options of the method
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
     dtype: str | None = None  # of the written tensors, else the target config's, else float32
 
 
@@ -83,17 +116,22 @@ class LoraConfig(CommandConfig):
 
     subcommand: ClassVar[str] = "lora"
 
-    base: str  # the model that is adapted: a folder or a hub id
+    base: str | Path  # the model that is adapted: a folder or a hub id
     method: str
-    rank: int
-    out: str
-    reference: str | None = None  # a folder, a hub id or analysis.json[#MODEL], for methods that follow another model
+    rank: int = option(least=1)
+    out: str | Path
+    reference: str | Path | None = None  # for methods that follow a model: a folder, a hub id or analysis.json[#MODEL]
     alpha: float | None = option(None, above=0)  # lora_alpha; else the rank
     targets: tuple[str, ...] = ("all-linear",)  # names of the modules to adapt
-    set: dict[str, str] = field(default_factory=dict)
+    set: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
     dtype: str | None = None  # else float32 for the adapter, and the dtype on disk for a changed base
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise UserError("--targets: give module names with commas, or all-linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +140,14 @@ class CompareConfig(CommandConfig):
 
     subcommand: ClassVar[str] = "compare"
 
-    target: str | dict[str, Any]
+    target: str | Path | dict[str, Any]
     methods: tuple[str, ...]  # NAME or NAME:KEY=VALUE:…; `default` comes first if it is not among them
-    corpus: str
-    out: str
-    zoo: str | None = None
+    corpus: str | Path
+    out: str | Path
+    zoo: str | Path | None = None
     donor: str | None = None  # for methods that take one
-    model: str | None = None
-    tokenizer: str | None = None
+    model: str | Path | None = None
+    tokenizer: str | Path | None = None
     steps: int = option(300, least=1)  # training steps of each run
     seeds: tuple[int, ...] = (0, 1, 2)
     lrs: tuple[float, ...] = option((1e-3, 3e-3, 6e-3), above=0)  # learning rates, tuned per method
@@ -120,14 +158,14 @@ class CompareConfig(CommandConfig):
     windows: int = option(64, least=1)  # held-out windows at each measurement
     workers: int | None = option(None, least=1)  # processes of one thread, else chosen by the target's size
     keep_going: bool = False  # leave out methods that refuse the target, and report why
-    device: str = "cpu"
+    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("seeds", "lrs", "default_scales"):
             values = getattr(self, key)
             if not values or len(set(values)) < len(values):
-                raise UserError(f"--{_key(key)} {','.join(map(str, values))}: give different numbers")
+                raise UserError(f"--{option_key(key)} {','.join(map(str, values))}: give one or more different numbers")
         if 1.0 not in self.default_scales:
             raise UserError("--default-scales: include 1, the default as it is, such as 1,2,4")
         if self.tuning_seeds is not None and self.tuning_seeds > len(self.seeds):
@@ -140,13 +178,20 @@ class AnalyzeConfig(CommandConfig):
 
     subcommand: ClassVar[str] = "analyze"
 
-    out: str
-    zoo: str | None = None
+    out: str | Path
+    zoo: str | Path | None = None
     donor: str | None = None  # without a zoo a folder or a hub id
     ranks: tuple[int, ...] = option((16, 64, 256), least=2)  # numbers of singular values by which layers are compared
     bootstraps: int = option(500, least=1)  # replicates behind each p-value of a fit
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ranks:
+            raise UserError("--ranks: give one or more ranks, such as 16,64,256")
+        if self.zoo is None and self.donor is None:
+            raise UserError("nothing to analyze: give --zoo DIR, --donor FOLDER (or a hub id), or both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,15 +200,20 @@ class EvaluateConfig(CommandConfig):
 
     subcommand: ClassVar[str] = "evaluate"
 
-    model: str  # a checkpoint or an adapter: a folder or a hub id
+    model: str | Path  # a checkpoint or an adapter: a folder or a hub id
     tasks: tuple[str, ...]  # names that lm-eval knows, and JSONL files of questions
-    out: str | None = None
-    base: str | None = None  # the model that an adapter adapts, else the one that its config names
+    out: str | Path | None = None
+    base: str | Path | None = None  # the model that an adapter adapts, else the one that its config names
     limit: int | None = option(None, least=1)  # only the first questions of each task
     batch_size: int = option(16, least=1)
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
     dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks:
+            raise UserError("--tasks: give names that lm-eval knows, or JSONL files")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +223,7 @@ class ZooAddConfig(CommandConfig):
     subcommand: ClassVar[str] = "zoo add"
 
     sources: tuple[str, ...]  # hub ids (id or id@revision) and folders
-    zoo: str
+    zoo: str | Path
     revision: str | None = None  # for hub ids without one
     shard: str = "0/1"  # I/N: only every N-th source, from number I
 
@@ -184,7 +234,7 @@ class ZooTrainConfig(CommandConfig):
 
     subcommand: ClassVar[str] = "zoo train"
 
-    zoo: str
+    zoo: str | Path
     preset: str = "demo"
     seed: int = 0
 
@@ -195,11 +245,11 @@ class TrainAutoencoderConfig(CommandConfig):
 
     subcommand: ClassVar[str] = "train autoencoder"
 
-    zoo: str
-    out: str
+    zoo: str | Path
+    out: str | Path
     steps: int | None = option(None, least=1)  # else the default of the training
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,115 +258,103 @@ class TrainDiffusionConfig(CommandConfig):
 
     subcommand: ClassVar[str] = "train diffusion"
 
-    zoo: str
-    autoencoder: str
-    out: str
+    zoo: str | Path
+    autoencoder: str | Path
+    out: str | Path
     steps: int | None = option(None, least=1)
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(CommandConfig):
-    """`headstart demo`: everything on the embedded zoo."""
+    """`headstart demo`: train, generate and compare on the embedded zoo."""
 
     subcommand: ClassVar[str] = "demo"
 
-    out: str = "demo"
+    out: str | Path = "demo"
     quick: bool = False
     seed: int = 0
 
 
-COMMANDS: dict[str, type[CommandConfig]] = {
+@dataclass(frozen=True, kw_only=True)
+class MethodsConfig(CommandConfig):
+    """`headstart methods`: the methods, or one of them with its options."""
+
+    subcommand: ClassVar[str] = "methods"
+
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooListConfig(CommandConfig):
+    """`headstart zoo list`: the donors of a zoo."""
+
+    subcommand: ClassVar[str] = "zoo list"
+
+    zoo: str | Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooVerifyConfig(CommandConfig):
+    """`headstart zoo verify`: the bytes of a zoo compared with its manifest."""
+
+    subcommand: ClassVar[str] = "zoo verify"
+
+    zoo: str | Path
+
+
+CONFIGS: dict[str, type[CommandConfig]] = {
     cls.subcommand: cls
     for cls in (
         GenerateConfig, LoraConfig, CompareConfig, AnalyzeConfig, EvaluateConfig, ZooAddConfig, ZooTrainConfig,
-        TrainAutoencoderConfig, TrainDiffusionConfig, DemoConfig,
+        ZooListConfig, ZooVerifyConfig, TrainAutoencoderConfig, TrainDiffusionConfig, DemoConfig, MethodsConfig,
     )
 }  # fmt: skip
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """The configuration in a headstart.json (under `config`), or a YAML or JSON file that is one, as a mapping.
-
-    Raises UserError where there is no such file, or no mapping in it."""
-    import yaml
-
-    path = Path(path)
-    path = path / "headstart.json" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a YAML file, a headstart.json or the folder that holds one")
-    try:
-        content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: is neither YAML nor JSON ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no mapping of options; write one option a line, as KEY: VALUE")
-    if "config" not in content and "versions" in content:
-        raise UserError(f"{path}: records no configuration; it is from an older headstart, run its `command`")
-    return content.get("config", content)
-
-
 def config_of(record: Mapping[str, Any], where: str = "config") -> CommandConfig:
-    """The configuration of whatever command a record names under `subcommand`. Raises UserError where it names none."""
-    if record.get("subcommand") not in COMMANDS:
-        raise unknown(f"subcommand in {where}", str(record.get("subcommand")), COMMANDS)
-    return COMMANDS[record["subcommand"]].from_record(record, where)
+    """The configuration of the command that a record names under `subcommand`. Raises UserError where it names none."""
+    subcommand = record.get("subcommand")
+    if subcommand is None:
+        raise UserError(f"{where}: names no command; add a line such as `subcommand: generate`")
+    if subcommand not in CONFIGS:
+        raise unknown(f"subcommand in {where}", str(subcommand), CONFIGS)
+    return CONFIGS[subcommand].from_record(record, where)
 
 
-def settings_of(words: typing.Iterable[str]) -> dict[str, str]:
-    """["KEY=VALUE", …] as a mapping. Raises UserError where there is no `=`."""
-    pairs = [word.partition("=") for word in words]
-    for key, equals, value in pairs:
-        if not equals:
-            raise UserError(f"--set {key}{value}: write it as KEY=VALUE")
-    return {key: value for key, _, value in pairs}
-
-
-def _key(name: str) -> str:
+def option_key(name: str) -> str:
+    """The name of a field as an option writes it: batch-size of batch_size."""
     return name.replace("_", "-")
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _required(item: dataclasses.Field[Any]) -> bool:
+def is_required(item: dataclasses.Field[Any]) -> bool:
     return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type. A tuple may be written as a list, or as one string with commas."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        kinds = [kind for kind in arguments if kind is not type(None)]
-        nested = [kind for kind in kinds if isinstance(value, typing.get_origin(kind) or kind)]
-        return _typed((nested or kinds)[0], value, where)
-    if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        return tuple(_typed(arguments[0], item.strip() if isinstance(item, str) else item, where) for item in items)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where}: is {value!r}; give a mapping")
-        return {str(key): _typed(arguments[1], inner, f"{where}.{key}") for key, inner in value.items()}
-    if hint is Any:
-        return value
-    return _scalar(hint, value, where)
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
 
 
-def _scalar(kind: type, value: Any, where: str) -> Any:
-    wrong = UserError(f"{where}: is {value!r}; give one {kind.__name__}")
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        raise wrong
-    if value is None or isinstance(value, list | Mapping) or (isinstance(value, bool) and kind is not str):
-        raise wrong
-    if kind is int and isinstance(value, float) and not value.is_integer():
-        raise wrong
-    try:
-        return kind(value)
-    except ValueError:
-        raise wrong from None
+def _normalized(name: str, value: Any) -> Any:
+    """Paths as strings, lists as tuples and settings as text, so that equal configurations compare equal."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return tuple(_normalized(name, item) for item in value)
+    if name == "set":
+        return {key: setting_text(setting) for key, setting in value.items()}
+    return value
+
+
+def _option_words(name: str, value: Any) -> list[str]:
+    """An option as words of a command line."""
+    if name == "set":
+        return [word for key, setting in value.items() for word in ("--set", f"{key}={setting}")]
+    if name in POSITIONAL:
+        return [str(item) for item in (value if isinstance(value, tuple) else [value])]
+    if isinstance(value, bool):
+        return [f"--{option_key(name)}"]
+    if isinstance(value, tuple):
+        return [f"--{option_key(name)}", ",".join(map(str, value))]
+    return [f"--{option_key(name)}", "config.json" if isinstance(value, dict) else str(value)]

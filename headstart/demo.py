@@ -1,6 +1,6 @@
 """The main job on the embedded zoo: train a zoo, learn its weights, generate for an unseen shape, compare.
 
-Every stage is the command of the same name, keeps what it has finished, and can be interrupted and run again.
+Every stage is the command of the same name. It keeps what it has finished, so an interrupted demo continues.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headstart.config import CompareConfig, DemoConfig, GenerateConfig
+from headstart.terminal import print_table
 from zoo.checkpoints.writer import replace_file
 from zoo.errors import UserError
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the demo does in its time. The target's shape is in no preset of the nursery."""
+    """The sizes of a demo. The target's shape is in no preset of the embedded zoo."""
 
-    preset: str  # of the nursery
+    preset: str  # of the embedded zoo
     autoencoder_steps: int
     diffusion_steps: int
     compare_steps: int
     seeds: tuple[int, ...] = (0, 1, 2)
     lrs: tuple[float, ...] = (3e-3, 8e-3)
-    default_scales: tuple[float, ...] = (1.0, 4.0)  # 4: about 0.8 / sqrt(width) here, what the donors started from
+    default_scales: tuple[float, ...] = (1.0, 4.0)  # 4 gives about 0.8 / sqrt(width), as in the donors
     batch_size: int = 8
     methods: tuple[str, ...] = ("default", "normal", "weight-selection", "row-column", "diffusion")
     diffusion: dict[str, Any] = field(default_factory=dict)
@@ -61,148 +63,193 @@ TARGET = {
 }
 
 
-def demo(
-    out: str | Path, quick: bool = False, seed: int = 0, quiet: bool = False, plan: Plan | None = None
-) -> dict[str, Any]:
-    """Runs everything into `out`, prints the table of methods and the path of the report, and returns what each stage
-    took: {stage: {seconds, peak_mib}} (peak resident memory of this process and its largest child so far).
+def demo(config: DemoConfig, *, plan: Plan | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Runs everything into `config.out` and prints the table of methods and the path of the report.
 
-    Raises UserError where `out` holds something else."""
-    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
-    from diffusion.training import DiffusionTrainConfig, train_diffusion
-    from headstart.compare.compare import compare
-    from headstart.generate.generate import generate
+    plan  what to do, else FULL or QUICK by `config.quick`
+
+    Returns {stage: {seconds, peak_mib}}, the peak of the resident memory of this process and its largest child so far.
+    Raises UserError where the folder holds something else."""
+    plan = plan or (QUICK if config.quick else FULL)
+    folders = DemoFolders(Path(config.out))
+    _claim(folders.out, plan, config.seed)
+    _write_target(folders)
+    stages = Stages(quiet)
+    stages.run("zoo train", lambda: _train_zoo(plan, folders, config.seed, quiet))
+    stages.run("train autoencoder", lambda: _train_autoencoder(plan, folders, config.seed, quiet))
+    stages.run("train diffusion", lambda: _train_diffusion(plan, folders, config.seed, quiet))
+    if not folders.generated.exists():
+        stages.run("generate", lambda: _generate(folders, config.seed, quiet))
+    results = stages.run("compare", lambda: _compare(plan, folders, config, quiet))
+    _store_stages(folders.out / "demo.json", stages.costs)
+    print_table(*comparison_table(results))
+    print(f"\n{folders.comparison / 'report.html'}")
+    return stages.costs
+
+
+@dataclass(frozen=True)
+class DemoFolders:
+    """Where each stage of a demo writes."""
+
+    out: Path
+
+    @property
+    def zoo(self) -> Path:
+        return self.out / "zoo"
+
+    @property
+    def autoencoder(self) -> Path:
+        return self.out / "autoencoder"
+
+    @property
+    def pipeline(self) -> Path:
+        return self.out / "diffusion"
+
+    @property
+    def target(self) -> Path:
+        return self.out / "target"
+
+    @property
+    def corpus(self) -> Path:
+        return self.out / "corpus.txt"
+
+    @property
+    def generated(self) -> Path:
+        return self.out / "generated"
+
+    @property
+    def comparison(self) -> Path:
+        return self.out / "comparison"
+
+
+@dataclass
+class Stages:
+    """Runs the stages of a demo and measures them."""
+
+    quiet: bool
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        if not self.quiet:
+            print(f"\nheadstart {name}", file=sys.stderr)
+        start = time.monotonic()
+        result = work()
+        peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        self.costs[name] = {"seconds": round(time.monotonic() - start, 1), "peak_mib": round(peak / 1024)}
+        return result
+
+
+def _claim(out: Path, plan: Plan, seed: int) -> None:
+    """Makes `out` this demo's folder. Raises UserError where it holds something else, or another demo."""
+    mark = out / ".headstart-demo"
+    identity = f"{plan.preset} {seed}\n"
+    if mark.is_file():
+        if mark.read_text() != identity:
+            raise UserError(f"{out}: holds a demo of another preset or seed; give another --out, or remove it")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and holds no demo; give another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.write_text(identity)
+
+
+def _write_target(folders: DemoFolders) -> None:
+    """The config and the tokenizer of the target, and the corpus."""
     from zoo.training.corpora import reference_corpus
-    from zoo.training.nursery import train_zoo
     from zoo.vocabulary import save_byte_tokenizer
 
-    plan = plan or (QUICK if quick else FULL)
-    out = Path(out)
-    _claim(out, plan, seed)
-    zoo, autoencoder, pipeline, target = (out / name for name in ("zoo", "autoencoder", "diffusion", "target"))
-    target.mkdir(exist_ok=True)
-    (target / "config.json").write_text(json.dumps(TARGET, indent=2) + "\n")
-    save_byte_tokenizer(target)
-    corpus = out / "corpus.txt"
-    if not corpus.exists():
-        replace_file(corpus, reference_corpus())
+    folders.target.mkdir(exist_ok=True)
+    (folders.target / "config.json").write_text(json.dumps(TARGET, indent=2) + "\n")
+    save_byte_tokenizer(folders.target)
+    if not folders.corpus.exists():
+        replace_file(folders.corpus, reference_corpus())
 
-    took: dict[str, dict[str, float]] = {}
-    run = _stage(took, quiet)
-    run("zoo train", lambda: train_zoo(zoo, plan.preset, seed=seed, quiet=quiet))
-    run(
-        "train autoencoder",
-        lambda: train_autoencoder(
-            AutoencoderTrainConfig(seed=seed, steps=plan.autoencoder_steps),
-            zoo,
-            autoencoder,
-            resume=True,
-            device="cpu",
-            quiet=quiet,
-        ),
+
+def _train_zoo(plan: Plan, folders: DemoFolders, seed: int, quiet: bool) -> None:
+    from zoo.training.nursery import train_zoo
+
+    train_zoo(folders.zoo, plan.preset, seed=seed, quiet=quiet)
+
+
+def _train_autoencoder(plan: Plan, folders: DemoFolders, seed: int, quiet: bool) -> None:
+    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+
+    config = AutoencoderTrainConfig(seed=seed, steps=plan.autoencoder_steps)
+    train_autoencoder(config, folders.zoo, folders.autoencoder, resume=True, device="cpu", quiet=quiet)
+
+
+def _train_diffusion(plan: Plan, folders: DemoFolders, seed: int, quiet: bool) -> None:
+    from diffusion.training import DiffusionTrainConfig, train_diffusion
+
+    config = DiffusionTrainConfig(seed=seed, steps=plan.diffusion_steps, **plan.diffusion)
+    train_diffusion(config, folders.zoo, folders.autoencoder, folders.pipeline, resume=True, device="cpu", quiet=quiet)
+
+
+def _generate(folders: DemoFolders, seed: int, quiet: bool) -> None:
+    from headstart.generate.generate import generate
+
+    config = GenerateConfig(
+        target=folders.target,
+        method="diffusion",
+        out=folders.generated,
+        model=folders.pipeline,
+        seed=seed,
+        device="cpu",
     )
-    run(
-        "train diffusion",
-        lambda: train_diffusion(
-            DiffusionTrainConfig(seed=seed, steps=plan.diffusion_steps, **plan.diffusion),
-            zoo,
-            autoencoder,
-            pipeline,
-            resume=True,
-            device="cpu",
-            quiet=quiet,
-        ),
+    generate(config, quiet=quiet)
+
+
+def _compare(plan: Plan, folders: DemoFolders, demo_config: DemoConfig, quiet: bool) -> dict[str, Any]:
+    from headstart.compare.compare import compare
+
+    config = CompareConfig(
+        target=folders.target,
+        methods=plan.methods,
+        corpus=folders.corpus,
+        out=folders.comparison,
+        zoo=folders.zoo,
+        model=folders.pipeline,
+        steps=plan.compare_steps,
+        seeds=plan.seeds,
+        lrs=plan.lrs,
+        default_scales=plan.default_scales,
+        batch_size=plan.batch_size,
+        device="cpu",
     )
-    if not (out / "generated").exists():
-        run(
-            "generate",
-            lambda: generate(target, "diffusion", out / "generated", model=str(pipeline), seed=seed, quiet=quiet),
-        )
-    results: dict[str, Any] = {}
-
-    def comparison() -> None:
-        results.update(
-            compare(
-                target,
-                zoo,
-                plan.methods,
-                corpus,
-                steps=plan.compare_steps,
-                seeds=plan.seeds,
-                lrs=plan.lrs,
-                out=out / "comparison",
-                model=pipeline,
-                batch_size=plan.batch_size,
-                default_scales=plan.default_scales,
-                quiet=quiet,
-                command=f"headstart demo{' --quick' if quick else ''} --seed {seed}",
-            )
-        )
-
-    run("compare", comparison)
-    _keep(out / "demo.json", took)
-    print(table(results))
-    print(f"\n{out / 'comparison' / 'report.html'}")
-    return took
+    quick = " --quick" if demo_config.quick else ""
+    return compare(config, quiet=quiet, command=f"headstart demo{quick} --seed {demo_config.seed}")
 
 
-def table(results: dict[str, Any]) -> str:
-    """The comparison as text, the fastest first."""
+def comparison_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of a comparison, the fastest method first."""
     from headstart.report.comparison_findings import rank_methods
     from headstart.report.scores import REFERENCE
 
-    rows = [("method", "lr", "step 0", "final loss", "steps to the default's", "speed-up")]
+    rows = []
     for name, entry in rank_methods(results):
         final, steps, speed = entry["final_loss"], entry["steps_to_threshold"]["mean"], entry["speedup"]["mean"]
         if name == REFERENCE:
             steps = results["steps"]  # by definition
         spread = f" ± {final['std']:.3f}" if final["std"] is not None else ""
         rows.append(
-            (
+            [
                 name,
                 "–" if entry["lr"] is None else f"{entry['lr']:g}",
                 "–" if entry["step0_loss"] is None else f"{entry['step0_loss']:.2f}",
                 "diverged" if final["mean"] is None else f"{final['mean']:.3f}{spread}",
                 "never" if steps is None else f"{steps:.0f}",
                 "–" if speed is None else f"{speed:.1f}x",
-            )
+            ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return ["method", "lr", "step 0", "final loss", "steps to threshold", "speed-up"], rows
 
 
-def _claim(out: Path, plan: Plan, seed: int) -> None:
-    """Makes `out` this demo's folder. UserError where it holds something else, or another demo."""
-    mark = out / ".headstart-demo"
-    mine = f"{plan.preset} {seed}\n"
-    if mark.is_file():
-        if mark.read_text() != mine:
-            raise UserError(f"{out}: holds a demo of another preset or seed; give another --out, or remove it")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and holds no demo; give another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(mine)
-
-
-def _stage(took: dict[str, dict[str, float]], quiet: bool) -> Callable[[str, Callable[[], object]], None]:
-    def run(name: str, work: Callable[[], object]) -> None:
-        if not quiet:
-            print(f"\nheadstart {name}", file=sys.stderr)
-        start = time.monotonic()
-        work()
-        peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        took[name] = {"seconds": round(time.monotonic() - start, 1), "peak_mib": round(peak / 1024)}
-
-    return run
-
-
-def _keep(path: Path, took: dict[str, dict[str, float]]) -> None:
-    """demo.json: of every stage its longest call. A stage that an earlier call finished has nothing left to do."""
+def _store_stages(path: Path, costs: dict[str, dict[str, float]]) -> None:
+    """Writes demo.json with the longest call of every stage. In a later call, finished stages have nothing to do."""
     from headstart.versions import package_versions
 
     stages = json.loads(path.read_text())["stages"] if path.is_file() else {}
-    for name, entry in took.items():
+    for name, entry in costs.items():
         if name not in stages or entry["seconds"] > stages[name]["seconds"]:
             stages[name] = entry
     replace_file(path, (json.dumps({"stages": stages, "versions": package_versions()}, indent=2) + "\n").encode())

@@ -1,4 +1,8 @@
-"""The table of methods: one explicit dict from name to class, imported when asked for."""
+"""The table of methods: one dict from name to class. A method is imported when it is used.
+
+methods.json holds the descriptions of all methods, so that `headstart methods` imports none. After a change of a
+method's summary or options, `python -m headstart.samplers` writes it again.
+"""
 
 from __future__ import annotations
 
@@ -55,39 +59,67 @@ METHODS: dict[str, tuple[str, str]] = {
 }
 
 
-LORA = ("pareto", "peft-default", "pissa", "olora", "orthogonal", "gaussian")  # fill adapters, not models
+DESCRIPTIONS = Path(__file__).with_name("methods.json")
+LORA = ("pareto", "peft-default", "pissa", "olora", "orthogonal", "gaussian")  # methods that fill adapters
 
 
 def get(name: str) -> type[Sampler]:
-    """The sampler class called `name`, or `package.module.Class` for one of your own, which is imported, from the
-    working directory too. Raises UserError with the nearest name if there is none."""
+    """The sampler class of a method, or of `package.module.Class` for one of your own, which is imported from the
+    working directory too. Raises UserError with the nearest name where there is none."""
+    check_method(name)
     if name in METHODS:
         module, attribute = METHODS[name]
         return getattr(import_module(module), attribute)
-    if "." not in name:
+    return _import_class(name)
+
+
+def check_method(name: str) -> None:
+    """Raises UserError for a name that is neither a method nor package.module.Class. Imports nothing."""
+    if name not in METHODS and "." not in name:
         raise unknown("method", name, METHODS)
-    return _own(name)
+
+
+def check_model_method(name: str) -> None:
+    """`check_method`, and UserError for a LoRA method. Imports nothing."""
+    check_method(name)
+    if name in LORA:
+        raise _fills_adapters(name)
+
+
+def check_lora_method(name: str) -> None:
+    """`check_method`, and UserError for a method that fills models. Imports nothing."""
+    check_method(name)
+    if name in METHODS and name not in LORA:
+        raise _fills_models(name)
 
 
 def model_sampler(name: str) -> type[Sampler]:
-    """`get` for what fills models. UserError besides for a LoRA method, with the command that takes it."""
+    """The sampler class of a method that fills models. Raises UserError for any other."""
     cls = get(name)
     if cls.family == "lora":
-        raise UserError(f"{name} fills LoRA adapters, not models: use `headstart lora --base MODEL --method {name}`")
+        raise _fills_adapters(name)
     return cls
 
 
 def lora_sampler(name: str) -> type[LoraSampler]:
-    """`get` for what fills LoRA adapters. UserError besides for any other method, with the names of those that do."""
+    """The sampler class of a method that fills LoRA adapters. Raises UserError for any other."""
     from zoo.lora.adapters import LoraSampler
 
     cls = get(name)
     if not issubclass(cls, LoraSampler):
-        raise UserError(f"{name} fills models, not LoRA adapters: choose from {', '.join(LORA)}")
+        raise _fills_models(name)
     return cls
 
 
-def _own(path: str) -> type[Sampler]:
+def _fills_adapters(name: str) -> UserError:
+    return UserError(f"{name} fills LoRA adapters, not models: use `headstart lora --base MODEL --method {name}`")
+
+
+def _fills_models(name: str) -> UserError:
+    return UserError(f"{name} fills models, not LoRA adapters: choose from {', '.join(LORA)}")
+
+
+def _import_class(path: str) -> type[Sampler]:
     from zoo.sampler import Sampler
 
     module, _, attribute = path.rpartition(".")
@@ -98,26 +130,29 @@ def _own(path: str) -> type[Sampler]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"method {path}: cannot be imported ({error}); write it as package.module.Class") from error
     if not (isinstance(found, type) and issubclass(found, Sampler)):
-        raise UserError(f"method {path}: is no subclass of zoo.sampler.Sampler")
+        raise UserError(f"method {path}: is no subclass of zoo.sampler.Sampler; give a sampler class")
     return found
 
 
+def described_methods() -> list[dict[str, Any]]:
+    """What `describe` returns, read from the file that `python -m headstart.samplers` wrote. Imports no method."""
+    return json.loads(DESCRIPTIONS.read_text())
+
+
 def describe() -> list[dict[str, Any]]:
-    """The list that `headstart methods --json` prints: {name, family, summary, reference, needs, options} each."""
-    rows = []
-    for name in METHODS:
-        method = get(name)
-        rows.append(
-            {
-                "name": method.name,
-                "family": method.family,
-                "summary": method.summary,
-                "reference": method.reference,
-                "needs": list(method.needs),
-                "options": method.option_table(),
-            }
-        )
-    return rows
+    """The methods as `headstart methods --json` prints them: [{name, family, summary, reference, needs, options}]."""
+    classes = [get(name) for name in METHODS]
+    return [
+        {
+            "name": cls.name,
+            "family": cls.family,
+            "summary": cls.summary,
+            "reference": cls.reference,
+            "needs": list(cls.needs),
+            "options": cls.option_table(),
+        }
+        for cls in classes
+    ]
 
 
 def load(folder: Path) -> Sampler:
@@ -126,3 +161,7 @@ def load(folder: Path) -> Sampler:
     if not path.is_file():
         raise UserError(f"{folder}: has no sampler.json; give a folder that a fitted sampler was saved to")
     return get(json.loads(path.read_text())["method"]).load(Path(folder))
+
+
+if __name__ == "__main__":
+    DESCRIPTIONS.write_text(json.dumps(describe(), indent=1, ensure_ascii=False) + "\n")

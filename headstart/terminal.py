@@ -1,4 +1,4 @@
-"""What the commands share with the terminal: notes on stderr, errors turned into exit codes, lists, tables, JSON."""
+"""What the commands share with the terminal: errors as exit codes, notes on stderr, tables and JSON on stdout."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import contextlib
 import json
 import logging
 import os
-import shlex
 import sys
 import traceback
-from collections.abc import Iterator
-from enum import StrEnum
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -18,25 +16,14 @@ import typer
 from zoo.errors import UserError
 
 
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 @contextlib.contextmanager
-def session(quiet: bool, again: str = "the same command again") -> Iterator[None]:
-    """What every command shares: notes on stderr, and errors turned into exit codes. `again`: what continues it."""
-    # Threads that wait by spinning make a step ten times as slow where one core is busy with something else; where
-    # none is, sleeping costs three per cent. Read when torch is loaded, which the commands do after this.
+def session(quiet: bool, to_continue: str = "the same command again") -> Iterator[None]:
+    """Sends notes to stderr and turns errors into exit codes: 2 for what the user can correct, 1 for our own faults,
+    130 for an interruption, after which `to_continue` says what to run."""
+    # Waiting threads that spin make a step ten times as slow on a busy core. Sleeping costs three per cent on an idle
+    # one. torch reads this when it is imported, which the commands do later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    notes(quiet)
+    send_notes_to_stderr(quiet)
     try:
         yield
         sys.stdout.flush()
@@ -44,9 +31,9 @@ def session(quiet: bool, again: str = "the same command again") -> Iterator[None
         typer.echo(f"headstart: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        typer.echo(f"headstart: interrupted; run {again} to continue", err=True)
+        typer.echo(f"headstart: interrupted; run {to_continue} to continue", err=True)
         raise typer.Exit(130) from error
-    except BrokenPipeError as error:  # `| head` has seen enough; nothing is left to be flushed at exit
+    except BrokenPipeError as error:  # as after `| head`; nothing must be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
     except typer.Exit:
@@ -56,8 +43,8 @@ def session(quiet: bool, again: str = "the same command again") -> Iterator[None
         raise typer.Exit(1) from error
 
 
-def notes(quiet: bool) -> None:
-    """Our own loggers speak to stderr; the libraries' chatter stays off."""
+def send_notes_to_stderr(quiet: bool) -> None:
+    """Shows the messages of our own loggers on stderr, and silences those of the libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     handler = logging.StreamHandler(sys.stderr)
@@ -68,52 +55,38 @@ def notes(quiet: bool) -> None:
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-def torch_device(device: Device) -> str:
-    """`auto` -> cuda where there is one."""
-    import torch
-
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use cpu or auto")
-    if device is Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device.value
-
-
-def shard_of(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit()):
-        raise UserError(f"--shard {text}: write it as I/N, such as 0/4")
-    return int(index), int(count)
-
-
-def words(option: str, text: str, kind: type) -> list[Any]:
-    """A list written with commas."""
-    try:
-        return [kind(word.strip()) for word in text.split(",") if word.strip()]
-    except ValueError:
-        raise UserError(f"--{option} {text}: not a list of {kind.__name__}s with commas") from None
-
-
-def command_line() -> str:
-    return shlex.join(["headstart", *sys.argv[1:]])
-
-
 def print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def print_rows(columns: list[str], rows: list[dict[str, Any]], as_json: bool) -> None:
+def print_records(columns: Sequence[str], records: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Records as JSON, or their `columns` as a table."""
     if as_json:
-        print_json(rows)
+        print_json(records)
     else:
-        print_table(columns, [[cell(row[column]) for column in columns] for row in rows])
+        print_table(columns, [[cell(record[column]) for column in columns] for record in records])
 
 
 def cell(value: object) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)[:48]
+    """A value as a cell of a table: - for None, thousands separated by commas."""
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, ["-" * w for w in widths], *rows]:
-        typer.echo("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on stdout. On a terminal long cells are wrapped to its width; elsewhere a row is one line."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left", header_style="bold"
+    )
+    for column in header:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(value) for value in row))
+    width = None if sys.stdout.isatty() else 10_000
+    console = Console(file=sys.stdout, width=width, soft_wrap=False)
+    with console.capture() as captured:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))

@@ -1,21 +1,10 @@
-"""The benchmark: who gives a head start, how large, and is it new?
+"""Runs the comparisons and the audits of the benchmark, and keeps what they measured.
 
-    python -m benchmarks.head_start --work DIR [--data DIR] [--only A-gqa …] [--hours H]
-        trains the donors and the models of them into DIR (once), runs the comparisons and audits, keeps every run in
-        benchmarks/results/head_start.parquet and the rest in facts.json, and writes BENCHMARKS.md; goes on where it was
-        interrupted. Without --data (a folder of real models and texts) C and Shakespeare are left out. --hours:
-        begins nothing after that time.
-    python -m benchmarks.head_start --work DIR --small
-        one target, the eight strongest methods, two learning rates: a quarter of an hour on two cores, into DIR
-    python -m benchmarks.head_start --tables
-        writes BENCHMARKS.md and the tables of the READMEs again from the committed figures
-
-Every comparison is a call of `headstart compare`, whose pages stand in DIR/comparisons.
+Every comparison is a call of `headstart compare`, whose page stands in WORK/comparisons.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -26,118 +15,153 @@ from typing import Any
 
 import torch
 
-from benchmarks.head_start import costs, donors, rows, scored, tables, tasks
+from benchmarks.head_start import costs, donor_losses, rows, tasks
+from benchmarks.head_start.results import AUDIT_NAMES
 from benchmarks.head_start.tasks import Comparison
 from benchmarks.novelty import audits
 from benchmarks.paths import RESULTS
 from headstart.compare.compare import compare
 from headstart.compare.trials import donor_facts
+from headstart.config import CompareConfig
 from headstart.versions import package_versions
 from zoo.checkpoints.writer import replace_file
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 
 RUNS = RESULTS / "head_start.parquet"
 FACTS = RESULTS / "facts.json"
-KEPT = ("target", "parameters", "corpus", "steps", "batch_size", "sequence", "windows", "refused")
-SMALL_STEPS = 600  # of the diffusion's training under --small
+RECORDED_KEYS = ("target", "parameters", "corpus", "steps", "batch_size", "sequence", "windows", "refused")
+SMALL_STEPS = 600  # training steps of the diffusion with --small
 
 
-def measure(comparison: Comparison, work: Path, data: Path | None, small: bool = False) -> dict[str, Any]:
-    """Runs what is missing of a comparison; the rows so far are in RUNS, or in `work` for a small one."""
+def run_all(work: Path, data: Path | None, only: Sequence[str], end: float | None) -> None:
+    """Runs every selected comparison and audit that is not done; starts nothing after `end`, a monotonic time."""
+
+    def in_time() -> bool:
+        return end is None or time.monotonic() < end
+
+    for comparison in tasks.comparisons():
+        if is_selected(comparison, data, only) and in_time():
+            print(comparison.name, flush=True)
+            record_facts(run_comparison(comparison, work, data), comparison, work, data)
+    for name in AUDIT_NAMES:
+        if (name in only or not only) and in_time():
+            print(name, flush=True)
+            measured = AUDITS[name](work, data)
+            paths = tasks.work_paths(work, "embedded")
+            measured["made_from"] = audits.content_hash(paths["zoo"], paths["model"])
+            write_facts(read_facts() | {name: measured})
+
+
+def is_selected(comparison: Comparison, data: Path | None, only: Sequence[str]) -> bool:
+    """Whether a call asks for a comparison and has the data for it."""
+    if data is None and (comparison.zoo == "real" or comparison.text not in ("reference", "source")):
+        return False
+    return not only or any(comparison.name.startswith(prefix) for prefix in only)
+
+
+def run_comparison(comparison: Comparison, work: Path, data: Path | None, small: bool = False) -> dict[str, Any]:
+    """Runs what a comparison lacks and returns its results. The rows go to RUNS; those of a small one to `work`."""
     paths = tasks.prepare_models(work, comparison.zoo, data, **({"steps": SMALL_STEPS} if small else {}))
     corpus = _corpus(work, comparison.text, data)
     out = work / "comparisons" / comparison.name
-    kept = work / "runs.parquet" if small else RUNS
-    rows.write_run_files(rows.read(kept), comparison, out / "runs")
+    table = work / "runs.parquet" if small else RUNS
+    rows.write_run_files(rows.read(table), comparison, out / "runs")
     files: list[str] | None = None
     try:
-        results = compare(
-            tasks.target_folder(work, comparison, data),
-            paths["zoo"],
-            comparison.methods or tasks.method_labels(comparison.zoo),
-            corpus,
-            steps=comparison.steps,
-            seeds=tasks.SEEDS,
-            lrs=comparison.lrs,
+        config = CompareConfig(
+            target=tasks.target_folder(work, comparison, data),
+            methods=tuple(comparison.methods or tasks.method_labels(comparison.zoo)),
+            corpus=corpus,
             out=out,
+            zoo=paths["zoo"],
             model=paths["model"],
+            steps=comparison.steps,
+            seeds=tuple(tasks.SEEDS),
+            lrs=tuple(comparison.lrs),
+            default_scales=tuple(tasks.SCALES),
+            tuning_seeds=len(tasks.SEEDS) if comparison.budget == "ladder" else tasks.TUNING_SEEDS,
             batch_size=tasks.BATCH_SIZE,
             sequence=tasks.SEQUENCE,
             windows=tasks.WINDOWS,
-            default_scales=tasks.SCALES,
-            tuning_seeds=len(tasks.SEEDS) if comparison.budget == "ladder" else tasks.TUNING_SEEDS,
             keep_going=True,
-            command=f"python -m benchmarks.head_start{' --small' if small else ''}",
+            device="cpu",
         )
+        results = compare(config, command=f"python -m benchmarks.head_start{' --small' if small else ''}")
         files = results["runs"]
-    finally:  # what was finished is kept
-        rows.write(kept, rows.replace_comparison(rows.read(kept), comparison, out / "runs", files))
+    finally:  # an interrupted comparison keeps its finished runs
+        rows.write(table, rows.replace_comparison(rows.read(table), comparison, out / "runs", files))
     return results
 
 
-def keep(results: dict[str, Any], comparison: Comparison, work: Path, data: Path | None) -> None:
-    """What the rows do not say, in FACTS: what was compared on what, by which versions, who refused."""
+def record_facts(results: dict[str, Any], comparison: Comparison, work: Path, data: Path | None) -> None:
+    """Adds to FACTS what the rows do not hold: what was compared, by which versions, and which methods refused."""
     facts = read_facts()
     facts["versions"] = package_versions() | {"python": platform.python_version()}
     facts["cores"] = os.cpu_count()
     zoo = Zoo.open(tasks.work_paths(work, comparison.zoo)["zoo"])
     facts.setdefault("zoos", {})[comparison.zoo] = [donor_facts(zoo, name) for name in zoo.names]
     facts.setdefault("trained", {})[comparison.zoo] = tasks.training_seconds(work, comparison.zoo)
-    own = audits.identity(*(tasks.work_paths(work, comparison.zoo)[key] for key in ("zoo", "model")))
-    facts.setdefault("made_from", {})[comparison.zoo] = own
-    about = {key: results[key] for key in KEPT} | {"runs": rows.runs_digest(results["runs"]), "made_from": own}
+    content = audits.content_hash(*(tasks.work_paths(work, comparison.zoo)[key] for key in ("zoo", "model")))
+    facts.setdefault("made_from", {})[comparison.zoo] = content
+    about = {key: results[key] for key in RECORDED_KEYS} | {
+        "runs": rows.runs_digest(results["runs"]),
+        "made_from": content,
+    }
     target = tasks.target_folder(work, comparison, data)
-    about["as_they_are"] = donors.untrained_losses(zoo, target, _corpus(work, comparison.text, data))
+    about["as_they_are"] = donor_losses.donor_losses(zoo, target, _corpus(work, comparison.text, data))
     facts.setdefault("comparisons", {})[comparison.name] = about
     write_facts(facts)
 
 
-def novelty(work: Path, data: Path | None) -> dict[str, Any]:
-    peers(work, data)  # which are sampled too
+def audit_novelty(work: Path, data: Path | None) -> dict[str, Any]:
+    audit_peers(work, data)  # their samples are audited too
     paths, corpus = tasks.work_paths(work, "embedded"), _corpus(work, "reference", data)
     trained = _peers_folder(work) / "models"
-    return audits.audit(audits.place(paths["zoo"], paths["model"], trained, corpus, work / "novelty"))
+    return audits.run_audit(audits.audit_inputs(paths["zoo"], paths["model"], trained, corpus, work / "novelty"))
 
 
-def cost(work: Path, data: Path | None) -> dict[str, Any]:
+def audit_costs(work: Path, data: Path | None) -> dict[str, Any]:
     paths = tasks.prepare_models(work, "embedded", data)
     long = [c for c in tasks.comparisons() if (c.task, c.budget) == ("A", "long") and not c.methods]
     targets = {c.target: tasks.target_folder(work, c, data) for c in long}
-    kept = work / "costs" / audits.identity(paths["zoo"], paths["model"])
+    kept = work / "costs" / audits.content_hash(paths["zoo"], paths["model"])
     return {
         "methods": costs.costs(tasks.language_model_methods(), targets, paths, _corpus(work, "reference", data), kept)
     }
 
 
-def peers(work: Path, data: Path | None) -> dict[str, Any]:
-    """Published generators beside ours: as many parameters, as many seconds of training. What an earlier call measured
-    is kept."""
-    from benchmarks.peers import measure as peer
+def audit_peers(work: Path, data: Path | None) -> dict[str, Any]:
+    """Published generators beside ours, with as many parameters and seconds of training. Keeps earlier measurements."""
+    from benchmarks.peers import measure as peer_measure
 
     paths = tasks.prepare_models(work, "embedded", data)
     seconds = tasks.training_seconds(work, "embedded")
     if seconds is None:
-        raise SystemExit(f"{work}: the diffusion's training was interrupted, its time is not known; use another --work")
+        raise SystemExit(
+            f"{work}: the diffusion's training was interrupted, so its duration is unknown; give another --work"
+        )
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # on which a second of the peers' clock is one of work, as `took` counts them
+    torch.set_num_threads(1)  # then a second of the peers' clock is a second of work, as for ours
     try:
         opened = Zoo.open(paths["zoo"])
-        tokens = peer.held_out(_corpus(work, "reference", data), opened)
-        kept, target = _peers_folder(work), tasks.UNSEEN_TARGETS[tasks.MAIN_TARGET]
-        return peer.measure(
-            peer.Setup(opened, paths["model"], tokens, target, kept, seconds, seeds=tasks.SEEDS, quiet=False)
+        tokens = peer_measure.held_out(_corpus(work, "reference", data), opened)
+        folder, target = _peers_folder(work), tasks.UNSEEN_TARGETS[tasks.MAIN_TARGET]
+        return peer_measure.measure(
+            peer_measure.PeerMeasurement(
+                opened, paths["model"], tokens, target, folder, seconds, seeds=tasks.SEEDS, quiet=False
+            )
         )
     finally:
         torch.set_num_threads(before)
 
 
 def _peers_folder(work: Path) -> Path:
-    """Of peers trained on these donors for as long as this diffusion."""
+    """The folder of peers trained on these donors for as long as this diffusion."""
     paths = tasks.work_paths(work, "embedded")
-    return work / "peers" / audits.identity(paths["zoo"], paths["model"])
+    return work / "peers" / audits.content_hash(paths["zoo"], paths["model"])
 
 
-AUDIT = {"novelty": novelty, "cost": cost, "peers": peers}
+AUDITS = {"novelty": audit_novelty, "cost": audit_costs, "peers": audit_peers}
 
 
 def _corpus(work: Path, name: str, data: Path | None) -> Path:
@@ -153,45 +177,3 @@ def read_facts() -> dict[str, Any]:
 
 def write_facts(facts: dict[str, Any]) -> None:
     replace_file(FACTS, (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode())
-
-
-def wanted(comparison: Comparison, data: Path | None, only: Sequence[str]) -> bool:
-    if data is None and (comparison.zoo == "real" or comparison.text not in ("reference", "source")):
-        return False
-    return not only or any(comparison.name.startswith(prefix) for prefix in only)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder for donors, models and runs")
-    parser.add_argument("--data", type=Path, help="folder of real models and texts")
-    parser.add_argument("--only", nargs="*", default=[], help="comparisons whose names begin so, or audits")
-    parser.add_argument("--hours", type=float, help="begin nothing after that time")
-    parser.add_argument("--small", action="store_true", help="one target, eight methods, two learning rates")
-    parser.add_argument("--tables", action="store_true", help="only write BENCHMARKS.md again")
-    a = parser.parse_args()
-    began = time.monotonic()
-
-    def in_time() -> bool:
-        return a.hours is None or time.monotonic() - began < a.hours * 3600
-
-    if not a.tables:
-        if a.work is None:
-            parser.error("give --work DIR, or --tables")
-        rows.code_version()
-        if a.small:
-            measure(tasks.small_comparison(), a.work, a.data, small=True)
-            print(a.work / "comparisons" / tasks.small_comparison().name / "report.html")
-            return
-        for comparison in tasks.comparisons():
-            if wanted(comparison, a.data, a.only) and in_time():
-                print(comparison.name, flush=True)
-                keep(measure(comparison, a.work, a.data), comparison, a.work, a.data)
-        for audit in scored.AUDITS:
-            if (audit in a.only or not a.only) and in_time():
-                print(audit, flush=True)
-                found = AUDIT[audit](a.work, a.data)
-                paths = tasks.work_paths(a.work, "embedded")
-                found["made_from"] = audits.identity(paths["zoo"], paths["model"])
-                write_facts(read_facts() | {audit: found})
-    tables.write(rows.read(RUNS), read_facts())

@@ -1,6 +1,8 @@
-"""Is what is generated new? After 2506.07998: a sample is novel beyond tau times what donors are apart (the median over
-donors of the distance to their nearest other, in canonical coordinates), performant where it trains as a head start
-should, and counts where it is both. Overlap of mispredicted tokens is held against that of independent donors.
+"""Is what is generated new? After 2506.07998.
+
+A sample is novel if it is farther from every donor than tau times the distance between donors (the median over donors
+of the distance to the nearest other donor, in canonical coordinates). It is performant if it trains as a head start
+should. It counts if it is both. The overlap of mispredicted tokens is compared with that of independent donors.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from benchmarks.peers import d2nwg, sane
 from benchmarks.peers.scoring import build
 from benchmarks.peers.weights import own_tensors
 from headstart import samplers
-from headstart.compare.compare import hash_model, hash_zoo
+from headstart.compare.inputs import hash_model, hash_zoo
 from headstart.compare.trials import training_token_count
 from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint, sample_with_defaults
 from zoo.checkpoints.writer import replace_file
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.sampler import Sampler
 from zoo.streams import stream_seed
 from zoo.training.corpora import encode_corpus
@@ -39,13 +41,13 @@ from zoo.units.decoder import read_decoder
 
 SEEDS = tuple(range(10))
 TAUS = (1.0, 2.0, 3.0, 4.0)
-RATES = tasks.LRS["long"][1:3]  # of the training that tells whether a sample is performant: a label's better one
+RATES = tasks.LRS["long"][1:3]  # learning rates of the test training; the better one of a label counts
 SHAPES = {"seen": tasks.SEEN_TARGET, "unseen": tasks.UNSEEN_TARGETS[tasks.MAIN_TARGET]}
-# Methods that draw something from what they know of donors; the autoencoder passes one through.
-# `default`, which knows of none, is no nearer to donors than anything can be.
-CLAIMS = ("diffusion", "autoencoder", "row-column", "matrix-normal", "normal", "default")
-# Entries drawn one by one, which differ in their law alone: at the seen shape.
-LAWS = (
+# Methods that generate from what they know of donors; the autoencoder encodes and decodes one. `default` knows none:
+# its distance to donors is that of models that have nothing in common.
+GENERATING_METHODS = ("diffusion", "autoencoder", "row-column", "matrix-normal", "normal", "default")
+# Methods that draw entries one by one; they differ in the distribution alone, so they are sampled at one shape.
+MARGINAL_METHODS = (
     "laplace", "student-t", "generalized-normal", "stable", "mixture", "auto-fit", "histogram", "kde", "permuted",
     "hybrid",
 )  # fmt: skip
@@ -59,27 +61,27 @@ CONTROLS: dict[str, Sampler] = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where things are: the embedded zoo, the diffusion and the peers trained on it, the text, the folder of finished
-    samples."""
+class AuditInputs:
+    """Paths of the embedded zoo, of the diffusion and the peers trained on it, of the text, and of the folder that
+    holds the finished samples."""
 
     zoo: str
     model: str
     peers: str
     corpus: str
-    kept: str
+    folder: str
 
 
-def place(zoo: Path, model: Path, peers: Path, corpus: Path, kept: Path) -> Place:
-    """Finished samples stand in a folder of all that they depend on."""
+def audit_inputs(zoo: Path, model: Path, peers: Path, corpus: Path, folder: Path) -> AuditInputs:
+    """The name of the folder of finished samples is a hash of everything that they depend on."""
     settings = [RATES, SHAPES, tasks.BUDGETS["short"], tasks.BATCH_SIZE, tasks.SEQUENCE, tasks.WINDOWS]
     found = [hash_model(peers), hashlib.sha256(corpus.read_bytes()).hexdigest(), json.dumps(settings)]
-    name = hashlib.sha256(" ".join([identity(zoo, model), *found]).encode()).hexdigest()[:16]
-    return Place(str(zoo), str(model), str(peers), str(corpus), str(kept / name))
+    name = hashlib.sha256(" ".join([content_hash(zoo, model), *found]).encode()).hexdigest()[:16]
+    return AuditInputs(str(zoo), str(model), str(peers), str(corpus), str(folder / name))
 
 
-def identity(zoo: Path, model: Path) -> str:
-    """Of what a zoo and a trained model contain."""
+def content_hash(zoo: Path, model: Path) -> str:
+    """Hash of what a zoo and a trained model contain, 16 hex digits."""
     return hashlib.sha256(f"{hash_zoo(zoo)} {hash_model(model)}".encode()).hexdigest()[:16]
 
 
@@ -94,37 +96,39 @@ class Sample:
         return f"{self.shape}-{self.label}-s{self.seed}.json".replace(" ", "-").replace("%", "")
 
 
-def samples() -> list[Sample]:
-    """All of them."""
-    return [Sample(shape, label, seed) for shape in SHAPES for label in labels(shape) for seed in SEEDS]
+def all_samples() -> list[Sample]:
+    """Every sample of the audit."""
+    return [Sample(shape, label, seed) for shape in SHAPES for label in sample_labels(shape) for seed in SEEDS]
 
 
-def labels(shape: str) -> list[str]:
-    """What is sampled at a shape of SHAPES; controls need donors of it."""
-    return [*CLAIMS, *PEERS, *((*LAWS, *CONTROLS) if shape == "seen" else ())]
+def sample_labels(shape: str) -> list[str]:
+    """The methods and controls that are sampled at a shape of SHAPES; controls need donors of that shape."""
+    return [*GENERATING_METHODS, *PEERS, *((*MARGINAL_METHODS, *CONTROLS) if shape == "seen" else ())]
 
 
-def audit(place: Place, quiet: bool = False) -> dict[str, Any]:
-    """{donors: {…}, samples: [{shape, label, seed, …}]}; samples that were measured before are kept."""
+def run_audit(inputs: AuditInputs, quiet: bool = False) -> dict[str, Any]:
+    """{donors: {…}, samples: [{shape, label, seed, …}]}; keeps samples that were measured before."""
     from tqdm import tqdm
 
-    Path(place.kept).mkdir(parents=True, exist_ok=True)
-    missing = [s for s in samples() if not (Path(place.kept) / s.file).exists()]
+    Path(inputs.folder).mkdir(parents=True, exist_ok=True)
+    missing = [s for s in all_samples() if not (Path(inputs.folder) / s.file).exists()]
     with tqdm(total=len(missing), desc="novelty", unit="sample", disable=quiet) as bar:
-        run_jobs(partial(measure, place), missing, default_workers(), bar.update)
-    found = [json.loads((Path(place.kept) / s.file).read_text()) for s in samples()]
-    return {"donors": donors_apart(place), "samples": found, "rates": RATES, "steps": tasks.BUDGETS["short"]}
+        run_jobs(partial(measure_sample, inputs), missing, default_workers(), bar.update)
+    found = [json.loads((Path(inputs.folder) / s.file).read_text()) for s in all_samples()]
+    return {"donors": donor_distances(inputs), "samples": found, "rates": RATES, "steps": tasks.BUDGETS["short"]}
 
 
-def measure(place: Place, sample: Sample, report: ReportProgress) -> None:
-    """How far a sample is from every donor, where its mistakes are, and how it trains."""
+def measure_sample(inputs: AuditInputs, sample: Sample, report: ReportProgress) -> None:
+    """Writes the distance of a sample to every donor, the overlap of its errors with theirs, and how it trains."""
     config = SHAPES[sample.shape]
     blueprint = language_model_blueprint(config)
-    zoo, frames, guesses, truth, learned, held = _known(place)
+    zoo, frames, guesses, truth, learned, held = _load_inputs(inputs)
     with reproducible():
         tensors = {
             name: t.float()
-            for name, t in sample_with_defaults(_fitted(place, sample.shape, sample.label), blueprint, sample.seed)
+            for name, t in sample_with_defaults(
+                _fitted_sampler(inputs, sample.shape, sample.label), blueprint, sample.seed
+            )
         }
         decoder = read_decoder(blueprint, lambda name: tensors[name].double(), where=sample.label)
         near, mosaic = novelty.nearest_and_mosaic(decoder, token_strings(zoo.donors[0]), frames)
@@ -133,7 +137,9 @@ def measure(place: Place, sample: Sample, report: ReportProgress) -> None:
         own, _ = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
         overlaps = {name: novelty.error_overlap(own, other, truth) for name, other in guesses.items()}
         alike = max(overlaps, key=lambda name: overlaps[name]["iou"])
-        ends = {f"{rate:g}": trained(build(config, tensors), rate, sample.seed, learned, held) for rate in RATES}
+        ends = {
+            f"{rate:g}": loss_after_training(build(config, tensors), rate, sample.seed, learned, held) for rate in RATES
+        }
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].numpy().tobytes())
@@ -143,12 +149,12 @@ def measure(place: Place, sample: Sample, report: ReportProgress) -> None:
         "distance": near.total, "mosaic": mosaic, "kinds": dict(near.kinds), "sizes": dict(near.sizes),
         "nearest": near.donor, "alike": alike, **{f"error_{key}": value for key, value in overlaps[alike].items()},
     }  # fmt: skip
-    replace_file(Path(place.kept) / sample.file, (json.dumps(found) + "\n").encode())
+    replace_file(Path(inputs.folder) / sample.file, (json.dumps(found) + "\n").encode())
     report(1)
 
 
-def trained(model: nn.Module, rate: float, seed: int, learned: Tensor, held: Tensor) -> float | None:
-    """Held-out loss after the short budget; None where it diverged."""
+def loss_after_training(model: nn.Module, rate: float, seed: int, learned: Tensor, held: Tensor) -> float | None:
+    """Held-out loss after the short budget; None if training diverged."""
     training = TrainingConfig(
         tasks.BUDGETS["short"], rate, tasks.BATCH_SIZE, tasks.SEQUENCE, seed=stream_seed(seed, "compare")
     )
@@ -160,10 +166,10 @@ def trained(model: nn.Module, rate: float, seed: int, learned: Tensor, held: Ten
 
 
 @cache
-def _known(place: Place) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], Tensor, Tensor, Tensor]:
+def _load_inputs(inputs: AuditInputs) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], Tensor, Tensor, Tensor]:
     """(zoo, its frames, each donor's predictions, the true tokens, text to learn, text held out), once a process."""
-    zoo = Zoo.open(place.zoo)
-    tokens = encode_corpus(place.corpus, None, 256)
+    zoo = Zoo.open(inputs.zoo)
+    tokens = encode_corpus(inputs.corpus, None, 256)
     learned, held = tokens[: training_token_count(tokens)], tokens[training_token_count(tokens) :]
     guesses, truth = {}, held
     for donor in zoo.donors:
@@ -173,25 +179,25 @@ def _known(place: Place) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], T
 
 
 @cache
-def _fitted(place: Place, shape: str, label: str) -> Sampler:
-    blueprint, zoo = language_model_blueprint(SHAPES[shape]), _known(place)[0]
+def _fitted_sampler(inputs: AuditInputs, shape: str, label: str) -> Sampler:
+    blueprint, zoo = language_model_blueprint(SHAPES[shape]), _load_inputs(inputs)[0]
     if label in CONTROLS:
         return CONTROLS[label].fit(zoo, blueprint)
     if label in PEERS:
-        return PEERS[label](**{"model": str(Path(place.peers) / label)}).fit(None, blueprint)
+        return PEERS[label](**{"model": str(Path(inputs.peers) / label)}).fit(None, blueprint)
     cls = samplers.get(label)
-    sampler = build_sampler(cls, model=place.model) if "model" in cls.__dataclass_fields__ else build_sampler(cls)
+    sampler = build_sampler(cls, model=inputs.model) if "model" in cls.__dataclass_fields__ else build_sampler(cls)
     fit_sampler(sampler, zoo, blueprint)
     return sampler
 
 
-def donors_apart(place: Place) -> dict[str, Any]:
+def donor_distances(inputs: AuditInputs) -> dict[str, Any]:
     """{median, by_donor, mosaic, iou, expected, same}: distance of every donor to its nearest other, to all others
     together; of its mispredicted tokens, the largest overlap with another's. Medians over donors."""
-    path = Path(place.kept) / "donors.json"
+    path = Path(inputs.folder) / "donors.json"
     if path.exists():
         return json.loads(path.read_text())
-    zoo, frames, guesses, truth, _, _ = _known(place)
+    zoo, frames, guesses, truth, _, _ = _load_inputs(inputs)
     apart = novelty.leave_one_out(zoo.donors, frames)
     overlaps = []
     for name, own in guesses.items():
@@ -205,7 +211,7 @@ def donors_apart(place: Place) -> dict[str, Any]:
     return found
 
 
-def shares(found: Mapping[str, Any], label: str, shape: str, ready: float, trains: float) -> dict[str, Any]:
+def count_novel(found: Mapping[str, Any], label: str, shape: str, ready: float, trains: float) -> dict[str, Any]:
     """Of one label's samples, {n, distinct, loss, rate, trained, distance, mosaic, size, iou, expected, same, ready,
     performant, novel: {tau: n}, both: {tau: n}, beyond: n}. ready: of a loss at or below `ready` as they are; rate:
     that of the lower mean loss after the short training; performant: at or below `trains` after it; both: novel and

@@ -1,17 +1,16 @@
-"""`headstart analyze`: what the weights of donors look like, beside what chance alone would give.
+"""`headstart analyze`: statistics of the weights of donors, each beside its null.
 
-Every part of a donor's analysis is kept, as soon as it is finished, in a hidden folder beside the output, named after
-a hash of all that it depends on: the same command takes it up again after an interruption.
+Every part of a donor's analysis is stored when it is finished, in a hidden folder beside the output. Its file is named
+after a hash of all that it depends on. So the same command continues after an interruption.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from tqdm import tqdm
 
 from headstart import __version__
 from headstart.analyze.parts import AnalysisTask, Cache, Progress, analyze_donor, to_json_values
+from headstart.config import AnalyzeConfig
+from headstart.devices import torch_device
 from headstart.report.analysis import render_analysis
 from headstart.versions import package_versions
 from zoo.checkpoints.writer import new_folder, replace_file
@@ -27,83 +28,69 @@ from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.statistics.signature import signature_distances
 
-DIGITS = 10  # of all numbers: sums of the same values in another place in memory differ in the last two or three
+DIGITS = 10  # of all numbers: the last two or three digits of a sum depend on where its values lie in memory
 PARTS = 8  # that `analyze_donor` yields of a donor
 
 
-def analyze(
-    out: str | Path,
-    zoo: str | Path | None = None,
-    donor: str | None = None,
-    ranks: Sequence[int] = (16, 64, 256),
-    bootstraps: int = 500,
-    seed: int = 0,
-    device: str = "cpu",
-    quiet: bool = False,
-    command: str | None = None,
-) -> dict[str, Any]:
-    """Analyzes the donors of `zoo`, or one, and writes analysis.json and report.html into the new folder `out`;
-    returns what analysis.json holds.
+def analyze(config: AnalyzeConfig, *, quiet: bool = False, command: str | None = None) -> dict[str, Any]:
+    """Analyzes the donors of a zoo, or one donor, and writes analysis.json and report.html into the new folder
+    `config.out`; returns the content of analysis.json.
 
-    zoo         a zoo's folder; without one, `donor` is a checkpoint folder or a hub id
-    donor       only this donor
-    ranks       of how many singular values the similarity of layers is made; a donor whose smallest projection has
-                fewer is compared by that many, and the report says so
-    bootstraps  replicates behind each p-value of their similarity, of as many independent values as layers are worth
+    - `ranks` are numbers of singular values by which layers are compared. A donor whose smallest projection has fewer
+      is compared by that many, and the report says so.
+    - `bootstraps` are the replicates behind each p-value of the layers' similarity.
 
-    One tensor is in memory at a time. What a donor does not admit (the similarity of two layers, say) is left out
-    with the reason, and the rest goes on. Raises UserError before any work: neither zoo nor donor, an unknown donor,
-    an `out` that exists, numbers out of bounds."""
-    out = Path(out)
-    asked = tuple(sorted(set(ranks)))
-    if not asked or asked[0] < 2:
-        given = ",".join(map(str, ranks))
-        raise UserError(f"--ranks {given}: a direction needs two numbers or more; give ranks from 2 on, say 16,64,256")
-    if bootstraps < 1:
-        raise UserError(f"--bootstraps {bootstraps}: must be at least 1")
-    work = out.parent / f".{out.name}.work"
+    command  what the results name as the command; else the command line that does the same
+
+    One tensor is in memory at a time. A part that a donor does not allow (such as the similarity of two layers) is left
+    out with its reason, and the rest goes on. Raises UserError before any work: an unknown donor, or an `out` that
+    exists."""
+    out = Path(config.out)
+    cache_folder = out.parent / f".{out.name}.work"
     with new_folder(out) as folder:
-        donors = _donors(zoo, donor, quiet)
-        models: dict[str, dict[str, Any]] = {}
-        with tqdm(total=len(donors) * PARTS, desc="analyze", unit="part", disable=quiet) as bar:
-            for d in donors:
-                models[d.name] = found = {}
-                for name, value in analyze_donor(
-                    AnalysisTask(d, asked, bootstraps, seed, device, _keeper(work, bar, d.name))
-                ):
-                    found[name] = value
-                    bar.update()
-        results = to_json_values(
-            {
-                "command": command or _command(out, zoo, donor, asked, bootstraps, seed),
-                "versions": package_versions(),
-                "seed": seed,
-                "ranks": asked,
-                "bootstraps": bootstraps,
-                "donors": [_about(d) for d in donors],
-                "models": models,
-                "signatures": _signatures(models),
-            },
-            DIGITS,
-        )
+        results = _analyze_donors(config, cache_folder, quiet)
+        results |= {"command": command or config.to_command(), "config": config.to_record()}
         (folder / "analysis.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
         (folder / "report.html").write_text(render_analysis(results))
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(cache_folder, ignore_errors=True)
     return results
 
 
-def _donors(zoo: str | Path | None, donor: str | None, quiet: bool) -> tuple[Donor, ...]:
-    if zoo is None and donor is None:
-        raise UserError("nothing to analyze: give --zoo DIR, --donor FOLDER (or a hub id), or both to choose a donor")
-    if zoo is None:
-        return open_standalone(str(donor), quiet).donors
-    opened = Zoo.open(zoo)
-    if not opened.names:
-        raise UserError(f"{zoo}: holds no donors; add some with `headstart zoo add`")
-    return opened.donors if donor is None else (opened.donor(donor),)
+def _analyze_donors(config: AnalyzeConfig, cache_folder: Path, quiet: bool) -> dict[str, Any]:
+    ranks, device = tuple(sorted(set(config.ranks))), torch_device(config.device)
+    donors = _open_donors(config, quiet)
+    models: dict[str, dict[str, Any]] = {}
+    with tqdm(total=len(donors) * PARTS, desc="analyze", unit="part", disable=quiet) as bar:
+        for donor in donors:
+            models[donor.name] = found = {}
+            cache = _cache(cache_folder, bar, donor.name)
+            task = AnalysisTask(donor, ranks, config.bootstraps, config.seed, device, cache)
+            for name, value in analyze_donor(task):
+                found[name] = value
+                bar.update()
+    results = {
+        "command": None,
+        "versions": package_versions(),
+        "seed": config.seed,
+        "ranks": ranks,
+        "bootstraps": config.bootstraps,
+        "donors": [_summary(donor) for donor in donors],
+        "models": models,
+        "signatures": _signatures(models),
+    }
+    return to_json_values(results, DIGITS)
 
 
-def _about(donor: Donor) -> dict[str, Any]:
+def _open_donors(config: AnalyzeConfig, quiet: bool) -> tuple[Donor, ...]:
+    if config.zoo is None:
+        return open_standalone(str(config.donor), quiet).donors
+    zoo = Zoo.open(config.zoo)
+    if not zoo.names:
+        raise UserError(f"{config.zoo}: holds no donors; add some with `headstart zoo add`")
+    return zoo.donors if config.donor is None else (zoo.donor(config.donor),)
+
+
+def _summary(donor: Donor) -> dict[str, Any]:
     metadata = donor.blueprint.metadata
     return provenance(donor) | {
         "architecture": donor.config.get("model_type", "unknown"),
@@ -113,45 +100,36 @@ def _about(donor: Donor) -> dict[str, Any]:
     }
 
 
-def _keeper(work: Path, bar: Any, donor: str) -> Cache:
-    """`keep` of a donor's task: JSON files in `work`, and a word beside the progress bar on what is being done."""
+def _cache(folder: Path, bar: Any, donor: str) -> Cache:
+    """The cache of a donor's task: JSON files in `folder`. The progress bar names the part that is computed."""
 
-    def keep(what: str, depends_on: list[Any], make: Callable[[Progress], Any]) -> Any:
+    def cached(what: str, depends_on: list[Any], compute: Callable[[Progress], Any]) -> Any:
         digest = hashlib.sha256(json.dumps([__version__, what, depends_on]).encode()).hexdigest()
-        path = work / f"{what}-{digest[:24]}.json"
+        path = folder / f"{what}-{digest[:24]}.json"
         if path.is_file():
             return json.loads(path.read_text())
-        done, shown = 0, 0.0
+        done, last_shown = 0, 0.0
 
-        def tick(more: int) -> None:
-            nonlocal done, shown
+        def report(more: int) -> None:
+            nonlocal done, last_shown
             done += more
-            if time.monotonic() > shown + 0.2:
-                shown = time.monotonic()
+            if time.monotonic() > last_shown + 0.2:
+                last_shown = time.monotonic()
                 bar.set_postfix_str(f"{donor}: {what} {done}")
 
         bar.set_postfix_str(f"{donor}: {what}")
-        value = to_json_values(make(tick))
+        value = to_json_values(compute(report))
         replace_file(path, json.dumps(value).encode())
         return value
 
-    return keep
+    return cached
 
 
 def _signatures(models: dict[str, Any]) -> dict[str, Any]:
-    """kind of signature -> table of distances between the donors that have it; only where two of them do."""
+    """Kind of signature -> table of distances between the donors that have it, where at least two have it."""
     tables = {}
     for kind in ("std", "clustering"):
         known = {name: m["signature"][kind] for name, m in models.items() if kind in m["signature"]}
         if len(known) > 1:
             tables[kind] = signature_distances(known)
     return tables
-
-
-def _command(
-    out: Path, zoo: str | Path | None, donor: str | None, ranks: Sequence[int], bootstraps: int, seed: int
-) -> str:
-    """The command line that does what this call does."""
-    where = [word for key, value in (("--zoo", zoo), ("--donor", donor)) if value for word in (key, str(value))]
-    numbers = ["--ranks", ",".join(map(str, ranks)), "--bootstraps", str(bootstraps), "--seed", str(seed)]
-    return shlex.join(["headstart", "analyze", *where, "--out", str(out), *numbers])

@@ -1,7 +1,7 @@
-"""One trial: an initialisation made the way a user makes it, trained with each learning rate, measured on the way.
+"""A trial: an initialisation, written as `headstart generate` writes it, trained with each learning rate and measured.
 
-Every run (method, seed, learning rate) is a small file in `runs`, named after a hash of all that it depends on, so
-that a second call goes on where the first was interrupted, and methods can be added later.
+Every run (method, seed, scale, learning rate) is a small file in `runs`. Its name holds a hash of all that the numbers
+depend on. So a second call continues where the first was interrupted, and methods can be added later.
 """
 
 from __future__ import annotations
@@ -11,31 +11,28 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headstart import samplers
+from headstart.compare.labels import method_name, sampler_class
+from headstart.compare.nearest_donor import OTHER_COORDINATES, nearest_donor
+from headstart.config import GenerateConfig
 from headstart.generate.generate import generate
 from headstart.report.scores import REFERENCE, Run, evaluation_points, spikes
 from zoo.checkpoints.writer import replace_file
-from zoo.errors import UserError
+from zoo.donors.donor import provenance
+from zoo.donors.zoo import Zoo
 from zoo.streams import stream_seed
 from zoo.training.loop import TrainingConfig, activation_rms, evaluate, reproducible, train_steps
 from zoo.training.workers import ReportProgress
 
-if TYPE_CHECKING:
-    from zoo.donors.store import Zoo
-    from zoo.sampler import Sampler
-
-HELD_OUT = 0.1  # of the corpus, its end
-OTHER_COORDINATES = "not measured: writes canonical coordinates, so distances as stored mean nothing"
-NOVELTY_LIMIT = 50_000_000  # parameters of a target up to which distances to the donors are measured
+HELD_OUT = 0.1  # share of the corpus, at its end
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,9 @@ class TrialSettings:
     zoo: str | None
     donor: str | None
     model: str | None
-    tokenizer: str | None  # the folder of the target's, None: bytes
-    text: str  # a file of the corpus' beginning, for the methods that take a text
-    settings: Mapping[str, Mapping[str, Any]]
+    tokenizer: str | None  # the folder of the target's tokenizer; None for bytes
+    text: str  # a file with the beginning of the corpus, for methods that take a text
+    settings: Mapping[str, Mapping[str, Any]]  # label -> options
     steps: int
     batch_size: int
     sequence: int
@@ -56,95 +53,102 @@ class TrialSettings:
     device: str
     threads: int
     tokens: str  # .npy of the encoded corpus
-    runs: str  # folder of finished runs
-    fingerprint: Mapping[str, Any]  # what tokens, zoo and model contain, for the names of the runs
+    runs: str  # the folder of finished runs
+    fingerprint: Mapping[str, Any]  # hashes of the content of tokens, zoo and model, for the names of the runs
 
 
 @dataclass(frozen=True)
-class Job:
-    """One initialisation (a sample of a method under a seed) and the learning rates it is still to be trained with."""
+class Trial:
+    """One initialisation (a sample of a method under a seed) and the learning rates to train it with."""
 
-    method: str
+    label: str
     seed: int
-    scale: float
+    scale: float  # of the default initialisation; 1 for all other methods
     lrs: tuple[float, ...]
 
 
-def run_trial(setup: TrialSettings, job: Job, report: ReportProgress) -> None:
-    """Makes one initialisation the way a user does, and trains it with each learning rate."""
-    from transformers import AutoModelForCausalLM
+@dataclass(frozen=True)
+class Corpus:
+    """The tokens of a comparison, int64 each."""
+
+    training: Tensor
+    held_out: Tensor
+
+
+def run_trial(settings: TrialSettings, trial: Trial, report: ReportProgress) -> None:
+    """Writes one initialisation, trains it with each learning rate and stores the runs. `report` gets the number of
+    steps since its last call."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the comparison has its own
-    tokens = torch.from_numpy(np.load(setup.tokens))
-    learned, held = tokens[: training_token_count(tokens)], tokens[training_token_count(tokens) :]
-    points = set(evaluation_points(setup.steps))
-    with tempfile.TemporaryDirectory(dir=Path(setup.tokens).parent) as work, reproducible(setup.threads):
-        init = Path(work) / "init"
-        origin = _generate(setup, job.method, job.seed, job.scale, init)
-        for lr in job.lrs:
-            training = TrainingConfig(
-                setup.steps, lr, setup.batch_size, setup.sequence, seed=stream_seed(job.seed, "compare")
-            )
-            torch.manual_seed(stream_seed(job.seed, "dropout"))
-            model: Any = AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
-            model.to(setup.device)
-
-            def measure(model: torch.nn.Module = model) -> float:
-                return evaluate(model, held, setup.sequence, limit=setup.windows)
-
-            steps, losses, norms, diverged = [0], [measure()], [], None
-            start = activation_rms(model, held, setup.sequence)
-            for step in train_steps(model, learned, training):
-                if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
-                    diverged = step.number
-                    break
-                norms.append(step.grad_norm)
-                if step.number in points:
-                    steps.append(step.number)
-                    losses.append(measure())
-                report(1)
-            report(setup.steps - len(norms))
-            bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-            if bad is not None:
-                steps, losses, diverged = steps[:bad], losses[:bad], steps[bad]
-            found: Run = {"method": job.method, "scale": job.scale, "seed": job.seed, "lr": lr}
-            end = activation_rms(model, held, setup.sequence) if diverged is None else None
-            found |= {"steps": steps, "losses": losses, "max_grad_norm": max(norms, default=0.0), "diverged": diverged}
-            found |= {"grad_spikes": spikes(norms), "activation_rms": {"start": start, "end": end}, "init": origin}
-            replace_file(trial_path(setup, job, lr), (json.dumps(found) + "\n").encode())
+    tokens = torch.from_numpy(np.load(settings.tokens))
+    boundary = training_token_count(tokens)
+    corpus = Corpus(tokens[:boundary], tokens[boundary:])
+    with tempfile.TemporaryDirectory(dir=Path(settings.tokens).parent) as work, reproducible(settings.threads):
+        folder = Path(work) / "init"
+        origin = _initialize(settings, trial, folder)
+        for lr in trial.lrs:
+            run: Run = {"method": trial.label, "scale": trial.scale, "seed": trial.seed, "lr": lr}
+            run |= _train(settings, run, folder, corpus, report) | {"init": origin}
+            replace_file(run_path(settings, trial, lr), (json.dumps(run) + "\n").encode())
 
 
-def _generate(setup: TrialSettings, method: str, seed: int, scale: float, folder: Path) -> dict[str, Any]:
-    """Writes the initialisation and says where it comes from: {seconds, donors, novelty, novelty_note}."""
-    from zoo.donors.store import Zoo
+def _train(settings: TrialSettings, run: Run, folder: Path, corpus: Corpus, report: ReportProgress) -> dict[str, Any]:
+    """Trains the checkpoint in `folder` with the seed and learning rate of `run`. Returns the measurements: {steps,
+    losses, max_grad_norm, diverged, grad_spikes, activation_rms}."""
+    from transformers import AutoModelForCausalLM
 
-    options = method_options(setup, method)
-    if method == REFERENCE and scale != 1.0:
-        options["scale"] = scale
-    given = donor_and_model(setup, method)
-    start = time.perf_counter()
-    generate(
-        setup.target,
-        method_name(method),
-        folder,
-        zoo=setup.zoo,
-        settings=[f"{key}={value}" for key, value in options.items()],
-        seed=seed,
-        dtype="float32",
-        device=setup.device,
-        quiet=True,
-        donor=given.get("donor"),
-        model=given.get("model"),
-        tokenizer=setup.tokenizer,
+    points = set(evaluation_points(settings.steps))
+    training = TrainingConfig(
+        settings.steps, run["lr"], settings.batch_size, settings.sequence, seed=stream_seed(run["seed"], "compare")
     )
+    torch.manual_seed(stream_seed(run["seed"], "dropout"))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(settings.device)
+
+    def held_out_loss() -> float:
+        return evaluate(model, corpus.held_out, settings.sequence, limit=settings.windows)
+
+    steps, losses, norms, diverged = [0], [held_out_loss()], [], None
+    start = activation_rms(model, corpus.held_out, settings.sequence)
+    for step in train_steps(model, corpus.training, training):
+        if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+            diverged = step.number
+            break
+        norms.append(step.grad_norm)
+        if step.number in points:
+            steps.append(step.number)
+            losses.append(held_out_loss())
+        report(1)
+    report(settings.steps - len(norms))
+    first_bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if first_bad is not None:
+        steps, losses, diverged = steps[:first_bad], losses[:first_bad], steps[first_bad]
+    end = activation_rms(model, corpus.held_out, settings.sequence) if diverged is None else None
+    return {
+        "steps": steps,
+        "losses": losses,
+        "max_grad_norm": max(norms, default=0.0),
+        "diverged": diverged,
+        "grad_spikes": spikes(norms),
+        "activation_rms": {"start": start, "end": end},
+    }
+
+
+def _initialize(settings: TrialSettings, trial: Trial, folder: Path) -> dict[str, Any]:
+    """Writes the initialisation and returns where it comes from: {seconds, donors, novelty, novelty_note}."""
+    config = generate_config(settings, trial.label, folder, trial.seed)
+    start = time.perf_counter()
+    if trial.label == REFERENCE and trial.scale != 1.0:
+        config = generate_config(settings, trial.label, folder, trial.seed, scale=trial.scale)
+    generate(config, quiet=True)
     seconds = time.perf_counter() - start
     records = json.loads((folder / "headstart.json").read_text())["donors"]
-    zoo = Zoo.open(setup.zoo) if setup.zoo is not None else None
+    zoo = Zoo.open(settings.zoo) if settings.zoo is not None else None
     # A pipeline may have learned from donors that this zoo does not hold.
     unknown = dict.fromkeys(("parameters", "loss", "tokens"))
     names = [d["name"] for d in records if zoo is not None and d["name"] in zoo.names]
-    measurable = sampler_class(method).family != "generative"
+    measurable = sampler_class(trial.label).family != "generative"
     novelty, note = nearest_donor(folder, zoo, names) if measurable else (None, OTHER_COORDINATES)
     return {
         "seconds": seconds,
@@ -154,102 +158,80 @@ def _generate(setup: TrialSettings, method: str, seed: int, scale: float, folder
     }
 
 
-def method_name(label: str) -> str:
-    """The name of a method without the options of a variant: normal of normal:scale=2."""
-    return label.partition(":")[0]
+def generate_config(
+    settings: TrialSettings, label: str, out: str | Path, seed: int = 0, **options: Any
+) -> GenerateConfig:
+    """The `headstart generate` that makes the initialisation of a label; `options` are added to the label's own."""
+    return GenerateConfig(
+        target=settings.target,
+        method=method_name(label),
+        out=out,
+        zoo=settings.zoo,
+        set=method_options(settings, label) | options,
+        seed=seed,
+        dtype="float32",
+        device=settings.device,
+        tokenizer=settings.tokenizer,
+        **donor_and_model(settings, label),
+    )
 
 
-def sampler_class(label: str) -> type[Sampler]:
-    return samplers.model_sampler(method_name(label))
+def method_options(settings: TrialSettings, label: str) -> dict[str, Any]:
+    """The options of a label. A method that takes a text gets the beginning of the corpus."""
+    own = dict(settings.settings.get(label, {}))
+    return {"text": settings.text} | own if "text" in sampler_class(label).__dataclass_fields__ else own
 
 
-def label_options(label: str) -> dict[str, str]:
-    """{"scale": "2"} of "normal:scale=2"."""
-    pairs = [setting.partition("=") for setting in label.split(":")[1:]]
-    if not all(equals for _, equals, _ in pairs):
-        raise UserError(f"--methods {label}: write a variant as NAME:KEY=VALUE")
-    return {key: value for key, _, value in pairs}
-
-
-def method_options(setup: TrialSettings, method: str) -> dict[str, Any]:
-    """The settings of a method; one that takes a text gets the beginning of the corpus."""
-    own = dict(setup.settings.get(method, {}))
-    return {"text": setup.text} | own if "text" in sampler_class(method).__dataclass_fields__ else own
-
-
-def donor_and_model(setup: TrialSettings, method: str) -> dict[str, str | None]:
-    """The donor and the model, for the methods that take one."""
-    options = sampler_class(method).__dataclass_fields__
-    return {key: value for key, value in (("donor", setup.donor), ("model", setup.model)) if key in options}
+def donor_and_model(settings: TrialSettings, label: str) -> dict[str, Any]:
+    """{donor, model} of the comparison, without what the method of the label does not take."""
+    options = sampler_class(label).__dataclass_fields__
+    return {key: value for key, value in (("donor", settings.donor), ("model", settings.model)) if key in options}
 
 
 def donor_facts(zoo: Zoo, name: str) -> dict[str, Any]:
-    from zoo.donors.store import record
-
+    """The provenance of a donor, its parameters, and the loss and tokens of its training where they are known."""
     donor = zoo.donor(name)
-    return record(donor) | {
+    return provenance(donor) | {
         "parameters": donor.parameters,
         "loss": donor.facts.get("loss"),
         "tokens": donor.facts.get("tokens"),
     }
 
 
-def nearest_donor(folder: Path, zoo: Zoo | None, names: Sequence[str]) -> tuple[dict[str, Any] | None, str]:
-    """Median over the matrices W of a generated checkpoint of min |W - D| / |W|, D over the donors' matrices of the
-    same role and shape: ({"distance", "matrices"}, what it is), or (None, why it was not measured). No canonical form
-    is taken, so a donor in other coordinates counts as far."""
-    from zoo.checkpoints.checkpoint import Checkpoint
-
-    if zoo is None or not names:
-        return None, "uses no donor"
-    generated = Checkpoint.open(folder)
-    if generated.parameters > NOVELTY_LIMIT:
-        return None, f"not measured above {NOVELTY_LIMIT:,} parameters"
-    donors = [zoo.donor(name) for name in names]
-    distances = []
-    for spec in generated.blueprint.specs:
-        if len(spec.shape) != 2:
-            continue
-        alike = [(d, s.name) for d in donors for s in d.blueprint.specs if (s.role, s.shape) == (spec.role, spec.shape)]
-        if alike:
-            ours = generated.read(spec.name, torch.float32)
-            nearest = min(float((ours - d.read(name, torch.float32)).norm()) for d, name in alike)
-            distances.append(nearest / max(float(ours.norm()), 1e-12))
-    if not distances:
-        return None, "no donor has a matrix of the same role and shape"
-    matrices = sum(len(s.shape) == 2 for s in generated.blueprint.specs)
-    found = {"distance": float(np.median(distances)), "matrices": len(distances), "of": matrices}
-    return found, "median relative distance to the nearest donor matrix of the same role and shape, as stored"
-
-
-def trial_path(setup: TrialSettings, job: Job, lr: float) -> Path:
+def run_path(settings: TrialSettings, trial: Trial, lr: float) -> Path:
     """The file of a run, named after all that its numbers depend on."""
-    sampler = sampler_class(job.method)
-    depends = {
-        "target": setup.target,
-        "method": method_name(job.method),
-        "settings": setup.settings.get(job.method, {}),
-        "donor": donor_and_model(setup, job.method).get("donor"),  # the model by its content, below
-        "seed": job.seed,
-        "scale": job.scale,
+    sampler = sampler_class(trial.label)
+    dependencies = {
+        "target": settings.target,
+        "method": method_name(trial.label),
+        "settings": settings.settings.get(trial.label, {}),
+        "donor": donor_and_model(settings, trial.label).get("donor"),  # the model by its content, below
+        "seed": trial.seed,
+        "scale": trial.scale,
         "lr": lr,
-        "training": [setup.steps, setup.batch_size, setup.sequence, setup.windows, setup.device, setup.threads],
-        "points": evaluation_points(setup.steps),
-        "tokens": setup.fingerprint["tokens"],
-        "zoo": setup.fingerprint["zoo"] if sampler.needs else None,
-        "model": setup.fingerprint["model"] if "model" in sampler.needs else None,
-    }
-    digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return Path(setup.runs) / f"{sampler_class(job.method).name}-s{job.seed}-lr{lr:g}-{digest}.json"
+        "training": [
+            settings.steps, settings.batch_size, settings.sequence, settings.windows, settings.device, settings.threads,
+        ],
+        "points": evaluation_points(settings.steps),
+        "tokens": settings.fingerprint["tokens"],
+        "zoo": settings.fingerprint["zoo"] if sampler.needs else None,
+        "model": settings.fingerprint["model"] if "model" in sampler.needs else None,
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(dependencies, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return Path(settings.runs) / f"{sampler.name}-s{trial.seed}-lr{lr:g}-{digest}.json"
 
 
-def read_trial(setup: TrialSettings, job: Job, lr: float) -> Run:
-    return json.loads(trial_path(setup, job, lr).read_text())
+def read_run(settings: TrialSettings, trial: Trial, lr: float) -> Run:
+    """A finished run."""
+    return json.loads(run_path(settings, trial, lr).read_text())
 
 
-def without_finished(setup: TrialSettings, job: Job) -> Job:
-    return Job(job.method, job.seed, job.scale, tuple(lr for lr in job.lrs if not trial_path(setup, job, lr).exists()))
+def unfinished(settings: TrialSettings, trial: Trial) -> Trial:
+    """The trial with the learning rates whose runs are not stored yet."""
+    missing = tuple(lr for lr in trial.lrs if not run_path(settings, trial, lr).exists())
+    return Trial(trial.label, trial.seed, trial.scale, missing)
 
 
 def training_token_count(tokens: Tensor) -> int:
+    """How many tokens of a corpus are trained on; the rest is held out."""
     return int(len(tokens) * (1 - HELD_OUT))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from zoo.checkpoints.hub import with_retries
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
 from zoo.targets.blueprint import Blueprint
-from zoo.targets.configs import with_head
+from zoo.targets.configs import with_language_head
+from zoo.words import shortened_list
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler
@@ -23,22 +24,19 @@ log = logging.getLogger(__name__)
 
 
 def language_model_blueprint(target: str | Path | dict[str, Any]) -> Blueprint:
-    """The blueprint of a config, with a head that predicts tokens. UserError where there is none of its kind."""
+    """The blueprint of a config as a language model. Raises UserError for a kind of model that predicts no tokens."""
     blueprint = Blueprint.from_config(target)
     assert blueprint.config is not None
-    config = with_head(blueprint.config, "config" if isinstance(target, dict) else str(target))
+    config = with_language_head(blueprint.config, "config" if isinstance(target, dict) else str(target))
     return blueprint if config == blueprint.config else Blueprint.from_config(config)
 
 
-def build_sampler(cls: type[Sampler], settings: Sequence[str] = (), **given: Any) -> Sampler:
-    """An instance of a sampler from KEY=VALUE settings and from `given`, of which only the fields that the class
-    has, and that are not None, are used. Raises UserError for an unknown key or a value of the wrong type."""
+def build_sampler(cls: type[Sampler], settings: Mapping[str, str] | None = None, **given: Any) -> Sampler:
+    """A sampler with `settings` (option -> text of its value) and `given` (option -> value). Of `given`, options that
+    the class does not have and values of None are ignored. Raises UserError for an unknown setting or a wrong type."""
     fields = option_fields(cls)
     options = {key: value for key, value in given.items() if key in fields and value is not None}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting}: write it as KEY=VALUE")
+    for key, value in (settings or {}).items():
         if key not in fields:
             raise unknown(f"option of {cls.name}", key, fields)
         options[key] = _parse_setting(cls.name, key, value, str(fields[key].type))
@@ -46,11 +44,12 @@ def build_sampler(cls: type[Sampler], settings: Sequence[str] = (), **given: Any
 
 
 def option_fields(cls: type[Sampler]) -> dict[str, dataclasses.Field[Any]]:
+    """The fields that the constructor of a sampler takes, by name."""
     return {f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
 def _parse_setting(method: str, key: str, value: str, kind: str) -> Any:
-    """A value of the annotated type `kind`: bool, int, float or str, or one of them `| None`."""
+    """A value of the annotated type `kind`: bool, int, float or str, each maybe with `| None`."""
     if "None" in kind and value.lower() in ("none", ""):
         return None
     kind = kind.replace("| None", "").strip()
@@ -60,23 +59,23 @@ def _parse_setting(method: str, key: str, value: str, kind: str) -> Any:
             return words[value.lower()]
         return {"int": int, "float": float}.get(kind, str)(value)
     except (KeyError, ValueError):
-        raise UserError(f"--set {key}={value}: {method} wants a {kind} there") from None
+        raise UserError(f"--set {key}={value}: give {method} a {kind}") from None
 
 
-def fit_sampler(sampler: Sampler, source: Zoo | None, blueprint: Blueprint) -> None:
-    """`sampler.fit`; a trained model that is a hub id is fetched there."""
+def fit_sampler(sampler: Sampler, zoo: Zoo | None, blueprint: Blueprint) -> None:
+    """Fits the sampler. The download of a trained model from the hub is tried several times."""
     model = getattr(sampler, "model", None)
     if model is None or Path(model).exists():
-        sampler.fit(source, blueprint)
+        sampler.fit(zoo, blueprint)
     else:
-        with_retries(lambda: sampler.fit(source, blueprint), f"--model {model}")
+        with_retries(lambda: sampler.fit(zoo, blueprint), f"--model {model}")
 
 
 def sample_with_defaults(
     sampler: Sampler, blueprint: Blueprint, seed: int, counts: dict[str, int] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the blueprint, one at a time: what the fitted sampler yields, then the architecture's default
-    initialisation for what it leaves out. `counts` is told how many are `sampled` and `defaulted`."""
+    """Every tensor of the blueprint, one at a time: first those of the fitted sampler, then the architecture's default
+    initialisation for the rest. Stores the number of each in counts["sampled"] and counts["defaulted"]."""
     from baselines.schemes.default import Default
 
     counts = {} if counts is None else counts
@@ -87,17 +86,15 @@ def sample_with_defaults(
     counts["sampled"], counts["defaulted"] = len(blueprint.names) - len(left), len(left)
     if left:
         log.info(
-            "%d of %d tensors keep the default initialisation: %s", len(left), len(blueprint.names), _first_few(left)
+            "%d of %d tensors keep the default initialisation: %s",
+            len(left),
+            len(blueprint.names),
+            shortened_list(left, 3),
         )
     if blueprint.unknown:
         log.info(
-            "no method but the default models %d tensors, whose role is unknown: %s",
+            "%d tensors have an unknown role and keep the default initialisation: %s",
             len(blueprint.unknown),
-            _first_few(blueprint.unknown),
+            shortened_list(blueprint.unknown, 3),
         )
     yield from Default().fill(blueprint, left, seed)
-
-
-def _first_few(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

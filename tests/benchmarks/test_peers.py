@@ -20,7 +20,7 @@ from benchmarks.peers import tokens as row_tokens
 from benchmarks.peers.scoring import loss_of
 from benchmarks.peers.weights import own_tensors, principal, read, rebuilt
 from diffusion.training import DiffusionTrainConfig, train_diffusion
-from headstart.generate.generate import generate
+from tests.support.commands import generate
 from tests.support.tiny import config, make_zoo
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
@@ -223,7 +223,7 @@ def test_the_measurement_runs_and_goes_on(zoo: Zoo, tmp_path: Path) -> None:
     tokens = torch.randint(48, (1000,), generator=stream(0, "text"))
     blueprint = target()
     assert blueprint.config is not None
-    setup = measure.Setup(
+    setup = measure.PeerMeasurement(
         zoo, pipeline, tokens, blueprint.config, tmp_path / "work", None, steps=2, seeds=(0,), shapes=1, rebuilds=1,
         variants={
             "sane": measure.Variant("sane", "small", {"window": 16, "layers": 1}),

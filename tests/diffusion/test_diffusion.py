@@ -27,7 +27,7 @@ from diffusion.memory import MAX_LAYERS, TokenScale
 from diffusion.pipeline import CONDITIONS
 from diffusion.sampler import DiffusionSampler
 from diffusion.views import donor_contexts, first_head_unit, mean_tokens, view_shape
-from headstart.generate.generate import generate
+from tests.support.commands import generate
 from tests.support.tiny import STD, config, make_zoo, role
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
@@ -339,7 +339,7 @@ def test_wrong_use_is_refused(trained: Path, autoencoder: Path, tmp_path: Path) 
     tensors = load_file(weights)
     del tensors["vocabulary"]
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(UserError, match="lacks vocabulary, so it is of another version"):
+    with pytest.raises(UserError, match="lacks the tensor vocabulary, so it is damaged or from another version"):
         DiffusionSampler(model=str(lacking)).fit(None, Blueprint.from_pretrained_config(config()))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from headstart.config import DemoConfig
 from headstart.demo import TARGET, Plan, demo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
@@ -40,7 +41,7 @@ def test_the_demo_runs_and_continues(
     # Workers import everything anew, which takes longer than all stages; they are tested with nursery and compare.
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     out = tmp_path / "demo"
-    took = demo(out, plan=MICRO, quiet=True)
+    took = demo(DemoConfig(out=str(out)), plan=MICRO, quiet=True)
     assert set(took) == {"zoo train", "train autoencoder", "train diffusion", "generate", "compare"}
     printed = capsys.readouterr().out
     assert all(name in printed for name in MICRO.methods)
@@ -52,13 +53,13 @@ def test_the_demo_runs_and_continues(
 
     stages = json.loads((out / "demo.json").read_text())["stages"]
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    again = demo(out, plan=MICRO, quiet=True)
+    again = demo(DemoConfig(out=str(out)), plan=MICRO, quiet=True)
     assert "generate" not in again
     kept = json.loads((out / "demo.json").read_text())["stages"]
     assert set(kept) == set(took) and all(kept[name]["seconds"] >= stages[name]["seconds"] for name in stages)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
     with pytest.raises(UserError, match="another preset or seed"):
-        demo(out, plan=MICRO, seed=1, quiet=True)
+        demo(DemoConfig(out=str(out), seed=1), plan=MICRO, quiet=True)
 
 
 def test_the_target_is_in_no_preset() -> None:
@@ -72,4 +73,4 @@ def test_the_target_is_in_no_preset() -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="holds no demo"):
-        demo(tmp_path, quick=True, quiet=True)
+        demo(DemoConfig(out=tmp_path, quick=True), quiet=True)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from baselines.schemes.default import Default
 from baselines.schemes.rules import GPT2, Identity, ScaledDefault, TruncatedNormal, repeated_identity, zero_matrix
-from headstart.generate.generate import generate
 from headstart.generate.sampling import sample_with_defaults
+from tests.support.commands import generate
 from tests.support.shaken import CONFIGS, logits
 from zoo.checkpoints.writer import write_checkpoint
 from zoo.errors import UserError
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
-from zoo.tensors import split
+from zoo.tensors import split_parts
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256, "num_hidden_layers": 3, "head_dim": 16},
@@ -48,7 +48,7 @@ def parts(sampler: Sampler, name: str) -> dict[tuple[str, int | None], Tensor]:
         if spec.kind == "weight" and spec.role != "norm":
             for part in spec.parts:
                 role = part.axes[0] if part.role == "embed" else part.role
-                found[role, spec.layer] = split(spec, tensor)[part.role]
+                found[role, spec.layer] = split_parts(spec, tensor)[part.role]
     return found
 
 

@@ -15,7 +15,6 @@ import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 
-from headstart.analyze.analyze import analyze
 from headstart.report.analysis import render_analysis
 from headstart.report.analysis_findings import (
     AILING,
@@ -34,11 +33,12 @@ from headstart.report.analysis_findings import (
 )
 from tests.conftest import make_llama
 from tests.headstart.test_cli import headstart
+from tests.support.commands import analyze
 from zoo.add import add
 from zoo.errors import UserError
 from zoo.statistics.grouping import read_grouping
 from zoo.statistics.spectra import spectrum_summary
-from zoo.tensors import split
+from zoo.tensors import split_parts
 
 SMALL: dict[str, Any] = {"ranks": (4, 64), "bootstraps": 10, "quiet": True}
 
@@ -191,7 +191,7 @@ def test_fused_tensors_are_told_part_by_part(shared_data: Path, trained: tuple[P
     donor = StandaloneDonor.open(shared_data / "models" / "makemore-en-a", quiet=True)
     spec = next(s for s in donor.blueprint.specs if s.role == "attn.qkv" and s.kind == "weight" and s.layer == 1)
     tensors = trained[1]["models"]["makemore-en-a"]["marginals"]["tensors"]
-    for role, matrix in split(spec, donor.read(spec.name, torch.float32)).items():
+    for role, matrix in split_parts(spec, donor.read(spec.name, torch.float32)).items():
         told = tensors[f"{spec.name} [{role}]"]
         assert told["std"] == pytest.approx(matrix.std(correction=0).item(), rel=1e-5)
         assert (told["role"], told["layer"], told["shape"]) == (role, 1, [64, 64])
@@ -241,7 +241,7 @@ def test_the_page_is_whole_and_escaped(folder: Path, untrained: dict[str, Any]) 
         ({}, "nothing to analyze"),
         ({"donor": "nowhere"}, "unknown donor"),
         ({"ranks": (0, 16)}, "--ranks 0,16"),
-        ({"ranks": (1,)}, "two numbers or more"),
+        ({"ranks": (1,)}, "--ranks 1: give at least 2"),
         ({"ranks": ()}, "--ranks"),
         ({"bootstraps": 0}, "--bootstraps 0"),
         ({"out": "zoo"}, "exists already"),

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.compare.compare import compare
 from headstart.report import scores
 from headstart.report.comparison import render_comparison
 from headstart.report.comparison_findings import caveats, headline
+from tests.support.commands import compare
 from zoo.errors import UserError
 from zoo.training.corpora import python_reference
 
@@ -220,7 +220,7 @@ def test_the_run_is_what_a_user_would_do(compared: Path, donors: Path, corpus: P
     """generate, from_pretrained, and a plain loop of torch over the same batches end at the very same loss."""
     from transformers import AutoModelForCausalLM
 
-    from headstart.generate.generate import generate
+    from tests.support.commands import generate
     from zoo.streams import stream_seed
     from zoo.training.corpora import byte_tokens
     from zoo.training.loop import TrainingConfig as T
@@ -412,7 +412,7 @@ def test_other_coordinates_have_no_distance_and_the_page_says_so(
     small = {"methods": ["default", "diffusion"], "model": pipeline, "donor": None, "steps": 1, "seeds": [0]}
     results = compare(out=tmp_path / "out", **settings(donors, corpus) | small | {"lrs": [1e-3]})
     entry = results["methods"]["diffusion"]
-    assert entry["donors"] and entry["novelty"] is None and "canonical coordinates" in entry["novelty_note"]
+    assert entry["donors"] and entry["novelty"] is None and "canonical form" in entry["novelty_note"]
     text = " ".join(read((tmp_path / "out" / "report.html").read_text()).text)
     assert f"diffusion: {entry['novelty_note']}" in text
 

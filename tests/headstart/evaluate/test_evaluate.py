@@ -19,9 +19,9 @@ import torch
 from typer.testing import CliRunner
 
 from headstart.cli import app
-from headstart.evaluate.evaluate import evaluate
 from headstart.evaluate.local_tasks import question_files, read_questions
 from tests.conftest import make_llama
+from tests.support.commands import evaluate
 from zoo.errors import UserError
 
 lm_eval = pytest.importorskip("lm_eval.tasks") and pytest.importorskip("lm_eval")
@@ -209,7 +209,7 @@ def test_an_adapter_is_scored_on_its_base(shared_data: Path, tmp_path: Path) -> 
 
 def test_an_adapter_of_ours_is_scored_on_the_base_that_came_with_it(shared_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from headstart.lora.lora import lora
+    from tests.support.commands import lora
 
     base, file = shared_data / "models" / "stories260K", str(shared_data / "eval" / "copa.jsonl")
     lora(base, "olora", 4, tmp_path / "made", quiet=True)
@@ -426,7 +426,7 @@ def gate() -> Iterator[str]:
 def test_data_that_are_gated_or_gone_are_one_line(tmp_path: Path, gate: str) -> None:
     folder = make_llama(tmp_path / "model", vocab_size=256)
     script = f"""
-from headstart.evaluate.evaluate import evaluate
+from tests.support.commands import evaluate
 from zoo.errors import UserError
 for task in ("gpqa_diamond_zeroshot", "piqa"):
     try:

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from headstart import samplers
-from headstart.generate.generate import generate
+from headstart.config_values import settings_of
 from headstart.generate.sampling import build_sampler
-from headstart.lora.lora import lora
+from tests.support.commands import generate, lora
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.sampler import Sampler
@@ -59,7 +59,7 @@ def donors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sampler(name: str, text: Path) -> Sampler:
     cls = samplers.get(name)
     given = {"text": str(text)} if "text" in cls.__dataclass_fields__ else {}
-    return build_sampler(cls, SETTINGS.get(name, []), **given)
+    return build_sampler(cls, settings_of(SETTINGS.get(name, [])), **given)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -113,7 +113,7 @@ LORA = ["pareto:strategy=both_small", "pareto:strategy=both_compensated", *sampl
 
 def lora_sampler(label: str) -> Sampler:
     name, *settings = label.split(":")
-    return build_sampler(samplers.get(name), [*settings, *(["bootstraps=20"] if name == "pareto" else [])])
+    return build_sampler(samplers.get(name), settings_of([*settings, *(["bootstraps=20"] if name == "pareto" else [])]))
 
 
 @pytest.mark.parametrize("label", LORA)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.generate.generate import generate
+from headstart.config_values import settings_of
 from headstart.generate.sampling import build_sampler
 from headstart.samplers import get
+from tests.support.commands import generate
 from tests.support.shaken import CONFIGS, donor, logits
 from zoo.add import add
 from zoo.checkpoints.checkpoint import Checkpoint
@@ -64,7 +65,17 @@ def test_the_folder_says_what_made_it(tmp_path: Path) -> None:
     target = config_file(tmp_path / "target", smaller("llama"))
     generate(target, "weight-selection", tmp_path / "out", zoo=tmp_path / "zoo", seed=3, settings=["layers=even"])
     record = json.loads((tmp_path / "out" / "headstart.json").read_text())
-    assert set(record) == {"method", "options", "seed", "command", "versions", "donors", "tensors", "parameters"}
+    assert set(record) == {
+        "method",
+        "options",
+        "seed",
+        "command",
+        "versions",
+        "donors",
+        "tensors",
+        "parameters",
+        "config",
+    }
     assert record["method"] == "weight-selection" and record["seed"] == 3 and record["options"]["layers"] == "even"
     assert record["tensors"] == {"sampled": 21, "defaulted": 0}
     assert record["parameters"] == Checkpoint.open(tmp_path / "out").parameters
@@ -189,16 +200,18 @@ def test_the_nearest_donor_that_fits_is_chosen(tmp_path: Path) -> None:
 
 def test_settings_are_parsed_by_the_type_of_the_option() -> None:
     cls = get("row-column")
-    sampler = build_sampler(cls, ["noise=0", "depth=stack", "donor=none"], donor="x", model="not a field", device="cpu")
+    sampler = build_sampler(
+        cls, {"noise": "0", "depth": "stack", "donor": "none"}, donor="x", model="not a field", device="cpu"
+    )
     assert sampler.options() == cls(noise=0.0, depth="stack").options()
     for setting, reason in {
         "nois=1": "did you mean 'noise'",
-        "noise=loud": "wants a float",
+        "noise=loud": "give row-column a float",
         "noise": "KEY=VALUE",
         "depth=deep": "unknown depth of row-column",
     }.items():
         with pytest.raises(UserError, match=reason):
-            build_sampler(cls, [setting])
+            build_sampler(cls, settings_of([setting]))
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
@@ -209,7 +222,7 @@ def test_settings_are_parsed_by_the_type_of_the_option() -> None:
     ({"method": "row-column", "zoo": "no-such-zoo"}, "is not a zoo"),
     ({"method": "default", "dtype": "float64"}, "unknown dtype 'float64'"),
     ({"method": "default", "tokenizer": "nowhere"}, "no tokenizer.json"),
-    ({"method": "diffusion", "model": "no such/pipe"}, "no such folder, and no hub id"),
+    ({"method": "diffusion", "model": "no such/pipe"}, "is neither a folder nor a hub id"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, arguments: dict, reason: str) -> None:
     target = config_file(tmp_path / "target", CONFIGS["llama"])
@@ -253,7 +266,7 @@ def test_tensors_that_no_method_models_are_named(tmp_path: Path, caplog: pytest.
     projected = CONFIGS["opt"] | {"word_embed_proj_dim": 16}
     with caplog.at_level("INFO"):
         generate(projected, "default", tmp_path / "out")
-    assert "models 3 tensors" in caplog.text and "model.decoder.project_in.weight" in caplog.text
+    assert "3 tensors have an unknown role" in caplog.text and "model.decoder.project_in.weight" in caplog.text
 
 
 def test_real_donors_into_a_wider_deeper_llama(tmp_path: Path, shared_data: Path) -> None:

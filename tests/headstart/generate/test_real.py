@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from headstart.compare.compare import compare
-from headstart.generate.generate import generate
+from tests.support.commands import compare, generate
 from zoo.add import add
 from zoo.training.corpora import encode_corpus
 from zoo.training.loop import evaluate
@@ -56,10 +55,10 @@ def test_compare_on_real_text(shared_data: Path, zoo: Path, target: Path, tmp_pa
     corpus = tmp_path / "stories.txt"
     corpus.write_text((shared_data / "corpora" / "tinystories_sample.txt").read_text()[:200_000])
     results = compare(
-        target,
-        zoo,
-        ["default", "row-column"],
-        corpus,
+        target=target,
+        zoo=zoo,
+        methods=["default", "row-column"],
+        corpus=corpus,
         steps=3,
         seeds=(0,),
         lrs=(1e-3,),

@@ -19,14 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 import headstart
 from headstart import samplers
 from headstart.analyze import parts as analysis_parts
-from headstart.analyze.analyze import analyze
-from headstart.generate.generate import generate
-from headstart.lora.lora import initialize_lora_weights, lora
+from headstart.lora.in_memory import initialize_lora_weights
 from tests.baselines.lora.test_peft_inits import NAMES, model_of
 from tests.conftest import make_llama
 from tests.headstart.generate.test_every_method import TARGET
 from tests.support import tiny
 from tests.support.architectures import LISTED
+from tests.support.commands import analyze, generate, lora
 from tests.support.hub_server import Repo, files_of, serve
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.errors import UserError
@@ -311,7 +310,7 @@ def test_a_plan_counts_and_does_nothing(base: Path, tmp_path: Path) -> None:
 
 HUB_WORKER = """
 import json, sys
-from headstart.lora.lora import lora
+from tests.support.commands import lora
 out = {}
 for name, method, plan in (("planned", "pissa", True), ("near", "gaussian", False), ("whole", "pissa", False)):
     found = lora("org/model@main", method, 4, sys.argv[1] + "/" + name, plan=plan, quiet=True)
@@ -484,10 +483,10 @@ def test_a_damaged_base_leaves_nothing_behind(base: Path, tmp_path: Path) -> Non
 def test_commands_for_models_send_lora_methods_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="headstart lora --base MODEL --method pissa"):
         generate(TARGET, "pissa", tmp_path / "out")
-    from headstart.compare.compare import compare
+    from tests.support.commands import compare
 
     with pytest.raises(UserError, match="headstart lora"):
-        compare(TARGET, None, ["gaussian"], "no.txt", steps=1, seeds=[0], lrs=[1e-3], out=tmp_path / "out")  # type: ignore[arg-type]
+        compare(target=TARGET, methods=["gaussian"], corpus="no.txt", out=tmp_path / "out")
 
 
 def test_without_peft_the_extra_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,98 @@
+"""What a comparison reads: the corpus, the tokenizer, and hashes of the zoo and the trained model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from headstart.compare.trials import HELD_OUT, training_token_count
+from zoo.donors.folder import FolderDonor
+from zoo.donors.zoo import Zoo
+from zoo.errors import UserError
+from zoo.vocabulary import BYTE_VOCAB, find_tokenizer
+
+CALIBRATION = 0.8  # share of the corpus' bytes, at its beginning, for methods that look at activations
+
+
+def find_target_tokenizer(
+    given: str | Path | None, target: str | Path | dict[str, Any], zoo: str | Path | None, vocab: int
+) -> Path | None:
+    """The folder of the tokenizer: the given one, else the target's, else the one that the donors with the target's
+    vocabulary share. None for bytes. Raises UserError where the donors have different ones."""
+    found = find_tokenizer(given, target)
+    if found is not None:
+        return found
+    if not isinstance(target, dict) and Path(target).exists():
+        _refuse_slow_tokenizer(Path(target) if Path(target).is_dir() else Path(target).parent)
+    donors = _donors_with_vocabulary(zoo, vocab)
+    if not donors:
+        return None
+    if any(donor.vocabulary() != donors[0].vocabulary() for donor in donors):
+        if vocab == BYTE_VOCAB:
+            return None
+        raise UserError(f"{zoo}: the donors have different tokenizers; give the target's own with --tokenizer")
+    return donors[0].folder
+
+
+def _refuse_slow_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.model", "vocab.json"):
+        if (folder / name).is_file():
+            advice = "load it with AutoTokenizer and write it with save_pretrained"
+            raise UserError(f"{folder}: its tokenizer has {name} and no tokenizer.json; {advice}")
+
+
+def _donors_with_vocabulary(zoo: str | Path | None, vocab: int) -> list[FolderDonor]:
+    """The donors that have a tokenizer and `vocab` tokens."""
+    donors = Zoo.open(zoo).donors if zoo is not None else ()
+    return [
+        donor
+        for donor in donors
+        if isinstance(donor, FolderDonor)
+        and donor.vocabulary() is not None
+        and donor.blueprint.metadata is not None
+        and donor.blueprint.metadata.vocab == vocab
+    ]
+
+
+def check_lengths(corpus: str | Path, tokens: Tensor, sequence: int, config: dict[str, Any]) -> None:
+    """Raises UserError where the held-out text is shorter than a window, or a window longer than the context."""
+    held_out = len(tokens) - training_token_count(tokens)
+    if held_out < sequence + 1:
+        least = math.ceil((sequence + 1) / HELD_OUT)
+        raise UserError(f"{corpus}: {len(tokens)} tokens are too few; give at least {least} for windows of {sequence}")
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(positions, int) and sequence > positions:
+        raise UserError(
+            f"--sequence {sequence}: the target has {positions} positions; give at most {positions} tokens per window"
+        )
+
+
+def write_calibration_text(corpus: str | Path, folder: Path) -> Path:
+    """Writes the beginning of the corpus, without any held-out text, to a file."""
+    text = Path(corpus).read_bytes()
+    path = folder / "calibration.txt"
+    path.write_bytes(text[: int(len(text) * CALIBRATION)].decode("utf-8", errors="ignore").encode())
+    return path
+
+
+def hash_zoo(zoo: str | Path | None) -> str | None:
+    """sha256 of the names and hashes of the donors of a zoo."""
+    if zoo is None:
+        return None
+    lines = "".join(f"{d.name} {d.sha256}\n" for d in Zoo.open(zoo).donors)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def hash_model(model: str | Path | None) -> str | None:
+    """sha256 of the files of a trained model's folder; a hub id itself."""
+    if model is None or not Path(model).is_dir():
+        return None if model is None else str(model)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(model).rglob("*") if p.is_file()):
+        with path.open("rb") as f:
+            digest.update(f"{path.relative_to(model)} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Values of a command line, a YAML file or a JSON record, converted to the annotated type of an option."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from zoo.errors import UserError
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def convert(hint: Any, value: Any, label: str) -> Any:
+    """`value` as the type `hint`. `label` names the option in errors.
+
+    A tuple may be a list, or one string with commas. A mapping may be a string that holds a JSON object. Raises
+    UserError for a value of another type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(arguments, value, label)
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        stripped = [item.strip() if isinstance(item, str) else item for item in items]
+        return tuple(convert(arguments[0], item, label) for item in stripped if item != "")
+    if origin in (dict, Mapping):
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            value = _parse_json(value, label)
+        if not isinstance(value, Mapping):
+            raise UserError(f"{label} {value}: give a mapping, one KEY: VALUE a line")
+        return {str(key): convert(arguments[1], inner, f"{label}.{key}") for key, inner in value.items()}
+    return value if hint is Any else _convert_scalar(hint, value, label)
+
+
+def settings_of(assignments: Iterable[str]) -> dict[str, str]:
+    """["KEY=VALUE", …] as a mapping. Raises UserError where there is no `=`."""
+    pairs = [(text, *text.partition("=")) for text in assignments]
+    for text, _, equals, _ in pairs:
+        if not equals:
+            raise UserError(f"--set {text}: write it as KEY=VALUE")
+    return {key: value for _, key, _, value in pairs}
+
+
+def comma_list(values: Iterable[Any]) -> str:
+    """Values as a list option writes them: 0.001,0.003."""
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def setting_text(value: Any) -> str:
+    """A setting as `--set` writes it: true, false and none in lower case."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, label: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    known = [kind for kind in kinds if kind is not type(None)]
+    has_mapping = any(typing.get_origin(kind) in (dict, Mapping) for kind in known)
+    if has_mapping and isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _parse_json(value, label)
+    matching = [kind for kind in known if isinstance(value, typing.get_origin(kind) or kind)]
+    return convert((matching or known)[0], value, label)
+
+
+def _parse_json(text: str, label: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{label}: is not a JSON object ({error}); give a file or valid JSON") from error
+
+
+def _convert_scalar(kind: Any, value: Any, label: str) -> Any:
+    wrong = UserError(f"{label} {value}: give {TYPE_NAMES.get(kind, kind.__name__)}")
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise wrong
+    if value is None or isinstance(value, list | tuple | Mapping) or (isinstance(value, bool) and kind is not str):
+        raise wrong
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise wrong
+    try:
+        return kind(value)
+    except (ValueError, OverflowError):
+        raise wrong from None
