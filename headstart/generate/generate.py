@@ -14,7 +14,7 @@ import torch
 from headstart import samplers
 from headstart.config import GenerateConfig
 from headstart.devices import torch_device, torch_dtype
-from headstart.generate import card
+from headstart.generate.card import checkpoint_card
 from headstart.generate.sampling import (
     build_sampler,
     fit_sampler,
@@ -128,7 +128,7 @@ def _write(job: GenerateJob, zoo: Zoo | None, folder: Path, command: str) -> Non
         "config": config.to_record(),
     }
     (folder / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")
-    (folder / "README.md").write_text(card.text(record, type(sampler), blueprint, _hub_ids(donors)))
+    checkpoint_card(record, type(sampler), blueprint, _hub_ids(donors)).save(folder / "README.md")
 
 
 def _check_needs(sampler: Sampler, config: GenerateConfig) -> None:

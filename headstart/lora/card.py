@@ -1,76 +1,66 @@
-"""The README of an adapter: what it is, what made it, and how PEFT wants its base handled."""
+"""The model card of an adapter: what it is, what made it, and how to load its base."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from headstart.generate.card import caveats, donors_table, front_matter, link, option_table
-from zoo.statistics.grouping import Grouping
+from huggingface_hub import ModelCard, ModelCardData
+
+from headstart.model_card import (
+    card_data,
+    donors_section,
+    grouping_detail,
+    how_it_was_made,
+    model_card,
+    warnings_section,
+)
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler
 
 
-def text(record: dict[str, Any], method: type[Sampler], model_class: str, hub_base: str | None) -> str:
-    """README.md from what headstart.json holds; model_class loads the base, hub_base is its id on the hub."""
+def adapter_card(record: dict[str, Any], method: type[Sampler], model_class: str, hub_base: str | None) -> ModelCard:
+    """README.md of an adapter, from the content of headstart.json. `model_class` loads the base, whose hub id is
+    `hub_base`."""
+    details = [*grouping_detail(record), f"Seed {record['seed']}. {_first_step(record)}"]
     sections = [
-        front_matter(record["donors"], [hub_base] if hub_base else [], "peft", ["lora"]),
-        _body(record, method),
+        _introduction(record),
+        how_it_was_made(record, method.summary, method.reference, details),
         _use(record, model_class),
-        donors_table(record["donors"]),
-        caveats(record["donors"]),
+        donors_section(record["donors"]),
+        warnings_section(record["donors"]),
     ]
-    return "\n".join(section for section in sections if section)
+    return model_card(card_data(record["donors"], [hub_base] if hub_base else [], "peft", ["lora"]), sections)
 
 
-def base_text(record: dict[str, Any], license: str) -> str:
-    """README.md of the changed base."""
-    return f"""---
-library_name: transformers
-license: {license}
----
-# The base of an adapter by {record["method"]}
+def base_card(record: dict[str, Any], license: str) -> ModelCard:
+    """README.md of a changed base."""
+    text = f"""# The base of an adapter by {record["method"]}
 
-`{record["base"]}` with W - scaling B A in the place of every weight W that the adapter in the folder above adapts. It
-is no model of its own: without that adapter it is the original less a part of its weights.
+`{record["base"]}` with W - scaling B A in place of every weight W that the adapter in the parent folder adapts. Use it
+only together with that adapter: a part of the original weights is in the adapter.
 """
+    return model_card(ModelCardData(license=license, library_name="transformers"), [text])
 
 
-def _body(record: dict[str, Any], method: type[Sampler]) -> str:
-    adapter, versions = record["adapter"], record["versions"]
-    made = ", ".join(f"{name} {version}" for name, version in versions.items())
-    pairs = f"{adapter['pairs']} pairs A, B ({', '.join(adapter['targets'])})"
+def _introduction(record: dict[str, Any]) -> str:
+    adapter = record["adapter"]
     return f"""# Initial LoRA weights by {record["method"]}
 
-An adapter to start training from, **not a trained one**, for `{record["base"]}`: rank {adapter["rank"]}, alpha
-{adapter["alpha"]:g}, {pairs}, {record["parameters"]:,} parameters.
-
-```
-{record["command"]}
-```
-
-- Method: `{record["method"]}`, {method.summary} ({link(method.reference)}).
-{_followed(record["grouping"])}- Seed {record["seed"]}. {_first_step(record)}
-- Made with {made}.
-{option_table(record["options"])}"""
-
-
-def _followed(grouping: dict[str, Any] | None) -> str:
-    """What was read of the reference, as a line of a list."""
-    if grouping is None:
-        return ""
-    of = f" of {grouping['source']['name']}" if grouping["source"] else ""
-    return f"- Characterisation{of} by the top {grouping['rank']} singular values: {Grouping.from_json(grouping).description}.\n"
+An adapter to start training from, **not a trained one**, for `{record["base"]}`. It has rank {adapter["rank"]}, alpha
+{adapter["alpha"]:g}, {adapter["pairs"]} pairs A, B ({", ".join(adapter["targets"])}) and {record["parameters"]:,}
+parameters.
+"""
 
 
 def _first_step(record: dict[str, Any]) -> str:
     change = record["step0"]["largest_change"]
     if record["changed_base"]:
-        return "The adapter with the changed base computes what the original did, up to rounding."
+        return "The adapter with the changed base computes the function of the original, up to rounding."
     if change == 0:
-        return "B is zero: before the first step the adapted model computes exactly what the base does."
+        return "B is zero: before the first step the adapted model computes exactly the function of the base."
     size = "small" if change is None else f"at most {change:.2g} of W"
-    return f"Before the first step scaling B A is {size} (Frobenius norms), and the base is not compensated for it."
+    return f"Before the first step scaling B A is {size} (Frobenius norms), and the base does not compensate for it."
 
 
 def _use(record: dict[str, Any], model_class: str) -> str:
@@ -88,18 +78,18 @@ def _use(record: dict[str, Any], model_class: str) -> str:
 
 CHANGED_BASE = {
     "what": (
-        "This method moves a part of the base into the adapter. `base/` holds what is left: train on it. The adapter "
-        "goes with that base only; on the original base it counts this part twice."
+        "This method moves a part of the base into the adapter. `base/` holds the rest: train on it. The adapter fits "
+        "that base only. On the original base this part would count twice."
     ),
     "train": (
-        "`init_lora_weights` is `true` in adapter_config.json, so that PEFT loads what is here and does not take the "
-        "part out of the base once more. A trained adapter that is saved as usual goes with `base/` as well."
+        "`init_lora_weights` is `true` in adapter_config.json, so that PEFT loads the adapter as it is and does not "
+        "subtract the part from the base again. A trained adapter that is saved as usual belongs to `base/` as well."
     ),
     "convert": (
         "`model.save_pretrained(OUT, path_initial_model_for_weight_conversion=DIR)` turns the trained adapter into one "
-        "of twice the rank for the original base. DIR must be this folder as it was written, its path without a slash "
-        "at the end; PEFT takes the folder's name for an adapter's, so it must have no dot and not be `default`. The "
-        "converted adapter still names `base/` as its base: give the original one when loading it, or set "
-        "`model.peft_config['default'].base_model_name_or_path` before saving."
+        "of twice the rank for the original base. DIR must be this folder as it was written, with no slash at the end "
+        "of its path. PEFT uses the folder's name as an adapter's name, so it must have no dot and not be `default`. "
+        "The converted adapter still names `base/` as its base. Give the original base when you load it, or set "
+        "`model.peft_config['default'].base_model_name_or_path` before you save."
     ),
 }

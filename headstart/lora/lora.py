@@ -14,7 +14,7 @@ from headstart.config import LoraConfig
 from headstart.devices import torch_device, torch_dtype
 from headstart.generate.sampling import build_sampler, fit_sampler
 from headstart.generate.tokenizer_files import copy_tokenizer
-from headstart.lora import card
+from headstart.lora.card import CHANGED_BASE, adapter_card, base_card
 from headstart.lora.first_step import FirstStepChange
 from headstart.lora.reference import Reference, resolve_reference
 from headstart.versions import package_versions
@@ -163,16 +163,16 @@ def _write(job: LoraJob, base: FolderDonor | None, zoo: Zoo | None, folder: Path
         "base": str(job.config.base),
         "adapter": _summary(job.adapter),
         "step0": change.to_record(),
-        "changed_base": {"folder": BASE_FOLDER, **card.CHANGED_BASE} if job.sampler.compensated else None,
+        "changed_base": {"folder": BASE_FOLDER, **CHANGED_BASE} if job.sampler.compensated else None,
         "config": job.config.to_record(),
     }
     if job.sampler.compensated:
         assert base is not None
         _write_base(job, base, folder / BASE_FOLDER, folder / ADAPTER_WEIGHTS)
-        (folder / BASE_FOLDER / "README.md").write_text(card.base_text(record, base.license))
+        base_card(record, base.license).save(folder / BASE_FOLDER / "README.md")
     (folder / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")
     model_class = _auto_class(job.adapter)
-    (folder / "README.md").write_text(card.text(record, type(job.sampler), model_class, job.source.repo))
+    adapter_card(record, type(job.sampler), model_class, job.source.repo).save(folder / "README.md")
 
 
 def _write_base(job: LoraJob, base: FolderDonor, folder: Path, adapter_file: Path) -> None:
