@@ -1,4 +1,4 @@
-"""Figures of an analysis: values by role, spectra by depth, distances between layers on logarithmic axes."""
+"""Figures of an analysis: marginal distributions by role, spectra by layer, distances between layers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headstart.report.analysis_findings import Model, matrices, noise_alpha
-from headstart.report.plot_style import COLOURS, GREY, INK, style_axes
+from headstart.report.analysis_data import NULL_LABELS, Model, matrices_with_kurtosis, noise_alpha, spectrum_entries
+from headstart.report.numbers import superscript
+from headstart.report.plot_style import COLOURS, GREY, INK, SIDE_LEGEND, WIDTH, style_axes
 from zoo.statistics.similarity import PROJECTIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROLES = ("embed", "head", *PROJECTIONS, "conv", "other")
-COLOUR = dict(zip((*PROJECTIONS, "embed", "head"), COLOURS, strict=False))
-FAMILY = {
+ROLES = ("embed", "head", *PROJECTIONS, "conv", "other")  # from top to bottom
+ROLE_COLOURS = dict(zip((*PROJECTIONS, "embed", "head"), COLOURS, strict=False))
+FAMILY_COLOURS = {
     "normal": GREY,
     "laplace": COLOURS[1],
     "student-t": COLOURS[0],
@@ -25,78 +26,94 @@ FAMILY = {
     "stable": COLOURS[4],
     "mixture": COLOURS[6],
 }
-NULL = {"gaussian": (GREY, "Gaussian matrices"), "spikes": (COLOURS[1], "Gaussian with spikes")}
-SIDE: dict[str, Any] = {"bbox_to_anchor": (1.01, 1.0), "loc": "upper left", "frameon": False, "labelcolor": INK}
+NULL_COLOURS = {"gaussian": GREY, "spikes": COLOURS[1]}
+TOP_LEGEND: dict[str, Any] = {"loc": "outside upper left", "frameon": False, "labelcolor": INK, "fontsize": 9}
 
 
-def values(model: Model) -> Figure | None:
-    """Left: which law the matrices of each role got; right: their kurtosis, dark dots for deep layers."""
+def short_name(projection: str) -> str:
+    """`attn.q` -> `q`."""
+    return projection.partition(".")[2] or projection
+
+
+def marginal_figure(model: Model) -> Figure | None:
+    """Left: the best-fitting family of the matrices of each role. Right: their kurtosis, darker for later layers.
+    None where no matrix has a kurtosis."""
     from matplotlib.figure import Figure
 
-    known = [t for t in matrices(model["marginals"]) if t.get("kurtosis") is not None]
-    roles = [role for role in ROLES if any(t["role"] == role for t in known)]
+    matrices = matrices_with_kurtosis(model)
+    roles = [role for role in ROLES if any(t["role"] == role for t in matrices)]
     if not roles:
         return None
-    figure = Figure(figsize=(9.2, 1.4 + 0.34 * len(roles)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.4 + 0.34 * len(roles)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    families = [f for f in dict.fromkeys([*FAMILY, *(t["family"] for t in known if t.get("family"))])]
-    start = np.zeros(len(roles))
-    for i, family in enumerate(families):
-        width = np.array([sum(t["role"] == r and t.get("family") == family for t in known) for r in roles])
-        if width.any():
-            colour = FAMILY.get(family, COLOURS[(i + 3) % len(COLOURS)])
-            left.barh(range(len(roles)), width, left=start, height=0.62, color=colour, alpha=0.85, label=family)
-        start += width
-    left.set_yticks(range(len(roles)), roles)
-    left.invert_yaxis()
-    left.set_xlabel("matrices, by the law of highest held-out likelihood")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    columns = len(left.get_legend_handles_labels()[0])
-    figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=9)
-    depths = [t["layer"] for t in known if t["layer"] is not None]
-    deepest = max(depths, default=0) or 1
-    right.axvline(3, color=GREY, linewidth=1, linestyle=":")
-    for row, role in enumerate(roles):
-        for t in known:
-            if t["role"] == role:
-                depth = 1.0 if t["layer"] is None else t["layer"] / deepest
-                right.plot(t["kurtosis"], row, "o", color=COLOUR.get(role, GREY), alpha=0.3 + 0.7 * depth, markersize=6)
-    _numbers(right, "x", [t["kurtosis"] for t in known] + [3.0])
-    right.set_xlabel("kurtosis (normal: 3); the paler, the nearer to the input")
+    _draw_families(left, matrices, roles)
+    figure.legend(ncols=len(left.get_legend_handles_labels()[0]), **TOP_LEGEND)
+    _draw_kurtosis(right, matrices, roles)
     for axes in (left, right):
         style_axes(axes, grid="x")
         axes.tick_params(axis="y", length=0)
     return figure
 
 
-def spectra(model: Model) -> Figure | None:
-    """Left: the largest singular value over the edge of noise; right: the exponent of the spectrum, and of noise."""
+def _draw_families(axes: Axes, matrices: list[dict[str, Any]], roles: list[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    families = [*dict.fromkeys([*FAMILY_COLOURS, *(t["family"] for t in matrices if t.get("family"))])]
+    start = np.zeros(len(roles))
+    for i, family in enumerate(families):
+        width = np.array([sum(t["role"] == r and t.get("family") == family for t in matrices) for r in roles])
+        if width.any():
+            colour = FAMILY_COLOURS.get(family, COLOURS[(i + 3) % len(COLOURS)])
+            axes.barh(range(len(roles)), width, left=start, height=0.62, color=colour, alpha=0.85, label=family)
+        start += width
+    axes.set_yticks(range(len(roles)), roles)
+    axes.invert_yaxis()
+    axes.set_xlabel("matrices, by family of highest held-out likelihood")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_kurtosis(axes: Axes, matrices: list[dict[str, Any]], roles: list[str]) -> None:
+    last_layer = max((t["layer"] for t in matrices if t["layer"] is not None), default=0) or 1
+    axes.axvline(3, color=GREY, linewidth=1, linestyle=":")
+    for row, role in enumerate(roles):
+        for t in matrices:
+            if t["role"] == role:
+                depth = 1.0 if t["layer"] is None else t["layer"] / last_layer
+                colour = ROLE_COLOURS.get(role, GREY)
+                axes.plot(t["kurtosis"], row, "o", color=colour, alpha=0.3 + 0.7 * depth, markersize=6)
+    _set_number_axis(axes, "x", [t["kurtosis"] for t in matrices] + [3.0])
+    axes.set_xlabel("kurtosis (3: normal); pale: first layers, dark: last")
+
+
+def spectrum_figure(model: Model) -> Figure | None:
+    """Left: the largest singular value over the edge of noise. Right: the exponent of the spectrum, and the range of
+    exponents of noise. None where no matrix in a layer was measured."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    tensors = [t for t in model["spectra"]["tensors"].values() if t["layer"] is not None and t.get("edge") is not None]
+    tensors = [t for t in spectrum_entries(model) if t["layer"] is not None and t.get("edge") is not None]
     roles = [role for role in PROJECTIONS if any(t["role"] == role for t in tensors)]
     if not roles:
         return None
-    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    noise = [a for a in map(noise_alpha, tensors) if a is not None]
+    noise = [alpha for alpha in map(noise_alpha, tensors) if alpha is not None]
     if noise:
         right.axhspan(min(noise), max(noise), color=GREY, alpha=0.22, linewidth=0, label="noise of\nthese shapes")
     left.axhline(1, color=GREY, linewidth=1, linestyle=":")
     for role in roles:
         rows = sorted((t["layer"], t["edge"], t.get("alpha")) for t in tensors if t["role"] == role)
-        x, edge, alpha = zip(*rows, strict=True)
-        look: dict[str, Any] = {"color": COLOUR[role], "marker": "o", "markersize": 4, "linewidth": 1.6}
-        left.plot(x, edge, **look)
-        right.plot(x, [math.nan if a is None else a for a in alpha], label=role, **look)
-    _numbers(left, "y", [t["edge"] for t in tensors] + [1.0])
+        layers, edges, alphas = zip(*rows, strict=True)
+        look: dict[str, Any] = {"color": ROLE_COLOURS[role], "marker": "o", "markersize": 4, "linewidth": 1.6}
+        left.plot(layers, edges, **look)
+        right.plot(layers, [math.nan if a is None else a for a in alphas], label=role, **look)
+    _set_number_axis(left, "y", [t["edge"] for t in tensors] + [1.0])
     exponents = noise + [t["alpha"] for t in tensors if t.get("alpha") is not None]
     if exponents:
-        _numbers(right, "y", exponents)
+        _set_number_axis(right, "y", exponents)
     left.set_title("largest singular value / edge of noise", loc="left", fontsize=10, color=INK)
     right.set_title("exponent α of the eigenvalues of WᵀW", loc="left", fontsize=10, color=INK)
-    right.legend(fontsize=9, **SIDE)
+    right.legend(fontsize=9, **SIDE_LEGEND)
     for axes in (left, right):
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -104,45 +121,49 @@ def spectra(model: Model) -> Figure | None:
     return figure
 
 
-def distances(model: Model, rank: str, pairs: list[dict[str, Any]]) -> Figure | None:
-    """How many distances are at least so large, on logarithmic axes: the donor with its fitted power law, and both
-    nulls."""
+def distance_figure(model: Model, rank: str, pairs: list[dict[str, Any]]) -> Figure | None:
+    """The share of distances at least as large as x, on logarithmic axes: the donor with its fitted power law, and
+    both kinds of random matrices. None where no pair has distances."""
     from matplotlib.figure import Figure
 
     drawn = [row for row in pairs if row.get("ccdf")]
     if not drawn:
         return None
     lines = math.ceil(len(drawn) / 3)
-    figure = Figure(figsize=(9.2, 0.6 + 2.5 * lines), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.6 + 2.5 * lines), layout="constrained")
     grid = figure.subplots(lines, 3, squeeze=False, sharey=True).ravel()
+    smallest_share = min(share for row in drawn for _, share in row["ccdf"])
     for axes, row in zip(grid, drawn, strict=False):
-        for kind, (colour, label) in NULL.items():
-            nulls = model["dsv"][rank]["nulls"][kind]
-            points: list[list[float]] = next((r["ccdf"] for r in nulls if (r["a"], r["b"]) == (row["a"], row["b"])), [])
-            if points:
-                x, share = zip(*points, strict=True)
-                axes.plot(x, share, color=colour, linewidth=1.6, alpha=0.8, label=label)
-        x, share = zip(*row["ccdf"], strict=True)
-        axes.plot(x, share, "o", color=COLOURS[0], markersize=4, label="this donor")
-        if row.get("alpha") is not None:
-            ends = np.array([row["xmin"], max(x)])
-            law = row["tail"] / row["n"] * (ends / row["xmin"]) ** (1 - row["alpha"])
-            axes.plot(ends, law, "-", color=INK, linewidth=1.4, label="fitted power law")
-        _decades(axes, "y", 0.6 * min(share for r in drawn for _, share in r["ccdf"]), 1.5)
-        _decades(axes, "x", *axes.dataLim.intervalx)
-        axes.set_title(f"{short(row['a'])} – {short(row['b'])}: {row['verdict']}", loc="left", fontsize=10, color=INK)
+        _draw_distances(axes, model["dsv"][rank]["nulls"], row)
+        _set_decade_axis(axes, "y", 0.6 * smallest_share, 1.5)
+        _set_decade_axis(axes, "x", *axes.dataLim.intervalx)
+        title = f"{short_name(row['a'])} – {short_name(row['b'])}: {row['verdict']}"
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
         style_axes(axes)
     for axes in grid[len(drawn) :]:
         axes.set_visible(False)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, labelcolor=INK, fontsize=9)
+    figure.legend(*grid[0].get_legend_handles_labels(), ncols=4, **TOP_LEGEND)
     figure.supxlabel("distance 1 − cos between the singular values of two layers", fontsize=10, color=INK)
-    figure.supylabel("share of distances at least so large", fontsize=10, color=INK)
+    figure.supylabel("share of distances at least as large", fontsize=10, color=INK)
     return figure
 
 
-def _decades(axes: Axes, axis: str, low: float, high: float) -> None:
-    """A logarithmic axis with ticks at powers of ten, every other or third of them where there are many."""
+def _draw_distances(axes: Axes, nulls: dict[str, list[dict[str, Any]]], row: dict[str, Any]) -> None:
+    for kind, colour in NULL_COLOURS.items():
+        same_pair = [null for null in nulls[kind] if (null["a"], null["b"]) == (row["a"], row["b"])]
+        if same_pair and same_pair[0]["ccdf"]:
+            x, share = zip(*same_pair[0]["ccdf"], strict=True)
+            axes.plot(x, share, color=colour, linewidth=1.6, alpha=0.8, label=NULL_LABELS[kind])
+    x, share = zip(*row["ccdf"], strict=True)
+    axes.plot(x, share, "o", color=COLOURS[0], markersize=4, label="this donor")
+    if row.get("alpha") is not None:
+        ends = np.array([row["xmin"], max(x)])
+        law = row["tail"] / row["n"] * (ends / row["xmin"]) ** (1 - row["alpha"])
+        axes.plot(ends, law, "-", color=INK, linewidth=1.4, label="fitted power law")
+
+
+def _set_decade_axis(axes: Axes, axis: str, low: float, high: float) -> None:
+    """A logarithmic axis with ticks at powers of ten; on the x axis only some of them where there are many."""
     getattr(axes, f"set_{axis}scale")("log")
     getattr(axes, f"set_{axis}lim")(low / 1.1, high * 1.1)
     exponents = range(math.ceil(math.log10(low / 1.1)), math.floor(math.log10(high * 1.1)) + 1)
@@ -151,16 +172,8 @@ def _decades(axes: Axes, axis: str, low: float, high: float) -> None:
     axes.minorticks_off()
 
 
-def superscript(number: int) -> str:
-    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def short(projection: str) -> str:
-    return projection.partition(".")[2] or projection
-
-
-def _numbers(axes: Axes, axis: str, numbers: list[float]) -> None:
-    """A logarithmic axis with style_axes numbers at its ticks, linear where the numbers lie within a factor of two."""
+def _set_number_axis(axes: Axes, axis: str, numbers: list[float]) -> None:
+    """A logarithmic axis with plain numbers at its ticks. Linear where the numbers lie within a factor of two."""
     low, high = min(numbers), max(numbers)
     margin = (high / max(low, 1e-9)) ** 0.06
     low, high = low / margin, high * margin

@@ -1,356 +1,335 @@
-"""What the page of an analysis says of one donor, section by section."""
+"""The sections of an analysis page for one donor, as plain data for the template."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable
-from html import escape
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from headstart.report import analysis_plots as plots
-from headstart.report.analysis_findings import (
-    AILING,
-    BEYOND,
-    LEVEL,
-    NOT,
-    NOT_BEYOND,
-    NOT_TRAINED,
-    OPEN,
+from headstart.report.analysis_claims import FDR_LEVEL, count_significant, list_claims, verdict_rules
+from headstart.report.analysis_data import (
+    NO_POWER_LAW,
+    NULL_LABELS,
     POWER_LAW,
-    TESTS,
-    TRAINED,
+    UNDECIDED,
     Model,
-    advice,
-    claims,
-    findings,
-    first_rank,
+    count_pairs,
+    count_verdicts,
+    is_measured,
+    matrices_above_noise,
+    median_alpha,
     noise_alpha,
-    risen_matrices,
-    small,
-    tests,
-    verdicts,
+    smallest_rank,
 )
-from headstart.report.page import bullets, cards, figure, note, or_dash, table
+from headstart.report.analysis_findings import grouping_sentences, health_findings
+from headstart.report.html import Column, Table
+from headstart.report.numbers import DASH, or_dash, shape_text, three_digits
+from headstart.report.plot_style import inline_svg
 from zoo.statistics.similarity import PROJECTIONS
 
-CHIP = {BEYOND: "good", NOT_BEYOND: "bad", TRAINED: "good", NOT_TRAINED: "bad", AILING: "bad"}
-WORD = {POWER_LAW: "power law", NOT: "not", OPEN: "undecided"}
-SIGN = {POWER_LAW: "✓", NOT: "✕", OPEN: "?"}
-MOST_PAIRS = 6  # whose distances are drawn
-TOLD = (("attn.v", "mlp.gate"), ("mlp.gate", "mlp.up"), ("mlp.gate", "mlp.down"))  # no power laws in 2509.00046
-STEEP, FLAT = 1.5, 6.0  # exponents at the ends of the colours
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHORT_VERDICTS = {POWER_LAW: "power law", NO_POWER_LAW: "not", UNDECIDED: "undecided"}
+SIGNS = {POWER_LAW: "✓", NO_POWER_LAW: "✕", UNDECIDED: "?"}
+ROW_COLUMN_HEADINGS = {
+    "row_spread": "spread of\nrow energy",
+    "column_spread": "spread of\ncolumn energy",
+    "row_correlation": "|correlation|\nof rows",
+}
+MAX_DRAWN_PAIRS = 6
+# Pairs of projections that follow no power law in arXiv 2509.00046.
+PUBLISHED_EXCEPTIONS = (("attn.v", "mlp.gate"), ("mlp.gate", "mlp.up"), ("mlp.gate", "mlp.down"))
+STRONGEST_ALPHA, WEAKEST_ALPHA = 1.5, 6.0  # exponents at the ends of the colour scale
 
 
-def donor(name: str, model: Model, about: dict[str, Any], alone: bool) -> Iterable[str]:
-    heading = "h2" if alone else "h3"
+@dataclass
+class Section:
+    """What every section may hold. `reason`: why it was not measured; then the rest is empty."""
 
-    def head(text: str) -> str:
-        return f"<{heading}>{escape(text)}</{heading}>"
-
-    yield _cards(model, about, alone)
-    yield head("What may be said")
-    yield _claims(model)
-    yield note(tests(model))
-    yield head("Health")
-    found = findings(model)
-    if isinstance(model["health"], dict):
-        yield _absent(model["health"])
-    else:
-        yield bullets(f["text"] for f in found) if found else note("Nothing is wrong that this check knows of.")
-    yield head("Values")
-    yield from _values(name, model)
-    yield head("Spectra")
-    yield from _spectra(name, model)
-    yield head("Similarity of layers")
-    yield from _similarity(name, model)
-    yield head("Rows and columns")
-    yield from _rows(model)
-    yield head("As a reference for LoRA")
-    yield from _lora(name, model)
+    reason: str | None = None
+    figure: Markup | None = None
+    notes: list[str] = field(default_factory=list)
+    table: Table | None = None
+    folded: list[tuple[str, Table]] = field(default_factory=list)  # (summary, table), closed at first
 
 
-def _cards(model: Model, about: dict[str, Any], alone: bool) -> str:
-    items = [(f"{about['parameters']:,}", f"parameters, {brief(about, size=False)}")]
-    risen, whole = risen_matrices(model)
-    if whole:
-        items.append((f"{risen} of {whole}", "matrices rise above noise"))
-    known = [t["alpha"] for t in model["spectra"].get("tensors", {}).values() if t.get("alpha") is not None]
-    if known:
-        items.append((f"{median(known):.2f}", "median exponent α of the spectra"))
-    if "why" not in model["dsv"]:
-        rank = first_rank(model)
-        count, null = verdicts(model, rank)[POWER_LAW], verdicts(model, rank, "gaussian")[POWER_LAW]
-        pairs = len(model["dsv"][rank]["pairs"])
-        items.append((f"{count} of {pairs}", f"pairs follow a power law; {null} in random matrices"))
-    return cards(items)
+@dataclass(frozen=True)
+class HeatCell:
+    """A pair of projections in a map: colour by exponent, text by verdict."""
+
+    number: str
+    verdict: str
+    sign: str
+    title: str
+    tint: str
+    is_decided: bool
 
 
-def _claims(model: Model) -> str:
-    rows = [
-        [("wide", escape(c.what)), ("wide", escape(c.here)), ("wide", escape(c.chance)), ("so", chip(c.verdict))]
-        for c in claims(model)
-    ]
-    columns = [("wide", "claim"), ("wide", "here"), ("wide", "by chance alone"), ("text", "so")]
-    return f'<div class="claims">{table(columns, rows)}</div>'
+@dataclass(frozen=True)
+class SimilarityMap:
+    """The maps of one rank: the donor, and both kinds of random matrices. Cells are None where there is no pair."""
+
+    rank: str
+    summary: str
+    names: list[str]
+    rows: list[tuple[str, list[HeatCell | None]]]
+    nulls: list[tuple[str, list[tuple[str, list[HeatCell | None]]]]]
+    pairs: Table
 
 
-def _values(name: str, model: Model) -> Iterable[str]:
-    part = model["marginals"]
-    if "why" in part:
-        yield _absent(part)
-        return
-    if part["shares"]:
-        ranked = sorted(part["shares"].items(), key=lambda item: -item[1])
-        words = ", ".join(f"{family} {share:.0%}" for family, share in ranked)
-        yield note(f"The law that gives held-out values the highest likelihood, by share of matrices: {words}.")
-    yield figure(plots.values(model), escape(f"values of {name}"))
-    rows = [
-        [
-            ("text", escape(label)),
-            ("", _size(t)),
-            *(("", _number(t.get(key))) for key in ("mean", "std", "skewness", "kurtosis")),
-            ("text", escape(t.get("family") or t.get("why") or "–")),
-            ("", _number(t.get("tail_index"))),
-        ]
-        for label, t in part["tensors"].items()
-    ]
-    heads = ("size", "mean", "std", "skewness", "kurtosis")
-    columns = [("text", "tensor"), *(("", h) for h in heads), ("text", "law"), ("", "tail index")]
-    yield folded(f"All {len(rows)} tensors", table(columns, rows))
+def donor_sections(name: str, model: Model, donor: dict[str, Any]) -> dict[str, Any]:
+    """section -> its data, for the template `analysis_donor.html.j2`."""
+    return {
+        "summary": _summary(model, donor),
+        "claims": list(list_claims(model)),
+        "verdict_rules": verdict_rules(model),
+        "health": _health(model),
+        "marginals": _marginals(name, model),
+        "spectra": _spectra(name, model),
+        "similarity": _similarity(name, model),
+        "maps": list(_similarity_maps(model)),
+        "row_column": _row_column(model),
+        "lora": _lora(model),
+        "lora_reference": shlex.quote(f"analysis.json#{name}"),
+    }
 
 
-def _spectra(name: str, model: Model) -> Iterable[str]:
-    part = model["spectra"]
-    if "why" in part:
-        yield _absent(part)
-        return
-    yield figure(plots.spectra(model), escape(f"spectra of {name}"))
-    yield note(
-        "The edge is the largest singular value that independent entries of the same spread would give "
-        "(Marchenko-Pastur). α is the exponent of the density of the eigenvalues of WᵀW, by maximum likelihood with "
-        "xmin by the Kolmogorov-Smirnov distance; the grey band is what random matrices of the same shapes get: no "
-        "training is needed for an α."
-    )
-    rows = []
-    for label, t in part["tensors"].items():
-        rows.append(
-            [
-                ("text", escape(label)),
-                ("", _size(t)),
-                *(("", _number(t.get(key))) for key in ("norm", "stable_rank", "edge", "outliers", "alpha")),
-                ("", _number(noise_alpha(t))),
-                ("", _number(t.get("distance"))),
-            ]
-        )
-    heads = ("size", "norm", "stable rank", "top / edge", "above\nthe edge", "α", "α of noise", "distance\nof the fit")
-    yield folded(f"All {len(rows)} matrices", table([("text", "tensor"), *(("", h) for h in heads)], rows))
-
-
-def _similarity(name: str, model: Model) -> Iterable[str]:
-    part = model["dsv"]
-    if "why" in part:
-        yield _absent(part)
-        return
-    yield note(
-        "Each layer's top singular values of a projection are a vector; the distances 1 − cos between the layers' "
-        "vectors of two projections are tested for a power law, by replicates of as many independent values as the "
-        "layers are worth. Cells: the exponent α, and the verdict. The small maps are the same study of random "
-        "matrices of the same shapes." + _cap(model["ranks"])
-    )
-    for i, (rank, found) in enumerate(part.items()):
-        small = (
-            f'<div><p class="caption">{words}</p>{_heat(found["nulls"][kind], small=True)}</div>'
-            for kind, words in (("gaussian", "Gaussian matrices"), ("spikes", "Gaussian with random spikes"))
-        )
-        maps = (
-            f'<div class="maps"><div><p class="caption">{escape(name)}, top {rank} singular values</p>'
-            f'{_heat(found["pairs"])}</div><div class="side">{"".join(small)}</div></div>'
-        )
-        pairs = folded(f"All {len(found['pairs'])} pairs", _pairs(found["pairs"]))
-        if i == 0:
-            signs = "✓ power law, ✕ not a power law, ? undecided. "
-            yield maps + note(signs + "The stronger the colour, the smaller α (the heavier the tail).")
-            yield figure(plots.distances(model, rank, chosen(found["pairs"])), escape(f"distances of {name}"))
-            yield pairs
-        else:
-            counts = verdicts(model, rank)
-            words = ", ".join(f"{counts[v]} {v}" for v in (POWER_LAW, NOT, OPEN))
-            yield folded(f"Top {rank} singular values: {words}", maps + pairs)
-
-
-def _cap(ranks: dict[str, int]) -> str:
-    cut = [asked for asked, used in ranks.items() if int(asked) != used]
-    if not cut:
-        return ""
-    return (
-        f" Rank {' and '.join(cut)} cannot be had: the smallest projection has {max(ranks.values())} singular values."
-    )
-
-
-def _heat(rows: list[dict[str, Any]], small: bool = False) -> str:
-    cells = {frozenset((row["a"], row["b"])): row for row in rows}
-    names = [p for p in PROJECTIONS if any(p in (row["a"], row["b"]) for row in rows)]
-    head = "".join(f"<th>{escape(plots.short(p))}</th>" for p in names)
-    lines = []
-    for a in names:
-        line = []
-        for b in names:
-            row = cells.get(frozenset((a, b)))
-            if row is None:
-                line.append("<td>–</td>")
-                continue
-            alpha, verdict = row.get("alpha"), row["verdict"]
-            number = "–" if alpha is None else f"{alpha:.2f}" if alpha < 9.95 else f"{alpha:.0f}"
-            words = f"{a}, {b}: {verdict}; {row.get('why') or ''}"
-            inner = SIGN[verdict] if small else f"{number}<span>{WORD[verdict]}</span>"
-            told = "" if verdict == OPEN else ' class="told"'
-            line.append(f'<td{told} style="{_tint(alpha)}" title="{escape(words)}">{inner}</td>')
-        lines.append(f"<tr><th>{escape(plots.short(a))}</th>{''.join(line)}</tr>")
-    return f'<table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-
-
-def _tint(alpha: float | None) -> str:
-    """Blue, the stronger the smaller the exponent."""
-    if alpha is None:
-        return ""
-    place = (math.log(FLAT) - math.log(min(max(alpha, STEEP), FLAT))) / (math.log(FLAT) - math.log(STEEP))
-    return f"background:rgba(59,130,246,{0.06 + 0.5 * place:.2f})"
-
-
-def _pairs(rows: list[dict[str, Any]]) -> str:
-    ratios = list(dict.fromkeys(key for row in rows for key in row.get("ratios") or {}))
-    body = []
-    for row in rows:
-        body.append(
-            [
-                ("text", escape(f"{plots.short(row['a'])} – {plots.short(row['b'])}")),
-                *(("", _number(row.get(key))) for key in ("n", "worth", "tail", "alpha")),
-                ("", or_dash(row.get("alpha_ci95"), lambda ci: " to ".join(f"{x:.2f}" for x in ci))),
-                *(("", _number(row.get(key))) for key in ("distance", "p", "p_pairs", "skewness")),
-                *(("", _ratio((row.get("ratios") or {}).get(key))) for key in ratios),
-                ("text", escape(row["verdict"])),
-                ("wide", escape(row.get("why") or "")),
-            ]
-        )
-    heads = ["n", "worth", "tail", "α", "95 %", "KS", "p\n(layers)", "p\n(pairs)", "skew"]
-    columns = [("text", "pair"), *(("", h) for h in [*heads, *(f"R, p\n{r.replace('_', ' ')}" for r in ratios)])]
-    text = (
-        "worth: how many independent values the n distances of so few layers are worth. KS: distance of the fit. p: "
-        "goodness of fit among replicates of that many independent values, and of n (the published protocol, pairs as "
-        "if they were independent). 95 %: of α, with random weights for layers. R: log-likelihood ratio against "
-        "another law, negative where the other fits better, with the p-value of its sign."
-    )
-    return table([*columns, ("text", "verdict"), ("wide", "why")], body) + note(text)
-
-
-def chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs whose distances are drawn: those that the literature calls no power laws, then the best and the worst
-    fits in turn."""
-    told = [row for row in rows if (row["a"], row["b"]) in TOLD]
-    rest = sorted((row for row in rows if row not in told and row.get("p") is not None), key=lambda row: -row["p"])
-    while rest and len(told) < MOST_PAIRS:
-        told.append(rest.pop(0))
-        if rest and len(told) < MOST_PAIRS:
-            told.append(rest.pop())
-    return told
-
-
-def _rows(model: Model) -> Iterable[str]:
-    part = model["row_column"]
-    if "why" in part:
-        yield _absent(part)
-        return
-    body = []
-    for role in dict.fromkeys(t["role"] for t in part["tensors"]):
-        of_role = [t for t in part["tensors"] if t["role"] == role]
-        line = [("text", escape(role)), ("", str(len(of_role)))]
-        for test in TESTS:
-            p = [t[f"{test}_p"] for t in of_role if t.get(f"{test}_p") is not None]
-            here, null = (median(t[key] for t in of_role) for key in (test, f"{test}_null"))
-            line += [("", f"{here:.2f} / {null:.2f}"), ("", f"{small(p)} of {len(p)}")]
-        body.append(line)
-    columns = [("text", "role"), ("", "matrices")]
-    for words in ("spread of row energy", "of column energy", "|correlation| of rows"):
-        columns += [("", f"{words}\nhere / shuffled"), ("", f"p ≤ {LEVEL:g}")]
-    yield note(
-        "Do rows and columns matter, or only the values (2408.08681)? Medians over a role's matrices, beside the same "
-        "matrices with their entries shuffled. One matrix in twenty has p ≤ 0.05 by chance; 0.005 is the least p that "
-        "199 permutations can give."
-    )
-    yield table(columns, body)
-    couplings = []
-    for c in part["couplings"]:
-        layer = "–" if c["layer"] is None else str(c["layer"])
-        words = f"{c['a']} → {c['b']}"
-        couplings.append(
-            [
-                ("text", escape(c["space"])),
-                ("", layer),
-                ("text", escape(words)),
-                ("", _number(c["correlation"])),
-                ("", _number(c["p"])),
-            ]
-        )
-    heads = [("text", "space"), ("", "layer"), ("text", "writes → reads"), ("", "correlation"), ("", "p")]
-    if couplings:
-        yield folded(f"All {len(couplings)} couplings of matrices that share a space", table(heads, couplings))
-
-
-def _lora(name: str, model: Model) -> Iterable[str]:
-    if "why" in model["grouping"]:
-        yield _absent(model["grouping"])
-        return
-    yield bullets(advice(model))
-    yield note(
-        "The pairs above decide how `pareto` (2509.00046) perturbs the template of each projection; undecided ones "
-        "count as power laws. This file stands in for the donor, so that nobody needs its weights:"
-    )
-    reference = escape(shlex.quote(f"analysis.json#{name}"))
-    yield f"<pre>headstart lora --base MODEL --method pareto --rank 16 --reference {reference} --out adapter</pre>"
-    yield note("Whether that helps is a question of its own: the published gain is within the noise of its benchmark.")
-
-
-def brief(about: dict[str, Any], size: bool = True) -> str:
-    words = [f"{about['parameters']:,} parameters"] if size else []
-    words.append(str(about["architecture"]))
-    if about["layers"]:
-        words.append(f"{about['layers']} layers")
-    if about["width"]:
-        words.append(f"{about['width']} wide")
+def describe_donor(donor: dict[str, Any], with_size: bool = True) -> str:
+    """`492,384 parameters, llama, 4 layers, 96 wide`."""
+    words = [f"{donor['parameters']:,} parameters"] if with_size else []
+    words.append(str(donor["architecture"]))
+    if donor["layers"]:
+        words.append(f"{donor['layers']} layers")
+    if donor["width"]:
+        words.append(f"{donor['width']} wide")
     return ", ".join(words)
 
 
-def _has(model: Model, part: str) -> bool:
-    return "why" not in model[part]
+def _summary(model: Model, donor: dict[str, Any]) -> list[tuple[str, str]]:
+    items = [(f"{donor['parameters']:,}", f"parameters, {describe_donor(donor, with_size=False)}")]
+    above, measured = matrices_above_noise(model)
+    if measured:
+        items.append((f"{above} of {measured}", "matrices with singular values above noise"))
+    alpha = median_alpha(model)
+    if alpha is not None:
+        items.append((f"{alpha:.2f}", "median exponent α of the spectra"))
+    if is_measured(model["dsv"]):
+        rank = smallest_rank(model)
+        count, null = count_verdicts(model, rank)[POWER_LAW], count_verdicts(model, rank, "gaussian")[POWER_LAW]
+        items.append((f"{count} of {count_pairs(model, rank)}", f"pairs follow a power law; {null} in random matrices"))
+    return items
 
 
-def _absent(part: dict[str, Any]) -> str:
-    return note(f"Absent: {part['why']}.".replace("..", "."))
+def _not_measured(part: dict[str, Any]) -> Section:
+    return Section(reason=part["why"].rstrip("."))
 
 
-def chip(word: str) -> str:
-    return f'<span class="chip {CHIP.get(word, "")}">{escape(word)}</span>'
+def _figure(drawn: Figure | None, label: str) -> Markup | None:
+    return None if drawn is None else inline_svg(drawn, label)
 
 
-def folded(summary: str, inner: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
+def _health(model: Model) -> Section:
+    if isinstance(model["health"], dict):
+        return _not_measured(model["health"])
+    found = [finding["text"] for finding in health_findings(model)]
+    return Section(notes=found or ["The health check found no problem."])
 
 
-def _ratio(found: dict[str, Any] | None) -> str:
+def _marginals(name: str, model: Model) -> Section:
+    part = model["marginals"]
+    if not is_measured(part):
+        return _not_measured(part)
+    section = Section(figure=_figure(plots.marginal_figure(model), f"values of {name}"))
+    if part["shares"]:
+        ranked = sorted(part["shares"].items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{family} {share:.0%}" for family, share in ranked)
+        section.notes.append(f"The family with the highest held-out likelihood, by share of matrices: {shares}.")
+    columns = [
+        Column("tensor", lambda t: t["label"], "text"),
+        Column("shape", lambda t: shape_text(t["shape"])),
+        *(Column(key, key) for key in ("mean", "std", "skewness", "kurtosis")),
+        Column("family", lambda t: t.get("family") or t.get("why") or DASH, "text"),
+        Column("tail index", "tail_index"),
+    ]
+    section.folded.append((f"All {len(part['tensors'])} tensors", Table(columns, _labelled(part["tensors"]))))
+    return section
+
+
+def _labelled(tensors: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [tensor | {"label": label} for label, tensor in tensors.items()]
+
+
+def _spectra(name: str, model: Model) -> Section:
+    part = model["spectra"]
+    if not is_measured(part):
+        return _not_measured(part)
+    columns = [
+        Column("tensor", lambda t: t["label"], "text"),
+        Column("shape", lambda t: shape_text(t["shape"])),
+        Column("norm", "norm"),
+        Column("stable rank", "stable_rank"),
+        Column("largest / edge", "edge"),
+        Column("above\nthe edge", "outliers"),
+        Column("α", "alpha"),
+        Column("α of noise", lambda t: three_digits(noise_alpha(t))),
+        Column("KS distance", "distance"),
+    ]
+    return Section(
+        figure=_figure(plots.spectrum_figure(model), f"spectra of {name}"),
+        folded=[(f"All {len(part['tensors'])} matrices", Table(columns, _labelled(part["tensors"])))],
+    )
+
+
+def _similarity(name: str, model: Model) -> Section:
+    part = model["dsv"]
+    if not is_measured(part):
+        return _not_measured(part)
+    rank = smallest_rank(model)
+    drawn = pairs_to_draw(part[rank]["pairs"])
+    section = Section(figure=_figure(plots.distance_figure(model, rank, drawn), f"distances of {name}"))
+    reduced = [asked for asked, used in model["ranks"].items() if int(asked) != used]
+    if reduced:
+        section.notes.append(
+            f"Rank {' and '.join(reduced)} is not available: the smallest projection has "
+            f"{max(model['ranks'].values())} singular values."
+        )
+    return section
+
+
+def pairs_to_draw(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs whose distances are drawn: the published exceptions, then the best and worst fits in turn."""
+    drawn = [row for row in rows if (row["a"], row["b"]) in PUBLISHED_EXCEPTIONS]
+    rest = sorted((row for row in rows if row not in drawn and row.get("p") is not None), key=lambda row: -row["p"])
+    while rest and len(drawn) < MAX_DRAWN_PAIRS:
+        drawn.append(rest.pop(0))
+        if rest and len(drawn) < MAX_DRAWN_PAIRS:
+            drawn.append(rest.pop())
+    return drawn
+
+
+def _similarity_maps(model: Model) -> Iterator[SimilarityMap]:
+    if not is_measured(model["dsv"]):
+        return
+    for rank, found in model["dsv"].items():
+        counts = count_verdicts(model, rank)
+        summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (POWER_LAW, NO_POWER_LAW, UNDECIDED))
+        names = [p for p in PROJECTIONS if any(p in (row["a"], row["b"]) for row in found["pairs"])]
+        yield SimilarityMap(
+            rank,
+            summary,
+            [plots.short_name(p) for p in names],
+            _heat_rows(found["pairs"], names),
+            [(label, _heat_rows(found["nulls"][kind], names)) for kind, label in NULL_LABELS.items()],
+            _pair_table(found["pairs"]),
+        )
+
+
+def _heat_rows(pairs: list[dict[str, Any]], names: list[str]) -> list[tuple[str, list[HeatCell | None]]]:
+    rows = {frozenset((row["a"], row["b"])): row for row in pairs}
+    return [(plots.short_name(a), [_heat_cell(rows.get(frozenset((a, b))), a, b) for b in names]) for a in names]
+
+
+def _heat_cell(row: dict[str, Any] | None, a: str, b: str) -> HeatCell | None:
+    if row is None:
+        return None
+    alpha, verdict = row.get("alpha"), row["verdict"]
+    return HeatCell(
+        number=DASH if alpha is None else f"{alpha:.2f}" if alpha < 9.95 else f"{alpha:.0f}",
+        verdict=SHORT_VERDICTS[verdict],
+        sign=SIGNS[verdict],
+        title=f"{a}, {b}: {verdict}; {row.get('why') or ''}",
+        tint=_blue_tint(alpha),
+        is_decided=verdict != UNDECIDED,
+    )
+
+
+def _blue_tint(alpha: float | None) -> str:
+    """A CSS colour, stronger for a smaller exponent."""
+    if alpha is None:
+        return "transparent"
+    clipped = min(max(alpha, STRONGEST_ALPHA), WEAKEST_ALPHA)
+    strength = math.log(WEAKEST_ALPHA / clipped) / math.log(WEAKEST_ALPHA / STRONGEST_ALPHA)
+    return f"rgba(59,130,246,{0.06 + 0.5 * strength:.2f})"
+
+
+def _pair_table(pairs: list[dict[str, Any]]) -> Table:
+    alternatives = dict.fromkeys(key for row in pairs for key in row.get("ratios") or {})
+    columns = [
+        Column("pair", lambda row: f"{plots.short_name(row['a'])} – {plots.short_name(row['b'])}", "text"),
+        Column("distances", "n"),
+        Column("worth", "worth"),
+        Column("in tail", "tail"),
+        Column("α", "alpha"),
+        Column("95 % of α", lambda row: or_dash(row.get("alpha_ci95"), "{0[0]:.2f} to {0[1]:.2f}".format)),
+        Column("KS", "distance"),
+        Column("p\n(layers)", "p"),
+        Column("p\n(pairs)", "p_pairs"),
+        Column("skewness", "skewness"),
+        *(Column(f"R, p\n{key.replace('_', ' ')}", partial(_ratio_text, key)) for key in alternatives),
+        Column("verdict", lambda row: row["verdict"], "text"),
+        Column("reason", lambda row: row.get("why") or "", "wide"),
+    ]
+    return Table(columns, pairs)
+
+
+def _ratio_text(alternative: str, row: dict[str, Any]) -> str:
+    found = (row.get("ratios") or {}).get(alternative)
     if not found or found.get("R") is None:
-        return "–"
-    return f"{found['R']:+.1f}, {_number(found.get('p'))}"
+        return DASH
+    return f"{found['R']:+.1f}, {three_digits(found.get('p'))}"
 
 
-def _size(tensor: dict[str, Any]) -> str:
-    return " × ".join(map(str, tensor["shape"]))
+def _row_column(model: Model) -> Section:
+    part = model["row_column"]
+    if not is_measured(part):
+        return _not_measured(part)
+    columns = [
+        Column("role", lambda row: row["role"], "text"),
+        Column("matrices", lambda row: str(len(row["tensors"]))),
+    ]
+    for test, heading in ROW_COLUMN_HEADINGS.items():
+        columns += [
+            Column(f"{heading}\nhere / shuffled", partial(_medians_text, test)),
+            Column(f"p ≤ {FDR_LEVEL:g}", partial(_significant_text, test)),
+        ]
+    roles = dict.fromkeys(t["role"] for t in part["tensors"])
+    rows = [{"role": role, "tensors": [t for t in part["tensors"] if t["role"] == role]} for role in roles]
+    section = Section(table=Table(columns, rows))
+    if part["couplings"]:
+        summary = f"All {len(part['couplings'])} couplings of matrices that share a space"
+        section.folded.append((summary, _coupling_table(part["couplings"])))
+    return section
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _medians_text(test: str, row: dict[str, Any]) -> str:
+    return " / ".join(f"{median(t[key] for t in row['tensors']):.2f}" for key in (test, f"{test}_null"))
+
+
+def _significant_text(test: str, row: dict[str, Any]) -> str:
+    p_values = [t[f"{test}_p"] for t in row["tensors"] if t.get(f"{test}_p") is not None]
+    return f"{count_significant(p_values)} of {len(p_values)}"
+
+
+def _coupling_table(couplings: list[dict[str, Any]]) -> Table:
+    columns = [
+        Column("space", lambda c: c["space"], "text"),
+        Column("layer", lambda c: or_dash(c["layer"], str)),
+        Column("writes → reads", lambda c: f"{c['a']} → {c['b']}", "text"),
+        Column("correlation", "correlation"),
+        Column("p", "p"),
+    ]
+    return Table(columns, couplings)
+
+
+def _lora(model: Model) -> Section:
+    if not is_measured(model["grouping"]):
+        return _not_measured(model["grouping"])
+    return Section(notes=list(grouping_sentences(model)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from headstart.report import comparison_plots as plots
@@ -14,7 +15,7 @@ from headstart.report.comparison_findings import (
     rank_methods,
     speedup_text,
 )
-from headstart.report.html import Cell, Column, Table, number_columns, render, text_columns
+from headstart.report.html import Cell, Column, Table, render
 from headstart.report.numbers import DASH, count, count_of, factor, or_dash, short_revision
 from headstart.report.plot_style import inline_svg
 from headstart.report.scores import REFERENCE
@@ -72,30 +73,33 @@ def _summary(results: Results) -> list[tuple[str, str]]:
     return [*items, (f"{results['parameters']:,}", "parameters of the target")]
 
 
+def _entries(results: Results) -> list[dict[str, Any]]:
+    """The ranked methods, each with its `name`."""
+    return [m | {"name": name} for name, m in rank_methods(results)]
+
+
+def _method_column(results: Results, heading: str = "method") -> Column:
+    return Column(heading, lambda m: Cell(m["name"], dot=plots.method_colour(results, m["name"])), "text")
+
+
 def _score_table(results: Results) -> Table:
-    table = Table(
-        [
-            *text_columns("method"),
-            *number_columns("speed-up", "95 %\ninterval", "steps to\nthreshold", "final loss\n± sd over seeds"),
-            *number_columns("minus default\n95 %, paired", "loss at\nstep 0", "largest\ngradient"),
-        ]
-    )
     finals = [m["final_loss"]["mean"] for m in results["methods"].values() if m["final_loss"]["mean"] is not None]
-    for name, m in rank_methods(results):
-        final, reached = m["final_loss"], m["steps_to_threshold"]
-        table.rows.append(
-            [
-                _method_cell(results, name),
-                speedup_text(m),
-                or_dash(m["speedup"]["ci95"], lambda ci: " to ".join(map(factor, ci))),
-                _reference_steps(results) if name == REFERENCE else _steps_text(reached),
-                Cell(_mean_with_spread(final), best=bool(finals) and final["mean"] == min(finals)),
-                DASH if name == REFERENCE else _difference_text(m["difference"]),
-                or_dash(m["step0_loss"], "{:.2f}".format),
-                or_dash(m["max_grad_norm"], "{:.1f}".format),
-            ]
-        )
-    return table
+
+    def final_loss(m: dict[str, Any]) -> Cell:
+        is_lowest = bool(finals) and m["final_loss"]["mean"] == min(finals)
+        return Cell(_mean_with_spread(m["final_loss"]), best=is_lowest)
+
+    columns = [
+        _method_column(results),
+        Column("speed-up", speedup_text),
+        Column("95 %\ninterval", lambda m: or_dash(m["speedup"]["ci95"], lambda ci: " to ".join(map(factor, ci)))),
+        Column("steps to\nthreshold", lambda m: _steps_text(results, m)),
+        Column("final loss\n± sd over seeds", final_loss),
+        Column("minus default\n95 %, paired", _difference_text),
+        Column("loss at\nstep 0", lambda m: or_dash(m["step0_loss"], "{:.2f}".format)),
+        Column("largest\ngradient", lambda m: or_dash(m["max_grad_norm"], "{:.1f}".format)),
+    ]
+    return Table(columns, _entries(results))
 
 
 def _threshold_table(results: Results) -> Table | None:
@@ -103,64 +107,59 @@ def _threshold_table(results: Results) -> Table | None:
     levels: dict[str, Any] = next((m["thresholds"] for m in results["methods"].values() if m["thresholds"]), {})
     if not levels:
         return None
-    headings = [
-        f"to {found['loss']:.3f}, the default's\nat {float(share):.0%} of its steps" for share, found in levels.items()
+    columns = [
+        Column(
+            f"to {found['loss']:.3f}, the default's\nat {float(share):.0%} of its steps", partial(_ratio_text, share)
+        )
+        for share, found in levels.items()
     ]
-    table = Table([*text_columns("method"), *number_columns(*headings)])
-    for name, m in rank_methods(results):
-        if name != REFERENCE:
-            ratios = [or_dash(m["thresholds"].get(share), format_step_ratio) for share in levels]
-            table.rows.append([_method_cell(results, name), *ratios])
-    return table
+    others = [m for m in _entries(results) if m["name"] != REFERENCE]
+    return Table([_method_column(results), *columns], others)
+
+
+def _ratio_text(share: str, m: dict[str, Any]) -> str:
+    return or_dash(m["thresholds"].get(share), format_step_ratio)
 
 
 def _learning_rate_table(results: Results) -> Table:
-    grid = [f"{lr:g}" for lr in results["grid"]]
-    table = Table([*text_columns("final loss at"), *number_columns(*grid)])
-    for name, m in rank_methods(results):
-        scale = f" (scale {m['scale']:g})" if m["scale"] not in (None, 1.0) else ""
-        chosen = None if m["lr"] is None else f"{m['lr']:g}"
-        cells = [Cell(or_dash(m["lrs"][lr], "{:.3f}".format, "diverged"), best=lr == chosen) for lr in grid]
-        table.rows.append([_method_cell(results, name, scale), *cells])
-    return table
+    def loss_cell(rate: float, m: dict[str, Any]) -> Cell:
+        return Cell(or_dash(m["lrs"][f"{rate:g}"], "{:.3f}".format, "diverged"), best=rate == m["lr"])
+
+    entries = _entries(results)
+    columns = [_method_column(results, "final loss at")]
+    if any(m["scale"] not in (None, 1.0) for m in entries):
+        columns.append(Column("scale", lambda m: or_dash(m["scale"], "{:g}".format)))
+    columns += [Column(f"{rate:g}", partial(loss_cell, rate)) for rate in results["grid"]]
+    return Table(columns, entries)
 
 
 def _method_table(results: Results) -> Table:
-    headings = ("donors", "FLOPs to\ntrain them", "time for\none model", "distance\nto donors")
-    table = Table([*text_columns("method"), *number_columns(*headings), Column("what it does", "wide")])
-    for name, m in rank_methods(results):
+    def summary(m: dict[str, Any]) -> str:
         options = ", ".join(f"{key}={value}" for key, value in m["options"].items())
-        table.rows.append(
-            [
-                _method_cell(results, name),
-                str(len(m["donors"])) if m["donors"] else "none",
-                or_dash(m["donor_cost"], "{:.2g}".format, "unknown"),
-                f"{m['seconds']:.1f} s",
-                or_dash(m["novelty"], lambda novelty: f"{novelty['distance']:.2f}"),
-                m["summary"] + (f" ({options})" if options else ""),
-            ]
-        )
-    return table
+        return m["summary"] + (f" ({options})" if options else "")
+
+    columns = [
+        _method_column(results),
+        Column("donors", lambda m: str(len(m["donors"])) if m["donors"] else "none"),
+        Column("FLOPs to\ntrain them", lambda m: or_dash(m["donor_cost"], "{:.2g}".format, "unknown")),
+        Column("time for\none model", lambda m: f"{m['seconds']:.1f} s"),
+        Column("distance\nto donors", lambda m: or_dash(m["novelty"], lambda found: f"{found['distance']:.2f}")),
+        Column("what it does", summary, "wide"),
+    ]
+    return Table(columns, _entries(results))
 
 
 def _donor_table(results: Results) -> Table | None:
     donors = {d["name"]: d for m in results["methods"].values() for d in m["donors"]}
-    if not donors:
-        return None
-    headings = ("parameters", "held-out loss\nof its training", "tokens seen")
-    table = Table([*text_columns("donor", "licence", "revision"), *number_columns(*headings)])
-    for name, donor in sorted(donors.items()):
-        table.rows.append(
-            [
-                name,
-                str(donor["license"]),
-                Cell(short_revision(donor["revision"]), code=True),
-                f"{donor['parameters']:,}",
-                or_dash(donor["loss"], "{:.3f}".format),
-                or_dash(donor["tokens"], "{:,}".format),
-            ]
-        )
-    return table
+    columns = [
+        Column("donor", lambda d: d["name"], "text"),
+        Column("licence", lambda d: str(d["license"]), "text"),
+        Column("revision", lambda d: Cell(short_revision(d["revision"]), code=True), "text"),
+        Column("parameters", lambda d: f"{d['parameters']:,}"),
+        Column("held-out loss\nof its training", lambda d: or_dash(d["loss"], "{:.3f}".format)),
+        Column("tokens seen", lambda d: or_dash(d["tokens"], "{:,}".format)),
+    ]
+    return Table(columns, [d for _, d in sorted(donors.items())]) if donors else None
 
 
 def _distance_note(results: Results) -> str:
@@ -212,12 +211,10 @@ def _target_text(config: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _reference_steps(results: Results) -> str:
-    """The steps of the default: all of them, by the definition of the threshold."""
-    return f"{results['steps']:,}" if results["methods"][REFERENCE]["steps_to_threshold"]["per_seed"] else DASH
-
-
-def _steps_text(reached: dict[str, Any]) -> str:
+def _steps_text(results: Results, m: dict[str, Any]) -> str:
+    reached = m["steps_to_threshold"]
+    if m["name"] == REFERENCE:  # all steps, by the definition of the threshold
+        return f"{results['steps']:,}" if reached["per_seed"] else DASH
     if reached["mean"] is not None:
         return count(reached["mean"])
     arrived = sum(c is not None for c in reached["per_seed"])
@@ -230,11 +227,8 @@ def _mean_with_spread(stats: dict[str, Any]) -> str:
     return f"{stats['mean']:.3f}" + (f" ± {stats['std']:.3f}" if stats["std"] is not None else "")
 
 
-def _difference_text(stats: dict[str, Any]) -> str:
-    if stats["mean"] is None:
+def _difference_text(m: dict[str, Any]) -> str:
+    stats = m["difference"]
+    if m["name"] == REFERENCE or stats["mean"] is None:
         return DASH
     return f"{stats['mean']:+.3f}" + (f" ± {stats['ci95'][1] - stats['mean']:.3f}" if stats["ci95"] else "")
-
-
-def _method_cell(results: Results, name: str, suffix: str = "") -> Cell:
-    return Cell(name + suffix, dot=plots.method_colour(results, name))

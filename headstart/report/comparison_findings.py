@@ -94,18 +94,18 @@ def _seed_caveats(results: Results) -> list[str]:
 
 def _threshold_caveats(results: Results) -> list[str]:
     lines, seeds = [], len(results["seeds"])
-    for name, m in results["methods"].items():
-        if name == REFERENCE:
-            continue
+    others = {name: m for name, m in results["methods"].items() if name != REFERENCE}
+    for name, m in others.items():
         reached = [c for c in m["steps_to_threshold"]["per_seed"] if c is not None]
         if m["curves"] and len(reached) < seeds:
             how = "never reached the threshold" if not reached else f"reached it with {len(reached)} of {seeds} seeds"
             lines.append(f"{name} {how} within {count_of(results['steps'], 'step')}, so it has no speed-up.")
-        if starts_below_threshold(m):
-            lines.append(
-                f"{name} is below the threshold before or within the first step, because its donors were trained on "
-                "similar text. Its speed-up counts one step, so compare final losses instead."
-            )
+    below = [name for name, m in others.items() if starts_below_threshold(m)]
+    if below:
+        lines.append(
+            f"Below the threshold before or within the first step: {', '.join(below)}. The donors were trained on "
+            "similar text. The speed-up counts one step, so compare final losses instead."
+        )
     return lines
 
 

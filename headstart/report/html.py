@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table. kind: "number" (right-aligned), "text" (one line) or "wide" (wraps)."""
-
-    heading: str
-    kind: str = "number"
+from headstart.report.numbers import three_digits
 
 
 @dataclass(frozen=True)
@@ -32,17 +25,24 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Column:
+    """A column of a table. value: what an entry shows in it, or the key of the number that it shows.
+    kind: "number" (right-aligned), "text" (one line) or "wide" (wraps)."""
+
+    heading: str
+    value: str | Callable[[Any], str | Cell]
+    kind: str = "number"
+
+    def cell(self, entry: Any) -> str | Cell:
+        return three_digits(entry.get(self.value)) if isinstance(self.value, str) else self.value(entry)
+
+
+@dataclass(frozen=True)
 class Table:
+    """One row for each entry."""
+
     columns: Sequence[Column]
-    rows: list[Sequence[str | Cell]] = field(default_factory=list)
-
-
-def text_columns(*headings: str) -> list[Column]:
-    return [Column(heading, "text") for heading in headings]
-
-
-def number_columns(*headings: str) -> list[Column]:
-    return [Column(heading) for heading in headings]
+    entries: Sequence[Any]
 
 
 def render(template: str, **values: Any) -> str:
@@ -62,6 +62,3 @@ def _environment() -> Environment:
     )
     environment.tests["cell"] = lambda value: isinstance(value, Cell)
     return environment
-
-
-__all__ = ["Cell", "Column", "Markup", "Table", "number_columns", "render", "text_columns"]

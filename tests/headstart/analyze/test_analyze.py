@@ -1,4 +1,4 @@
-"""headstart analyze: on donors that were trained and on one that was not, interrupted, and asked for what cannot be."""
+"""headstart analyze: trained and untrained donors, interruptions, and invalid input."""
 
 from __future__ import annotations
 
@@ -16,20 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headstart.report.analysis import render_analysis
+from headstart.report.analysis_claims import BEYOND, discoveries, kurtosis_p_value, list_claims, probability_of_count
+from headstart.report.analysis_data import matrices_above_noise, noise_alpha
 from headstart.report.analysis_findings import (
-    AILING,
-    BEYOND,
     NOT_CHECKED,
     UNCLEAR,
-    binomial_tail,
-    claims,
-    discoveries,
+    UNHEALTHY,
     headline,
-    kurtosis_p,
-    noise_alpha,
-    relations,
-    risen_matrices,
-    state,
+    health_state,
+    nearest_neighbour_sentence,
 )
 from tests.conftest import make_llama
 from tests.headstart.test_cli import headstart
@@ -45,7 +40,7 @@ SMALL: dict[str, Any] = {"ranks": (4, 64), "bootstraps": 10, "quiet": True}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A zoo of two Llamas that were never trained, of one layer and of three, and its analysis."""
+    """A zoo of two untrained Llamas, with one layer and with three, and its analysis."""
     base = tmp_path_factory.mktemp("analyze")
     sources = [make_llama(base / name, seed=n, num_hidden_layers=n) for name, n in (("one", 1), ("three", 3))]
     add([str(s) for s in sources], base / "zoo", quiet=True)
@@ -60,7 +55,7 @@ def untrained(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The analysis of a really trained GPT-2 (fused, transposed, no gate)."""
+    """The analysis of a trained GPT-2 (fused and transposed tensors, no gate)."""
     out = tmp_path_factory.mktemp("trained") / "out"
     return out, analyze(out, donor=str(shared_data / "models" / "makemore-en-a"), **SMALL)
 
@@ -76,16 +71,18 @@ def test_a_zoo_gives_what_the_contract_says(folder: Path, untrained: dict[str, A
     assert untrained["command"].startswith(f"headstart analyze --zoo {folder / 'zoo'} --out")
 
 
-def test_ranks_above_the_smallest_projection_are_cut_and_said(folder: Path, untrained: dict[str, Any]) -> None:
+def test_ranks_above_the_smallest_projection_are_reduced_and_reported(folder: Path, untrained: dict[str, Any]) -> None:
     model = untrained["models"]["three"]
     assert model["ranks"] == {"4": 4, "64": 16}  # two key heads of 8
     assert set(model["dsv"]) == set(model["grouping"]) == {"4", "16"}
     for found in model["dsv"].values():
         assert len(found["pairs"]) == len(found["nulls"]["gaussian"]) == len(found["nulls"]["spikes"]) == 28
-    assert "Rank 64 cannot be had: the smallest projection has 16" in (folder / "out" / "report.html").read_text()
+    assert "Rank 64 is not available: the smallest projection has 16" in (folder / "out" / "report.html").read_text()
 
 
-def test_one_layer_has_no_statistics_and_the_rest_goes_on(folder: Path, untrained: dict[str, Any]) -> None:
+def test_one_layer_has_no_layer_statistics_and_the_other_parts_are_measured(
+    folder: Path, untrained: dict[str, Any]
+) -> None:
     model = untrained["models"]["one"]
     assert "at least 3 layers" in model["dsv"]["why"] and model["grouping"] == model["dsv"]
     assert len(model["row_column"]["tensors"]) == 8 and len(model["marginals"]["tensors"]) == 11
@@ -93,7 +90,7 @@ def test_one_layer_has_no_statistics_and_the_rest_goes_on(folder: Path, untraine
     assert "at least 3 layers" in (folder / "out" / "report.html").read_text()
 
 
-def test_a_tensor_with_nan_costs_the_parts_that_need_it_whole(tmp_path: Path) -> None:
+def test_a_tensor_with_nan_is_left_out_and_parts_that_need_it_give_the_reason(tmp_path: Path) -> None:
     file = make_llama(tmp_path / "broken", num_hidden_layers=1) / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = torch.nan
@@ -107,23 +104,23 @@ def test_a_tensor_with_nan_costs_the_parts_that_need_it_whole(tmp_path: Path) ->
     assert "NaN or infinity" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_of_random_matrices_nothing_is_claimed(untrained: dict[str, Any]) -> None:
+def test_nothing_is_claimed_about_random_matrices(untrained: dict[str, Any]) -> None:
     for model in untrained["models"].values():
         assert "untrained" in {finding["kind"] for finding in model["health"]}
         assert model["marginals"]["shares"]["normal"] > 0.9
-        assert [c.what for c in claims(model) if c.verdict == BEYOND] == []
+        assert [c.statement for c in list_claims(model) if c.verdict == BEYOND] == []
     assert "2 not trained" in headline(untrained)
 
 
-def test_every_matrix_has_noise_of_its_own(untrained: dict[str, Any]) -> None:
+def test_every_matrix_has_its_own_noise_draw(untrained: dict[str, Any]) -> None:
     tensors = [t for t in untrained["models"]["three"]["spectra"]["tensors"].values() if t.get("alpha") is not None]
     draws = [noise_alpha(t) for t in tensors]
     assert len(tensors) > 20 and None not in draws and len(set(draws)) == len(draws)
 
 
-def test_noise_is_seldom_taken_for_heavy_tails() -> None:
-    """Of 60 donors of fifteen random matrices in three shapes, each beside its own draw, no more are claimed than one
-    in a hundred allows (three have a probability of 0.02)."""
+def test_noise_is_rarely_called_heavy_tailed() -> None:
+    """60 donors with fifteen random matrices in three shapes, each compared with its own draw. At a level of one in a
+    hundred, three or more claims have a probability of 0.02."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(shape: tuple[int, int]) -> dict[str, Any]:
@@ -133,7 +130,7 @@ def test_noise_is_seldom_taken_for_heavy_tails() -> None:
     for _ in range(60):
         shapes = [(24, 16), (16, 16), (16, 24)] * 5
         tensors = {str(i): {**noise(shape), "shape": shape, "noise": noise(shape)} for i, shape in enumerate(shapes)}
-        found = {c.what: c.verdict for c in claims(only_spectra(tensors))}
+        found = {c.statement: c.verdict for c in list_claims(only_spectra(tensors))}
         claimed += found["Spectra have heavier tails (a lower α) than noise"] == BEYOND
     assert claimed < 3
 
@@ -147,7 +144,7 @@ def test_one_small_p_value_among_many_is_no_claim() -> None:
     def verdicts(couplings: dict[str, list[float]]) -> list[str]:
         rows = [{"space": s, "p": p, "correlation": 0.1} for s, values in couplings.items() for p in values]
         model = only_spectra({}) | {"row_column": {"tensors": [], "couplings": rows}}
-        return [c.verdict == BEYOND for c in claims(model) if "coupled" in c.what]
+        return [c.verdict == BEYOND for c in list_claims(model) if "coupled" in c.statement]
 
     assert verdicts({"ffn": [0.005] * 8, "residual": [0.005, *([0.5] * 5)]}) == [True, False]
     assert verdicts({"ffn": [0.04] * 2 + [0.5] * 40}) == [False]
@@ -155,46 +152,52 @@ def test_one_small_p_value_among_many_is_no_claim() -> None:
     assert sum(verdicts({"ffn": list(p)}) == [True] for p in uniform) <= 8  # of 300, at one in a hundred
 
 
-def test_a_donor_is_called_no_more_than_is_known(untrained: dict[str, Any]) -> None:
-    def said(health: Any, risen: bool = False) -> tuple[str, str]:
+def test_the_state_of_a_donor_follows_from_health_and_spectra(untrained: dict[str, Any]) -> None:
+    def state_and_headline(health: Any, above_noise: bool = False) -> tuple[str, str]:
         model = json.loads(json.dumps(untrained["models"]["three"])) | {"health": health}
         for t in model["spectra"]["tensors"].values():
-            t["outliers"] = int(risen)
-        return state(model), headline({"models": {"three": model}})
+            t["outliers"] = int(above_noise)
+        return health_state(model), headline({"models": {"three": model}})
 
     renewed = {"kind": "untrained", "tensors": [], "text": "layer 2: noise", "whole": False}
-    assert said([renewed], True)[0] == AILING and "three is trained" in said([renewed], True)[1]
-    assert "never" not in said([renewed], True)[1] and "layer 2: noise" in said([renewed], True)[1]
-    assert "cannot be told" in said([renewed])[1]
-    assert said([])[0] == UNCLEAR and "is trained" not in said([])[1]
-    assert said({"why": "cannot be read"}, True)[0] == NOT_CHECKED
-    assert "could not be checked" in said({"why": "cannot be read"}, True)[1]
-    assert said([renewed | {"whole": True}])[1].startswith("three looks as if it had never been trained")
+    assert (
+        state_and_headline([renewed], True)[0] == UNHEALTHY
+        and "three is trained" in state_and_headline([renewed], True)[1]
+    )
+    assert (
+        "never" not in state_and_headline([renewed], True)[1]
+        and "layer 2: noise" in state_and_headline([renewed], True)[1]
+    )
+    assert "unclear whether three was trained. A problem: layer 2: noise" in state_and_headline([renewed])[1]
+    assert state_and_headline([])[0] == UNCLEAR and "is trained" not in state_and_headline([])[1]
+    assert state_and_headline({"why": "cannot be read"}, True)[0] == NOT_CHECKED
+    assert "could not be checked" in state_and_headline({"why": "cannot be read"}, True)[1]
+    assert state_and_headline([renewed | {"whole": True}])[1].startswith("three looks as if it was never trained")
 
 
-def test_a_trained_donor_is_told_from_noise(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_a_trained_donor_is_distinguished_from_noise(trained: tuple[Path, dict[str, Any]]) -> None:
     _, results = trained
     model = results["models"]["makemore-en-a"]
-    verdicts = {c.what: c.verdict for c in claims(model)}
+    verdicts = {c.statement: c.verdict for c in list_claims(model)}
     assert model["health"] == [] and headline(results).startswith("makemore-en-a is trained")
     assert verdicts["Singular values rise above the edge of noise (Marchenko-Pastur)"] == BEYOND
-    assert verdicts["Rows and columns are more than their values: row energies"] == BEYOND
+    assert verdicts["Rows and columns carry structure beyond the values: row energies"] == BEYOND
     assert verdicts["Matrices that share a space are coupled: ffn"] == BEYOND
-    risen, whole = risen_matrices(model)
-    assert risen > whole / 2
+    above, measured = matrices_above_noise(model)
+    assert above > measured / 2
     assert {row["a"] for row in model["dsv"]["16" if "16" in model["dsv"] else "64"]["pairs"]}.isdisjoint({"mlp.gate"})
 
 
-def test_fused_tensors_are_told_part_by_part(shared_data: Path, trained: tuple[Path, dict[str, Any]]) -> None:
+def test_fused_tensors_are_summarized_part_by_part(shared_data: Path, trained: tuple[Path, dict[str, Any]]) -> None:
     from zoo.donors.folder import StandaloneDonor
 
     donor = StandaloneDonor.open(shared_data / "models" / "makemore-en-a", quiet=True)
     spec = next(s for s in donor.blueprint.specs if s.role == "attn.qkv" and s.kind == "weight" and s.layer == 1)
     tensors = trained[1]["models"]["makemore-en-a"]["marginals"]["tensors"]
     for role, matrix in split_parts(spec, donor.read(spec.name, torch.float32)).items():
-        told = tensors[f"{spec.name} [{role}]"]
-        assert told["std"] == pytest.approx(matrix.std(correction=0).item(), rel=1e-5)
-        assert (told["role"], told["layer"], told["shape"]) == (role, 1, [64, 64])
+        summary = tensors[f"{spec.name} [{role}]"]
+        assert summary["std"] == pytest.approx(matrix.std(correction=0).item(), rel=1e-5)
+        assert (summary["role"], summary["layer"], summary["shape"]) == (role, 1, [64, 64])
 
 
 def test_lora_reads_its_grouping(trained: tuple[Path, dict[str, Any]], folder: Path) -> None:
@@ -206,8 +209,8 @@ def test_lora_reads_its_grouping(trained: tuple[Path, dict[str, Any]], folder: P
         read_grouping(folder / "out" / "analysis.json", "one")
 
 
-def test_what_was_finished_is_taken_up_again(folder: Path, untrained: dict[str, Any]) -> None:
-    """A kept part that was tampered with shows in the result of the same command, and not under another seed."""
+def test_an_interrupted_analysis_resumes(folder: Path, untrained: dict[str, Any]) -> None:
+    """An edited part in the cache appears in the result of the same command, and not with another seed."""
     out, work = folder / "again", folder / ".again.work"
     options: dict[str, Any] = {**SMALL, "zoo": folder / "zoo", "donor": "one"}
     arguments = ("--zoo", folder / "zoo", "--donor", "one", "--out", out, "--ranks", "4,64", "--bootstraps", "10")
@@ -247,7 +250,7 @@ def test_the_page_is_whole_and_escaped(folder: Path, untrained: dict[str, Any]) 
         ({"out": "zoo"}, "exists already"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(folder: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_input_is_refused_before_any_work(folder: Path, options: dict[str, Any], message: str) -> None:
     before = sorted(folder.rglob("*"))
     zoo = folder / "zoo" if options else None
     out = folder / options.get("out", "refused")
@@ -258,31 +261,38 @@ def test_what_cannot_be_is_refused_before_any_work(folder: Path, options: dict[s
 
 
 def test_discoveries_are_those_of_benjamini_and_hochberg() -> None:
+    """The k smallest p-values, k the largest number with p_(k) <= level k / m."""
+
+    def by_definition(p_values: list[float], level: float) -> list[bool]:
+        passed = [p for k, p in enumerate(sorted(p_values), 1) if p <= level * k / len(p_values)]
+        return [p <= max(passed, default=-1.0) for p in p_values]
+
     rng = np.random.default_rng(0)
     for m in (1, 7, 60):
-        p = np.concatenate([rng.random(m), rng.random(m) ** 6])
-        expected = scipy.stats.false_discovery_control(p) <= 0.05
-        assert discoveries([*p, None]) == [*expected, False]
-    assert discoveries([]) == []
+        for p in ([*rng.random(m), *rng.random(m) ** 6], rng.integers(1, 201, 2 * m) / 201):
+            values = [float(x) for x in p]
+            assert discoveries([*values, None]) == [*by_definition(values, 0.05), False]
+    assert discoveries([]) == [] and discoveries([None]) == [False]
 
 
-def test_tails_of_chance() -> None:
+def test_p_values_agree_with_scipy() -> None:
     values = np.random.default_rng(1).standard_normal((400, 2000))
-    p = [kurtosis_p(k, 2000) for k in scipy.stats.kurtosis(values, axis=1, fisher=False)]
+    p = [kurtosis_p_value(k, 2000) for k in scipy.stats.kurtosis(values, axis=1, fisher=False)]
     assert 0.02 < np.mean(np.array(p) < 0.05) < 0.09  # one in twenty of normal samples
-    assert kurtosis_p(3.5, 2000) < 1e-5
-    assert binomial_tail(9, 20, 0.25) == pytest.approx(scipy.stats.binom.sf(8, 20, 0.25))
+    assert kurtosis_p_value(3.5, 2000) < 1e-5
+    assert probability_of_count(9, 20, 0.25) == pytest.approx(scipy.stats.binom.sf(8, 20, 0.25))
 
 
-def test_relations_count_neighbours_of_the_same_architecture() -> None:
+def test_neighbours_of_the_same_architecture_are_counted() -> None:
     names = ["a", "b", "c", "d"]
     table = [[0, 1, 5, 6], [1, 0, 7, 8], [5, 7, 0, 9], [6, 8, 9, 0]]
     results = {
         "signatures": {"std": {"models": names, "distances": table}},
         "donors": [{"name": n, "architecture": "llama" if n in "ab" else "gpt2"} for n in names],
     }
-    # a and b are each other's nearest; c and d are nearest to a. At random: one of three others, four times.
-    assert "for 2 of 4 donors" in relations(results, "std") and "for 1.3" in relations(results, "std")
+    # a and b are each other's nearest. c and d are nearest to a. At random: one of three others, four times.
+    sentence = nearest_neighbour_sentence(results, "std")
+    assert "for 2 of 4 donors" in sentence and "hold for 1.3" in sentence
 
 
 def test_the_command(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
