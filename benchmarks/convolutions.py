@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from benchmarks import paths
 from benchmarks.head_start.costs import rates
 from headstart import samplers
-from headstart.compare.scores import interval
+from headstart.report.scores import interval
 from zoo.donors.memory import load_into, zoo_of
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.targets.blueprint import Blueprint
 from zoo.training.loop import reproducible
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.head_start.tasks import Comparison
 from benchmarks.paths import ROOT
-from headstart.compare.scores import Run
+from headstart.report.scores import Run
 from zoo.checkpoints.writer import replace_file
 
 KEYS = ("task", "target", "text", "budget")
@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
 )
 
 
-def row(comparison: Comparison, file: str, run: Run) -> dict[str, Any]:
+def to_row(comparison: Comparison, file: str, run: Run) -> dict[str, Any]:
     rms = run["activation_rms"]
     flat = {key: run[key] for key in ("method", "seed", "scale", "lr", "steps", "losses", "max_grad_norm", "diverged")}
     return {
@@ -53,12 +53,12 @@ def row(comparison: Comparison, file: str, run: Run) -> dict[str, Any]:
         "rms_start": rms["start"],
         "rms_end": rms["end"],
         "init": json.dumps(run["init"]),
-        "made": made(),
+        "made": code_version(),
     }
 
 
 @cache
-def made() -> str:
+def code_version() -> str:
     """Commit (`-dirty` where code differs from it), Python and torch: in a row, because a benchmark of days may see
     several. What the first call finds, since a process does not read its code again."""
     import platform
@@ -73,12 +73,12 @@ def made() -> str:
     return f"{commit}{dirty}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def digest(files: Iterable[str]) -> str:
+def runs_digest(files: Iterable[str]) -> str:
     """Of the names of the run files that a comparison is made of; these are hashes of all that a run depends on."""
     return hashlib.sha256("\n".join(sorted(files)).encode()).hexdigest()[:16]
 
 
-def run_of(row: dict[str, Any]) -> Run:
+def to_run(row: dict[str, Any]) -> Run:
     keys = ("method", "scale", "seed", "lr", "steps", "losses", "max_grad_norm", "diverged", "grad_spikes")
     found: Run = {key: row[key] for key in keys}
     return found | {
@@ -99,26 +99,26 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def of(rows: Sequence[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
+def of_comparison(rows: Sequence[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
     return [r for r in rows if all(r[key] == getattr(comparison, key) for key in KEYS)]
 
 
-def restore(rows: Sequence[dict[str, Any]], comparison: Comparison, runs: Path) -> None:
+def write_run_files(rows: Sequence[dict[str, Any]], comparison: Comparison, runs: Path) -> None:
     """Writes the run files of a comparison that are not there. `compare` takes up those whose names, hashes of all
     that a run depends on, are those of its own runs; the others it leaves alone."""
-    for r in of(rows, comparison):
+    for r in of_comparison(rows, comparison):
         path = runs / r["file"]
         if not path.exists():
-            replace_file(path, (json.dumps(run_of(r)) + "\n").encode())
+            replace_file(path, (json.dumps(to_run(r)) + "\n").encode())
 
 
-def collect(
+def replace_comparison(
     rows: Sequence[dict[str, Any]], comparison: Comparison, runs: Path, files: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """`rows` with those of this comparison replaced by what its run files say: all, or those named, where others are
     left of earlier donors or settings."""
     paths = sorted(runs.glob("*.json")) if files is None else [runs / name for name in files]
-    before = {r["file"]: r for r in of(rows, comparison)}
-    found = [before.get(path.name) or row(comparison, path.name, json.loads(path.read_text())) for path in paths]
+    before = {r["file"]: r for r in of_comparison(rows, comparison)}
+    found = [before.get(path.name) or to_row(comparison, path.name, json.loads(path.read_text())) for path in paths]
     others = [r for r in rows if any(r[key] != getattr(comparison, key) for key in KEYS)]
     return others + found

@@ -21,7 +21,7 @@ from zoo.sampler import Sampler
 from zoo.streams import stream
 
 if TYPE_CHECKING:
-    from zoo.donors.store import Zoo
+    from zoo.donors.zoo import Zoo
     from zoo.targets.blueprint import Blueprint
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.donors.store import Donor
+from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.units.aligned import read_donor_decoder, token_strings
 from zoo.units.canonical import Anchor, canonicalise, make_anchor
@@ -59,8 +59,11 @@ def frame(donor: Donor) -> Frame:
 
 
 def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
-    """decoder: of any shape, as `read_donor_decoder` reads it (float64); tokens: the strings of its vocabulary's rows. Raises
-    UserError where the two share no token string: nothing then says how the streams correspond."""
+    """Relative distance of a decoder of any shape to a donor.
+
+    decoder: as `read_donor_decoder` reads it (float64); tokens: the strings of its vocabulary's rows. UserError if the
+    two share no token string: then nothing says how their residual streams correspond.
+    """
     return _distance(to, *_shares(decoder, tokens, to))
 
 

@@ -32,7 +32,7 @@ from benchmarks.peers import training
 from benchmarks.peers.chunks import FEATURES, conditions, cut, groups, uncut
 from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, rebuilt, records
 from diffusion.conditions import MODEL_FEATURES, model_features
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream

@@ -69,7 +69,7 @@ MODULES: dict[str, Any] = {"d2nwg": d2nwg, "sane": sane}
 
 
 @dataclass(frozen=True)
-class Setup:
+class PeerMeasurement:
     """tokens: held-out text, int64 [N], for models of the zoo's vocabulary. shapes: how many of the donors' own shapes
     are generated; rebuilds: how many donors go through the autoencoders; None: all."""
 
@@ -92,7 +92,7 @@ class Setup:
         return [novelty.frame(d) for d in self.zoo.donors]
 
 
-def measure(setup: Setup) -> dict[str, Any]:
+def measure(setup: PeerMeasurement) -> dict[str, Any]:
     """What peers.json holds: {donors: {name: own loss}, apart, models: {name: {…}}, …}."""
     pipeline = load_pipeline(str(setup.model))
     budget = parameters(pipeline.autoencoder) + parameters(pipeline.denoiser)
@@ -121,7 +121,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _peer(setup: Setup, name: str, variant: Variant, folder: Path) -> dict[str, Any]:
+def _peer(setup: PeerMeasurement, name: str, variant: Variant, folder: Path) -> dict[str, Any]:
     module = MODULES[variant.peer]
     content = json.loads((folder / "peer.json").read_text())
     runs = content["training"]
@@ -151,7 +151,7 @@ def _peer(setup: Setup, name: str, variant: Variant, folder: Path) -> dict[str, 
     }
 
 
-def our_rebuilds(setup: Setup) -> Iterator[tuple[str, Rebuilt, Rebuilt]]:
+def our_rebuilds(setup: PeerMeasurement) -> Iterator[tuple[str, Rebuilt, Rebuilt]]:
     """(donor, through our autoencoder, through PCA at its rate), in canonical coordinates. Norms are kept numbers."""
     coder = load_autoencoder(setup.model)
     donors = list(align_donors(setup.zoo))
@@ -172,7 +172,7 @@ def our_rebuilds(setup: Setup) -> Iterator[tuple[str, Rebuilt, Rebuilt]]:
         yield donor.name, both[0], both[1]
 
 
-def _summary(setup: Setup, found: Iterator[tuple[str, Rebuilt, Rebuilt]]) -> dict[str, Any]:
+def _summary(setup: PeerMeasurement, found: Iterator[tuple[str, Rebuilt, Rebuilt]]) -> dict[str, Any]:
     """{rate, error, rebuilt_loss, pca_error, pca_loss, by_donor}: means over the donors."""
     by_donor = {
         name: {
@@ -186,7 +186,7 @@ def _summary(setup: Setup, found: Iterator[tuple[str, Rebuilt, Rebuilt]]) -> dic
     return means | {"by_donor": by_donor}
 
 
-def generated(setup: Setup, sampler: Callable[[], Sampler]) -> dict[str, Any]:
+def generated(setup: PeerMeasurement, sampler: Callable[[], Sampler]) -> dict[str, Any]:
     """{own_shape_loss, target_loss, speed (parameters/s), novelty}: of all models that are drawn; novelty is the
     relative distance to the nearest donor, its parts by kind of unit."""
     shapes = {json.dumps(_shape(d.config)): d.config for d in setup.zoo.donors}
@@ -203,7 +203,7 @@ def generated(setup: Setup, sampler: Callable[[], Sampler]) -> dict[str, Any]:
 
 
 def _draw(
-    setup: Setup, sampler: Callable[[], Sampler], config: dict[str, Any], seed: int
+    setup: PeerMeasurement, sampler: Callable[[], Sampler], config: dict[str, Any], seed: int
 ) -> tuple[float | None, float, dict[str, Tensor]]:
     """(loss, seconds of sampling, tensors)"""
     blueprint = Blueprint.from_config(config)
@@ -214,17 +214,17 @@ def _draw(
     return finite_loss(config, tensors, setup.tokens), seconds, tensors
 
 
-def own_losses(setup: Setup) -> dict[str, float | None]:
+def own_losses(setup: PeerMeasurement) -> dict[str, float | None]:
     return {d.name: own_loss(d, setup.tokens) for d in setup.zoo.donors}
 
 
-def apart(setup: Setup) -> dict[str, Any]:
+def apart(setup: PeerMeasurement) -> dict[str, Any]:
     """{median, by_donor}: every donor's distance to its nearest among the others."""
     found = {name: near.total for name, (near, _) in novelty.leave_one_out(setup.zoo.donors, setup.frames).items()}
     return {"median": statistics.median(found.values()) if found else None, "by_donor": found}
 
 
-def _nearest(setup: Setup, target: Blueprint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _nearest(setup: PeerMeasurement, target: Blueprint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The donor that a model is nearest to; the rows of its vocabulary are those of the zoo."""
     decoder = read_decoder(target, lambda name: tensors[name].double(), where="sample")
     tokens = token_strings(setup.zoo.donors[0])
@@ -243,7 +243,7 @@ def _shape(config: Mapping[str, Any]) -> list[Any]:
     return [config.get(key) for key in keys]
 
 
-def _kept(setup: Setup, name: str, what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _kept(setup: PeerMeasurement, name: str, what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of an earlier run, or a new one, which is kept."""
     path = setup.work / "results" / f"{name}-{what}.json"
     if path.is_file():
@@ -311,7 +311,7 @@ def main() -> None:
         small["variants"] = {"d2nwg": few, "sane": VARIANTS["sane"]}
     given: dict[str, Any] = {"seeds": tuple(int(s) for s in a.seeds.split(",")), "quiet": False} | small
     target = json.loads(a.target.read_text())
-    setup = Setup(zoo, a.model, held_out(a.text, zoo), target, a.work, a.seconds, **given)
+    setup = PeerMeasurement(zoo, a.model, held_out(a.text, zoo), target, a.work, a.seconds, **given)
     mark, known = (
         a.work / "run.json",
         {"run": run_identity(Run(str(a.model), a.seconds, target, a.quick, a.seeds), zoo)},

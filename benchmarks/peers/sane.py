@@ -38,7 +38,8 @@ from benchmarks.peers.tokens import (
     windows,
 )
 from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, rebuilt, records
-from zoo.donors.store import Donor, Zoo
+from zoo.donors.donor import Donor
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.sampler import Sampler

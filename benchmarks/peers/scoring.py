@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.head_start.tasks import SEQUENCE, WINDOWS
 from benchmarks.peers.weights import own_tensors
-from zoo.donors.store import Donor
+from zoo.donors.donor import Donor
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import encode_corpus
 from zoo.training.loop import evaluate

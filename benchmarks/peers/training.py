@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoder.loading import local_folder
-from zoo.checkpoints.headers import read_json
+from zoo.checkpoints.files import read_json
 from zoo.checkpoints.writer import replace_file
-from zoo.donors.store import Zoo
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.training.resumable import interruptible, load_state, restore_training, save_state, training_tensors
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.donors.store import Donor, Zoo, record
+from zoo.donors.donor import Donor, provenance
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, TensorSpec
@@ -161,7 +162,7 @@ def principal(rows: Tensor, size: int) -> Callable[[Tensor], Tensor]:
 
 def records(zoo: Zoo, weights: Iterable[Weights]) -> list[dict[str, Any]]:
     """What is kept of the donors that something was learned from."""
-    return [record(zoo.donor(w.name)) for w in weights]
+    return [provenance(zoo.donor(w.name)) for w in weights]
 
 
 def place(spec: TensorSpec, layers: int) -> str:

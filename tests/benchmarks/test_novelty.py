@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.novelty.distance import distance, error_overlap, frame, leave_one_out, mosaic, nearest, predictions
 from tests.support.tiny import config
+from zoo.donors.donor import Donor
 from zoo.donors.memory import zoo_of
-from zoo.donors.store import Donor
 from zoo.units.aligned import read_donor_decoder, token_strings
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.peers.scoring import own_loss
-from headstart.compare.trials import cut
-from zoo.donors.store import Zoo
-from zoo.training.text import encode_corpus, find_tokenizer, read_vocabulary
+from headstart.compare.trials import training_token_count
+from zoo.donors.zoo import Zoo
+from zoo.training.corpora import encode_corpus
+from zoo.vocabulary import find_tokenizer, read_vocabulary
 
 
-def as_they_are(zoo: Zoo, target: Path, corpus: Path) -> dict[str, float | None]:
+def donor_losses(zoo: Zoo, target: Path, corpus: Path) -> dict[str, float | None]:
     """{donor: its loss on what a comparison measures on}, nats per token, of the donors that have the tokens of the
     target, a folder; None where it is not finite."""
     folder = find_tokenizer(None, target)
     assert folder is not None
     own = read_vocabulary(folder)
     tokens = encode_corpus(corpus, folder, max(own.values()) + 1)
-    held = tokens[cut(tokens) :]
+    held = tokens[training_token_count(tokens) :]
     return {d.name: own_loss(d, held) for d in zoo.donors if d.vocabulary() == own}

@@ -1,0 +1,91 @@
+"""Tables of the methods: what each does and needs, what it costs and gives; eight of them for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.head_start import tasks
+from benchmarks.head_start.results import BenchmarkResults, Entries, format_interval, rank_methods
+from benchmarks.pages import cells
+from benchmarks.pages.speed_tables import read_convolutions
+from headstart import samplers
+from headstart.report.scores import REFERENCE
+
+README_METHODS = (
+    REFERENCE, "sliced", "row-column", "autoencoder", "diffusion", "matrix-normal", "truncated-normal", "normal"
+)  # fmt: skip
+
+
+def all_methods_table(results: BenchmarkResults) -> str:
+    """What each class says of itself."""
+    rows = []
+    for name, (module, _) in samplers.METHODS.items():
+        cls = samplers.get(name)
+        rows.append([f"`{name}`", cls.summary, needs_cell(name), cls.reference, f"`{module.replace('.', '/')}.py`"])
+    return cells.table(["method", "what it does", "needs", "source", "file"], rows)
+
+
+def gains_table(results: BenchmarkResults) -> str:
+    """Cost and gain of every method on the unseen shapes of A, long budget; conv-covariance on its own task."""
+    done = results.of("A", "reference", "long")
+    if not done:
+        return ""
+    cost = results.facts.get("cost", {}).get("methods", {})
+    methods = set(tasks.language_model_methods())
+    rows = []
+    for name in [REFERENCE, *(name for name in rank_methods(done.values()) if name in methods)]:
+        label = f"{name}, tuned: loss" if name == REFERENCE else name
+        rows.append([label, needs_cell(name), *_cost_cells(cost.get(name, {})), *_gain_cells(name, done)])
+    rows.append(_convolution_row(len(done)))
+    heads = ["method", "needs", "fit, s", "sample, M parameters/s (of `randn`)", *(c.target for c in done)]
+    return cells.table(heads, rows)
+
+
+def readme_table(results: BenchmarkResults) -> str:
+    """The gains of eight methods."""
+    done = results.of("A", "reference", "long")
+    if not done:
+        return ""
+    rows = [
+        ["default: loss" if name == REFERENCE else name, *(_gain_cell(e, name, digits=2) for e in done.values())]
+        for name in README_METHODS
+    ]
+    return cells.table(["method", *(c.target for c in done)], rows)
+
+
+def _gain_cells(name: str, done: Mapping[tasks.Comparison, Entries]) -> list[str]:
+    return [_gain_cell(entries, name) for entries in done.values()]
+
+
+def _gain_cell(entries: Entries, name: str, digits: int = 3) -> str:
+    """The default's final loss with so many digits; of another method, its final loss minus the default's."""
+    if name not in entries:
+        return cells.MISSING
+    stats = entries[name]["final_loss" if name == REFERENCE else "difference"]
+    if stats["mean"] is None:
+        return "diverged"
+    return format_interval(stats, digits=digits) if name == REFERENCE else format_interval(stats, "+", 2)
+
+
+def _cost_cells(cost: Mapping[str, Any]) -> Sequence[str]:
+    """What fitting and sampling cost."""
+    if "fit_seconds" not in cost:
+        return cells.MISSING, cells.MISSING
+    rate = f"{cost['parameters_per_second'] / 1e6:.2g} ({cost['of_randn']:.2g})"
+    return f"{cost['fit_seconds']:.2f}", rate
+
+
+def _convolution_row(targets: int) -> list[str]:
+    measured = read_convolutions()
+    own, untuned, tuned = (
+        measured["methods"][key]["mean"] for key in ("conv-covariance", "default, scale 1", "default")
+    )
+    told = f"on digits: loss {own:.3f}, default {untuned:.3f}, with its scale tuned {tuned:.3f}"
+    return [
+        "conv-covariance", needs_cell("conv-covariance"), *_cost_cells(measured["cost"]), told, *[""] * (targets - 1)
+    ]  # fmt: skip
+
+
+def needs_cell(name: str) -> str:
+    return ", ".join(samplers.get(name).needs) or cells.MISSING
