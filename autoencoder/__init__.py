@@ -1,4 +1,4 @@
-"""Units <-> latents. Names are imported when asked for: diffusers is slow to load."""
+"""The autoencoder of units. Its names are imported at first use, because diffusers is slow to load."""
 
 from __future__ import annotations
 

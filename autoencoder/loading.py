@@ -1,4 +1,4 @@
-"""Components from folders and the hub: safetensors and JSON of the expected class, or one line that says why not."""
+"""Loading trained components from folders and the hub: safetensors and JSON only, of the expected class."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from zoo.errors import UserError
 
 
 def local_folder(source: str | Path, what: str) -> Path:
-    """A folder, or a hub id fetched to one (safetensors and JSON only). `what` is what should be there.
-    Raises UserError where there is neither."""
+    """The local folder of `source`, a folder or a hub id; a hub repository is downloaded, safetensors and JSON only.
+
+    what: what the folder should hold, for messages. Raises UserError if `source` is neither."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -27,26 +28,27 @@ def local_folder(source: str | Path, what: str) -> Path:
 
 
 def load_component(cls: type[Any], folder: Path, config: str, how: str) -> Any:
-    """`cls.from_pretrained(folder)`, after its `config` file has been found to be of that class.
-    Raises UserError for another class, or for files that are damaged; `how` says how to make one."""
+    """Loads `cls` from a folder, if the class in its `config` file is `cls`.
+
+    how: advice for messages. Raises UserError for another class, and for missing or damaged files."""
     path = folder / config
     if not path.is_file():
         raise UserError(f"{folder}: holds no {cls.__name__}; {how}")
     found = read_json(path).get("_class_name")
     if found != cls.__name__:
-        raise UserError(f"{path}: is of {found or 'another kind'}, not {cls.__name__}; {how}")
+        raise UserError(f"{path}: describes {found or 'no class'}, not {cls.__name__}; {how}")
     try:
-        model, told = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # diffusers and safetensors raise whatever the file makes them
+        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # diffusers and safetensors raise errors of many types
         raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); {how}") from error
-    if lacking := told["missing_keys"]:  # diffusers would leave them as they were made
-        raise UserError(f"{folder}: lacks {min(lacking)}, so it is of another version, or damaged; {how}")
+    if missing := info["missing_keys"]:  # diffusers would leave their initial values
+        raise UserError(f"{folder}: lacks the tensor {min(missing)}, so it is damaged or from another version; {how}")
     return model
 
 
 def load_autoencoder(source: str | Path) -> UnitAutoencoder:
-    """The autoencoder of a folder, of a pipeline's folder, or of a hub id. Raises UserError where there is none."""
+    """Loads the autoencoder in a folder, in a pipeline's folder, or of a hub id. Raises UserError if there is none."""
     folder = local_folder(source, "an autoencoder")
     inner = folder / "autoencoder" if (folder / "model_index.json").is_file() else folder
-    how = "make one with `headstart train autoencoder`"
+    how = "train one with `headstart train autoencoder`"
     return load_component(UnitAutoencoder, inner, "config.json", how).eval()

@@ -1,10 +1,10 @@
-"""The unit autoencoder: unit <-> (latent, exact scales).
+"""The unit autoencoder: a unit becomes a latent and the exact norms of its vectors, and back.
 
-A unit's P residual vectors are divided by their norms; the norms are kept in float32 beside the latent. The rest goes
-through a linear map, which starts as PCA under the error's own weights, plus a small network that starts at zero:
-training starts from PCA at the same rate.
+Each of a unit's P residual vectors is divided by its norm. The norms are kept in float32 beside the latent. The
+directions go through a linear map that starts as PCA, and a small network that starts at zero. So training starts from
+PCA at the same rate.
 
-Letters: N units, P residual vectors per unit, d their width, W the width of the autoencoder, R latent size.
+Letters: N units, P residual vectors per unit, d their width, W width of the autoencoder, R latent size.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from zoo.units.units import ROLES, to_width
 
-KINDS = tuple(ROLES)
+WRITER_ROLES = ("embed", "o", "down")
 
 
 class UnitAutoencoder(ModelMixin, ConfigMixin):
-    """width: the widest residual stream that it knows, W; latent: {kind: R}; hidden: size of the correcting network,
-    0 for none (plain PCA, or a linear autoencoder once trained); donors: records of what it was trained on."""
+    """Maps units to latents and back, for every kind of unit.
+
+    width: W, the widest residual stream. latent: kind -> R. hidden: size of the correcting network, 0 for none, which
+    leaves a linear autoencoder. donors: provenance of the donors it was trained on."""
 
     @register_to_config
     def __init__(
@@ -33,7 +35,7 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
         self.width = width
         for kind in latent:
             flat = len(ROLES[kind]) * width
-            self.register_buffer(f"weight_{kind}", torch.ones(flat))  # square root of the error's weight
+            self.register_buffer(f"weight_{kind}", torch.ones(flat))  # square root of the weight of the error
             self.register_buffer(f"mean_{kind}", torch.zeros(flat))
         self.encoders = nn.ModuleDict({k: nn.Linear(len(ROLES[k]) * width, r, bias=False) for k, r in latent.items()})
         self.decoders = nn.ModuleDict({k: nn.Linear(r, len(ROLES[k]) * width, bias=False) for k, r in latent.items()})
@@ -46,21 +48,22 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
                 self.corrections[kind] = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), out)
 
     def latent_size(self, kind: str) -> int:
+        """R of a kind."""
         return int(self.config["latent"][kind])
 
     def _weighted(self, kind: str, directions: Tensor) -> Tensor:
-        """[N, P, W] -> [N, P W], centred, times the square root of the error's weight."""
+        """Centres directions and scales them by the square root of the weight: [N, P, W] -> [N, P W]."""
         centred = directions.flatten(1) - self.get_buffer(f"mean_{kind}")
         return centred * self.get_buffer(f"weight_{kind}")
 
     def encode(self, kind: str, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, P, d] -> latents [N, R] and log-norms [N, P], float32. Coordinates beyond W are dropped."""
+        """Vectors [N, P, d] -> latents [N, R] and log-norms [N, P], float32. Coordinates beyond W are dropped."""
         vectors = to_width(vectors.float(), self.width)
         norms = vectors.norm(dim=-1).clamp_min(1e-12)
         return self.encoders[kind](self._weighted(kind, vectors / norms.unsqueeze(-1))), norms.log()
 
     def decode_directions(self, kind: str, latents: Tensor, width: int) -> Tensor:
-        """[N, R] -> [N, P, width], before the norms are put back; `width` is at most W."""
+        """Latents [N, R] -> directions [N, P, width] that are not normalised yet. `width` is at most W."""
         flat = self.decoders[kind](latents)
         if kind in self.corrections:
             flat = flat + self.corrections[kind](latents)
@@ -68,15 +71,18 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
         return flat.unflatten(1, (len(ROLES[kind]), self.width))[..., :width]
 
     def decode(self, kind: str, latents: Tensor, log_norms: Tensor, width: int) -> Tensor:
-        """Latents [N, R] and log-norms [N, P] -> vectors [N, P, width] of exactly those norms. Coordinates beyond W
-        are zero."""
+        """Latents [N, R] and log-norms [N, P] -> vectors [N, P, width] with exactly these norms.
+
+        Coordinates beyond W are zero."""
         directions = self.decode_directions(kind, latents, min(width, self.width))
         vectors = nn.functional.normalize(directions, dim=-1) * log_norms.exp().unsqueeze(-1)
         return to_width(vectors, width)
 
     def loss(self, kind: str, vectors: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Relative squared error of the directions of [N, P, d] under the error's weights: a scalar. noise [N, R] is
-        added to the latents, in units of their RMS. Where a narrower donor has no coordinate, zero is right."""
+        """Weighted relative squared error of the decoded directions of vectors [N, P, d]: a scalar.
+
+        noise [N, R] is added to the latents, in units of their RMS. A narrower donor is padded with zeros, and the
+        decoder must reproduce them."""
         vectors = to_width(vectors.float(), self.width)
         directions = nn.functional.normalize(vectors, dim=-1)
         latents = self.encoders[kind](self._weighted(kind, directions))
@@ -89,7 +95,7 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
 
 @torch.no_grad()
 def fit_pca(model: UnitAutoencoder, kind: str, vectors: Tensor, weight: Tensor) -> None:
-    """Sets the linear part to PCA of the directions of [N, P, d] under the weights [P, W] of the squared error."""
+    """Sets the linear part to the PCA of the directions of vectors [N, P, d]. weight: of the squared error, [P, W]."""
     directions = to_width(nn.functional.normalize(vectors.double(), dim=-1), model.width).flatten(1)
     root = weight.double().flatten().sqrt()
     mean = directions.mean(0)
@@ -102,18 +108,20 @@ def fit_pca(model: UnitAutoencoder, kind: str, vectors: Tensor, weight: Tensor) 
 
 
 def error_weights(units: list[dict[str, Tensor]], width: int) -> dict[str, Tensor]:
-    """kind -> [P, W]: how much an error in each coordinate does, mean 1. A reader multiplies what the stream holds
-    there, so it is weighed by the energy of the writers; a writer by the energy of the readers."""
+    """Weights of the squared error: kind -> [P, W], mean 1 per vector.
+
+    A reader is multiplied by the residual stream, so its error counts by the energy of the writers in that coordinate;
+    a writer's error counts by the energy of the readers."""
     energy = {"reads": torch.zeros(width, dtype=torch.float64), "writes": torch.zeros(width, dtype=torch.float64)}
     for donor in units:
         for kind, vectors in donor.items():
             for part, role in enumerate(ROLES[kind]):
-                side = "writes" if role in ("embed", "o", "down") else "reads"
+                side = "writes" if role in WRITER_ROLES else "reads"
                 energy[side] += to_width(vectors[:, part].double().square().mean(0), width)
-    out = {}
+    weights = {}
     for kind, roles in ROLES.items():
-        rows = [energy["reads" if role in ("embed", "o", "down") else "writes"] for role in roles]
+        rows = [energy["reads" if role in WRITER_ROLES else "writes"] for role in roles]
         weight = torch.stack(rows)
         weight = weight / weight.mean(1, keepdim=True)
-        out[kind] = weight.clamp_min(1e-3)
-    return out
+        weights[kind] = weight.clamp_min(1e-3)
+    return weights

@@ -1,4 +1,4 @@
-"""`autoencoder`: a donor through the autoencoder and back, the ceiling of the diffusion."""
+"""The method `autoencoder`: a donor, encoded and decoded. It bounds what the diffusion can reach."""
 
 from __future__ import annotations
 
@@ -36,19 +36,21 @@ from zoo.vocabulary import read_vocabulary, rows_by_token
 
 @dataclass(kw_only=True)
 class AutoencoderSampler(Sampler):
-    """The most important units of a donor in canonical form (`resize_units`), encoded and decoded."""
+    """Takes a donor's most important units (`resize_units`), encodes and decodes them."""
 
     name: ClassVar[str] = "autoencoder"
     family: ClassVar[str] = "generative"
-    summary: ClassVar[str] = "a donor's most important units through the autoencoder and back: the diffusion's ceiling"
+    summary: ClassVar[str] = "a donor's most important units, encoded and decoded: an upper bound for the diffusion"
     reference: ClassVar[str] = "autoencoder/README.md"
     needs: ClassVar[tuple[str, ...]] = ("donor", "model")
 
     donor: str | None = option(
-        None, "name of the donor; none: by the share of tokens that it knows, as wide, of lowest loss, nearest in size"
+        None, "donor's name; none: by shared tokens (most first), sufficient width, lowest loss, nearest size"
     )
-    model: str | None = option(None, "folder of the autoencoder, or of a pipeline that holds one")
-    tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
+    model: str | None = option(None, "folder of an autoencoder, or of a pipeline, which contains one")
+    tokenizer: str | None = option(
+        None, "the target's tokenizer (folder or tokenizer.json), to match tokens by their strings"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,15 +65,15 @@ class AutoencoderSampler(Sampler):
         return tuple(d.name for d in zoo.donors) if zoo is not None else ()
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
-        """The donor, and those that the autoencoder was trained on."""
-        learned = self._autoencoder.config["donors"] or [] if self._autoencoder is not None else []
+        """The donor, and the donors that the autoencoder was trained on."""
+        of_autoencoder = self._autoencoder.config["donors"] or [] if self._autoencoder is not None else []
         own = super().provenance(zoo)
-        return own + [d for d in learned if d["sha256"] not in {o["sha256"] for o in own}]
+        return own + [d for d in of_autoencoder if d["sha256"] not in {o["sha256"] for o in own}]
 
     def _load(self) -> UnitAutoencoder:
         if self.model is None:
             raise UserError(
-                "autoencoder: needs a trained autoencoder; give --model (see `headstart train autoencoder`)"
+                "autoencoder: needs a trained autoencoder; give one with --model (`headstart train autoencoder`)"
             )
         return load_autoencoder(self.model)
 
@@ -82,7 +84,7 @@ class AutoencoderSampler(Sampler):
         target = require_unit_target(blueprint, "target")
         self._autoencoder = self._load()
         if zoo is None:
-            raise UserError("autoencoder: needs a donor; give --zoo, or --donor with a folder or hub id")
+            raise UserError("autoencoder: needs a donor; give --zoo, or --donor with a folder or a hub id")
         if self.donor is not None and self.donor not in {d.name for d in zoo.donors}:
             raise unknown("donor", self.donor, (d.name for d in zoo.donors))
         vocabulary = self._vocabulary()
@@ -103,19 +105,20 @@ class AutoencoderSampler(Sampler):
             if best is None or rank < best[0]:
                 best = (rank, aligned)
         if best is None:
-            raise UserError(f"autoencoder: no donor fits the target ({'; '.join(reasons[:3]) or self.donor})")
+            why = "; ".join(reasons[:3]) or self.donor
+            raise UserError(f"autoencoder: no donor fits the target ({why}); add one that does")
         self._source = best[1]
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        """Nothing is drawn: every seed gives the same, but for the rows of tokens that the donor does not know."""
+        """The seed changes nothing: no random number is drawn."""
         if self._source is None or self._autoencoder is None:
             raise RuntimeError("autoencoder: call fit before sample")
         donor, target = self._source, blueprint.metadata
         assert target is not None
         units = {**donor.units, "vocab": vocabulary_units(donor, target, self._vocabulary())}
         source = replace(donor.metadata, vocab=target.vocab)
-        width = max(source.width, target.width)  # a narrower stream is cut at the end, along its own axes
+        width = max(source.width, target.width)  # a narrower target is cut at the end, along its principal axes
         resized = resize_units(units, source, replace(target, width=width))
         device = torch.device(self.device)
         coder = self._autoencoder.to(device)
@@ -140,17 +143,18 @@ class AutoencoderSampler(Sampler):
 
 
 def mismatch_reason(donor: Metadata, target: Metadata, tokenizer: str | None) -> str | None:
-    """Why a donor's units cannot fill the target, or None."""
+    """Why a donor's units cannot fill the target; None if they can."""
     if donor.head_dim != target.head_dim:
-        return f"head_dim is {donor.head_dim}, the target's {target.head_dim}"
+        return f"its head_dim is {donor.head_dim}, the target's is {target.head_dim}"
     if donor.vocab != target.vocab and tokenizer is None:
-        return f"vocab is {donor.vocab}, the target's {target.vocab}; give the target's --tokenizer to match tokens"
+        return f"its vocabulary has {donor.vocab} tokens, the target's {target.vocab}; give the target's --tokenizer"
     return None
 
 
 def donor_rows(donor: AlignedDonor, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
-    """int64 [V]: the donor's row for each of the target's tokens, by string; -1 where it has none. No vocabulary: the
-    tokens are the donor's."""
+    """The donor's row for each token of the target, int64 [V]; -1 if it has none.
+
+    vocabulary: the target's, token string -> id; None if it is the donor's."""
     if vocabulary is None:
         return torch.arange(target.vocab)
     own = {token: i for i, token in enumerate(donor.tokens)}
@@ -158,6 +162,6 @@ def donor_rows(donor: AlignedDonor, target: Metadata, vocabulary: dict[str, int]
 
 
 def vocabulary_units(donor: AlignedDonor, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
-    """[V, P, d]: the donor's vocabulary pairs for the target's tokens; the mean pair where it has none."""
+    """The donor's vocabulary pairs for the target's tokens, [V, P, d]; the mean pair for tokens that it lacks."""
     pairs, index = donor.units["vocab"], donor_rows(donor, target, vocabulary)
     return torch.where((index >= 0)[:, None, None], pairs[index], pairs.mean(0))

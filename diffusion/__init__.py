@@ -1,21 +1,21 @@
-"""Latent diffusion over sets of units. Names are imported when asked for: diffusers is slow to load."""
+"""Latent diffusion over sets of units. Its names are imported at first use, because diffusers is slow to load."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_PLACES = {
+_MODULES = {
     "WeightDiffusionPipeline": "diffusion.pipeline",
     "Request": "diffusion.pipeline",
     "UnitDenoiser": "diffusion.denoiser",
     "ZooMemory": "diffusion.memory",
 }
-__all__ = sorted(_PLACES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(name)
     from importlib import import_module
 
-    return getattr(import_module(_PLACES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,13 +1,13 @@
-"""The denoiser: the exact velocity of a mixture over the zoo's units, whose weights are learned, plus a network.
+"""The denoiser: the velocity of a mixture over the zoo's units, in closed form, plus a network.
 
-A token is a unit's latent and log-norms (`memory.TokenScale`). Given its condition, a unit's token is modelled as one
-of the bank's, chosen by a learned prior over the bank, plus normal noise of a fixed bandwidth: for that mixture the
-flow's velocity is known in closed form (2310.12395). adaLN-Zero blocks (DiT, 2212.09748) add what the mixture lacks:
-they start at zero, and alone they are a plain diffusion.
+A token is a unit's latent and log-norms (`memory.TokenScale`). The mixture models a unit's token as one of the bank's
+tokens plus normal noise of a fixed bandwidth. A learned prior chooses the bank's token, given the unit's condition. The
+velocity of this mixture is known in closed form (2310.12395). A network of adaLN-Zero blocks (DiT, 2212.09748) adds a
+correction that starts at zero. Without a bank, the network alone is a plain diffusion.
 
-Units are independent given their condition, so the cost is linear in their number. What binds the units of a model is
-a context vector that all of them share and that is generated first, as a token of its own kind; those of a block or a
-head, that the pipeline chooses one of the bank's for them all; query heads of a group, the partner token.
+Units are independent given their condition, so the cost is linear in their number. Three things connect them: all units
+of a model share a context vector, which is generated first as a token of its own kind; all units of a block or a head
+come from the same block or head of the bank; query heads of a group have a partner token.
 
 Letters: N units, M units of the bank, T token size of a kind, H hidden size, X context size.
 """
@@ -27,13 +27,13 @@ from diffusion.conditions import FEATURES
 from diffusion.memory import Bank
 
 CONTEXT = "context"
-KEY_SIZE = 64  # size of the queries and keys of the prior
-SHARPNESS_SPEED = 5.0  # how much faster than the other parameters the prior's sharpness is learned
-KINDS_WITH_PARTNER = ("vocab", "qk", "vo")  # kinds whose units may have a partner
+KEY_SIZE = 64  # of the queries and keys of the prior
+SHARPNESS_SPEED = 5.0  # the prior's sharpness learns this many times faster than the other parameters
+KINDS_WITH_PARTNER = ("vocab", "qk", "vo")
 
 
 def sigma_embedding(sigma: Tensor, size: int) -> Tensor:
-    """[N] noise levels in [0, 1] -> sinusoids [N, size]."""
+    """Sinusoidal embedding of noise levels in [0, 1]: [N] -> [N, size]."""
     half = size // 2
     waves = torch.exp(-math.log(1e4) * torch.arange(half, device=sigma.device) / half)
     angle = 1e3 * sigma[:, None] * waves
@@ -41,41 +41,42 @@ def sigma_embedding(sigma: Tensor, size: int) -> Tensor:
 
 
 def mixture_velocity(x: Tensor, sigma: Tensor, tokens: Tensor, log_prior: Tensor, bandwidth: float) -> Tensor:
-    """E[noise - token | x] for x = (1 - sigma) token + sigma noise, where token is normal with deviation `bandwidth`
-    around row i of `tokens` with probability softmax(log_prior)_i. [N, T].
+    """E[noise - token | x] for x = (1 - sigma) token + sigma noise, [N, T].
 
-    x [N, T], sigma [N], tokens [M, T] or [N, M, T], log_prior [N, M]."""
-    keep, noise = (1 - sigma)[:, None], sigma[:, None]
-    variance = noise.square() + (keep * bandwidth).square()  # of x given its component, [N, 1]
+    The token is drawn from a mixture of normals: component i has mean `tokens[i]`, standard deviation `bandwidth` and
+    probability softmax(log_prior)_i. x [N, T], sigma [N], tokens [M, T] or [N, M, T], log_prior [N, M]."""
+    signal, noise = (1 - sigma)[:, None], sigma[:, None]
+    variance = noise.square() + (signal * bandwidth).square()  # of x given its component, [N, 1]
     if tokens.ndim == 2:
         inner, square = x @ tokens.mT, tokens.square().sum(1)
     else:
         inner, square = (tokens @ x.unsqueeze(-1)).squeeze(-1), tokens.square().sum(2)
-    likelihood = (keep * inner - 0.5 * keep.square() * square) / variance  # up to a constant in i
+    likelihood = (signal * inner - 0.5 * signal.square() * square) / variance  # up to a constant in i
     weights = (log_prior + likelihood).softmax(dim=1)  # [N, M]
     mean = weights @ tokens if tokens.ndim == 2 else (weights.unsqueeze(1) @ tokens).squeeze(1)
-    return (noise - keep * bandwidth**2) / variance * (x - keep * mean) - mean
+    return (noise - signal * bandwidth**2) / variance * (x - signal * mean) - mean
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The components of the mixture for N units: tokens [M, T] or [N, M, T], and log-prior [N, M]."""
+    """The components of the mixture for N units."""
 
-    tokens: Tensor
-    log_prior: Tensor
+    tokens: Tensor  # [M, T] or [N, M, T]
+    log_prior: Tensor  # [N, M]
 
 
-def mask_to_group(log_prior: Tensor, wanted: Tensor | None, group: Tensor | None) -> Tensor:
-    """A token whose string donors have is one of theirs of that string, and a unit of a head is of the head that was
-    chosen for it: [N, M] with -inf elsewhere. wanted int64 [N], the group of each unit, -1 where it may be of any;
-    group int64 [M], those of the bank. None: units without any."""
-    if wanted is None or group is None:
+def mask_to_group(log_prior: Tensor, required: Tensor | None, group: Tensor | None) -> Tensor:
+    """Restricts the prior [N, M] of each unit to the bank's units of its required group; others get -inf.
+
+    A group is a token string, or a head. required: int64 [N], -1 if any group will do. group: int64 [M], of the bank's
+    units. None for units without groups."""
+    if required is None or group is None:
         return log_prior
-    return log_prior.masked_fill((wanted[:, None] >= 0) & (wanted[:, None] != group), -math.inf)
+    return log_prior.masked_fill((required[:, None] >= 0) & (required[:, None] != group), -math.inf)
 
 
 class Block(nn.Module):
-    """A residual MLP whose normalisation and gate are set by the condition; the gate starts at zero."""
+    """A residual MLP with adaLN-Zero: the condition sets normalisation and gate, and the gate starts at zero."""
 
     def __init__(self, hidden: int, expand: int) -> None:
         super().__init__()
@@ -89,9 +90,11 @@ class Block(nn.Module):
 
 
 class UnitDenoiser(ModelMixin, ConfigMixin):
-    """tokens: {kind: T}, `context` among them; families: the architectures seen in training (others share one
-    embedding); hidden, blocks, expand: size of the network; bandwidth: deviation of a unit from the bank's, in units
-    of a token's RMS; None: no bank, a plain diffusion."""
+    """Predicts the velocity of noisy tokens.
+
+    tokens: kind -> T, including `context`. families: architectures in the training data; others share one embedding.
+    hidden, blocks, expand: size of the network. bandwidth: standard deviation around the bank's tokens, in RMS of a
+    token; None for no bank, which is a plain diffusion."""
 
     @register_to_config
     def __init__(
@@ -126,24 +129,28 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
     def condition_embedding(
         self, kind: str, features: Tensor, family: Tensor, context: Tensor | None, partner: Tensor | None
     ) -> Tensor:
-        """What is known of units, [N, H]: features [N, FEATURES], family int64 [N] (0: never seen), context [N, X],
-        partner [N, T] (zeros where there is none)."""
-        known = self.metadata(features) + self.architecture(family)
-        if context is not None:
-            known = known + self.context(context)
-        if partner is not None and kind in self.partner:
-            known = known + self.partner[kind](partner) * (partner != 0).any(1, keepdim=True)
-        return known
+        """Embeds the condition of units, [N, H].
 
-    def log_prior(self, kind: str, told: Tensor, bank_told: Tensor) -> Tensor:
-        """[N, M]: how likely each unit of the bank is under the conditions, up to a constant per row. Cosine of query
-        and key with a learned sharpness, as in CLIP (2103.00020)."""
-        query = F.normalize(self.query[kind](told), dim=1)
-        key = F.normalize(self.key[kind](bank_told), dim=1)
+        features [N, FEATURES]; family int64 [N], 0 for an unknown architecture; context [N, X]; partner [N, T], zeros
+        for a unit without one."""
+        embedding = self.metadata(features) + self.architecture(family)
+        if context is not None:
+            embedding = embedding + self.context(context)
+        if partner is not None and kind in self.partner:
+            embedding = embedding + self.partner[kind](partner) * (partner != 0).any(1, keepdim=True)
+        return embedding
+
+    def log_prior(self, kind: str, condition: Tensor, bank_condition: Tensor) -> Tensor:
+        """Log-probability of each unit of the bank for each condition, up to a constant per row: [N, M].
+
+        The cosine of query and key times a learned sharpness, as in CLIP (2103.00020). condition [N, H],
+        bank_condition [M, H]."""
+        query = F.normalize(self.query[kind](condition), dim=1)
+        key = F.normalize(self.key[kind](bank_condition), dim=1)
         return (SHARPNESS_SPEED * self.sharpness).exp().clamp(max=1000.0) * query @ key.mT
 
     def bank_embedding(self, kind: str, bank: Bank) -> Tensor:
-        """[M, H]: the conditions of the bank's units."""
+        """Embeds the conditions of the bank's units, [M, H]."""
         return self.condition_embedding(kind, bank.features, bank.family, bank.context, bank.partners)
 
     def forward(
@@ -151,14 +158,14 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
         kind: str,
         x: Tensor,  # [N, T] noisy tokens, (1 - sigma) token + sigma noise
         sigma: Tensor,  # [N]
-        told: Tensor,  # [N, H], from `condition_embedding`
+        condition: Tensor,  # [N, H], from `condition_embedding`
         candidates: Candidates | None = None,
         conditional: Tensor | None = None,  # bool [N]: False drops the condition (classifier-free guidance)
     ) -> Tensor:
         """The velocity noise - token, [N, T]."""
         if conditional is not None:
-            told = torch.where(conditional[:, None], told, self.unconditional)
-        condition = told + self.time(sigma_embedding(sigma, 64)) + self.kind.weight[self.index[kind]]
+            condition = torch.where(conditional[:, None], condition, self.unconditional)
+        condition = condition + self.time(sigma_embedding(sigma, 64)) + self.kind.weight[self.index[kind]]
         h = self.read[kind](x)
         for block in self.trunk:
             h = block(h, condition)

@@ -1,8 +1,8 @@
 """What a pipeline keeps of its zoo: the scale of tokens, the mean vocabulary, and a bank of the donors' tokens.
 
-The bank is what makes so small a zoo worth learning from: a network that trains for minutes cannot hold millions of
-numbers to the few per cent that an initialisation needs, but it can learn *which* of them a target's unit should be
-like (retrieval-augmented diffusion, 2204.11824). `diffusion/README.md` says what that means for novelty.
+A network that trains for minutes cannot store millions of weights to the precision that an initialisation needs. It can
+learn which donor's unit a target's unit should resemble (retrieval-augmented diffusion, 2204.11824). The consequences
+for novelty are in `diffusion/README.md`.
 
 Letters: M units of the bank, T token size, X context size, D donors, V tokens of the vocabulary.
 """
@@ -20,25 +20,25 @@ from torch import Tensor
 
 from diffusion.conditions import FEATURES, layer_and_head_of_features
 
-MAX_LAYERS = 1 << 16  # of a donor
+MAX_LAYERS = 1 << 16  # upper bound on the layers of a donor
 
 
 @dataclass(frozen=True)
 class TokenScale:
-    """How tokens of one kind are brought to unit scale: one scale for the whole latent (its spectrum is kept: it is
-    the order of importance), mean and deviation for each log-norm."""
+    """Brings tokens of one kind to unit scale. The whole latent has one scale, which keeps its spectrum; each log-norm
+    has its own mean and standard deviation."""
 
     latent: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def to_token(self, latents: Tensor, log_norms: Tensor) -> Tensor:
-        """[N, R], [N, P] -> [N, T]"""
+        """Latents [N, R] and log-norms [N, P] -> tokens [N, T]."""
         mean, std = (torch.tensor(t, device=log_norms.device) for t in (self.mean, self.std))
         return torch.cat([latents / self.latent, (log_norms - mean) / std], dim=1)
 
     def from_token(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, T] -> [N, R], [N, P]"""
+        """The inverse of `to_token`."""
         size = tokens.shape[1] - len(self.mean)
         mean, std = (torch.tensor(t, device=tokens.device) for t in (self.mean, self.std))
         return tokens[:, :size] * self.latent, tokens[:, size:] * std + mean
@@ -46,34 +46,36 @@ class TokenScale:
 
 @dataclass(frozen=True)
 class Bank:
-    """Units of one kind with the conditions under which their donors have them."""
+    """The donors' units of one kind, with their conditions."""
 
     tokens: Tensor  # [M, T]
     features: Tensor  # [M, FEATURES]
     family: Tensor  # int64 [M]
     partners: Tensor | None = None  # [M, T]; None for contexts
     context: Tensor | None = None  # [M, X]; None for contexts
-    group: Tensor | None = None  # int64 [M]: of a token, its string (a row of the zoo's); of Q/K and V/O, the head
-    block: Tensor | None = None  # int64 [M]: one number for each layer of each donor; None for what has no layer
+    group: Tensor | None = None  # int64 [M]: a token's string (its row in the zoo's vocabulary), or a head
+    block: Tensor | None = None  # int64 [M]: a number for each layer of each donor; None if there are no layers
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Bank:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Bank:
         changed: dict[str, Any] = {k: None if t is None else change(t) for k, t in vars(self).items()}
         return Bank(**changed)
 
     def __getitem__(self, rows: Tensor) -> Bank:
-        return self._each(lambda t: t[rows])
+        return self._map(lambda t: t[rows])
 
     def to(self, device: torch.device | str) -> Bank:
-        return self._each(lambda t: t.to(device))
+        return self._map(lambda t: t.to(device))
 
 
 class ZooMemory(ModelMixin, ConfigMixin):
-    """scales: {kind: {latent, mean, std}}; tokens: the V token strings that the zoo knows; sizes: {kind: [M, T]};
-    context: X; donors: [{name, revision, sha256, license, …}] that the pipeline learned from; best_loss: the lowest
-    held-out loss among them, None if unknown.
+    """What a pipeline keeps of its zoo.
 
-    Buffers: `vocabulary` [V, T], the mean vocabulary token of every string over the donors; `contexts` [D, X]
-    with the features of their donors; and the bank of every kind, of tokens with their strings."""
+    scales: kind -> {latent, mean, std}. tokens: the V token strings of the zoo. sizes: kind -> [M, T]. context: X.
+    donors: [{name, revision, sha256, license, …}] in the training data. best_loss: their lowest held-out loss, None if
+    unknown.
+
+    Buffers: `vocabulary` [V, T], the mean vocabulary token of each string over the donors; `contexts` [D, X] with the
+    features of their donors; the bank of each kind; the strings of the vocabulary's bank."""
 
     @register_to_config
     def __init__(
@@ -100,16 +102,16 @@ class ZooMemory(ModelMixin, ConfigMixin):
         self.register_buffer("strings_vocab", torch.zeros(sizes["vocab"][0], dtype=torch.int64))
 
     def rows(self, tokens: Sequence[str]) -> Tensor:
-        """int64 [len(tokens)]: where a string stands among the zoo's; -1 for one that the zoo does not know."""
+        """The row of each string in the zoo's vocabulary, int64 [len(tokens)]; -1 for an unknown string."""
         return torch.tensor([self.row_of_token.get(token, -1) for token in tokens])
 
     def lookup(self, rows: Tensor) -> Tensor:
-        """[N, T]: the mean token of each string, zeros for one that the zoo does not know."""
+        """The mean token of each row, [N, T]; zeros for row -1."""
         vocabulary = self.get_buffer("vocabulary").cpu()
         return vocabulary[rows] * (rows >= 0)[:, None]
 
     def bank(self, kind: str) -> Bank:
-        """The bank of a kind; of kind `context`, the donors' contexts and the shapes that they belong to."""
+        """The bank of a kind. For the kind `context`: the donors' contexts with the features of their shapes."""
         if kind == "context":
             buffers = (self.get_buffer(name) for name in ("contexts", "features_context", "families"))
             return Bank(*buffers)

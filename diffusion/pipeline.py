@@ -1,5 +1,10 @@
-"""Generating a decoder: the model's context first, then its vocabulary, then every layer: which block and heads of the
-zoo it is like, then unit by unit."""
+"""Generating a decoder: first its context, then its vocabulary, then layer by layer.
+
+For each layer, a block and heads of a donor are chosen first, then its units are generated.
+
+Letters: N units, T token size, M units of a bank, X context size, V vocabulary, W width of the autoencoder, d width of
+the target, K KV heads.
+"""
 
 from __future__ import annotations
 
@@ -31,27 +36,25 @@ from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, Layer
 from zoo.units.units import ROLES, principal_axes, project_to_axes, residual_energy, unit_addresses, units_to_decoder
 
-# Units that are denoised at once: bounds memory, and is fixed, so that results depend on the seed alone.
-CHUNK_SIZE = 1024
-CANDIDATES_PER_UNIT = 64  # units of the bank that a unit may be like: those of highest prior
-MAX_CACHED_NUMBERS = 1 << 26  # numbers of a narrower target's units that are kept, so as not to be generated again
-PROBED_UNITS = 256  # units of a kind whose priors choose the block that all of them are of
+CHUNK_SIZE = 1024  # units that are denoised at once; a constant, so results depend on the seed only
+CANDIDATES_PER_UNIT = 64  # components of a unit's mixture: the units of the bank with the highest prior
+MAX_CACHED_NUMBERS = 1 << 26  # a narrower target's units are cached up to this size, else generated twice
+PROBED_UNITS = 256  # units of a kind whose priors choose the block
 CONDITIONS = ("true", "shape", "shuffled", "mean")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: `tokens` are the token strings of the vocabulary's rows, None where they are those of the
-    zoo; `loss` is the quality asked for (held-out nats per token of the donors), None for the best of the zoo."""
+    """What to generate."""
 
     metadata: Metadata
-    tokens: tuple[str, ...] | None = None
-    loss: float | None = None
+    tokens: tuple[str, ...] | None = None  # token string of each row of the vocabulary; None for the zoo's
+    loss: float | None = None  # held-out loss of the donors to imitate, nats per token; None for the zoo's lowest
     seed: int = 0
     steps: int = 20
     guidance: float = 1.0
     temperature: float = 1.0
-    condition: str = "true"  # of CONDITIONS; the others are controls: what is conditioning worth?
+    condition: str = "true"  # one of CONDITIONS; all but "true" are controls that measure the use of conditioning
 
 
 class WeightDiffusionPipeline(DiffusionPipeline):
@@ -75,7 +78,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """A hub repository's pipeline -> its local folder; safetensors and JSON only, nothing is executed."""
+        """Downloads a pipeline from the hub and returns its folder: safetensors and JSON only, no code."""
         from huggingface_hub import snapshot_download
 
         allowed = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -87,9 +90,11 @@ class WeightDiffusionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(self, request: Request) -> Decoder:
-        """A canonical decoder (float32, unit gains, untied head) of the requested shape. Its layers are generated
-        when they are asked for, one in memory at a time; the same request gives the same bytes in any order. Those of
-        a target narrower than the zoo's units are generated here, and again where they are too large to be kept."""
+        """Generates a canonical decoder of the requested shape: float32, unit gains, untied head.
+
+        A layer is generated when it is read, and only the last one is kept. The same request gives the same bytes in
+        any order. For a target narrower than the zoo's units, all layers are generated here to find the principal axes,
+        and again when they are read if they are too large to be cached."""
         context = self._context(request)
         pairs = self._vocabulary(request, context)
         units: Callable[[int], dict[str, Tensor]] = partial(self._units, request, context)
@@ -107,150 +112,155 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         )
 
     def _context(self, request: Request) -> Tensor:
-        told = self._unit_features(request, "vocab", MODEL_ADDRESS, "context")
-        return self._solve(request, CONTEXT, "context", told, None, None, self.memory.bank(CONTEXT))[0]
+        features = self._unit_features(request, "vocab", MODEL_ADDRESS, "context")
+        return self._solve(request, CONTEXT, "context", features, None, None, self.memory.bank(CONTEXT))[0]
 
     def _axes(self, shape: Metadata, pairs: Tensor, units: Callable[[int], dict[str, Tensor]]) -> Tensor:
-        """[W, d] for a target narrower than the units of the zoo: the principal axes of what is generated, which takes
-        generating it once before it is written."""
+        """The principal axes of all generated units, [W, d], for a target that is narrower than they are."""
         total = residual_energy({"vocab": pairs}, shape)
         for index in range(shape.layers):
             total += residual_energy(units(index), shape)
         return principal_axes(total, shape.width)
 
     def _size(self, shape: Metadata) -> int:
-        """Numbers in the units of all blocks of a shape, as wide as the zoo's."""
+        """How many numbers the units of all blocks of a shape hold, at the zoo's width."""
         block = unit_addresses(replace(shape, layers=1, vocab=0))
         vectors = sum(len(address[0]) * len(ROLES[kind]) for kind, address in block.items())
         return shape.layers * vectors * self.autoencoder.width
 
     def _vocabulary(self, request: Request, context: Tensor) -> Tensor:
-        """[V, 2, W], wider for a wider target."""
+        """The vocabulary pairs, [V, 2, W], or wider for a wider target."""
         shape = request.metadata
         names = request.tokens if request.tokens is not None else tuple(self.memory.config["tokens"])
-        told = self._unit_features(request, "vocab", unit_addresses(shape)["vocab"], "vocab")
+        features = self._unit_features(request, "vocab", unit_addresses(shape)["vocab"], "vocab")
         strings = self.memory.rows(names)
         bank = self.memory.bank("vocab")
-        tokens = self._solve(request, "vocab", "vocab", told, context, self.memory.lookup(strings), bank, strings)
+        tokens = self._solve(request, "vocab", "vocab", features, context, self.memory.lookup(strings), bank, strings)
         return self._decode("vocab", tokens, request, "vocab")
 
     @torch.no_grad()
     def _units(self, request: Request, context: Tensor, index: int) -> dict[str, Tensor]:
-        """The units of a block, [N, P, W] by kind, generated from its own random streams. Each is like a unit that its
-        prior chooses, but all are of one block of one donor, and all of a head of one of its heads: what is half of
-        one head and half of another attends to nothing."""
+        """The units of block number `index`, [N, P, W] by kind, from random streams of their own.
+
+        The priors of single units would mix units of several donor blocks and heads, and a mixture of two heads does
+        not attend. So all units of a block come from one block of one donor, and all units of a head from one head."""
         shape = request.metadata
-        told, heads = {}, {}
+        features, heads = {}, {}
         for kind in ("neuron", "qk", "vo"):
             layer, heads[kind], slot = (t.unflatten(0, (shape.layers, -1))[index] for t in unit_addresses(shape)[kind])
-            told[kind] = self._unit_features(request, kind, (layer, heads[kind], slot), f"layer {index} {kind}")
-        banks = {kind: self.memory.bank(kind) for kind in told}
-        wanted: dict[str, Tensor] = {}
+            features[kind] = self._unit_features(request, kind, (layer, heads[kind], slot), f"layer {index} {kind}")
+        banks = {kind: self.memory.bank(kind) for kind in features}
+        required: dict[str, Tensor] = {}
         if self.denoiser.config["bandwidth"] is not None:
-            banks = self._block(request, told, context, banks, f"layer {index} block")
-            wanted = self._heads(request, told, heads, context, banks, f"layer {index} heads")
+            banks = self._block(request, features, context, banks, f"layer {index} block")
+            required = self._heads(request, features, heads, context, banks, f"layer {index} heads")
 
-        def solved(kind: str, name: str, partner: Tensor | None) -> Tensor:
-            return self._solve(request, kind, name, told[kind], context, partner, banks[kind], wanted.get(kind))
+        def solve(kind: str, name: str, partner: Tensor | None) -> Tensor:
+            return self._solve(request, kind, name, features[kind], context, partner, banks[kind], required.get(kind))
 
-        tokens = {kind: solved(kind, f"layer {index} {kind}", None) for kind in told}
-        if shape.heads > shape.kv_heads:  # query heads that share k and v are told the first's
+        tokens = {kind: solve(kind, f"layer {index} {kind}", None) for kind in features}
+        if shape.heads > shape.kv_heads:  # the other query heads of a group have the first one's units as partners
             for kind in ("qk", "vo"):
                 row = first_head_unit(replace(shape, layers=1), kind)
-                again = solved(kind, f"layer {index} {kind} siblings", tokens[kind][row])
+                again = solve(kind, f"layer {index} {kind} siblings", tokens[kind][row])
                 tokens[kind] = torch.where((row >= 0)[:, None], again, tokens[kind])
-        return {kind: self._decode(kind, tokens[kind], request, f"layer {index} {kind}") for kind in told}
+        return {kind: self._decode(kind, tokens[kind], request, f"layer {index} {kind}") for kind in tokens}
 
     def _block(
-        self, request: Request, told: dict[str, Tensor], context: Tensor, banks: dict[str, Bank], name: str
+        self, request: Request, features: dict[str, Tensor], context: Tensor, banks: dict[str, Bank], name: str
     ) -> dict[str, Bank]:
-        """By kind, the units of one block of one donor, drawn from the mean of the priors of all units."""
+        """By kind, the bank's units of one block of one donor, drawn from the mean prior of the units."""
         priors = []
         for kind, bank in banks.items():
             assert bank.block is not None
-            blocks, of = torch.unique(bank.block, return_inverse=True)  # every kind has the same blocks
-            asked = torch.linspace(0, len(told[kind]) - 1, min(PROBED_UNITS, len(told[kind]))).long()
-            prior = self._prior(request, kind, told[kind][asked], context, bank).mean(0)
-            priors.append(torch.zeros(len(blocks)).index_add_(0, of.cpu(), prior.cpu()))
+            blocks, block_index = torch.unique(bank.block, return_inverse=True)  # every kind has the same blocks
+            probed = torch.linspace(0, len(features[kind]) - 1, min(PROBED_UNITS, len(features[kind]))).long()
+            prior = self._prior(request, kind, features[kind][probed], context, bank).mean(0)
+            priors.append(torch.zeros(len(blocks)).index_add_(0, block_index.cpu(), prior.cpu()))
         block = blocks[torch.multinomial(torch.stack(priors).sum(0), 1, generator=stream(request.seed, name))]
         return {kind: bank[bank.block == block] for kind, bank in banks.items()}
 
     def _heads(
         self,
         request: Request,
-        told: dict[str, Tensor],
+        features: dict[str, Tensor],
         heads: dict[str, Tensor],
         context: Tensor,
         banks: dict[str, Bank],
         name: str,
     ) -> dict[str, Tensor]:
-        """int64 [N] for Q/K and V/O: of the heads of the banks, the one for each unit. For every KV head in turn one of
-        the donor's is drawn from the mean of the priors of its units, none twice before all are taken; its query heads
-        take that one's in their order."""
+        """The donor's query head for each unit of Q/K and V/O, int64 [N] by kind.
+
+        For each KV head one of the donor's is drawn from the mean prior of its units, without replacement until all are
+        taken. The query heads of a group take those of the donor's group in order."""
         shape = request.metadata
         total = torch.zeros(shape.heads, 1)
         for kind in ("qk", "vo"):
             bank = banks[kind]
             assert bank.group is not None
-            prior = self._prior(request, kind, told[kind], context, bank).cpu()
-            of_head = torch.zeros(len(prior), int(bank.group.max()) + 1).index_add_(1, bank.group.cpu(), prior)
-            total = total + torch.zeros(len(total), of_head.shape[1]).index_add_(0, heads[kind], of_head)
-        share, theirs = shape.heads // shape.kv_heads, query_heads_per_group(banks["qk"].features)
-        weights = total[::share].unflatten(1, (-1, theirs)).sum(2)  # [K, the donor's K]
-        rng, left = stream(request.seed, name), torch.ones(weights.shape[1])
+            prior = self._prior(request, kind, features[kind], context, bank).cpu()
+            by_donor_head = torch.zeros(len(prior), int(bank.group.max()) + 1).index_add_(1, bank.group.cpu(), prior)
+            total = total + torch.zeros(len(total), by_donor_head.shape[1]).index_add_(0, heads[kind], by_donor_head)
+        per_group, donor_per_group = shape.heads // shape.kv_heads, query_heads_per_group(banks["qk"].features)
+        weights = total[::per_group].unflatten(1, (-1, donor_per_group)).sum(2)  # [K, the donor's K]
+        rng, available = stream(request.seed, name), torch.ones(weights.shape[1])
         first = []
         for weight in weights:
-            left = left if left.any() else torch.ones_like(left)
-            drawn = int(torch.multinomial(weight.clamp_min(1e-12) * left, 1, generator=rng))
-            left[drawn] = 0
-            first.append(drawn * theirs)
-        wanted = (torch.tensor(first)[:, None] + torch.arange(share) % theirs).flatten()
-        return {kind: wanted[heads[kind]] for kind in ("qk", "vo")}
+            available = available if available.any() else torch.ones_like(available)
+            drawn = int(torch.multinomial(weight.clamp_min(1e-12) * available, 1, generator=rng))
+            available[drawn] = 0
+            first.append(drawn * donor_per_group)
+        donor_head = (torch.tensor(first)[:, None] + torch.arange(per_group) % donor_per_group).flatten()
+        return {kind: donor_head[heads[kind]] for kind in ("qk", "vo")}
 
-    def _prior(self, request: Request, kind: str, told: Tensor, context: Tensor, bank: Bank) -> Tensor:
-        """[N, M]: how likely each unit of a bank is for each of N that are told so much."""
+    def _prior(self, request: Request, kind: str, features: Tensor, context: Tensor, bank: Bank) -> Tensor:
+        """The probability of each unit of a bank for each of N units with these features: [N, M]."""
         bank = bank.to(self.denoiser.device)
-        condition = self._condition(request, kind, told, context, None)
+        condition = self._condition(request, kind, features, context, None)
         return self.denoiser.log_prior(kind, condition, self.denoiser.bank_embedding(kind, bank)).softmax(1)
 
     def _condition(
-        self, request: Request, kind: str, told: Tensor, context: Tensor | None, partner: Tensor | None
+        self, request: Request, kind: str, features: Tensor, context: Tensor | None, partner: Tensor | None
     ) -> Tensor:
-        """[N, H]: what the denoiser is told. told [N, FEATURES], context [X], partner [N, T]."""
+        """The embedded condition of units, [N, H]. features [N, FEATURES], context [X], partner [N, T]."""
         device = self.denoiser.device
-        family = torch.full((len(told),), self.denoiser.family.get(request.metadata.architecture, 0), device=device)
-        shared = None if context is None else context.to(device).expand(len(told), -1)
+        family = torch.full((len(features),), self.denoiser.family.get(request.metadata.architecture, 0), device=device)
+        shared = None if context is None else context.to(device).expand(len(features), -1)
         return self.denoiser.condition_embedding(
-            kind, told.to(device), family, shared, None if partner is None else partner.to(device)
+            kind, features.to(device), family, shared, None if partner is None else partner.to(device)
         )
 
     def _unit_features(self, request: Request, kind: str, address: Address, name: str) -> Tensor:
-        """The features of units, [N, FEATURES], or what the controls tell instead. `shape`: shape and quality of a
-        random donor, one for the whole model, of that half whose shapes are least like the target's. `shuffled`:
-        besides, the addresses of a random layer in random order. `mean`: the zoo's mean, the mean address."""
+        """The features of units, [N, FEATURES], changed by the request's control condition.
+
+        `shape`: shape and quality of a random donor, the same for the whole model, out of the half of donors that are
+        least similar to the target. `shuffled`: also the addresses of a random layer in random order. `mean`: the zoo's
+        mean shape and quality, and the mean address."""
         shape, shapes = request.metadata, self.memory.get_buffer("features_context").cpu()
         if request.condition == "shuffled":
             rng = stream(request.seed, f"shuffled {name}")
             layer, head, slot = (t[torch.randperm(len(t), generator=rng)] for t in address)
             layer = torch.where(layer < 0, layer, torch.randint(shape.layers, (1,), generator=rng))
             address = (layer, head, slot)
-        told = unit_features(kind, address, shape, self._quality(request))
+        features = unit_features(kind, address, shape, self._quality(request))
         if request.condition in ("shape", "shuffled"):
-            own, others = told[0, :SHAPE_FEATURES], shapes[:, :SHAPE_FEATURES]
-            far = (others - own).norm(dim=1).argsort(descending=True, stable=True)[: (len(shapes) + 1) // 2]
-            drawn = torch.randint(len(far), (1,), generator=stream(request.seed, "shuffled shape"))
-            told[:, :MODEL_FEATURES] = shapes[far[drawn], :MODEL_FEATURES]
+            own, others = features[0, :SHAPE_FEATURES], shapes[:, :SHAPE_FEATURES]
+            farthest = (others - own).norm(dim=1).argsort(descending=True, stable=True)[: (len(shapes) + 1) // 2]
+            drawn = torch.randint(len(farthest), (1,), generator=stream(request.seed, "shuffled shape"))
+            features[:, :MODEL_FEATURES] = shapes[farthest[drawn], :MODEL_FEATURES]
         elif request.condition == "mean":
-            told = told.mean(0, keepdim=True).repeat(len(told), 1)
-            told[:, :MODEL_FEATURES] = shapes.mean(0)[:MODEL_FEATURES]
-        return told
+            features = features.mean(0, keepdim=True).repeat(len(features), 1)
+            features[:, :MODEL_FEATURES] = shapes.mean(0)[:MODEL_FEATURES]
+        return features
 
     def _quality(self, request: Request) -> float | None:
         return request.loss if request.loss is not None else self.memory.config["best_loss"]
 
     def _decode(self, kind: str, tokens: Tensor, request: Request, name: str) -> Tensor:
-        """Tokens [N, T] -> vectors [N, P, W], whole units whatever the target. Those of a wider target go on, in
-        coordinates that no donor has, with noise of a tenth of their own RMS: exact zeros would never leave zero."""
+        """Tokens [N, T] -> vectors [N, P, W], or wider for a wider target.
+
+        Coordinates that no donor has get noise of a tenth of the vector's RMS, because training cannot move exact zeros
+        away from zero."""
         width, known = request.metadata.width, self.autoencoder.width
         latents, norms = self.memory.scale[kind].from_token(tokens)
         device = self.autoencoder.device
@@ -266,41 +276,44 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         request: Request,
         kind: str,
         name: str,
-        told: Tensor,
+        features: Tensor,
         context: Tensor | None,
         partner: Tensor | None,
         bank: Bank,
-        wanted: Tensor | None = None,
+        required: Tensor | None = None,
     ) -> Tensor:
-        """Noise of stream (seed, name) -> tokens [N, T] on the CPU, each like one of the bank, of the group that is
-        wanted, int64 [N]. told [N, FEATURES], context [X], partner [N, T]."""
+        """Denoises tokens [N, T] from the random stream (seed, name); the result is on the CPU.
+
+        features [N, FEATURES], context [X], partner [N, T]. required: each unit's group of the bank, int64 [N]."""
         denoiser: UnitDenoiser = self.denoiser
         device = denoiser.device
-        noise = torch.randn(len(told), denoiser.config["tokens"][kind], generator=stream(request.seed, name))
-        known = None
+        noise = torch.randn(len(features), denoiser.config["tokens"][kind], generator=stream(request.seed, name))
+        bank_condition = None
         if denoiser.config["bandwidth"] is not None:
             bank = bank.to(device)
-            known = denoiser.bank_embedding(kind, bank)
+            bank_condition = denoiser.bank_embedding(kind, bank)
         out = []
-        for start in range(0, len(told), CHUNK_SIZE):
+        for start in range(0, len(features), CHUNK_SIZE):
             rows = slice(start, start + CHUNK_SIZE)
-            mate = None if partner is None else partner[rows]
-            condition = self._condition(request, kind, told[rows], context, mate)
-            pair: list[Candidates | None] = [None, None]
-            if known is not None:
-                free = denoiser.unconditional.expand_as(condition)
-                own = None if wanted is None else wanted[rows].to(device)
-                pair = [self._nearest(kind, condition, bank, known, own)]
-                if request.guidance != 1.0:  # heads are chosen without it; of a string it is told, or of any
-                    pair.append(self._nearest(kind, free, bank, known, None if kind == "vocab" else own))
+            chunk_partner = None if partner is None else partner[rows]
+            condition = self._condition(request, kind, features[rows], context, chunk_partner)
+            candidates: list[Candidates | None] = [None, None]  # with the condition, and without
+            if bank_condition is not None:
+                unconditional = denoiser.unconditional.expand_as(condition)
+                groups = None if required is None else required[rows].to(device)
+                candidates = [self._nearest(kind, condition, bank, bank_condition, groups)]
+                if request.guidance != 1.0:  # a head was chosen without the condition; a string is part of it
+                    groups = None if kind == "vocab" else groups
+                    candidates.append(self._nearest(kind, unconditional, bank, bank_condition, groups))
             x = noise[rows].to(device) * (1.0 if kind == CONTEXT else request.temperature)
-            out.append(self._denoise(request, kind, x, condition, pair))
+            out.append(self._denoise(request, kind, x, condition, candidates))
         return torch.cat(out)
 
     def _nearest(
-        self, kind: str, condition: Tensor, bank: Bank, known: Tensor, wanted: Tensor | None = None
+        self, kind: str, condition: Tensor, bank: Bank, bank_condition: Tensor, required: Tensor | None = None
     ) -> Candidates:
-        log_prior = mask_to_group(self.denoiser.log_prior(kind, condition, known), wanted, bank.group)
+        """The bank's units with the highest prior for each condition."""
+        log_prior = mask_to_group(self.denoiser.log_prior(kind, condition, bank_condition), required, bank.group)
         best = log_prior.topk(min(CANDIDATES_PER_UNIT, log_prior.shape[1]), dim=1)
         return Candidates(bank.tokens[best.indices], best.values)
 
@@ -309,20 +322,21 @@ class WeightDiffusionPipeline(DiffusionPipeline):
     ) -> Tensor:
         scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(request.steps)
-        null = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        dropped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for t in scheduler.timesteps:
             sigma = torch.full((len(x),), float(t) / scheduler.config["num_train_timesteps"], device=x.device)
             velocity = self.denoiser(kind, x, sigma, condition, candidates[0])
             if request.guidance != 1.0:
-                free = self.denoiser(kind, x, sigma, condition, candidates[1], null)
-                velocity = free + request.guidance * (velocity - free)
+                unconditional = self.denoiser(kind, x, sigma, condition, candidates[1], dropped)
+                velocity = unconditional + request.guidance * (velocity - unconditional)
             x = scheduler.step(velocity, t, x).prev_sample
         return x.cpu()
 
 
 class _LazyLayers(Sequence[Layer]):
-    """The layers of a decoder of a shape, made of their units when asked for, in the coordinates `axes` [W, d] if it
-    is narrower than those; the last one is kept."""
+    """The layers of a decoder, generated when they are read; the last one is kept.
+
+    axes: principal axes [W, d] of a target that is narrower than its units."""
 
     def __init__(self, shape: Metadata, units: Callable[[int], dict[str, Tensor]], axes: Tensor | None) -> None:
         self.size = shape.layers
@@ -347,14 +361,13 @@ class _LazyLayers(Sequence[Layer]):
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
-    """The solver: second order, because first-order steps shrink what they generate (an initialisation is its
-    variance)."""
+    """The solver. It has second order, because first-order steps shrink the variance of what they generate."""
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
 
 
 def load_pipeline(source: str) -> WeightDiffusionPipeline:
-    """The pipeline of a folder or a hub id. Raises UserError where there is none, or where it is damaged."""
-    how = "make one with `headstart train diffusion`"
+    """Loads the pipeline of a folder or a hub id. Raises UserError if there is none, or if it is damaged."""
+    how = "train one with `headstart train diffusion`"
     folder = local_folder(source, "a pipeline")
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{source}: holds no pipeline; {how}")

@@ -1,4 +1,4 @@
-"""`diffusion`: the trained pipeline as a sampler."""
+"""The method `diffusion`: a trained pipeline as a sampler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class DiffusionSampler(Sampler):
-    """Generates every unit of the target; reads no donor."""
+    """Generates all units of the target; reads no donor."""
 
     name: ClassVar[str] = "diffusion"
     family: ClassVar[str] = "generative"
@@ -35,12 +35,16 @@ class DiffusionSampler(Sampler):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"condition": tuple(CONDITIONS)}
 
     model: str | None = option(None, "folder or hub id of a trained pipeline")
-    tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
+    tokenizer: str | None = option(
+        None, "the target's tokenizer (folder or tokenizer.json), to match tokens by their strings"
+    )
     steps: int = option(20, "denoising steps", least=1)
     guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")
-    temperature: float = option(1.0, "scale of the initial noise of units; below 1: nearer to the mean unit")
-    loss: float | None = option(None, "quality asked for: held-out loss of the donors to imitate; none: the best")
-    condition: str = option("true", "true, or a control: another donor's shape, shuffled or mean metadata")
+    temperature: float = option(1.0, "scale of the initial noise of units; below 1 the units are nearer to their mean")
+    loss: float | None = option(None, "held-out loss of the donors to imitate; none: the lowest of the zoo")
+    condition: str = option(
+        "true", "true, or a control: shape (of another donor), shuffled addresses, or mean metadata"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +53,7 @@ class DiffusionSampler(Sampler):
 
     def _load(self) -> WeightDiffusionPipeline:
         if self.model is None:
-            raise UserError("diffusion: needs a trained pipeline; give --model (see `headstart train diffusion`)")
+            raise UserError("diffusion: needs a trained pipeline; give one with --model (`headstart train diffusion`)")
         return load_pipeline(self.model).to(self.device)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
@@ -59,7 +63,7 @@ class DiffusionSampler(Sampler):
         if self.tokenizer is None:
             if target.vocab != len(known):
                 raise UserError(
-                    f"diffusion: the target's vocabulary has {target.vocab} tokens, the zoo's {len(known)}; "
+                    f"diffusion: the target's vocabulary has {target.vocab} tokens, the zoo's has {len(known)}; "
                     "give the target's --tokenizer to match tokens by their strings"
                 )
             self._tokens = None
@@ -68,10 +72,14 @@ class DiffusionSampler(Sampler):
             self._tokens = tuple(strings.get(i, f"<row {i}>") for i in range(target.vocab))
             shared = sum(token in known for token in self._tokens)
             if shared < target.vocab:
-                log.info("diffusion: the zoo knows %d of the %d tokens; the others are drawn", shared, target.vocab)
+                log.info(
+                    "diffusion: the zoo knows %d of the target's %d tokens; the others are generated freely",
+                    shared,
+                    target.vocab,
+                )
         widest = self._pipeline.autoencoder.width
         if target.width > widest:
-            log.info("diffusion: no donor is wider than %d; the other coordinates start as small noise", widest)
+            log.info("diffusion: the widest donor has width %d; the coordinates beyond it start as small noise", widest)
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -91,7 +99,7 @@ class DiffusionSampler(Sampler):
         yield from write_decoder(tie_head(decoder) if blueprint.metadata.tied else decoder, blueprint)
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
-        """The donors that the pipeline learned from, not those of `zoo`."""
+        """The donors in the pipeline's training data; `zoo` is not used."""
         assert self._pipeline is not None
         return list(self._pipeline.memory.config["donors"] or [])
 

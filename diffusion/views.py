@@ -1,8 +1,8 @@
-"""Training data of the diffusion: donors as tokens, at many shapes.
+"""Views: a donor as if it had another shape.
 
-Every donor yields endless valid sub-networks and growths (its most important neurons and groups, some of its layers,
-copies that share what they write): a *view* is a donor addressed as if it had another shape. The width of a view only
-shows in its metadata: tokens are whole units, narrowed when they are written.
+A view takes the donor's most important neurons and KV groups and some of its layers. Where it needs more than the donor
+has, it repeats units, and the copies share their output. The width of a view shows only in its metadata: tokens are
+whole units, and narrower targets are cut when they are written.
 
 Letters: N units, P residual vectors per unit, R latent size, T = R + P token size, X context size, V tokens.
 """
@@ -25,19 +25,19 @@ from zoo.units.units import ROLES, unit_addresses, unit_map
 
 @dataclass(frozen=True)
 class View:
-    """A donor at one shape, ready to learn from: everything by kind."""
+    """A donor at one shape; each mapping is by kind."""
 
-    donor: int
-    rows: dict[str, Tensor]  # int64 [N]: which of the donor's units each one is
+    donor: int  # its number
+    rows: dict[str, Tensor]  # int64 [N]: the number of the donor's unit
     tokens: dict[str, Tensor]  # [N, T]
     features: dict[str, Tensor]  # [N, FEATURES]
     partners: dict[str, Tensor]  # [N, T], zeros where there is none
-    model: Tensor  # [FEATURES]: what the context is generated for
+    model: Tensor  # [FEATURES]: the condition of the context
 
 
 @torch.no_grad()
 def fit_scale(autoencoder: UnitAutoencoder, donors: list[AlignedDonor], kind: str) -> TokenScale:
-    """The scale of a kind over all donors."""
+    """The scale of the tokens of a kind over all donors."""
     encoded = [autoencoder.encode(kind, donor.units[kind]) for donor in donors]
     latents, norms = torch.cat([z for z, _ in encoded]), torch.cat([n for _, n in encoded])
     return TokenScale(
@@ -49,13 +49,15 @@ def fit_scale(autoencoder: UnitAutoencoder, donors: list[AlignedDonor], kind: st
 
 @torch.no_grad()
 def donor_tokens(donor: AlignedDonor, autoencoder: UnitAutoencoder, scales: dict[str, TokenScale]) -> dict[str, Tensor]:
-    """kind -> [N, T], every unit of a donor."""
+    """All units of a donor as tokens: kind -> [N, T]."""
     return {kind: scales[kind].to_token(*autoencoder.encode(kind, donor.units[kind])) for kind in ROLES}
 
 
 def view_shape(metadata: Metadata, seed: int, name: str) -> Metadata:
-    """A shape near the donor's, drawn from stream (seed, name): half the time the donor's own, else each size between
-    half and twice it (layers: no more than it has)."""
+    """A shape near the donor's, drawn from the random stream (seed, name).
+
+    Half the time it is the donor's own. Else each size lies between half and twice the donor's, the number of layers
+    between half and all. Deeper views were tried: they helped deeper targets and harmed shallower ones."""
     rng = stream(seed, name)
 
     def draw(low: int, high: int) -> int:
@@ -76,8 +78,9 @@ def view_shape(metadata: Metadata, seed: int, name: str) -> Metadata:
 
 
 def first_head_unit(metadata: Metadata, kind: str) -> Tensor:
-    """int64 [N]: for a unit of a query head that shares its key and value, the same unit of the group's first head;
-    -1 for first heads and other kinds."""
+    """For each unit of a query head, the number of the same unit in the first head of its group: int64 [N].
+
+    -1 for units of first heads, and for kinds without heads."""
     layer, head, slot = unit_addresses(metadata)[kind]
     share = metadata.heads // metadata.kv_heads
     if kind not in ("qk", "vo") or share == 1:
@@ -95,23 +98,25 @@ def make_view(
     scales: dict[str, TokenScale],
     others: Tensor,
 ) -> View:
-    """The donor (number `index`) addressed as `shape`. others [V, T]: the mean vocabulary tokens of the other donors,
-    zeros for a token that none of them has."""
+    """The view of donor number `index` at a shape.
+
+    others [V, T]: the mean vocabulary tokens of the other donors, zeros for a token that none of them has."""
     maps = unit_map(donor.metadata, shape)
     loss = recorded_loss(donor.facts)
-    out, told, partners = {}, {}, {}
+    view_tokens, view_features, partners = {}, {}, {}
     for kind, (rows, copies) in maps.items():
-        out[kind] = tokens[kind][rows].clone()
-        out[kind][:, -1] -= copies.log() / scales[kind].std[-1]  # the last vector of these kinds is what is written
-        told[kind] = unit_features(kind, unit_addresses(shape)[kind], shape, loss)
+        view_tokens[kind] = tokens[kind][rows].clone()
+        view_tokens[kind][:, -1] -= copies.log() / scales[kind].std[-1]  # a unit's last vector is its output
+        view_features[kind] = unit_features(kind, unit_addresses(shape)[kind], shape, loss)
         first = first_head_unit(shape, kind)
-        partners[kind] = out[kind][first] * (first >= 0)[:, None]
+        partners[kind] = view_tokens[kind][first] * (first >= 0)[:, None]
     partners["vocab"] = others
-    return View(index, {k: rows for k, (rows, _) in maps.items()}, out, told, partners, model_condition(shape, loss))
+    rows_by_kind = {kind: rows for kind, (rows, _) in maps.items()}
+    return View(index, rows_by_kind, view_tokens, view_features, partners, model_condition(shape, loss))
 
 
 def mean_tokens(tables: list[dict[str, Tensor]], names: tuple[str, ...], size: int) -> Tensor:
-    """[V, T]: mean over the tables of the token of each name; zeros where no table has it."""
+    """The mean over tables (string -> [T]) of the token of each name, [V, T]; zeros for a name that no table has."""
     rows = []
     for name in names:
         found = [table[name] for table in tables if name in table]
@@ -120,8 +125,10 @@ def mean_tokens(tables: list[dict[str, Tensor]], names: tuple[str, ...], size: i
 
 
 def donor_contexts(tables: list[dict[str, Tensor]], size: int) -> Tensor:
-    """[donors, X]: what the donors' vocabularies say of their lineage: the principal components of their vocabulary
-    tokens over the strings that all share, brought to unit RMS. A function of the weights alone."""
+    """The context of each donor, [donors, X], a function of its weights.
+
+    tables: per donor, string -> vocabulary token [T]. A context is the principal components of the donor's tokens over
+    the strings that all donors share, scaled to unit RMS; size: X."""
     shared = sorted(set.intersection(*(set(t) for t in tables)))[:1024]
     if len(tables) < 2 or not shared:
         return torch.zeros(len(tables), size)

@@ -318,7 +318,7 @@ def test_wrong_use_is_refused(trained: Path, autoencoder: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="LayerNorm"):
         DiffusionSampler(model=str(trained)).fit(None, other)
     more = Blueprint.from_pretrained_config(type(config()).from_dict({**config().to_dict(), "vocab_size": 50}))
-    with pytest.raises(UserError, match="vocabulary has 50 tokens, the zoo's 48"):
+    with pytest.raises(UserError, match="vocabulary has 50 tokens, the zoo's has 48"):
         DiffusionSampler(model=str(trained)).fit(None, more)
     with pytest.raises(UserError, match="holds no pipeline"):
         DiffusionSampler(model=str(autoencoder)).fit(None, Blueprint.from_pretrained_config(config()))

@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zoo.words import first_line
 from zoo.errors import UserError
-from zoo.vocabulary import BYTE_VOCAB, first_line
+from zoo.vocabulary import BYTE_VOCAB
 
 
 def python_reference() -> bytes:
-    """Python's language reference (`pydoc_data.topics`), its topics in alphabetical order, every paragraph once:
-    topics overlap, and a paragraph that is both learned from and held out would flatter the loss."""
+    """Python's language reference (`pydoc_data.topics`): topics in alphabetical order, every paragraph once.
+
+    Topics overlap, and a paragraph in both the training and the held-out text would lower the held-out loss."""
     from pydoc_data.topics import topics
 
     paragraphs = (p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n"))
@@ -21,43 +23,46 @@ def python_reference() -> bytes:
 
 
 def split_held_out(data: bytes, block: int = 4096, every: int = 9) -> tuple[bytes, bytes]:
-    """(train, held out): every `every`-th block of `block` bytes is held out, so that both cover the whole text."""
+    """Splits a text into (training, held out). Every `every`-th block of `block` bytes is held out, so both parts cover
+    the whole text."""
     blocks = [data[i : i + block] for i in range(0, len(data), block)]
     held = range(0, len(blocks), every)
     return b"".join(b for i, b in enumerate(blocks) if i not in held), b"".join(blocks[i] for i in held)
 
 
 def reference_corpus() -> bytes:
-    """Python's language reference with what the nursery holds out at its end. That is more than a tenth, so who holds
-    out the last tenth of it measures on text that no donor of the nursery has seen."""
+    """Python's language reference, with the nursery's held-out text at the end.
+
+    That is more than a tenth, so no donor of the nursery has seen the last tenth of this text."""
     return b"".join(split_held_out(python_reference()))
 
 
 def byte_tokens(data: bytes) -> Tensor:
-    """bytes -> int64 [len(data)], each token its byte."""
+    """The bytes of a text as token ids, int64 [len(data)]."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
 
 
 def encode_corpus(path: str | Path, tokenizer: str | Path | None, vocab: int) -> Tensor:
-    """A text file -> int64 [N] for a model of `vocab` tokens, by the tokenizer of a folder, or as bytes where there is
-    none and `vocab` is 256. UserError where the file is missing or too short, where no tokenizer is known, or where
-    the tokenizer makes ids that the model has not."""
+    """A text file as token ids, int64 [N], for a model with a vocabulary of `vocab` tokens.
+
+    tokenizer: folder of the tokenizer; None reads the bytes, if `vocab` is 256. Raises UserError for a missing file, a
+    missing tokenizer, or a tokenizer that produces token ids outside the vocabulary."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such corpus; give a text file with --corpus")
     if tokenizer is None:
         if vocab != BYTE_VOCAB:
             raise UserError(
-                f"no tokenizer for a vocabulary of {vocab}: give one with --tokenizer, or put it beside the target's "
-                f"config.json (only a vocabulary of {BYTE_VOCAB} is read as bytes)"
+                f"no tokenizer for a vocabulary of {vocab} tokens: give one with --tokenizer, or put it beside the "
+                f"target's config.json (text is read as bytes only for a vocabulary of {BYTE_VOCAB})"
             )
         tokens = byte_tokens(path.read_bytes())
     else:
         tokens = _tokenize(path, Path(tokenizer))
     if len(tokens) and int(tokens.max()) >= vocab:
         raise UserError(
-            f"{tokenizer}: the tokenizer makes id {int(tokens.max())} on {path}, but the target has {vocab} tokens; "
-            "give the tokenizer that belongs to the target"
+            f"{tokenizer}: the tokenizer produces token id {int(tokens.max())} for {path}, but the target's vocabulary "
+            f"has {vocab} tokens; give the target's own tokenizer"
         )
     return tokens
 
@@ -69,13 +74,13 @@ def _tokenize(path: Path, folder: Path) -> Tensor:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library has no exception of its own
-        raise UserError(f"{folder}: no tokenizer can be loaded from here: {first_line(error)}") from error
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); save it again") from error
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; convert it, or use a byte model") from error
+        raise UserError(f"{path}: is not UTF-8 at byte {error.start}; convert it, or use a model of bytes") from error
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a corpus is longer than any context, and that is fine here
+    logging.set_verbosity_error()  # no warning that the text is longer than the model's context
     try:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     finally:

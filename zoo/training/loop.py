@@ -1,7 +1,8 @@
-"""Training a small causal language model: one loop, shared by the nursery and by the comparison of initialisations.
+"""Training a small causal language model: one loop for the embedded zoo and for the comparison of initialisations.
 
-Everything is a function of its arguments: the batch of a step is drawn from (seed, step) alone, so that two runs
-with one seed see the same text in the same order whatever they train. B is the batch, S the sequence.
+The batch of a step depends on (seed, step) only, so two runs with the same seed see the same text in the same order.
+
+Letters: B windows per batch, S tokens per window, V vocabulary, N tokens of a text.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from zoo.streams import stream
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained: AdamW under a warm-up and a cosine, gradients clipped to norm 1."""
+    """How a model is trained: AdamW, a warm-up followed by a cosine, and clipped gradients."""
 
     steps: int
     lr: float
     batch_size: int = 8
     sequence: int = 64  # predicted tokens per window
-    seed: int = 0  # of the order of the text
-    warmup: float = 0.05  # of the steps
-    final_lr: float = 0.1  # of the peak, at the last step
-    weight_decay: float = 0.1  # on matrices; gains and biases have none
+    seed: int = 0  # sets the order of the text
+    warmup: float = 0.05  # share of the steps
+    final_lr: float = 0.1  # learning rate of the last step, as a share of the peak
+    weight_decay: float = 0.1  # of matrices; gains and biases have none
     betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
+    clip: float = 1.0  # largest norm of the gradient
 
     @property
     def tokens(self) -> int:
@@ -41,30 +42,30 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update that was made: its number (from 1), the loss of its batch before it, the norm before clipping."""
+    """What one update measured."""
 
-    number: int
-    loss: float
-    grad_norm: float
+    number: int  # counted from 1
+    loss: float  # of the batch, before the update
+    grad_norm: float  # before clipping
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
-    """The rate of update `step`, counted from 0: linear warm-up, then a cosine down to `final_lr` of the peak."""
-    warm = max(1, round(training.warmup * training.steps))
-    if step < warm:
-        return training.lr * (step + 1) / warm
-    phase = (step - warm) / max(1, training.steps - 1 - warm)
+    """The learning rate of a step, counted from 0: linear warm-up, then a cosine to `final_lr` times the peak."""
+    n_warmup = max(1, round(training.warmup * training.steps))
+    if step < n_warmup:
+        return training.lr * (step + 1) / n_warmup
+    phase = (step - n_warmup) / max(1, training.steps - 1 - n_warmup)
     return training.lr * (training.final_lr + (1 - training.final_lr) * 0.5 * (1 + math.cos(math.pi * phase)))
 
 
 def sample_windows(tokens: Tensor, batch_size: int, sequence: int, seed: int, step: int) -> Tensor:
-    """tokens int64 [N] -> int64 [B, S+1]: random windows, a function of (seed, step)."""
+    """Draws random windows of a text, int64 [N] -> int64 [B, S+1]: a function of (seed, step)."""
     starts = torch.randint(len(tokens) - sequence, (batch_size,), generator=stream(seed, f"batch {step}"))
     return tokens[starts[:, None] + torch.arange(sequence + 1)]
 
 
 def next_token_loss(model: nn.Module, window: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of the tokens 1..S of int64 [B, S+1], each given those before it in its window."""
+    """Mean cross-entropy in nats of tokens 1 to S of windows int64 [B, S+1], given the earlier tokens of the window."""
     logits = model(input_ids=window[:, :-1], use_cache=False).logits  # [B, S, V]
     return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
 
@@ -73,35 +74,39 @@ def next_token_loss(model: nn.Module, window: Tensor) -> Tensor:
 def evaluate(
     model: nn.Module, tokens: Tensor, sequence: int = 64, batch_size: int = 32, limit: int | None = None
 ) -> float:
-    """Nats per token on int64 [N] cut into consecutive windows of S+1 (at most `limit` of them, evenly spread).
-    NaN or infinite where the model is."""
-    training = model.training
+    """Held-out loss in nats per token on a text int64 [N], in consecutive windows of S+1 tokens.
+
+    limit: at most so many windows, evenly spread. The result is NaN or infinite if the model's output is."""
+    was_training = model.training
     model.eval()
-    cut = tokens.unfold(0, sequence + 1, sequence)  # [windows, S+1]
-    if limit is not None and len(cut) > limit:
-        cut = cut[torch.linspace(0, len(cut) - 1, limit).long()]
+    windows = tokens.unfold(0, sequence + 1, sequence)  # [windows, S+1]
+    if limit is not None and len(windows) > limit:
+        windows = windows[torch.linspace(0, len(windows) - 1, limit).long()]
     device = next(model.parameters()).device
-    losses = [float(next_token_loss(model, batch.to(device))) * len(batch) for batch in cut.split(batch_size)]
-    model.train(training)
-    return sum(losses) / len(cut)
+    losses = [float(next_token_loss(model, batch.to(device))) * len(batch) for batch in windows.split(batch_size)]
+    model.train(was_training)
+    return sum(losses) / len(windows)
 
 
 @torch.no_grad()
 def activation_rms(model: nn.Module, tokens: Tensor, sequence: int = 64, limit: int = 8) -> list[float]:
-    """Root mean square of the residual stream after the embedding and after each block, [layers + 1], over at most
-    `limit` windows of int64 [N]. transformers gives the last one behind the final norm."""
-    training = model.training
+    """Root mean square of the residual stream after the embedding and after each block, [layers + 1].
+
+    Measured on at most `limit` windows of a text int64 [N]. The last value is taken after the final norm."""
+    was_training = model.training
     model.eval()
-    cut = tokens.unfold(0, sequence, sequence)
-    cut = cut[torch.linspace(0, len(cut) - 1, min(limit, len(cut))).long()]
-    states = model(input_ids=cut.to(next(model.parameters()).device), output_hidden_states=True, use_cache=False)
-    model.train(training)
+    windows = tokens.unfold(0, sequence, sequence)
+    windows = windows[torch.linspace(0, len(windows) - 1, min(limit, len(windows))).long()]
+    states = model(input_ids=windows.to(next(model.parameters()).device), output_hidden_states=True, use_cache=False)
+    model.train(was_training)
     return [float(state.float().square().mean().sqrt()) for state in states.hidden_states]
 
 
 def train_steps(model: nn.Module, tokens: Tensor, training: TrainingConfig) -> Iterator[StepResult]:
-    """Trains `model` in place on int64 [N] and yields after every update. Stops by itself after `training.steps`, or
-    after the first step whose loss or gradient is not finite (that update is not made; the Step says so)."""
+    """Trains `model` in place on a text int64 [N] and yields after every update.
+
+    Stops after `training.steps` steps, or at the first step whose loss or gradient is not finite. That update is not
+    made, but its result is yielded."""
     device = next(model.parameters()).device
     model.train()
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
@@ -119,18 +124,19 @@ def train_steps(model: nn.Module, tokens: Tensor, training: TrainingConfig) -> I
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(matrices + vectors, training.clip)
-        done = StepResult(step + 1, float(loss.detach()), float(norm))
-        if not (math.isfinite(done.loss) and math.isfinite(done.grad_norm)):
-            yield done
+        result = StepResult(step + 1, float(loss.detach()), float(norm))
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            yield result
             return
         optimizer.step()
-        yield done
+        yield result
 
 
 @contextlib.contextmanager
 def reproducible(threads: int = 1) -> Iterator[None]:
-    """Inside: `threads` CPU threads and deterministic kernels. Sums over tiny matrices depend on how they are split
-    over threads, and tiny models do not get faster by more of them. What was set before is restored."""
+    """Inside, torch uses `threads` CPU threads and deterministic kernels; afterwards, its earlier settings.
+
+    Sums over tiny matrices depend on how they are split over threads, and more threads do not make them faster."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)

@@ -1,7 +1,7 @@
-"""The nursery: trains the embedded zoo, tiny Llama-style models on the text that every Python ships.
+"""The nursery: trains the embedded zoo, tiny Llama-like models on the text that every Python ships.
 
-Each donor is trained in one thread from its own stream of random numbers, so its bytes depend on its recipe alone,
-not on how many processes share the work. A donor that is already in the zoo is kept; an interrupted one starts again.
+Each donor is trained in one thread from its own random stream. Its bytes depend on its recipe only, not on the number
+of processes. A donor that is already in the zoo is kept; an interrupted one is trained from the beginning.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from zoo.checkpoints.writer import new_folder
 from zoo.errors import UserError, unknown
 from zoo.streams import stream_seed
 from zoo.training.corpora import byte_tokens, python_reference, split_held_out
@@ -24,7 +25,7 @@ from zoo.training.loop import TrainingConfig, evaluate, reproducible, train_step
 from zoo.training.workers import ReportProgress, default_workers, run_jobs
 from zoo.vocabulary import BYTE_VOCAB, save_byte_tokenizer
 
-STAGING = ".nursery"  # inside the zoo: donors that are trained and not yet added
+STAGING = ".nursery"  # inside the zoo: trained donors that are not added yet
 CORPUS = "Python language reference (pydoc_data.topics)"
 LICENSE = "mit"
 REPORT_EVERY = 10  # steps between two reports to the progress bar
@@ -32,7 +33,7 @@ REPORT_EVERY = 10  # steps between two reports to the progress bar
 
 @dataclass(frozen=True)
 class DonorRecipe:
-    """One donor: its shape, and how it is trained. Two seeds of one shape share nothing but the text."""
+    """One donor: its shape, and how it is trained. Two seeds of one shape share only the text."""
 
     width: int
     layers: int
@@ -43,7 +44,9 @@ class DonorRecipe:
     seed: int = 0
     head_dim: int = 16
     lr: float = 4e-3
-    init: float = 0.8  # std of the initial matrices times sqrt(width): transformers' 0.02 holds narrow models back
+    init: float = (
+        0.8  # std of the initial matrices times sqrt(width); 0.02 is too small for narrow models
+    )
     batch_size: int = 4
     sequence: int = 64
 
@@ -59,12 +62,12 @@ class DonorRecipe:
 
     @property
     def cost(self) -> float:
-        """Rough work in arbitrary units: the longest are started first."""
+        """Rough amount of work in arbitrary units, to start the longest first."""
         return (self.layers * self.width * (4 * self.width + 3 * self.ffn) + 4e4) * self.training.tokens
 
 
 def demo_recipes() -> list[DonorRecipe]:
-    """Twelve donors, six shapes with two lineages each: what `headstart demo` learns from."""
+    """Twelve donors for `headstart demo`: six shapes with two seeds each."""
     shapes = [
         DonorRecipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=1000),
         DonorRecipe(48, 4, heads=3, kv_heads=1, ffn=144, steps=1000),
@@ -77,7 +80,7 @@ def demo_recipes() -> list[DonorRecipe]:
 
 
 def quick_recipes() -> list[DonorRecipe]:
-    """Four small donors, for `headstart demo --quick` and for trying things out."""
+    """Four small donors for `headstart demo --quick` and for experiments."""
     shapes = [
         DonorRecipe(48, 2, heads=3, kv_heads=3, ffn=128, steps=450),
         DonorRecipe(96, 4, heads=6, kv_heads=6, ffn=256, steps=350),
@@ -86,8 +89,10 @@ def quick_recipes() -> list[DonorRecipe]:
 
 
 def bench_recipes() -> list[DonorRecipe]:
-    """Twelve donors among which every method finds one for a model 96 wide with 4 layers, 6 heads and FFN 256: half its
-    width at its depth (hypercloning), half its depth at its width (stacking), larger in every size (pruning)."""
+    """Twelve donors for the benchmark's target: width 96, 4 layers, 6 heads, FFN 256.
+
+    Every method finds a donor among them: half as wide and as deep (hypercloning), half as deep and as wide
+    (stacking), larger in every size (pruning)."""
     shapes = [
         DonorRecipe(48, 4, heads=3, kv_heads=3, ffn=128, steps=1000),
         DonorRecipe(64, 3, heads=4, kv_heads=4, ffn=176, steps=1000),
@@ -113,12 +118,10 @@ def train_zoo(
     workers: int | None = None,
     quiet: bool = False,
 ) -> list[str]:
-    """Trains every donor of `preset` (a name, or recipes) that the zoo does not hold yet and adds them; returns the
-    names of all of them. `seed` is added to the seeds of the recipes. The donors do not depend on the number of
-    `workers`, by default one process per core.
+    """Trains the donors of `preset` (a name, or recipes) that the zoo lacks, adds them, and returns the names of all.
 
-    Raises UserError for an unknown preset, or where the zoo holds a donor of the same name from another recipe.
-    """
+    seed: added to the seed of every recipe. workers: number of processes, by default one per core; it does not change
+    the donors. Raises UserError for an unknown preset, or for a donor of the same name from another recipe."""
     from tqdm import tqdm
 
     zoo = Path(zoo)
@@ -133,14 +136,14 @@ def train_zoo(
     total = sum(r.steps for r in recipes)
     with tqdm(total=total, initial=total - sum(r.steps for r in todo), unit="step", disable=quiet) as bar:
         bar.set_description(f"nursery: {len(recipes) - len(todo)}/{len(recipes)} donors")
-        done = len(recipes) - len(todo)
+        n_trained = len(recipes) - len(todo)
 
-        def finished(recipe: DonorRecipe) -> None:
-            nonlocal done
-            done += 1
-            bar.set_description(f"nursery: {done}/{len(recipes)} donors")
+        def on_finish(recipe: DonorRecipe) -> None:
+            nonlocal n_trained
+            n_trained += 1
+            bar.set_description(f"nursery: {n_trained}/{len(recipes)} donors")
 
-        run_jobs(partial(_train_into, staging), todo, workers or default_workers(), bar.update, finished)
+        run_jobs(partial(_train_into, staging), todo, workers or default_workers(), bar.update, on_finish)
     if missing:
         from zoo.add import add
 
@@ -154,13 +157,14 @@ def _train_into(staging: Path, recipe: DonorRecipe, report: ReportProgress) -> N
 
 
 def train_donor(recipe: DonorRecipe, folder: Path, report: ReportProgress = lambda steps: None) -> None:
-    """Trains one donor in this process and writes it to `folder`, which appears when it is complete. `report` is told
-    how many steps were made since it was last told."""
+    """Trains one donor in this process and writes it to `folder`, which appears when it is complete.
+
+    report: called with the number of steps since its last call."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     text = python_reference()
-    learned, held = (byte_tokens(part) for part in split_held_out(text))
+    training_text, held_out = (byte_tokens(part) for part in split_held_out(text))
     config = LlamaConfig(
         vocab_size=BYTE_VOCAB,
         hidden_size=recipe.width,
@@ -179,11 +183,11 @@ def train_donor(recipe: DonorRecipe, folder: Path, report: ReportProgress = lamb
     with reproducible():
         torch.manual_seed(stream_seed(recipe.seed, f"init {recipe.name}"))
         model = LlamaForCausalLM(config)
-        for step in train_steps(model, learned, recipe.training):
+        for step in train_steps(model, training_text, recipe.training):
             if step.number % REPORT_EVERY == 0:
                 report(REPORT_EVERY)
         report(recipe.steps % REPORT_EVERY)
-        loss = evaluate(model, held, recipe.sequence)
+        loss = evaluate(model, held_out, recipe.sequence)
     facts = {
         "loss": round(loss, 5),
         "tokens": recipe.training.tokens,
@@ -192,19 +196,16 @@ def train_donor(recipe: DonorRecipe, folder: Path, report: ReportProgress = lamb
         "corpus_sha256": hashlib.sha256(text).hexdigest(),
         "recipe": asdict(recipe),
     }
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    model.save_pretrained(temporary)
-    if bars:
-        logging.enable_progress_bar()
-    save_byte_tokenizer(temporary)
-    (temporary / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (temporary / "README.md").write_text(_card(recipe, facts))
     shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with new_folder(folder) as partial_folder:
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        model.save_pretrained(partial_folder)
+        if bars:
+            logging.enable_progress_bar()
+        save_byte_tokenizer(partial_folder)
+        (partial_folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (partial_folder / "README.md").write_text(_card(recipe, facts))
 
 
 def _with_seeds(shapes: list[DonorRecipe], seeds: int) -> list[DonorRecipe]:
@@ -212,12 +213,12 @@ def _with_seeds(shapes: list[DonorRecipe], seeds: int) -> list[DonorRecipe]:
 
 
 def _is_complete(folder: Path, recipe: DonorRecipe) -> bool:
-    """Whether `folder` holds the donor of this very recipe."""
+    """Whether `folder` holds the donor of this recipe. Raises UserError for a donor of another recipe."""
     facts = folder / "facts.json"
     if not facts.is_file():
         return False
     if json.loads(facts.read_text()).get("recipe") != asdict(recipe):
-        raise UserError(f"{folder}: holds a donor of this name from another recipe; use another --zoo folder")
+        raise UserError(f"{folder}: holds a donor of this name from another recipe; give another --zoo")
     return True
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zoo.checkpoints.writer import writing
+from zoo.checkpoints.writer import disk_errors
 from zoo.errors import UserError
 
 STATE_FILE = "training.safetensors"
@@ -29,7 +29,7 @@ def save_state(path: Path, tensors: dict[str, Tensor], step: int, identity: str)
     """Writes `tensors` with the next step and the identity of their run, under a temporary name that is then
     renamed."""
     temporary = path.with_name(path.name + ".part")
-    with writing(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         on_cpu = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
         save_file(on_cpu, temporary, {"step": str(step), "recipe": identity})

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor
 
-from zoo.checkpoints.writer import writing
+from zoo.checkpoints.writer import disk_errors
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.training.resumable import STATE_FILE, load_state, resumable_steps, save_state
@@ -120,7 +120,7 @@ def claim_folder(out: Path, resume: bool, record_file: str) -> str | None:
 def _publish(run: Run, trainer: Trainer) -> None:
     """Writes the result aside, then moves it into the run's folder, the record last."""
     staging = run.out / STAGING_FOLDER
-    with writing(run.out):
+    with disk_errors(run.out):
         record = trainer.save(staging)
         (staging / run.record_file).write_text(json.dumps(record, indent=2) + "\n")
         for path in sorted(staging.iterdir(), key=lambda p: (p.name == run.record_file, p.name)):

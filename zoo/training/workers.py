@@ -1,6 +1,6 @@
-"""Independent jobs over processes: spawned, one CPU thread each, one progress bar in the parent.
+"""Independent jobs in several processes, with one CPU thread each and one progress bar in the parent.
 
-A job must be a function of its arguments alone, so that nothing depends on how many processes share the work.
+A job must depend on its arguments only, so the results do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
 Job = TypeVar("Job")
-ReportProgress = Callable[[int], object]  # told how much was done since it was last told
+ReportProgress = Callable[[int], object]  # called with the progress since its last call
 
 
 def default_workers(most: int = 8) -> int:
-    """One per core; each costs half a gigabyte for the libraries that it loads."""
+    """One process per core, at most `most`: each needs half a gigabyte for its libraries."""
     return min(os.cpu_count() or 1, most)
 
 
@@ -29,15 +29,16 @@ def run_jobs(
     jobs: Sequence[Job],
     workers: int,
     update: ReportProgress,
-    finished: Callable[[Job], object] = lambda job: None,
+    on_finish: Callable[[Job], object] = lambda job: None,
 ) -> None:
-    """Calls `function(job, report)` for every job; `finished` is told in the parent, in the order of completion.
-    `function` and the jobs must be picklable, and long jobs should come first. With one worker (or one job) all
-    happens in this process. An error or an interruption ends the other jobs at once."""
+    """Calls `function(job, report)` for every job, and `on_finish(job)` in the parent in the order of completion.
+
+    `function` and the jobs must be picklable; put long jobs first. With one worker or one job everything runs in this
+    process. An error or Ctrl-C ends the other jobs at once."""
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
             function(job, update)
-            finished(job)
+            on_finish(job)
         return
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
@@ -49,7 +50,7 @@ def run_jobs(
                     update(reports.get(timeout=0.2))
                 for future in [f for f in running if f.done()]:
                     future.result()
-                    finished(running.pop(future))
+                    on_finish(running.pop(future))
             with contextlib.suppress(queue.Empty):
                 while True:
                     update(reports.get(timeout=0.05))
@@ -68,13 +69,13 @@ def _initialise_worker(reports: Any) -> None:
 
     global _reports
     _reports = reports
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the workers
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """A worker whose parent was killed has nobody to work for."""
+    """Ends this worker when its parent ends, even if the parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -9,16 +9,14 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from baselines.transfer.index_maps import (
-    AxisMap,
-    IndexMaps,
+from baselines.transfer.index_maps import AxisMap, IndexMaps, map_part
+from baselines.transfer.index_rules import (
     copy_numbers,
     even_layers,
     growth_index,
     head_maps,
-    index_new_rows,
-    map_part,
     multiplicity,
+    number_new_rows,
     random_index,
     read_shares,
     rope_index,
@@ -182,6 +180,6 @@ def test_layers_keep_both_ends_and_repeat_in_place() -> None:
 
 def test_rows_are_matched_by_token_string() -> None:
     donor, target = {"a": 0, "b": 1, "c": 2}, {"c": 0, "x": 1, "a": 2, "y": 3}
-    index = rows_by_token(donor, target, rows=3, wanted=5)
+    index = rows_by_token(donor, target, n_source=3, n_target=5)
     assert index.tolist() == [2, -1, 0, -1, -1]
-    assert index_new_rows(index, 3).tolist() == [2, 3, 0, 4, 5]
+    assert number_new_rows(index, 3).tolist() == [2, 3, 0, 4, 5]

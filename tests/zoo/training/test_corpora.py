@@ -57,22 +57,22 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(b"caf\xe9")
     assert encode_corpus(path, None, 256).tolist() == [99, 97, 102, 233], "bytes need no encoding"
-    with pytest.raises(UserError, match="not UTF-8 text at byte 3"):
+    with pytest.raises(UserError, match="is not UTF-8 at byte 3"):
         encode_corpus(path, folder, 256)
     with pytest.raises(UserError, match="--tokenizer"):
         encode_corpus(path, None, 512)
     with pytest.raises(UserError, match="no such corpus"):
         encode_corpus(tmp_path / "none.txt", None, 256)
     path.write_text("zzz")
-    with pytest.raises(UserError, match=r"id 122 .* has 100 tokens"):
+    with pytest.raises(UserError, match=r"token id 122 .* has 100 tokens"):
         encode_corpus(path, folder, 100)
-    with pytest.raises(UserError, match="no tokenizer can be loaded"):
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         encode_corpus(path, tmp_path, 256)
     save_byte_tokenizer(tmp_path)
     content = (tmp_path / "tokenizer.json").read_text()
     for damaged in (content[: len(content) // 2], '{"model": {"type": "BPE"}}', ""):
         (tmp_path / "tokenizer.json").write_text(damaged)
-        with pytest.raises(UserError, match="no tokenizer can be loaded"):
+        with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
             encode_corpus(path, tmp_path, 256)
-        with pytest.raises(UserError, match="is no tokenizer"):
+        with pytest.raises(UserError, match="is not a tokenizer"):
             read_vocabulary(tmp_path)
