@@ -12,8 +12,8 @@ from typing import Any
 
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.files import FileHashes, content_hash, file_hash
-from zoo.checkpoints.sources import Source, count_tensors, obtain, resolve
-from zoo.checkpoints.writer import writing
+from zoo.checkpoints.sources import Source, count_tensors, open_source, resolve_source
+from zoo.checkpoints.writer import disk_errors
 from zoo.donors.index import refresh_index
 from zoo.donors.layout import MANIFEST, RECORD, ROWS
 from zoo.donors.manifest import donor_rows, join_rows, measure, write_rows
@@ -55,7 +55,7 @@ def add(
         raise UserError(f"--shard {index}/{count}: the first number counts from 0 to {count - 1}")
     if zoo.exists() and not zoo.is_dir():
         raise UserError(f"{zoo}: is a file; give a folder for the zoo")
-    resolved = [resolve(s, revision) for s in sources[index::count]]
+    resolved = [resolve_source(s, revision) for s in sources[index::count]]
     for source in resolved:
         if source.folder is not None:
             check_against_blueprint(ModelCheckpoint.open(source.folder))
@@ -70,7 +70,7 @@ def add(
 
 def merge_manifest(zoo: Path) -> None:
     """manifest.parquet from the donors that are complete. Processes that add side by side take turns here."""
-    with writing(zoo), _lock(zoo / "models" / LOCK):
+    with disk_errors(zoo), _lock(zoo / "models" / LOCK):
         parts = [p for p in (zoo / "models").glob(f"[!.]*/{ROWS}") if (p.parent / RECORD).exists()]
         write_rows(zoo / MANIFEST, join_rows(parts))
         refresh_index(zoo)
@@ -81,14 +81,14 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
     the same."""
     revision = source.commit
     if source.folder is not None and any(_alike(zoo / "models" / name, source) for name in source.names):
-        revision = f"sha256:{content_hash(obtain(source, quiet=True)[1])}"
+        revision = f"sha256:{content_hash(open_source(source, quiet=True)[1])}"
     home = _home(zoo / "models", source, revision)
     record = read_record(home) if home else None
     name = home.name if home else next((n for n in source.names if not (zoo / "models" / n).exists()), None)
     missing = _lost(home, record) if home and record else list(source.files)
     idle = record is not None and not missing and source.commit is not None
     return {
-        "source": source.given,
+        "source": source.address,
         "name": name,
         "revision": revision,
         "license": record["license"] if record else source.license,
@@ -114,7 +114,7 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
         return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
 
     download = source.download
-    files, stamps = obtain(source, quiet)
+    files, stamps = open_source(source, quiet)
     checkpoint = with_blueprint(files)
     extra = check_against_blueprint(checkpoint)
     if extra and not quiet:
@@ -123,7 +123,7 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
     revision = source.commit or f"sha256:{sha256}"
     home = _home(models, source, revision)
     if home is not None:
-        with writing(models):
+        with disk_errors(models):
             _restore(home, checkpoint, read_record(home))
         return _summary(source, home, "present", download)
 
@@ -136,7 +136,7 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
         for entry in checkpoint.entries.values():  # before anything is written: this is what refuses NaN
             measures[entry.name] = measure(checkpoint, entry)
             bar.update(entry.nbytes)
-        stack.enter_context(writing(models))
+        stack.enter_context(disk_errors(models))
         models.mkdir(parents=True, exist_ok=True)
         staging = models / f".{source.names[0]}-{sha256[:16]}"
         _room(models, source.size - sum(p.stat().st_size for p in staging.glob("*")))
@@ -151,9 +151,9 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
         stack.enter_context(_lock(models / LOCK))
         name = next((n for n in source.names if not (models / n).exists()), None)
         if name is None:
-            raise UserError(f"{source.given}: all its names are taken in {models}; rename the folder")
+            raise UserError(f"{source.address}: all its names are taken in {models}; rename the folder")
         write_rows(staging / ROWS, donor_rows(checkpoint, name, revision, source.license, measures))
-        record = {"source": source.given, "revision": revision, "license": source.license}
+        record = {"source": source.address, "revision": revision, "license": source.license}
         write_record(staging, {**record, "sha256": sha256, "files": stamps})
         home = staging.rename(models / name)
     if not quiet:
@@ -237,7 +237,7 @@ def _summary(
     record = read_record(home)
     weights = sum(1 for _ in Checkpoint.open(home).entries)
     return {
-        "source": source.given,
+        "source": source.address,
         "name": home.name,
         "revision": record["revision"],
         "license": record["license"],

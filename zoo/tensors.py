@@ -35,7 +35,7 @@ class Part:
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor on disk. `parts` has more than one entry where the architecture fuses matrices (GPT-2's c_attn,
-    NeoX's query_key_value, Phi-3's qkv_proj and gate_up_proj); `split` and `join` go between the two views."""
+    NeoX's query_key_value, Phi-3's qkv_proj and gate_up_proj); `split_parts` and `join_parts` go between the two views."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class TensorSpec:
         return int(torch.Size(self.shape).numel())
 
 
-def split(spec: TensorSpec, tensor: Tensor) -> dict[str, Tensor]:
+def split_parts(spec: TensorSpec, tensor: Tensor) -> dict[str, Tensor]:
     """A tensor as on disk -> {role: logical matrix [out, in]} (views where possible)."""
     logical = tensor.mT if spec.transposed and tensor.ndim == 2 else tensor
     if len(spec.parts) == 1:
@@ -74,8 +74,8 @@ def split(spec: TensorSpec, tensor: Tensor) -> dict[str, Tensor]:
     return {p.role: r for p, r in zip(spec.parts, rows, strict=True)}
 
 
-def join(spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
-    """The inverse of `split`: logical matrices -> one contiguous tensor as on disk (dtype of the parts)."""
+def join_parts(spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of `split_parts`: logical matrices -> one contiguous tensor as on disk (dtype of the parts)."""
     ordered = [parts[p.role] for p in spec.parts]
     if len(ordered) == 1:
         logical = ordered[0]

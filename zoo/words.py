@@ -9,3 +9,8 @@ def shortened_list(items: Iterable[str], most: int = 6) -> str:
     """'a, b, c', cut after `most` items: 'a, b and 4 more'."""
     items = list(items)
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, cut after 120 characters, or the error's class where it has no text."""
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

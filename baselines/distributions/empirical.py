@@ -30,7 +30,7 @@ from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
-from zoo.tensors import Part, TensorSpec, join, split
+from zoo.tensors import Part, TensorSpec, join_parts, split_parts
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Permuted(Sampler):
             if group is None:
                 return None
             donor, own, matrix = min(found[group], key=partial(_distance_to_member, spec, part))
-            values = split(own, donor.read(own.name, torch.float32))[matrix.role].flatten()
+            values = split_parts(own, donor.read(own.name, torch.float32))[matrix.role].flatten()
             size, rounds = math.prod(part.shape), math.ceil(math.prod(part.shape) / len(values))
             order = torch.cat([torch.randperm(len(values), generator=generator) for _ in range(rounds)])[:size]
             scale = fan_in_factor(own, matrix, self.rescale) / fan_in_factor(
@@ -165,7 +165,7 @@ class Permuted(Sampler):
             )  # 1 for equal shapes, exactly
             shift = donor.blueprint.offset(own) - blueprint.offset(spec)
             parts[part.role] = values[order].view(part.shape) * scale + shift
-        return join(spec, parts)
+        return join_parts(spec, parts)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         assert self._source is not None

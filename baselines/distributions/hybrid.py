@@ -16,7 +16,7 @@ from baselines.distributions.parametric import GeneralizedNormal, Laplace, Mixtu
 from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
-from zoo.tensors import TensorSpec, join, split
+from zoo.tensors import TensorSpec, join_parts, split_parts
 
 if TYPE_CHECKING:
     from zoo.donors.zoo import Zoo
@@ -107,8 +107,8 @@ class Hybrid(Sampler):
 
     def _mixed(self, spec: TensorSpec, values: Tensor, draws: Tensor, generator: torch.Generator) -> Tensor:
         parts = {}
-        drawn = split(spec, draws)
-        for role, value in split(spec, values).items():
+        drawn = split_parts(spec, draws)
+        for role, value in split_parts(spec, values).items():
             draw = drawn[role]
             if self.mixing == "entries":
                 part = torch.where(torch.rand(value.shape, generator=generator) < self.mix, draw, value)
@@ -119,4 +119,4 @@ class Hybrid(Sampler):
             if self.noise:
                 part = part + self.noise * part.std(correction=0) * torch.randn(part.shape, generator=generator)
             parts[role] = part
-        return join(spec, parts)
+        return join_parts(spec, parts)

@@ -32,9 +32,10 @@ from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.units.aligned import AlignedDonor, align_donors
-from zoo.units.canonical import tie_head
 from zoo.units.decoder import write_decoder
-from zoo.units.units import ROLES, require_unit_target, resize_units, units_to_decoder
+from zoo.units.gains import tie_head
+from zoo.units.resizing import resize_units
+from zoo.units.units import ROLES, require_unit_target, units_to_decoder
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class MatrixNormal(Sampler):
 
     canonical   Covariances mean something in the donor's own residual basis only, so donors are brought into canonical
                 form, aligned to the widest by their tokens (`zoo.units.aligned`) and resized to the target
-                (`zoo.units.units.resize_units`): first coordinates, most important units. One law per kind of unit [R]:
+                (`zoo.units.resizing.resize_units`): first coordinates, most important units. One law per kind of unit [R]:
                 rows are a layer's neurons, query planes, or components, in their order of importance; columns are
                 the residual vectors of a unit side by side (gate, up and down of a neuron), so that what a unit reads
                 and writes stays coupled. Tokens, matched by string, are independent rows with variances of their own;

@@ -18,8 +18,8 @@ from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
-from zoo.targets.roles import locate
-from zoo.tensors import Part, TensorSpec, join, split
+from zoo.targets.roles import parse_name
+from zoo.tensors import Part, TensorSpec, join_parts, split_parts
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor
@@ -119,7 +119,7 @@ class Statistical(Sampler):
                 for piece in flat.split(DRAW_CHUNK):
                     piece.copy_(self.draw(self._fits[key], tuple(piece.shape), generator))
                 parts[part.role] = flat.view(part.shape) / fan_in_factor(spec, part, self.rescale)
-        return join(spec, parts)
+        return join_parts(spec, parts)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values: dict[str, Any] = {}
@@ -202,7 +202,7 @@ def first_found(candidates: Sequence[Group], found: Collection[Group]) -> Group 
 def standardized_values(member: Member, rescale: str) -> Tensor:
     """[n] float32: the values of a donor's part, brought to fan-in 1; gains as what they multiply by."""
     donor, spec, part = member
-    values = split(spec, donor.read(spec.name, torch.float32))[part.role].flatten()
+    values = split_parts(spec, donor.read(spec.name, torch.float32))[part.role].flatten()
     return values * fan_in_factor(spec, part, rescale) + donor.blueprint.offset(spec)
 
 
@@ -240,7 +240,7 @@ def nearest_layers(layer: int, donor_layers: int, layers: int) -> Iterator[int]:
 def _kind_groups(spec: TensorSpec, part: Part, is_plain: bool) -> list[Group]:
     """What a part is whatever its layer: by its role, or by its name where that says nothing."""
     if is_plain and part.role in ("conv", "other"):
-        return [("name", locate(spec.name)[0], spec.kind, str(len(part.axes)))]
+        return [("name", parse_name(spec.name)[0], spec.kind, str(len(part.axes)))]
     table = spec.site or (part.axes[0] if part.role == "embed" else "")
     return [] if part.role == "other" else [(part.role, spec.kind, table)]
 

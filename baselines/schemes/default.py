@@ -15,7 +15,7 @@ from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream_seed
 from zoo.targets.blueprint import Blueprint, meta_model, to_disk
-from zoo.targets.configs import parse
+from zoo.targets.configs import parse_config
 from zoo.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def empty_model(blueprint: Blueprint) -> nn.Module:
     if blueprint.module is not None:
         return blueprint.module
     assert blueprint.config is not None  # a blueprint comes from a config or a module
-    return meta_model(parse(blueprint.config))
+    return meta_model(parse_config(blueprint.config))
 
 
 def model_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:

@@ -17,7 +17,7 @@ from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
-from zoo.tensors import TensorSpec, join
+from zoo.tensors import TensorSpec, join_parts
 
 if TYPE_CHECKING:
     from zoo.donors.zoo import Zoo
@@ -87,7 +87,7 @@ class Mimetic(Sampler):
             parts = self.queries_and_keys(block, stream(seed, f"{self.name}/qk/{key}"))
             parts |= self.values_and_outputs(block, stream(seed, f"{self.name}/vo/{value}"))
             for spec in block.specs:
-                yield spec.name, join(spec, parts).cpu()
+                yield spec.name, join_parts(spec, parts).cpu()
 
     def queries_and_keys(self, block: AttentionBlock, generator: torch.Generator) -> dict[str, Tensor]:
         """{attn.q [heads head_dim, width], attn.k [kv_heads head_dim, width]}"""

@@ -20,7 +20,7 @@ from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
-from zoo.tensors import Part, TensorSpec, join
+from zoo.tensors import Part, TensorSpec, join_parts
 
 if TYPE_CHECKING:
     from zoo.donors.zoo import Zoo
@@ -92,7 +92,7 @@ class Scheme(Sampler):
                 parts[part.role] = self.draw(slot, generator)
             filled = {role: tensor for role, tensor in parts.items() if tensor is not None}
             if len(filled) == len(parts):
-                yield spec.name, join(spec, filled)
+                yield spec.name, join_parts(spec, filled)
 
 
 def tensors_of_known_kind(blueprint: Blueprint) -> Iterator[tuple[TensorSpec, nn.Module | None]]:

@@ -10,7 +10,7 @@ import torch
 from tests.support.shaken import CONFIGS, build
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.targets.blueprint import Blueprint
-from zoo.tensors import join, split
+from zoo.tensors import join_parts, split_parts
 
 DEAD: dict[str, Any] = {
     "residual": [1, 5, 6, 17, 20, 21, 30, 31],
@@ -37,7 +37,7 @@ def kill(
     meta, state = blueprint.metadata, model.state_dict()
     assert meta is not None
     for spec in blueprint.specs:
-        parts = {role: part.clone() for role, part in split(spec, state[spec.name]).items()}
+        parts = {role: part.clone() for role, part in split_parts(spec, state[spec.name]).items()}
         for part in spec.parts:
             tensor = parts[part.role]
             for dim, axis in enumerate(part.axes):
@@ -48,7 +48,7 @@ def kill(
                 tensor.zero_()
             if layer is not None and spec.layer == layer and spec.site in ("attn.out", "mlp.out"):
                 tensor.zero_()
-        state[spec.name].copy_(join(spec, parts))
+        state[spec.name].copy_(join_parts(spec, parts))
 
 
 def _dead(axis: str, layer: int | None, meta: Any) -> dict[str, torch.Tensor]:

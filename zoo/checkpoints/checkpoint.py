@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +14,9 @@ from torch import Tensor
 from zoo.checkpoints.files import PICKLES, file_inside, read_json
 from zoo.checkpoints.headers import INDEX, Entry, read_header, read_index
 from zoo.errors import NotFinite, UserError, unknown
+from zoo.words import shortened_list
 
-# What belongs to a checkpoint besides its weights. facts.json is what its trainer knows: {"loss", "tokens", "seed"}.
+# The files of a checkpoint besides its weights. facts.json tells about its training: {"loss", "tokens", "seed"}.
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "facts.json",
@@ -25,22 +25,24 @@ SIDE_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """`entries` are the tensors on disk, by name, in the order of their files and offsets; no weight is read yet."""
+    """An open checkpoint. Its weights are read only by `read`."""
 
     folder: Path
-    config: dict[str, Any]
-    entries: dict[str, Entry]
-    files: tuple[str, ...]  # every file that belongs to it, sorted
+    config: dict[str, Any]  # the parsed config.json
+    entries: dict[str, Entry]  # the tensors by name on disk, in the order of files and offsets
+    files: tuple[str, ...]  # the names of all its files, sorted
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Reads config and headers. Raises UserError for a folder without config or safetensors, for pickles, and
-        for anything in headers or index that is damaged or lies."""
+        """Reads config.json and the headers.
+
+        UserError for a folder without config.json or safetensors, for pickles, and for a damaged header or index.
+        """
         folder = Path(folder)
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give one that holds config.json and safetensors")
+            raise UserError(f"{folder}: no such folder; give one with config.json and safetensors files")
         if not (folder / "config.json").exists():
-            raise UserError(f"{folder}: has no config.json; {_suggest(folder)}")
+            raise UserError(f"{folder}: has no config.json; {_advice(folder)}")
         config = read_json(file_inside(folder, "config.json"))
         entries = _entries(folder)
         names = {e.file for e in entries.values()} | {n for n in SIDE_FILES if (folder / n).exists()}
@@ -54,15 +56,17 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
+        """The names of its tensors on disk."""
         return list(self.entries)
 
     @property
     def parameters(self) -> int:
+        """The number of its weights."""
         return sum(math.prod(e.shape) for e in self.entries.values())
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """facts.json, or {}: what is known of the training (loss, tokens, seed)."""
+        """What facts.json tells about its training (loss, tokens, seed), {} without that file."""
         return read_json(self.folder / "facts.json") if "facts.json" in self.files else {}
 
     def entry(self, name: str) -> Entry:
@@ -72,8 +76,10 @@ class Checkpoint:
         return self.entries[name]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on the CPU, of the shape and dtype on disk (or cast to `dtype`); only its bytes are read.
-        Raises NotFinite where it holds NaN or infinity."""
+        """One tensor on the CPU, of the shape and dtype on disk or cast to `dtype`. Only its bytes are read.
+
+        UserError for an unknown name or a file that is too short, NotFinite for NaN or infinity.
+        """
         entry = self.entry(name)
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         try:
@@ -83,14 +89,14 @@ class Checkpoint:
         except OSError as error:
             raise UserError(f"{self.folder / entry.file}: cannot be read ({error.strerror})") from error
         if count != entry.nbytes:
-            raise UserError(f"{self.folder / entry.file}: ends inside tensor {name!r}; fetch the file again")
+            raise UserError(f"{self.folder / entry.file}: ends inside tensor {name!r}; download the file again")
         tensor = raw.view(entry.dtype).reshape(entry.shape)
-        if not finite(tensor):
+        if not is_finite(tensor):
             raise NotFinite(f"{self.folder}: tensor {name!r} holds NaN or infinity; use another checkpoint")
         return tensor if dtype is None else tensor.to(dtype)
 
     def vocabulary(self) -> dict[str, int] | None:
-        """token string -> id from tokenizer.json (added tokens included), or None where there is no such file."""
+        """Token string -> id from tokenizer.json, added tokens included. None without that file."""
         if "tokenizer.json" not in self.files:
             return None
         tokenizer = read_json(self.folder / "tokenizer.json")
@@ -99,20 +105,22 @@ class Checkpoint:
         if isinstance(vocab, list):  # Unigram: [[token, score], …]
             vocab = {token: i for i, (token, _) in enumerate(vocab)}
         if not isinstance(vocab, dict):
-            raise UserError(f"{self.folder / 'tokenizer.json'}: has no vocabulary; write it with save_pretrained")
+            raise UserError(f"{self.folder / 'tokenizer.json'}: has no vocabulary; write it again with save_pretrained")
         added = {t["content"]: t["id"] for t in tokenizer.get("added_tokens") or []}
         return {**vocab, **added}
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. Integers always are; float8 has no isfinite of its own."""
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. True for integers."""
     if not tensor.is_floating_point():
         return True
+    # torch has no isfinite for float8.
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return bool(torch.isfinite(wide).all())
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
+    """The tensors of a folder: of model.safetensors, of the shards in the index, or of the only safetensors file."""
     if (folder / "model.safetensors").exists():
         return read_header(file_inside(folder, "model.safetensors"))
     if (folder / INDEX).exists():
@@ -120,32 +128,27 @@ def _entries(folder: Path) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         for file in sorted(set(weight_map.values())):
             shard = read_header(file_inside(folder, file))
-            lost = next((n for n, f in weight_map.items() if f == file and n not in shard), None)
-            if lost is not None:
-                raise UserError(f"{folder / INDEX}: {file} does not hold {lost!r} as it should; fetch both again")
+            missing = next((n for n, f in weight_map.items() if f == file and n not in shard), None)
+            if missing is not None:
+                raise UserError(f"{folder / INDEX}: {file} lacks {missing!r}; download both again")
             entries.update({n: e for n, e in shard.items() if weight_map.get(n) == file})
         return entries
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return read_header(file_inside(folder, found[0]))
-    if found:
-        raise UserError(f"{folder}: has {_list(found)} but no {INDEX} that says what is where; add it")
+    files = sorted(p.name for p in folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return read_header(file_inside(folder, files[0]))
+    if files:
+        raise UserError(f"{folder}: has {shortened_list(files)} but no {INDEX} that assigns tensors to them; add it")
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise UserError(
             f"{folder / pickles[0]}: a pickle can run code when it is loaded; convert it to safetensors and give that"
         )
-    raise UserError(f"{folder}: has no safetensors file; give a folder that holds the weights")
+    raise UserError(f"{folder}: has no safetensors file; give a folder with weights")
 
 
-def _suggest(folder: Path) -> str:
-    """What to give instead of a folder that holds no config."""
+def _advice(folder: Path) -> str:
+    """What to give instead of a folder without config.json."""
     inner = sorted(str(p.parent) for depth in ("*", "*/*") for p in folder.glob(f"{depth}/config.json"))
     if inner:
-        return f"give the folders inside it: {_list(inner)}"
-    return "give a folder that holds config.json and safetensors"
-
-
-def _list(items: Iterable[str], most: int = 6) -> str:
-    items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+        return f"give the folders inside it: {shortened_list(inner)}"
+    return "give a folder with config.json and safetensors files"

@@ -1,4 +1,4 @@
-"""Where a donor comes from: a folder, or a repository of the hub at a commit."""
+"""Where a checkpoint comes from: a folder, or a repository of the Hugging Face hub at a commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zoo.checkpoints.checkpoint import SIDE_FILES, Checkpoint
 from zoo.checkpoints.files import PICKLES, FileHashes, file_hash, refuse_pickle
 from zoo.checkpoints.headers import INDEX, read_index
 from zoo.checkpoints.hub import HUB_ID, with_retries
-from zoo.checkpoints.writer import writing
+from zoo.checkpoints.writer import disk_errors
 from zoo.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,18 +21,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class File:
-    """What a source says of one of its files before it is read; the hub knows a hash: sha256 of an LFS file, git's
-    blob hash of a small one."""
+class SourceFile:
+    """What a source states about one of its files before the file is read."""
 
     size: int
-    sha256: str | None = None
-    blob: str | None = None
+    sha256: str | None = None  # the hub's hash of an LFS file
+    blob: str | None = None  # the hub's git hash of a small file
 
     def problem(self, path: Path, sha256: str) -> str | None:
-        """Why `path`, whose hash is `sha256`, is not this file, or None."""
+        """Why the file at `path`, whose hash is `sha256`, is not this file; None where it is."""
         size = path.stat().st_size
-        if self.size and size != self.size:  # some mirrors do not say it
+        if self.size and size != self.size:  # some mirrors state no size
             return f"has {size} bytes instead of {self.size}"
         if self.sha256 is not None and sha256 != self.sha256:
             return f"has sha256 {sha256} instead of {self.sha256}"
@@ -45,49 +44,55 @@ class File:
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved source; nothing of it is in the zoo yet."""
+    """A folder, or a hub repository at a commit, before its weights are read."""
 
-    given: str  # what to give to `zoo add` to get the same again
-    names: tuple[str, ...]  # what the donor may be called, the first that is free
+    address: str  # `headstart zoo add ADDRESS` gets the same checkpoint again
+    names: tuple[str, ...]  # possible names for the donor; the first that is free is used
     license: str
-    files: dict[str, File]
-    folder: Path | None = None  # of a folder
-    repo: str | None = None  # of a hub repository, with its commit
+    files: dict[str, SourceFile]
+    folder: Path | None = None  # where the source is a folder
+    repo: str | None = None  # where it is a hub repository
     commit: str | None = None
-    asked: str = "main"  # the branch, tag or commit that was given
+    requested: str = "main"  # the branch, tag or commit that the user named
     cached: frozenset[str] = frozenset()  # files that need no download
 
     @property
     def size(self) -> int:
+        """Bytes of all files."""
         return sum(f.size for f in self.files.values())
 
     @property
     def download(self) -> int:
+        """Bytes to download."""
         return 0 if self.repo is None else sum(f.size for n, f in self.files.items() if n not in self.cached)
 
 
-def resolve(source: str, revision: str | None = None) -> Source:
-    """A folder, or a hub id `org/name[@revision]` with its revision resolved to a commit. Reads headers and metadata
-    only. UserError for what is neither, or cannot be used."""
+def resolve_source(source: str, revision: str | None = None) -> Source:
+    """The source of a folder, or of a hub id `org/name[@revision]` with its revision resolved to a commit.
+
+    Reads headers and metadata only. UserError for what is neither, or cannot be used.
+    """
     path = Path(source)
     if path.is_dir():
         if revision is not None:
             raise UserError(f"{source}: is a folder, which has no revision {revision!r}; leave --revision out")
-        return _folder(path)
+        return _folder_source(path)
     if path.exists():
         refuse_pickle(path)
-        raise UserError(f"{source}: is a file; give the folder that holds it")
+        raise UserError(f"{source}: is a file; give the folder that contains it")
     if not HUB_ID.fullmatch(source):
-        raise UserError(f"{source}: no such folder, and no hub id of the form org/name or org/name@revision")
+        raise UserError(f"{source}: no such folder, and not a hub id (org/name or org/name@revision)")
     repo, _, at = source.partition("@")
     if at and revision is not None and at != revision:
-        raise UserError(f"{source}: names a revision, and --revision another ({revision}); give one of them")
-    return _hub(repo, at or revision)
+        raise UserError(f"{source}: names another revision than --revision {revision}; give one of them")
+    return _hub_source(repo, at or revision)
 
 
-def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
-    """The folder with the source's files: its own, or the snapshot in the hub's cache, downloaded as far as it is not
-    there (`force`: even then)."""
+def fetch_files(source: Source, quiet: bool = False, force: bool = False) -> Path:
+    """The folder with the source's files: its own, or the snapshot in the hub's cache.
+
+    Files that the cache lacks are downloaded; with `force`, all files.
+    """
     if source.folder is not None:
         return source.folder
     from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -100,9 +105,9 @@ def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs | {"disable": True})
 
-    with writing(Path(constants.HF_HUB_CACHE)):
-        if not constants.HF_HUB_OFFLINE:  # under the name that was given, so that the cache knows it when offline
-            with_retries(lambda: hf_hub_download(repo, "config.json", revision=source.asked), source.given)
+    with disk_errors(Path(constants.HF_HUB_CACHE)):
+        if not constants.HF_HUB_OFFLINE:  # under the requested revision, so that the cache finds it when offline
+            with_retries(lambda: hf_hub_download(repo, "config.json", revision=source.requested), source.address)
         folder = with_retries(
             lambda: snapshot_download(
                 repo,
@@ -113,32 +118,36 @@ def fetch(source: Source, quiet: bool = False, force: bool = False) -> Path:
             ),
             f"{repo}@{commit}",
         )
-    lost = [name for name in source.files if not (Path(folder) / name).exists()]
-    if lost:  # the hub's client falls back on what its cache has when the hub does not answer
-        raise UserError(f"{repo}@{commit}: {lost[0]} could not be fetched; check the network and try again")
+    missing = [name for name in source.files if not (Path(folder) / name).exists()]
+    if missing:  # the hub's client uses what its cache has when the hub does not answer
+        raise UserError(f"{repo}@{commit}: {missing[0]} could not be downloaded; check the network and try again")
     return Path(folder)
 
 
-def obtain(source: Source, quiet: bool = False) -> tuple[Checkpoint, FileHashes]:
-    """The source's files on this machine, and their hashes; what the hub says of them is checked, and a file that
-    came otherwise is fetched once more. UserError where that does not help."""
-    for again in (False, True):
-        folder = fetch(source, quiet, force=again)
-        stamps: FileHashes = {
+def open_source(source: Source, quiet: bool = False) -> tuple[Checkpoint, FileHashes]:
+    """The source's checkpoint on this machine, downloaded if needed, and the hashes of its files.
+
+    Files that differ from what the hub states are downloaded once more. UserError where they differ again.
+    """
+    for force in (False, True):
+        folder = fetch_files(source, quiet, force=force)
+        hashes: FileHashes = {
             f: {"size": (folder / f).stat().st_size, "sha256": file_hash(folder / f)} for f in source.files
         }
-        found = {f: said.problem(folder / f, str(stamps[f]["sha256"])) for f, said in source.files.items()}
+        found = {f: file.problem(folder / f, str(hashes[f]["sha256"])) for f, file in source.files.items()}
         problems = [f"{f} {problem}" for f, problem in found.items() if problem]
         if not problems:
             checkpoint = Checkpoint.open(folder)
-            return checkpoint, {f: stamps[f] for f in checkpoint.files}
+            return checkpoint, {f: hashes[f] for f in checkpoint.files}
         if source.folder is not None:
             break
-    raise UserError(f"{source.given}: {problems[0]}; it changes while it is read or arrives damaged, try again later")
+    raise UserError(
+        f"{source.address}: {problems[0]}; it changes while it is read or the download is damaged; try later"
+    )
 
 
 def count_tensors(source: Source) -> int:
-    """How many tensors a source holds, from headers and index alone (of a hub file, its first bytes)."""
+    """The number of tensors of a source, read from its headers or its index (of a hub file, from its first bytes)."""
     if source.folder is not None:
         return len(Checkpoint.open(source.folder).entries)
     from huggingface_hub import HfApi, hf_hub_download
@@ -153,74 +162,74 @@ def count_tensors(source: Source) -> int:
     return len(header.tensors)
 
 
-def _folder(path: Path) -> Source:
+def _folder_source(path: Path) -> Source:
     checkpoint = Checkpoint.open(path)
     parts = [safe_name(p) for p in path.resolve().parts[1:]]
     names = tuple("--".join(parts[-n:]) for n in range(1, len(parts) + 1))
-    files = {name: File((path / name).stat().st_size) for name in checkpoint.files}
+    files = {name: SourceFile((path / name).stat().st_size) for name in checkpoint.files}
     return Source(str(path.resolve()), names, folder_license(path), files, folder=path)
 
 
 def safe_name(name: str) -> str:
-    """A donor's name out of a folder's name or hub id: letters, digits and ._-@, not hidden."""
+    """A folder's name or a hub id as the name of a donor: letters, digits and ._-@, not hidden."""
     return re.sub(r"[^\w.@-]+", "-", name.replace("/", "--"), flags=re.ASCII).lstrip(".-") or "donor"
 
 
 def folder_license(folder: Path) -> str:
-    """`license:` of README.md's front matter, else `see LICENSE` where there is such a file, else `unknown`."""
+    """The license in README.md's front matter, else `see LICENSE` where such a file exists, else `unknown`."""
     from huggingface_hub import metadata_load
 
     readme = folder / "README.md"
     if readme.is_file() and readme.stat().st_size < 10_000_000:
         try:
             found = (metadata_load(readme) or {}).get("license")
-        except Exception:  # front matter that is no YAML: people write anything there, and it only says the licence
+        except Exception:  # front matter that is not YAML: the license is then unknown
             found = None
         if found:
-            return _license(found)
+            return _license_text(found)
     files = sorted(p.name for p in folder.iterdir() if p.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")))
     return f"see {files[0]}" if files else "unknown"
 
 
-def _license(value: object) -> str:
+def _license_text(value: object) -> str:
     return " or ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _hub(repo: str, revision: str | None) -> Source:
+def _hub_source(repo: str, revision: str | None) -> Source:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     what = repo if revision is None else f"{repo}@{revision}"
     if constants.HF_HUB_OFFLINE:
-        return _cached(repo, revision or "main", what)
+        return _cached_source(repo, revision or "main", what)
     info: ModelInfo = with_retries(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
     assert info.sha is not None
-    sizes = {s.rfilename: _file(s) for s in info.siblings or ()}
-    names = _wanted(repo, info.sha, sizes, what)
+    sizes = {s.rfilename: _source_file(s) for s in info.siblings or ()}
+    names = _checkpoint_files(repo, info.sha, sizes, what)
     found = {name: try_to_load_from_cache(repo, name, revision=info.sha) for name in names}
     tagged = next((t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")), None)
     card = info.card_data.get("license") if info.card_data is not None else None
     return Source(
         f"{repo}@{info.sha}",
-        _hub_names(repo, info.sha),
-        _license(card or tagged or "unknown"),
+        _donor_names(repo, info.sha),
+        _license_text(card or tagged or "unknown"),
         {name: sizes[name] for name in names},
         repo=repo,
         commit=info.sha,
-        asked=revision or "main",
+        requested=revision or "main",
         cached=frozenset(name for name, path in found.items() if isinstance(path, str)),
     )
 
 
-def _hub_names(repo: str, commit: str) -> tuple[str, ...]:
+def _donor_names(repo: str, commit: str) -> tuple[str, ...]:
     return safe_name(repo), f"{safe_name(repo)}@{commit[:8]}", f"{safe_name(repo)}@{commit}"
 
 
-def _file(sibling: RepoSibling) -> File:
-    return File(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
+def _source_file(sibling: RepoSibling) -> SourceFile:
+    return SourceFile(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
 
 
-def _wanted(repo: str, commit: str, sizes: dict[str, File], what: str) -> list[str]:
-    """The files of a repository that make its checkpoint: safetensors and JSON at the top, nothing else."""
+def _checkpoint_files(repo: str, commit: str, sizes: dict[str, SourceFile], what: str) -> list[str]:
+    """The files of a repository that belong to its checkpoint: safetensors and JSON files at its top."""
     from huggingface_hub import hf_hub_download
 
     if "config.json" not in sizes:
@@ -233,9 +242,9 @@ def _wanted(repo: str, commit: str, sizes: dict[str, File], what: str) -> list[s
     if INDEX in sizes:
         index = with_retries(lambda: hf_hub_download(repo, INDEX, revision=commit), what)
         shards = sorted(set(read_index(Path(index)).values()))
-        lost = [s for s in shards if s not in sizes]
-        if lost:
-            raise UserError(f"{what}: its index names {lost[0]!r}, which is not there; give another revision")
+        missing = [s for s in shards if s not in sizes]
+        if missing:
+            raise UserError(f"{what}: its index names {missing[0]!r}, which is missing; give another revision")
         return [*side, INDEX, *shards]
     weights = [n for n in sizes if n.endswith(".safetensors") and "/" not in n]
     if len(weights) == 1:
@@ -243,13 +252,13 @@ def _wanted(repo: str, commit: str, sizes: dict[str, File], what: str) -> list[s
     pickles = sorted(n for n in sizes if n.endswith(PICKLES))
     if not weights and pickles:
         raise UserError(
-            f"{what}: has only pickles ({pickles[0]}), which can run code when loaded; convert it to safetensors"
+            f"{what}: has only pickles ({pickles[0]}), which can run code when loaded; convert them to safetensors"
         )
     raise UserError(f"{what}: has {len(weights)} safetensors files and no {INDEX}; give another repository")
 
 
-def _cached(repo: str, revision: str, what: str) -> Source:
-    """The source as the hub's cache has it, for runs without network."""
+def _cached_source(repo: str, revision: str, what: str) -> Source:
+    """The source as it is in the hub's cache, for runs without network."""
     from huggingface_hub import snapshot_download
 
     folder = Path(
@@ -261,13 +270,13 @@ def _cached(repo: str, revision: str, what: str) -> Source:
         )
     )
     try:
-        found = _folder(folder)
+        found = _folder_source(folder)
     except UserError as error:
-        raise UserError(f"{what}: offline, and the local cache holds only a part of it ({error})") from error
+        raise UserError(f"{what}: is only partly in the local cache ({error}); unset HF_HUB_OFFLINE") from error
     commit = folder.name
     return Source(
         f"{repo}@{commit}",
-        _hub_names(repo, commit),
+        _donor_names(repo, commit),
         found.license,
         found.files,
         repo=repo,

@@ -1,4 +1,4 @@
-"""Checkpoints written in a stream: any order, one tensor in memory, whole or not at all."""
+"""Writes checkpoints tensor by tensor, in any order, with one tensor in memory, atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from zoo.checkpoints.checkpoint import finite
+from zoo.checkpoints.checkpoint import is_finite
 from zoo.checkpoints.headers import DTYPE_NAMES, INDEX
 from zoo.errors import UserError, unknown
 from zoo.tensors import TensorSpec
@@ -43,14 +43,16 @@ class Shard:
 
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` to be filled, renamed to `out` at the end and removed on any error, Ctrl-C
-    included. UserError where `out` exists and is not an empty folder, or the disk is full. May be nested: an empty
-    folder that another `new_folder` yielded is a fine `out`."""
+    """Yields a temporary folder to fill, which becomes `out` at the end and is removed on any error, Ctrl-C included.
+
+    UserError where `out` exists and is not an empty folder, or where the disk refuses. May be nested: `out` may be the
+    empty folder that another `new_folder` yielded.
+    """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already; give another output folder or remove it")
     partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    with writing(out):
+    with disk_errors(out):
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -63,8 +65,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what a disk can refuse (full, over quota, read-only, forbidden) into a UserError about `path`."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns errors of the disk (full, over quota, read-only, permission denied) into a UserError about `path`."""
     reasons = {
         errno.ENOSPC: "the disk is full; make room or choose another place",
         errno.EDQUOT: "the disk quota is used up; make room or choose another place",
@@ -84,9 +86,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, over what was there; its folder is made. UserError as `writing`."""
+    """Writes a file atomically, in place of an older one, and creates its folder. UserError as `disk_errors`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with writing(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(data)
@@ -103,23 +105,23 @@ def write_checkpoint(
     max_shard_size: int | str = "5GB",
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes config.json (where the blueprint has one), model.safetensors or shards with their index to `out`.
+    """Writes config.json (where the blueprint has one) and model.safetensors, or shards with their index, to `out`.
 
-    tensors: (disk name, tensor of the spec's shape, any dtype and device), each name of the blueprint once, in any
-    order. dtype: of every floating tensor on disk; None keeps each spec's own, otherwise config.json is made to say
-    so. metadata: provenance for the headers, besides format=pt.
+    tensors   (name on disk, tensor of the spec's shape, any dtype and device), each name of the blueprint once, in any
+              order
+    dtype     of every floating tensor on disk, and then of config.json; None keeps the dtype of each spec
+    metadata  entries of the safetensors headers besides format=pt
 
-    The shards are planned on the specs, in blueprint order, so that all offsets are known before the first tensor
-    comes: the files are allocated at once (a full disk shows before the work) and each tensor is written to its
-    place and forgotten. Memory is one tensor. Equal input gives equal bytes, whatever the order.
+    The shards are planned from the specs, so every offset is known before the first tensor comes. The files are
+    allocated at once: a full disk is noticed before the work. Equal input gives equal bytes, whatever the order.
 
-    `out` is a `new_folder`: it appears whole or not at all. UserError: out exists, disk full, a name unknown, given
-    twice or missing, a wrong shape, NaN or infinity (after the cast to the dtype on disk).
+    `out` appears complete or not at all. UserError: out exists, the disk is full, a name is unknown, repeated or
+    missing, a shape is wrong, a value is NaN or infinite (after the cast to the dtype on disk).
     """
     shards = plan_shards(blueprint.specs, dtype, max_shard_size, metadata)
     specs = {spec.name: spec for spec in blueprint.specs}
-    place = {name: shard for shard in shards for name in shard.offsets}
-    missing = set(place)
+    shard_of = {name: shard for shard in shards for name in shard.offsets}
+    missing = set(shard_of)
     with new_folder(out) as folder, contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for shard in shards:
@@ -127,22 +129,22 @@ def write_checkpoint(
             _allocate(f, shard.size)
             _write(f, 0, shard.header)
         for name, tensor in tensors:
-            if name not in place:
-                raise unknown("tensor for this target", name, place)
+            if name not in shard_of:
+                raise unknown("tensor for this target", name, shard_of)
             if name not in missing:
-                raise UserError(f"tensor {name!r} was given twice; a sampler must yield every tensor once")
+                raise UserError(f"tensor {name!r} came twice; a sampler must yield every tensor once")
             missing.remove(name)
-            spec, shard = specs[name], place[name]
-            _write(files[shard.file], shard.offsets[name], _bytes(spec, tensor, dtype))
+            spec, shard = specs[name], shard_of[name]
+            _write(files[shard.file], shard.offsets[name], _tensor_bytes(spec, tensor, dtype))
         if missing:
             first = next(n for n in specs if n in missing)
-            raise UserError(f"{len(missing)} tensors were not given, {first!r} the first; fill them before writing")
+            raise UserError(f"{len(missing)} tensors are missing, first {first!r}; fill them before writing")
         if len(shards) > 1:
             total = sum(shard.size - len(shard.header) for shard in shards)
-            weight_map = {name: place[name].file for name in sorted(place)}
-            _json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            weight_map = {name: shard_of[name].file for name in sorted(shard_of)}
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if blueprint.config is not None:
-            _json(folder / "config.json", _config(blueprint.config, dtype))
+            _write_json(folder / "config.json", _config_with_dtype(blueprint.config, dtype))
 
 
 def plan_shards(
@@ -151,14 +153,14 @@ def plan_shards(
     max_shard_size: int | str = "5GB",
     metadata: dict[str, str] | None = None,
 ) -> list[Shard]:
-    """Names, headers and offsets of the files that `write_checkpoint` writes, shared out as huggingface_hub does."""
+    """The files that `write_checkpoint` writes: names, headers, offsets. huggingface_hub divides them into shards."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     meta = {s.name: torch.empty(s.shape, dtype=_disk_dtype(s, dtype), device="meta") for s in specs}
     split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     shards = []
     for file, names in split.filename_to_tensors.items():
-        # Wide dtypes first, as the library does it: every tensor is then aligned to its item size.
+        # Wide dtypes first, as the safetensors library orders them: every tensor is then aligned to its item size.
         ordered = sorted(names, key=lambda n: -meta[n].dtype.itemsize)
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((metadata or {}).items()))}}
         offsets, end = {}, 0
@@ -182,11 +184,11 @@ def _disk_dtype(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
 
 
-def _bytes(spec: TensorSpec, tensor: Tensor, dtype: torch.dtype | None) -> memoryview:
+def _tensor_bytes(spec: TensorSpec, tensor: Tensor, dtype: torch.dtype | None) -> memoryview:
     if tuple(tensor.shape) != spec.shape:
-        raise UserError(f"tensor {spec.name!r} was given with shape {list(tensor.shape)}, needs {list(spec.shape)}")
+        raise UserError(f"tensor {spec.name!r} has shape {list(tensor.shape)}, the target needs {list(spec.shape)}")
     data = tensor.detach().to("cpu", _disk_dtype(spec, dtype)).contiguous()
-    if not finite(data):
+    if not is_finite(data):
         raise UserError(f"tensor {spec.name!r} holds NaN or infinity as {data.dtype}; it cannot be an initial weight")
     return memoryview(data.reshape(-1).view(torch.uint8).numpy())
 
@@ -194,22 +196,22 @@ def _bytes(spec: TensorSpec, tensor: Tensor, dtype: torch.dtype | None) -> memor
 def _allocate(f: BinaryIO, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(f.fileno(), 0, size)
-    else:  # macOS, Windows: a full disk shows only when the bytes come
+    else:  # macOS, Windows: a full disk is noticed only when the bytes are written
         f.truncate(size)
 
 
 def _write(f: BinaryIO, offset: int, data: bytes | memoryview) -> None:
     f.seek(offset)
     view = memoryview(data)
-    while view:  # a raw write may stop short (2 GiB at a time on Linux)
+    while view:  # a raw write may write less (2 GiB at a time on Linux)
         view = view[f.write(view) :]
 
 
-def _config(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def _config_with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     if dtype is None:
         return config
     return {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def _json(path: Path, value: object) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ from typing import Self
 
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.files import content_hash
-from zoo.checkpoints.sources import Source, obtain, resolve
+from zoo.checkpoints.sources import Source, open_source, resolve_source
 from zoo.donors.donor import Donor
 from zoo.donors.layout import RECORD
 from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint
@@ -48,11 +48,11 @@ class StandaloneDonor(FolderDonor):
     @classmethod
     def open(cls, folder: str | Path | Source, quiet: bool = False) -> Self:
         """folder: a folder or a hub id (org/name[@revision]), downloaded if needed. UserError as for `zoo add`."""
-        source = folder if isinstance(folder, Source) else resolve(str(folder))
-        base, files = obtain(source, quiet)
+        source = folder if isinstance(folder, Source) else resolve_source(str(folder))
+        base, files = open_source(source, quiet)
         sha256 = content_hash(files)
         revision = source.commit or f"sha256:{sha256}"
-        provenance = (source.given, revision, source.license, sha256)
+        provenance = (source.address, revision, source.license, sha256)
         donor = cls(base.folder, base.config, base.entries, base.files, standalone_name(source), *provenance)
         check_against_blueprint(donor)
         return donor

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from zoo.checkpoints.checkpoint import Checkpoint, finite
+from zoo.checkpoints.checkpoint import Checkpoint, is_finite
 from zoo.checkpoints.headers import Entry
 from zoo.donors.layout import MANIFEST
 from zoo.donors.model_checkpoint import ModelCheckpoint
@@ -57,7 +57,7 @@ def measure(checkpoint: Checkpoint, entry: Entry) -> Measure:
     digest, total, count = hashlib.sha256(), 0.0, 0
     for raw, values in _chunks(checkpoint.folder / entry.file, entry):
         digest.update(raw)
-        if not finite(values):
+        if not is_finite(values):
             raise UserError(f"{checkpoint.folder}: tensor {entry.name!r} holds NaN or infinity; use another checkpoint")
         total += values.double().sum().item()
         count += values.numel()

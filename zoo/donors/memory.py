@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from zoo.checkpoints.checkpoint import finite
+from zoo.checkpoints.checkpoint import is_finite
 from zoo.donors.zoo import Zoo
 from zoo.errors import NotFinite, UserError, unknown
 from zoo.targets.blueprint import Blueprint, to_disk
@@ -65,7 +65,7 @@ class MemoryDonor(ABC):
         if tensors[name].is_meta:
             raise UserError(f"{self.name}: {name} is on the meta device; load the weights first")
         tensor = tensors[name].detach().cpu().clone()
-        if not finite(tensor):
+        if not is_finite(tensor):
             raise NotFinite(f"{self.name}: tensor {name!r} holds NaN or infinity; use another model")
         return tensor if dtype is None else tensor.to(dtype)
 

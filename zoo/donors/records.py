@@ -1,6 +1,6 @@
 """donor.json: what a zoo records about a donor when it is added.
 
-It is written last into the donor's folder: {source, revision, license, sha256, files: {name: {size, sha256}}, rows, seal}.
+It is written last into a donor folder: {source, revision, license, sha256, files: {name: {size, sha256}}, rows, seal}.
 `rows` is the hash of the donor's rows of the manifest, `seal` the hash of all the rest.
 """
 

@@ -28,7 +28,7 @@ class LoraSampler(Sampler):
 
     def check(self, blueprint: Blueprint) -> tuple[Pair, ...]:
         """The pairs of the blueprint. UserError where this method cannot fill them; reads no weights."""
-        return pairs_of(blueprint, self.name)
+        return lora_pairs(blueprint, self.name)
 
     @property
     def compensated(self) -> bool:
@@ -40,7 +40,7 @@ class LoraSampler(Sampler):
         return self.compensated
 
 
-def pairs_of(blueprint: Blueprint, who: str) -> tuple[Pair, ...]:
+def lora_pairs(blueprint: Blueprint, who: str) -> tuple[Pair, ...]:
     """The pairs of an adapter's blueprint. UserError for the blueprint of a model."""
     if blueprint.adapter is None:
         raise UserError(f"{who} fills LoRA adapters, not models: use `headstart lora`, or Blueprint.from_lora")
@@ -60,13 +60,13 @@ def base_weight(donor: Donor, pair: Pair) -> Tensor:
     return weight.mT.contiguous() if pair.transposed else weight
 
 
-def compensation(weight: Tensor, pair: Pair, a: Tensor, b: Tensor) -> Tensor:
+def compensated_weight(weight: Tensor, pair: Pair, a: Tensor, b: Tensor) -> Tensor:
     """W - scaling B A for a weight as on disk (transposed where the pair says so), float32, of the weight's shape."""
     change = (pair.scaling * b.float()) @ a.float()
     return weight.float() - (change.mT if pair.transposed else change)
 
 
-def refuse_shared(adapter: Adapter) -> None:
+def refuse_tied_weights(adapter: Adapter) -> None:
     """UserError where a weight that the adapter adapts has a second use (a head tied to the embedding): changing it for
     the one would change the other."""
     shared = set(adapter.base.ties.values())

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from zoo.donors.folder import FolderDonor
 from zoo.donors.memory import MemoryDonor
 from zoo.errors import UserError
-from zoo.lora.adapters import compensation
+from zoo.lora.adapters import compensated_weight
 from zoo.targets.blueprint import Adapter, Blueprint, to_disk
-from zoo.targets.roles import assign
+from zoo.targets.roles import assign_roles
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,7 +47,7 @@ class PeftBaseDonor(MemoryDonor):
             config.architectures = [type(self.module).__name__]
             return Blueprint.from_pretrained_config(config)
         parameters = unwrapped_parameters(self.module)
-        return Blueprint(assign([(name, tuple(t.shape), t.dtype) for name, t in parameters.items()], None))
+        return Blueprint(assign_roles([(name, tuple(t.shape), t.dtype) for name, t in parameters.items()], None))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ class PeftBaseDonor(MemoryDonor):
         return to_disk(self.module, own) if hasattr(self.module, "save_pretrained") else own  # type: ignore[arg-type]
 
 
-def refuse_changed(model: PeftModel, adapter_name: str, compensated: bool) -> None:
+def refuse_initialized(model: PeftModel, adapter_name: str, compensated: bool) -> None:
     """UserError for an adapter that cannot be initialised any more: its base was changed for it already, it is merged,
     or (where the base is to be changed) another adapter relies on the base."""
     from peft.tuners.lora import LoraLayer
@@ -75,7 +75,7 @@ def refuse_changed(model: PeftModel, adapter_name: str, compensated: bool) -> No
         )
 
 
-def base_on_disk(donor: FolderDonor) -> Blueprint:
+def blueprint_as_stored(donor: FolderDonor) -> Blueprint:
     """The donor's blueprint with the dtypes that its tensors have on disk. UserError where they are no plain floats."""
     specs = tuple(replace(spec, dtype=donor.entry(spec.name).dtype) for spec in donor.blueprint.specs)
     odd = next((s for s in specs if not s.dtype.is_floating_point or s.dtype.itemsize < 2), None)
@@ -84,14 +84,16 @@ def base_on_disk(donor: FolderDonor) -> Blueprint:
     return replace(donor.blueprint, specs=specs)
 
 
-def changed_base(donor: FolderDonor, adapter: Adapter, adapter_file: Path, device: str) -> Iterator[tuple[str, Tensor]]:
+def compensated_base(
+    donor: FolderDonor, adapter: Adapter, adapter_file: Path, device: str
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the donor, W - scaling B A for what the adapter adapts, A and B as they lie in `adapter_file`."""
     pairs = {pair.weight: pair for pair in adapter.pairs}
     with safe_open(adapter_file, framework="pt", device=device) as f:
         for name in donor.blueprint.names:
             tensor, pair = donor.read(name), pairs.get(name)
             if pair is not None:
-                tensor = compensation(tensor.to(device), pair, f.get_tensor(pair.a), f.get_tensor(pair.b))
+                tensor = compensated_weight(tensor.to(device), pair, f.get_tensor(pair.a), f.get_tensor(pair.b))
             yield name, tensor
 
 

@@ -20,7 +20,7 @@ from zoo.errors import NotFinite
 from zoo.statistics.noise import edge_excess, kurtosis, normal_scores, unevenness_p_value
 from zoo.statistics.row_column import random_submatrix
 from zoo.streams import stream
-from zoo.tensors import TensorSpec, split
+from zoo.tensors import TensorSpec, split_parts
 
 STRUCTURE_P_VALUE = 1e-8  # p-value from which a matrix counts as structured: no false one among thousands of tests
 MAX_EDGE_EXCESS = 8.0  # Tracy-Widom units above the edge, for the largest squared singular value: p about 1e-7
@@ -141,7 +141,7 @@ class _Tally:
             self.not_finite.append(spec.name)
             return
         tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-        for role, values in split(spec, tensor).items():
+        for role, values in split_parts(spec, tensor).items():
             self._count(spec, role, values, donor.blueprint.offset(spec))
             low, high = values.aminmax()
             if values.ndim > 1 and low == high:
@@ -177,7 +177,7 @@ class _Tally:
 def _read_entries(donor: Donor | ModelCheckpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
     tensor = donor.read(spec.name)
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    return _select_entries(split(spec, tensor)[role], spec, role, device, most, seed)
+    return _select_entries(split_parts(spec, tensor)[role], spec, role, device, most, seed)
 
 
 def _select_entries(values: Tensor, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:

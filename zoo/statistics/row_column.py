@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo.donors.donor import Donor
 from zoo.streams import stream
-from zoo.tensors import Metadata, Part, TensorSpec, split
+from zoo.tensors import Metadata, Part, TensorSpec, split_parts
 
 EnergyTable = dict[tuple[str, int | None, int | None], tuple[Tensor, Tensor]]  # role, layer, expert -> rows, columns
 
@@ -85,7 +85,7 @@ def iterate_matrices(
     for spec in donor.blueprint.specs:
         if len(spec.shape) > 1 and spec.numel and spec.dtype.is_floating_point:
             tensor = donor.read(spec.name)
-            logical = split(spec, tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+            logical = split_parts(spec, tensor.float() if tensor.dtype.itemsize == 1 else tensor)
             for part in spec.parts:
                 yield spec, part, logical[part.role].flatten(1)
         if progress is not None:

@@ -16,7 +16,7 @@ from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.statistics.similarity import PROJECTIONS
 from zoo.streams import stream_seed
-from zoo.tensors import split
+from zoo.tensors import split_parts
 
 Signature = Mapping[str, Any]  # projection -> float, or list of floats
 
@@ -32,7 +32,7 @@ def std_vector(donor: Donor) -> dict[str, float]:
     for spec in donor.blueprint.specs:
         if spec.kind != "weight" or spec.expert is not None or not any(p.role in PROJECTIONS for p in spec.parts):
             continue
-        for role, matrix in split(spec, donor.read(spec.name, torch.float32)).items():
+        for role, matrix in split_parts(spec, donor.read(spec.name, torch.float32)).items():
             if role in PROJECTIONS:
                 counts[role] += matrix.numel()
                 sums[role] += matrix.sum(dtype=torch.float64).item()

@@ -21,7 +21,7 @@ from zoo.statistics.goodness import DistanceSample, assess_power_law
 from zoo.statistics.power_law import MIN_DISTINCT_VALUES
 from zoo.statistics.spectra import top_singular_values
 from zoo.streams import stream, stream_seed
-from zoo.tensors import TensorSpec, split
+from zoo.tensors import TensorSpec, split_parts
 
 PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 MIN_LAYERS = 3  # layers
@@ -43,7 +43,7 @@ def singular_value_stacks(
     rank = min(max(ranks), *(min(p.shape) for spec in specs for p in spec.parts if p.role in PROJECTIONS))
     found: dict[str, list[Tensor]] = {role: [] for role in PROJECTIONS}
     for spec in specs:
-        for role, matrix in split(spec, donor.read(spec.name, torch.float32)).items():
+        for role, matrix in split_parts(spec, donor.read(spec.name, torch.float32)).items():
             if role in PROJECTIONS:
                 if matrix.min() == matrix.max():
                     what = f"{spec.name!r} ({role})" if len(spec.parts) > 1 else repr(spec.name)

@@ -73,7 +73,7 @@ def as_lora_config(given: Any) -> LoraConfig:
     return given
 
 
-def adapt(model: PreTrainedModel, lora_config: LoraConfig, where: str) -> PeftModel:
+def make_peft_model(model: PreTrainedModel, lora_config: LoraConfig, where: str) -> PeftModel:
     """A PEFT model of a model on the meta device. UserError, about `where`, for what PEFT cannot adapt."""
     peft = require_peft()
     config = copy.deepcopy(lora_config)

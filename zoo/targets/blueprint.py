@@ -18,15 +18,15 @@ from zoo.errors import unknown
 from zoo.targets import roles
 from zoo.targets.adapters import (
     Pair,
-    adapt,
     adapter_config_of,
     adapter_pairs,
     adapter_specs,
     as_lora_config,
+    make_peft_model,
     refuse_quantised,
     require_peft,
 )
-from zoo.targets.configs import check, meta_model, metadata_of, parse, read, to_disk
+from zoo.targets.configs import check_config, meta_model, metadata_of, parse_config, read_config, to_disk
 from zoo.tensors import Metadata, Part, TensorSpec
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ class Blueprint:
         """source: a config.json, a folder that holds one, a hub id (org/name or org/name@revision) or a parsed
         config. Raises UserError for what cannot be read, an architecture that transformers does not know, and
         numbers that disagree. Only a hub id reaches for the network."""
-        data, where = read(source)
-        return _of_model(meta_model(parse(data, where), where), copy.deepcopy(data))
+        data, where = read_config(source)
+        return _of_model(meta_model(parse_config(data, where), where), copy.deepcopy(data))
 
     @classmethod
     def from_pretrained_config(cls, config: PretrainedConfig) -> Blueprint:
         """config: a transformers config object, left as it is. UserError as for from_config."""
-        check(config, type(config).__name__)
+        check_config(config, type(config).__name__)
         return _of_model(meta_model(config, type(config).__name__), _as_json(config))
 
     @classmethod
@@ -106,13 +106,13 @@ class Blueprint:
         peft is not installed, a target that the base does not have, a rank above the smaller side of a target, a
         quantised base, what is no plain LoRA of linear layers (DoRA, modules_to_save, embeddings)."""
         require_peft()
-        data, where = read(base_config)
+        data, where = read_config(base_config)
         refuse_quantised(data, where)
-        model = meta_model(parse(data, where), where)
+        model = meta_model(parse_config(data, where), where)
         base = cls.from_config(data)
         config = as_lora_config(lora_config)
         path = str(base_config) if isinstance(base_config, str | Path) else None
-        blueprint = adapter_blueprint(adapt(model, config, where), base)
+        blueprint = adapter_blueprint(make_peft_model(model, config, where), base)
         assert blueprint.adapter is not None
         # PEFT writes the name of the model without weights here.
         blueprint.adapter.config["base_model_name_or_path"] = config.base_model_name_or_path or path
@@ -227,7 +227,7 @@ def _assigned(
 ) -> Blueprint:
     """origin: disk name -> name in memory, for the tensors that are the same in both."""
     owner = {name: model.get_submodule(where.rpartition(".")[0]) for name, where in origin.items()}
-    specs = roles.assign(
+    specs = roles.assign_roles(
         [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()],
         metadata,
         convolutions={name for name, module in owner.items() if isinstance(module, _ConvNd)},

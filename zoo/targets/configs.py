@@ -42,7 +42,7 @@ ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activa
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
 
 
-def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def read_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """A config.json, a folder that holds one, a hub id (org/name or org/name@revision) or a parsed config ->
     (parsed config, what to call it in an error). UserError where there is none; only a hub id uses the network."""
     if isinstance(source, Mapping):
@@ -66,7 +66,7 @@ def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return read_json(path), str(path)
 
 
-def parse(data: Mapping[str, Any], where: str = "config") -> PretrainedConfig:
+def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedConfig:
     """A parsed config.json -> transformers' config object. UserError for an architecture that transformers does not
     know (no remote code is ever run), for a quantised checkpoint, and for numbers that disagree."""
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -86,15 +86,15 @@ def parse(data: Mapping[str, Any], where: str = "config") -> PretrainedConfig:
             raise UserError(f"{where}: {key} is {name!r}, which torch does not have; say float32, bfloat16 or float16")
     rest = {k: v for k, v in data.items() if k not in ("model_type", "auto_map", "transformers_version")}
     try:
-        with quiet():
+        with quiet_transformers():
             config = AutoConfig.for_model(model_type, **copy.deepcopy(rest))
     except Exception as error:  # strict validation, a dtype that torch lacks, a missing sub-config: all the config's
         raise UserError(f"{where}: {_first_reason(error)}") from error
-    check(config, where)
+    check_config(config, where)
     return config
 
 
-def check(config: PretrainedConfig, where: str = "config") -> None:
+def check_config(config: PretrainedConfig, where: str = "config") -> None:
     """UserError, naming keys and values, where the sizes of a config cannot make a model."""
     text = text_config(config)
     _check_sizes({k: getattr(text, k, None) for names in NAMES.values() for k in names}, type(text), where)
@@ -124,7 +124,7 @@ def meta_model(config: PretrainedConfig, where: str = "config") -> PreTrainedMod
     modelling, in this order, else the bare model. UserError where transformers cannot build it."""
     config = copy.deepcopy(config)
     try:
-        with torch.device("meta"), quiet():
+        with torch.device("meta"), quiet_transformers():
             model = _model_class(config)._from_config(config)
     except UserError:
         raise
@@ -157,13 +157,13 @@ def _model_class(config: PretrainedConfig) -> Any:
     raise UserError(f"transformers has no model for a {config.model_type} config; give that of a whole model")
 
 
-def with_head(data: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
+def with_language_head(data: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
     """The config with an architecture that predicts tokens. `architectures` may name a bare model or a classifier;
     weights for one only seem to load as a language model, whose head would be drawn anew. It then becomes the class
     that transformers has for language modelling with this model_type. UserError where there is none."""
     from transformers.models.auto import modeling_auto as auto
 
-    config = parse(data, where)
+    config = parse_config(data, where)
     heads: set[str] = set()
     for task in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "PRETRAINING"):
         for found in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
@@ -227,7 +227,7 @@ def metadata_of(config: PretrainedConfig) -> Metadata | None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' remarks on token ids and unused keys; errors are raised, not logged."""
     from transformers.utils import logging
 

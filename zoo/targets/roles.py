@@ -193,7 +193,7 @@ _STACK = re.compile(r"(^|\.)(layers?|h|blocks?)\.(\d+)(?=\.|$)")
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+)(?=\.|$)")
 
 
-def locate(name: str) -> tuple[str, int | None, int | None]:
+def parse_name(name: str) -> tuple[str, int | None, int | None]:
     """'model.layers.3.mlp.up_proj.weight' -> ('model.layers.{L}.mlp.up_proj', 3, None): path, layer, expert."""
     path = name.removesuffix(".weight").removesuffix(".bias")
     layer, expert = _STACK.search(path), _EXPERT.search(path)
@@ -202,7 +202,7 @@ def locate(name: str) -> tuple[str, int | None, int | None]:
     return path, int(layer[3]) if layer else None, int(expert[2]) if expert else None
 
 
-def sizes(metadata: Metadata | None, expert: int | None = None) -> dict[str, int]:
+def axis_sizes(metadata: Metadata | None, expert: int | None = None) -> dict[str, int]:
     """Axis -> length, for the axes whose length the config fixes."""
     if metadata is None:
         return {}
@@ -217,15 +217,17 @@ def sizes(metadata: Metadata | None, expert: int | None = None) -> dict[str, int
     }
 
 
-def kind_of(name: str) -> str:
+def weight_or_bias(name: str) -> str:
     return "bias" if name.endswith("bias") else "weight"
 
 
-def apply(rule: Rule, name: str, shape: tuple[int, ...], dtype: torch.dtype, metadata: Metadata | None) -> TensorSpec:
+def apply_rule(
+    rule: Rule, name: str, shape: tuple[int, ...], dtype: torch.dtype, metadata: Metadata | None
+) -> TensorSpec:
     """The spec of the tensor `name` under `rule`; role `other` where its shape is not what the axes promise."""
-    _, layer, expert = locate(name)
-    kind = kind_of(name)
-    length = sizes(metadata, expert)
+    _, layer, expert = parse_name(name)
+    kind = weight_or_bias(name)
+    length = axis_sizes(metadata, expert)
     transposed = rule.layout == "columns" and kind == "weight"
     logical = shape[::-1] if transposed else shape
     parts = []
@@ -251,12 +253,12 @@ def _agrees(part: Part, logical: tuple[int, ...], length: Mapping[str, int]) -> 
 
 
 def _other(name: str, shape: tuple[int, ...], dtype: torch.dtype, role: str = "other") -> TensorSpec:
-    _, layer, expert = locate(name)
+    _, layer, expert = parse_name(name)
     part = Part(role, ("other",) * len(shape), shape)
-    return TensorSpec(name, shape, dtype, (part,), layer, kind_of(name), expert=expert)
+    return TensorSpec(name, shape, dtype, (part,), layer, weight_or_bias(name), expert=expert)
 
 
-def infer(path: str, shape: tuple[int, ...], metadata: Metadata | None, neighbours: Collection[str]) -> Rule:
+def infer_rule(path: str, shape: tuple[int, ...], metadata: Metadata | None, neighbours: Collection[str]) -> Rule:
     """The rule of a module that no table lists, from the end of its path; `neighbours` are all paths of the model."""
     if _FOREIGN.search(path):
         return OTHER
@@ -300,7 +302,7 @@ def _site(path: str, neighbours: Collection[str]) -> str | None:
     return None
 
 
-def assign(
+def assign_roles(
     tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
     metadata: Metadata | None,
     convolutions: Collection[str] = (),
@@ -316,16 +318,16 @@ def assign(
         if metadata and metadata.extra.get("post_norm"):
             moved = {"attn": "attn.out", "mlp": "mlp.out"}
             table = {path: replace(rule, site=moved.get(str(rule.site), rule.site)) for path, rule in table.items()}
-    neighbours = {locate(name)[0] for name, _, _ in listed}
+    neighbours = {parse_name(name)[0] for name, _, _ in listed}
     specs = []
     for name, shape, dtype in listed:
-        path = locate(name)[0]
+        path = parse_name(name)[0]
         if name in convolutions:
             specs.append(_other(name, shape, dtype, "conv"))
         elif table is not None:
-            specs.append(apply(table.get(path, OTHER), name, shape, dtype, metadata))
+            specs.append(apply_rule(table.get(path, OTHER), name, shape, dtype, metadata))
         else:
-            rule = OTHER if path == name else infer(path, shape, metadata, neighbours)
+            rule = OTHER if path == name else infer_rule(path, shape, metadata, neighbours)
             layout = "columns" if name in transposed else rule.layout
-            specs.append(apply(Rule(rule.parts, rule.site, layout), name, shape, dtype, metadata))
+            specs.append(apply_rule(Rule(rule.parts, rule.site, layout), name, shape, dtype, metadata))
     return tuple(specs)

@@ -15,8 +15,9 @@ from zoo.donors.donor import Donor
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.tensors import Metadata
-from zoo.units.canonical import Anchor, canonicalise, make_anchor
+from zoo.units.canonical import canonicalise
 from zoo.units.decoder import Decoder, read_decoder
+from zoo.units.residual_basis import Anchor, make_anchor
 from zoo.units.units import decoder_to_units, require_units
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.tensors import Metadata, join, split
+from zoo.tensors import Metadata, join_parts, split_parts
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def read_decoder(
         if not found:
             return None
         spec, part = found[0]
-        return split(spec, read(spec.name).to(dtype))[part.role]
+        return split_parts(spec, read(spec.name).to(dtype))[part.role]
 
     def norm(layer: int | None, site: str) -> tuple[Tensor | None, Tensor | None]:
         gain = get("norm", layer, "weight", site)
@@ -131,7 +131,9 @@ def read_decoder(
             outer_gain[site] = g
         if s is not None:
             outer_shift[site] = s
-    tables = {part.axes[0]: split(spec, read(spec.name).to(dtype))[part.role] for spec, part in blueprint.find("embed")}
+    tables = {
+        part.axes[0]: split_parts(spec, read(spec.name).to(dtype))[part.role] for spec, part in blueprint.find("embed")
+    }
     head = get("head", None)
     return Decoder(
         metadata=meta,
@@ -178,4 +180,4 @@ def write_decoder(decoder: Decoder, blueprint: Blueprint) -> Iterator[tuple[str,
     for spec in blueprint.specs:
         parts = {part.role: value(part.role, part.axes, spec) for part in spec.parts}
         if all(p is not None for p in parts.values()):
-            yield spec.name, join(spec, {r: p for r, p in parts.items() if p is not None}).reshape(spec.shape)
+            yield spec.name, join_parts(spec, {r: p for r, p in parts.items() if p is not None}).reshape(spec.shape)

@@ -19,7 +19,6 @@ Letters: N units, P residual vectors per unit, d width, L layers, H query heads,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +37,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "qk": ("q", "q", "k", "k"),
     "vo": ("v", "o"),
 }
-_READS = {"head", "q", "k", "v", "gate", "up"}
+READER_ROLES = {"head", "q", "k", "v", "gate", "up"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def decoder_to_units(decoder: Decoder) -> dict[str, Units]:
     share = meta.heads // meta.kv_heads
 
     def stacked(role: str) -> Tensor:
-        return torch.stack([getattr(layer, role) for layer in decoder.layers]) * (root if role in _READS else 1.0)
+        return torch.stack([getattr(layer, role) for layer in decoder.layers]) * (root if role in READER_ROLES else 1.0)
 
     def per_query_head(x: Tensor) -> Tensor:
         return repeat(x, "l k h d -> l (k g) h d", g=share)
@@ -154,97 +153,3 @@ def units_to_decoder(units: dict[str, Tensor], metadata: Metadata) -> Decoder:
         ),
         gain={"final": ones},
     )
-
-
-def to_width(vectors: Tensor, width: int) -> Tensor:
-    """[..., d] -> [..., width]: the first coordinates, or zeros beyond the last (both leave the rest as it was)."""
-    if width <= vectors.shape[-1]:
-        return vectors[..., :width]
-    return torch.nn.functional.pad(vectors, (0, width - vectors.shape[-1]))
-
-
-def residual_energy(units: Mapping[str, Tensor], metadata: Metadata) -> Tensor:
-    """float64 [D, D]: the second moment, summed over vectors [N, P, D] by kind, of a decoder of that width and those
-    groups of heads: everything weighs as it does in its tensors."""
-    total = torch.zeros(())
-    for kind, vectors in units.items():
-        for part, role in enumerate(ROLES[kind]):
-            rows = vectors[:, part].double()
-            held = metadata.width if role in _READS else 1
-            shared = metadata.heads // metadata.kv_heads if role in ("k", "v") else 1  # once per query head in units
-            total = total + rows.mT @ rows / (held * shared)
-    return total
-
-
-def principal_axes(energy: Tensor, width: int) -> Tensor:
-    """[D, width]: the orthonormal axes that hold most of an `residual_energy` [D, D], largest first; the largest entry of each
-    is positive."""
-    axes = torch.linalg.eigh(energy).eigenvectors.flip(-1)[:, :width]
-    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    return axes * torch.where(largest < 0, -1.0, 1.0)
-
-
-def project_to_axes(units: Mapping[str, Tensor], axes: Tensor) -> dict[str, Tensor]:
-    """Vectors [N, P, D] by kind, turned to `axes` [D, d] and cut there: along the principal axes, the narrower model
-    that keeps most energy (slicing, 2401.15024)."""
-    return {kind: vectors @ axes.to(vectors.dtype) for kind, vectors in units.items()}
-
-
-def layer_map(source: int, target: int) -> Tensor:
-    """int64 [target]: which of `source` layers each target layer takes: evenly spaced, first and last kept; a deeper
-    target repeats layers."""
-    if target == 1:
-        return torch.zeros(1, dtype=torch.int64)
-    return torch.linspace(0, source - 1, target, dtype=torch.float64).round().long()
-
-
-def _heads_map(source: Metadata, target: Metadata) -> Tensor:
-    """int64 [target heads]: source query heads, by whole groups in order of energy, repeated where there are fewer."""
-    share, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
-    groups = torch.arange(target.kv_heads) % source.kv_heads
-    return (groups[:, None] * share + torch.arange(wanted) % share).flatten()
-
-
-def _copy_counts(index: Tensor, size: int) -> Tensor:
-    return torch.bincount(index, minlength=size)[index]
-
-
-def unit_map(source: Metadata, target: Metadata) -> dict[str, tuple[Tensor, Tensor]]:
-    """kind -> (int64 [N], float32 [N]): for every unit of a decoder of the target's shape, the unit of the source that
-    it takes, and among how many copies that one's output is to be shared: the most important units of every layer.
-
-    Deeper: layers repeat. More neurons or heads than there are: the most important ones again. Raises UserError for
-    another head_dim or vocabulary."""
-    for axis in ("head_dim", "vocab"):
-        if getattr(source, axis) != getattr(target, axis):
-            raise UserError(f"units: {axis} is {getattr(source, axis)} in the donor and {getattr(target, axis)} here")
-    layers = layer_map(source.layers, target.layers)
-    heads = _heads_map(source, target)
-    neurons = torch.arange(target.ffn) % source.ffn
-
-    def rows(index: Tensor, copies: Tensor, per_layer: int) -> tuple[Tensor, Tensor]:
-        return (layers[:, None] * per_layer + index).flatten(), copies.float().repeat(len(layers))
-
-    def of_heads(size: int) -> tuple[Tensor, Tensor]:
-        index = (heads[:, None] * size + torch.arange(size)).flatten()
-        return rows(index, _copy_counts(heads, source.heads).repeat_interleave(size), source.heads * size)
-
-    planes, ones = of_heads(source.head_dim // 2)
-    return {
-        "vocab": (torch.arange(target.vocab), torch.ones(target.vocab)),
-        "neuron": rows(neurons, _copy_counts(neurons, source.ffn), source.ffn),
-        "qk": (planes, torch.ones_like(ones)),  # queries and keys write nothing
-        "vo": of_heads(source.head_dim),
-    }
-
-
-def resize_units(units: dict[str, Tensor], source: Metadata, target: Metadata) -> dict[str, Tensor]:
-    """Vectors [N, P, d] by kind of a canonical decoder -> those of a decoder of another shape, by `unit_map`: first
-    coordinates first, zeros where it is wider. With equal depth, growth in neurons and whole groups is
-    exact, in width up to the norm's eps."""
-    out = {}
-    for kind, (index, copies) in unit_map(source, target).items():
-        vectors = units[kind][index]  # a copy
-        vectors[:, -1] /= copies[:, None].to(vectors.dtype)
-        out[kind] = to_width(vectors, target.width)
-    return out

@@ -15,7 +15,7 @@ from baselines.schemes.mimetic import Mimetic
 from zoo.donors.memory import load_into
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.tensors import split
+from zoo.tensors import split_parts
 
 WIDTH = 384  # of ViT-Small
 LLAMA = {
@@ -50,7 +50,7 @@ def layers(config: dict[str, Any], seed: int = 0, **options: Any) -> list[Heads]
     for name, tensor in Mimetic(**options).fit(None, blueprint).sample(blueprint, seed):
         spec = blueprint[name]
         assert tensor.shape == spec.shape and tensor.dtype == torch.float32
-        found |= {(spec.layer, role): part for role, part in split(spec, tensor).items()}
+        found |= {(spec.layer, role): part for role, part in split_parts(spec, tensor).items()}
     group = metadata.heads // metadata.kv_heads
     result = []
     for layer in range(metadata.layers):

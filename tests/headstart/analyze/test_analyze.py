@@ -80,9 +80,7 @@ def test_ranks_above_the_smallest_projection_are_reduced_and_reported(folder: Pa
     assert "Rank 64 is not available: the smallest projection has 16" in (folder / "out" / "report.html").read_text()
 
 
-def test_one_layer_has_no_layer_statistics_and_the_other_parts_are_measured(
-    folder: Path, untrained: dict[str, Any]
-) -> None:
+def test_one_layer_allows_all_parts_but_the_similarity_of_layers(folder: Path, untrained: dict[str, Any]) -> None:
     model = untrained["models"]["one"]
     assert "at least 3 layers" in model["dsv"]["why"] and model["grouping"] == model["dsv"]
     assert len(model["row_column"]["tensors"]) == 8 and len(model["marginals"]["tensors"]) == 11
@@ -160,14 +158,9 @@ def test_the_state_of_a_donor_follows_from_health_and_spectra(untrained: dict[st
         return health_state(model), headline({"models": {"three": model}})
 
     renewed = {"kind": "untrained", "tensors": [], "text": "layer 2: noise", "whole": False}
-    assert (
-        state_and_headline([renewed], True)[0] == UNHEALTHY
-        and "three is trained" in state_and_headline([renewed], True)[1]
-    )
-    assert (
-        "never" not in state_and_headline([renewed], True)[1]
-        and "layer 2: noise" in state_and_headline([renewed], True)[1]
-    )
+    state, sentence = state_and_headline([renewed], True)
+    assert state == UNHEALTHY and "three is trained" in sentence
+    assert "never" not in sentence and "layer 2: noise" in sentence
     assert "unclear whether three was trained. A problem: layer 2: noise" in state_and_headline([renewed])[1]
     assert state_and_headline([])[0] == UNCLEAR and "is trained" not in state_and_headline([])[1]
     assert state_and_headline({"why": "cannot be read"}, True)[0] == NOT_CHECKED

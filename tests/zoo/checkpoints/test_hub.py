@@ -237,7 +237,7 @@ def test_an_index_that_leads_outside_is_refused_before_anything_is_fetched(
     index = json.dumps({"weight_map": {"a": "../../../model.safetensors"}}).encode()
     hub.repos["org/outside"] = Repo({"config.json": b"{}", "model.safetensors.index.json": index})
     answer = online("org/outside", zoo=tmp_path)
-    assert answer["kind"] == "UserError" and "its own folder only" in answer["error"]
+    assert answer["kind"] == "UserError" and "only files in its own folder" in answer["error"]
     assert bodies(hub, "org/outside") == ["model.safetensors.index.json"]
 
 

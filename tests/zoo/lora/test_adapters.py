@@ -19,7 +19,7 @@ from transformers import (
 
 from tests.support.architectures import LISTED
 from zoo.errors import UserError
-from zoo.lora.adapters import change_norm, compensation, pairs_of, refuse_shared
+from zoo.lora.adapters import change_norm, compensated_weight, lora_pairs, refuse_tied_weights
 from zoo.targets.adapters import Pair, as_lora_config
 from zoo.targets.blueprint import Adapter, Blueprint
 
@@ -67,7 +67,7 @@ def test_pairs_agree_with_what_they_adapt(name: str) -> None:
     blueprint = Blueprint.from_lora(LISTED[name], options())
     base = adapter(blueprint).base
     assert blueprint.config is None and blueprint.metadata == base.metadata
-    for pair in pairs_of(blueprint, "this"):
+    for pair in lora_pairs(blueprint, "this"):
         spec, a, b = base[pair.weight], blueprint[pair.a], blueprint[pair.b]
         assert (pair.rows, pair.columns) == (spec.shape[::-1] if pair.transposed else spec.shape)
         assert pair.transposed == spec.transposed == (name == "gpt2")
@@ -85,7 +85,7 @@ def test_ranks_scalings_and_targets_may_differ_by_module() -> None:
     )
     given = config.to_dict()
     blueprint = Blueprint.from_lora(LLAMA, config)
-    found = {(p.module.split(".")[-1], p.rank, round(p.scaling, 6)) for p in pairs_of(blueprint, "this")}
+    found = {(p.module.split(".")[-1], p.rank, round(p.scaling, 6)) for p in lora_pairs(blueprint, "this")}
     assert found == {("q_proj", 9, round(8 / 3, 6)), ("down_proj", 4, 4.0)}
     assert config.to_dict() == given  # the caller's config stays as it was
     pissa = Blueprint.from_lora(LLAMA, {**options(), "init_lora_weights": "pissa"})
@@ -154,10 +154,10 @@ def test_quantised_bases_experts_and_models_are_refused() -> None:
         Blueprint.from_lora(LISTED["mixtral"], options())
     assert len(Blueprint.from_lora(LISTED["mixtral"], options(target_modules=["q_proj"])).specs) == 4
     with pytest.raises(UserError, match="headstart lora"):
-        pairs_of(Blueprint.from_config(LLAMA), "pissa")
+        lora_pairs(Blueprint.from_config(LLAMA), "pissa")
     with pytest.raises(UserError, match="leave it out of the targets"):
-        refuse_shared(adapter(Blueprint.from_lora(LLAMA, options(target_modules=["q_proj", "lm_head"]))))
-    refuse_shared(adapter(Blueprint.from_lora(LISTED["llama"], options(target_modules=["lm_head"]))))
+        refuse_tied_weights(adapter(Blueprint.from_lora(LLAMA, options(target_modules=["q_proj", "lm_head"]))))
+    refuse_tied_weights(adapter(Blueprint.from_lora(LISTED["llama"], options(target_modules=["lm_head"]))))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -166,10 +166,10 @@ def test_compensation_and_its_size(transposed: bool) -> None:
     weight, a, b = (torch.randn(shape, generator=generator) for shape in ((7, 5), (3, 5), (7, 3)))
     pair = Pair("m", "m.weight", "other", None, 7, 5, 3, 1.5, transposed, "a", "b")
     stored = weight.mT.contiguous() if transposed else weight
-    changed = compensation(stored, pair, a, b)
+    changed = compensated_weight(stored, pair, a, b)
     assert changed.shape == stored.shape
     logical = changed.mT if transposed else changed
     torch.testing.assert_close(logical + 1.5 * b @ a, weight)
     assert change_norm(pair, a, b) == pytest.approx((1.5 * b @ a).norm().item())
-    half = compensation(stored.bfloat16(), pair, a.bfloat16(), b.bfloat16())
+    half = compensated_weight(stored.bfloat16(), pair, a.bfloat16(), b.bfloat16())
     assert half.dtype == torch.float32 and (half - changed).abs().max() < 0.1

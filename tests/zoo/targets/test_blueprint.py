@@ -13,7 +13,7 @@ from torch import nn
 from tests.support.architectures import LISTED, SIZES, UNLISTED
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.targets.configs import meta_model, parse, quiet, to_disk
+from zoo.targets.configs import meta_model, parse_config, quiet_transformers, to_disk
 
 EVERY = {**LISTED, **UNLISTED}
 
@@ -25,15 +25,15 @@ def on_disk(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def real_model(config: dict[str, Any]) -> nn.Module:
-    parsed = parse(config)
-    with quiet():
+    parsed = parse_config(config)
+    with quiet_transformers():
         return type(meta_model(parsed))._from_config(parsed)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_names_shapes_and_dtypes_are_those_that_save_pretrained_writes(name: str, tmp_path: Path) -> None:
     blueprint = Blueprint.from_config(EVERY[name])
-    with quiet():
+    with quiet_transformers():
         real_model(EVERY[name]).save_pretrained(tmp_path)
     written = on_disk(tmp_path)
     assert {s.name: (s.shape, s.dtype) for s in blueprint.specs} == written
@@ -49,7 +49,7 @@ def test_to_disk_gives_the_tensors_that_save_pretrained_writes(name: str, tmp_pa
     model = real_model(LISTED[name])
     ties = model.all_tied_weights_keys
     state = {k: v for k, v in model.state_dict().items() if k not in ties}
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         converted = to_disk(model, state)
@@ -60,7 +60,7 @@ def test_to_disk_gives_the_tensors_that_save_pretrained_writes(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_model_in_memory_has_the_blueprint_of_its_config(name: str) -> None:
-    blueprint = Blueprint.from_module(meta_model(parse(EVERY[name])))
+    blueprint = Blueprint.from_module(meta_model(parse_config(EVERY[name])))
     expected = Blueprint.from_config(EVERY[name])
     assert (blueprint.specs, blueprint.metadata, blueprint.ties) == (expected.specs, expected.metadata, expected.ties)
 
@@ -203,7 +203,7 @@ def test_remote_code_is_ignored_where_transformers_knows_the_type() -> None:
 
 
 def test_the_config_object_is_left_as_it_is() -> None:
-    config = parse(LISTED["llama-bfloat16"])
+    config = parse_config(LISTED["llama-bfloat16"])
     before = config.to_dict()
     blueprint = Blueprint.from_pretrained_config(config)
     assert config.to_dict() == before

@@ -10,8 +10,8 @@ from tests.support.architectures import LISTED, UNLISTED
 from tests.zoo.targets.test_blueprint import real_model
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.configs import to_disk
-from zoo.targets.roles import ARCHITECTURES, locate, sizes
-from zoo.tensors import AXES, NORM_SITES, ROLES, join, split
+from zoo.targets.roles import ARCHITECTURES, axis_sizes, parse_name
+from zoo.tensors import AXES, NORM_SITES, ROLES, join_parts, split_parts
 
 EVERY = {**LISTED, **UNLISTED}
 BLOCK = {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"}
@@ -52,7 +52,7 @@ def test_every_tensor_of_a_listed_architecture_has_its_role(name: str) -> None:
 def test_axes_are_as_long_as_the_config_says(name: str) -> None:
     blueprint = Blueprint.from_config(EVERY[name])
     for spec in blueprint.specs:
-        length = sizes(blueprint.metadata, spec.expert)
+        length = axis_sizes(blueprint.metadata, spec.expert)
         for part in spec.parts:
             assert part.role in ROLES and set(part.axes) <= set(AXES)
             assert len(part.axes) == len(part.shape)
@@ -80,9 +80,9 @@ def logical(model: nn.Module, role: str, x: Tensor, layer: int = 1) -> Tensor:
     """x [n, in] through the matrix (and bias) of a role, as split out of the tensor on disk."""
     blueprint, tensors = Blueprint.from_module(model), with_disk(model)
     ((spec, _),) = blueprint.find(role, layer=layer)
-    out = x @ split(spec, tensors[spec.name])[role].mT
+    out = x @ split_parts(spec, tensors[spec.name])[role].mT
     for bias, _ in blueprint.find(role, layer=layer, kind="bias"):
-        out = out + split(bias, tensors[bias.name])[role]
+        out = out + split_parts(bias, tensors[bias.name])[role]
     return out
 
 
@@ -160,9 +160,9 @@ def test_an_expert_computed_from_its_parts_is_that_of_the_module() -> None:
 def test_join_undoes_split(name: str) -> None:
     for spec in Blueprint.from_config(EVERY[name]).specs:
         tensor = torch.randn(spec.shape)
-        parts = split(spec, tensor)
+        parts = split_parts(spec, tensor)
         assert {r: tuple(m.shape) for r, m in parts.items()} == {p.role: p.shape for p in spec.parts}
-        assert torch.equal(join(spec, parts), tensor)
+        assert torch.equal(join_parts(spec, parts), tensor)
 
 
 def roles_of(name: str, **changes: Any) -> dict[str, str]:
@@ -234,7 +234,7 @@ def test_sites_of_the_norms() -> None:
 
 
 def test_locate() -> None:
-    assert locate("model.layers.3.mlp.up_proj.weight") == ("model.layers.{L}.mlp.up_proj", 3, None)
-    assert locate("layers.12.moe.experts.7.w1.weight") == ("layers.{L}.moe.experts.{E}.w1", 12, 7)
-    assert locate("lm_head.bias") == ("lm_head", None, None)
-    assert locate("layer1.0.conv.weight") == ("layer1.0.conv", None, None)
+    assert parse_name("model.layers.3.mlp.up_proj.weight") == ("model.layers.{L}.mlp.up_proj", 3, None)
+    assert parse_name("layers.12.moe.experts.7.w1.weight") == ("layers.{L}.moe.experts.{E}.w1", 12, 7)
+    assert parse_name("lm_head.bias") == ("lm_head", None, None)
+    assert parse_name("layer1.0.conv.weight") == ("layer1.0.conv", None, None)

@@ -18,18 +18,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.units.canonical import (
-    canonicalise,
-    fold_gains,
-    make_anchor,
-    mean_last_basis,
-    residual_vectors,
-    rotate_residual,
-    tie_head,
-    to_disk_basis,
-    undo_canonical,
-)
+from zoo.units.canonical import canonicalise, undo_canonical
 from zoo.units.decoder import Decoder, read_decoder, write_decoder
+from zoo.units.gains import fold_gains, tie_head
+from zoo.units.residual_basis import make_anchor, mean_last_basis, residual_vectors, to_disk_basis
+from zoo.units.symmetry import rotate_residual
 
 BASE = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 GPT2 = dict(model_type="gpt2", vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=24)

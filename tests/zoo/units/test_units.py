@@ -10,19 +10,10 @@ import torch
 from tests.zoo.units.test_canonical import CONFIGS, IDS, decoder_of, in_own_dtype, logits, random_model
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.units.canonical import canonicalise, residual_vectors
-from zoo.units.units import (
-    ROLES,
-    decoder_to_units,
-    principal_axes,
-    project_to_axes,
-    require_units,
-    residual_energy,
-    resize_units,
-    to_width,
-    unit_addresses,
-    units_to_decoder,
-)
+from zoo.units.canonical import canonicalise
+from zoo.units.residual_basis import residual_vectors
+from zoo.units.resizing import principal_axes, project_to_axes, residual_energy, resize_units, to_width
+from zoo.units.units import ROLES, decoder_to_units, require_units, unit_addresses, units_to_decoder
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-gqa-tied", "mistral", "llama-odd-head-dim", "phi3"])
