@@ -40,8 +40,7 @@ class CommandConfig:
             if problem := bounds_problem(item, value):
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 raise UserError(f"--{option_key(item.name)} {shown}: give {problem}")
-            if item.name in CHOICES and value is not None and value not in CHOICES[item.name]:
-                raise unknown(item.name, str(value), CHOICES[item.name])
+            check_choice(item.name, value)
 
     def to_record(self) -> dict[str, Any]:
         """JSON values under the names of the options. Options without a value are left out."""
@@ -79,6 +78,7 @@ class CommandConfig:
             if name is None:
                 raise unknown(f"option of {cls.subcommand} in {where}", str(key), fields)
             values[name] = convert(hints[name], value, f"{where}: {key}")
+            check_choice(name, values[name])
         return values
 
     def to_command(self) -> str:
@@ -321,6 +321,12 @@ def config_of(record: Mapping[str, Any], where: str = "config") -> CommandConfig
     if subcommand not in CONFIGS:
         raise unknown(f"subcommand in {where}", str(subcommand), CONFIGS)
     return CONFIGS[subcommand].from_record(record, where)
+
+
+def check_choice(name: str, value: Any) -> None:
+    """Raises UserError for a device or a dtype that is not among the known ones."""
+    if name in CHOICES and value is not None and value not in CHOICES[name]:
+        raise unknown(name, str(value), CHOICES[name])
 
 
 def option_key(name: str) -> str:

@@ -15,7 +15,12 @@ from headstart.config_values import comma_list, settings_of
 from headstart.terminal import session
 from zoo.errors import UserError
 
-RECORDS = ("headstart.json", "results.json", "analysis.json")  # files that hold a configuration, in a command's folder
+RECORDS = (
+    "headstart.json",
+    "results.json",
+    "analysis.json",
+    "report.json",
+)  # files of the commands with a configuration
 FLAGS = {"plan": "plan", "quiet": "quiet", "json": "as_json", "resume": "resume"}  # option -> field of Invocation
 FILE_VALUES = "headstart.config_file"  # where a command's context keeps what --config holds
 

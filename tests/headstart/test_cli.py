@@ -85,14 +85,15 @@ def test_help_needs_no_heavy_import() -> None:
 @pytest.mark.parametrize(
     "command",
     ["demo", "methods", "zoo add", "zoo train", "zoo list", "zoo verify", "train autoencoder", "train diffusion",
-     "generate", "compare"],
+     "generate", "compare", "analyze", "lora", "evaluate", "run"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(command: str) -> None:
     from typer.testing import CliRunner
 
     from headstart.cli import app
 
-    shown = CliRunner().invoke(app, [*command.split(), "--help"])
+    shown, short = (CliRunner().invoke(app, [*command.split(), option]) for option in ("--help", "-h"))
+    assert short.stdout == shown.stdout and (command == "run" or "--config" in shown.stdout)
     assert shown.exit_code == 0 and f"Example: headstart {command}" in shown.stdout and "--quiet" in shown.stdout
 
 
@@ -126,7 +127,46 @@ def test_methods_as_json_and_as_table() -> None:
     done = headstart("methods", "--json")
     assert done.returncode == 0 and {"default", "diffusion"} <= {row["name"] for row in json.loads(done.stdout)}
     table = headstart("methods").stdout
-    assert "weight-selection" in table and "2311.18823" in table
+    assert "weight-selection" in table and "2311.18823" in table and "every n-th weight" not in table.split("growth")[1]
+    one = headstart("methods", "row-column").stdout
+    assert "noise" in one and "0.01" in one and "weight-selection" not in one
+    wrong = headstart("methods", "row-colum")
+    assert wrong.returncode == 2 and "did you mean 'row-column'" in wrong.stderr
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    import importlib.metadata
+
+    done = headstart("--version")
+    assert done.stdout == f"headstart {importlib.metadata.version('headstart')}\n" and done.returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [
+    ["-h"], ["methods"], ["methods", "--json"], ["--version"],
+    ["generate", "--target", "c", "--method", "defualt", "--out", "o"],
+    ["generate", "--target", "c", "--method", "normal", "--zoo", "nowhere", "--out", "o"],
+    ["generate", "--target", "c", "--method", "pissa", "--out", "o"],
+    ["lora", "--base", "b", "--method", "normal", "--rank", "4", "--out", "o"],
+    ["compare", "--target", "c", "--methods", "normal", "--corpus", "t", "--out", "o", "--lrs", "fast"],
+    ["zoo", "list", "--zoo", "nowhere"], ["analyze", "--out", "o"], ["run", "nowhere.yaml"],
+])  # fmt: skip
+def test_lists_and_refusals_need_no_heavy_import(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.argv = ['headstart', *{arguments!r}]; from headstart import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert end.code in (None, 0, 2), end.code\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'pyarrow', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == (1 if "headstart: " in done.stderr else 0)
+
+
+def test_what_is_piped_is_not_cut() -> None:
+    rows = json.loads(headstart("methods", "--json").stdout)
+    table = headstart("methods").stdout
+    assert all(row["summary"] in table for row in rows)
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
@@ -172,7 +212,7 @@ def test_an_output_in_an_existing_folder_is_refused_untouched(tmp_path: Path, ta
 
 
 def test_our_own_faults_are_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(samplers.METHODS, "broken", ("no_such_module", "Nothing"))
+    monkeypatch.setattr(samplers, "DESCRIPTIONS", Path("no-such-file"))
     done = headstart("methods")
     assert done.returncode == 1 and "Traceback" in done.stderr and done.stdout == ""
 
@@ -194,7 +234,8 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     kind, *rest = command.split()
-    monkeypatch.setattr(f"{kind}.training.train", interrupted)
+    monkeypatch.setattr(f"{kind}.training.train_{kind}", interrupted)
+    monkeypatch.setattr("headstart.commands.check_early", lambda config: None)  # there is no zoo
     done = headstart("train", kind, *rest, "--zoo", "z", "--out", "o", "--device", "cpu")
     assert done.returncode == 130
     assert done.stderr.endswith("interrupted; run the same command with --resume to continue\n")

@@ -39,6 +39,11 @@ def test_the_description_is_json() -> None:
     assert all(set(row) == {"name", "family", "summary", "reference", "needs", "options"} for row in rows)
 
 
+def test_the_stored_descriptions_are_those_of_the_classes() -> None:
+    """After a change of a summary or an option: python -m headstart.samplers"""
+    assert samplers.described_methods() == json.loads(json.dumps(samplers.describe()))
+
+
 def test_a_wrong_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'weight-selection'"):
         samplers.get("weight_selection")
@@ -59,7 +64,10 @@ def test_a_method_of_ones_own_is_called_by_its_path() -> None:
 def test_names_of_the_contract_are_lazy() -> None:
     code = (
         "import sys, headstart; assert not {'torch', 'transformers'} & set(sys.modules);"
-        "from headstart import Blueprint, initialize_lora_weights, samplers; assert callable(initialize_lora_weights);"
+        "assert set(dir(headstart)) == set(headstart.__all__); assert not {'torch', 'transformers'} & set(sys.modules);"
+        "from headstart import Blueprint, WeightDiffusionPipeline, Zoo, initialize_lora_weights, load_into, samplers;"
+        "from headstart import zoo_of; assert callable(zoo_of) and callable(load_into) and Zoo.open;"
+        "assert callable(initialize_lora_weights);"
         "assert samplers.get('default')(scale=2.0).options() == {'scale': 2.0}; assert Blueprint.from_config"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -68,7 +68,7 @@ def test_a_zoo_gives_what_the_contract_says(folder: Path, untrained: dict[str, A
     }  # fmt: skip
     assert sorted(p.name for p in (folder / "out").iterdir()) == ["analysis.json", "report.html"]
     assert not list(folder.glob(".out*"))
-    assert untrained["command"].startswith(f"headstart analyze --zoo {folder / 'zoo'} --out")
+    assert untrained["command"].startswith(f"headstart analyze --out {folder / 'out'} --zoo {folder / 'zoo'}")
 
 
 def test_ranks_above_the_smallest_projection_are_reduced_and_reported(folder: Path, untrained: dict[str, Any]) -> None:

@@ -230,7 +230,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
         evaluate(gone, [file], quiet=True)
     with pytest.raises(UserError, match=r"does not fit .*other"):
         evaluate(gone, [file], base=other, quiet=True)
-    with pytest.raises(UserError, match=r"does not fit .*shallow .base_model.model.model.layers.1.*has no place"):
+    with pytest.raises(UserError, match=r"does not fit .*shallow .base_model.model.model.layers.1.* only in one"):
         evaluate(gone, [file], base=shallow, quiet=True)
     (gone / "adapter_model.safetensors").rename(gone / "adapter_model.bin")
     with pytest.raises(UserError, match=r"has no adapter_model.safetensors"):
@@ -242,17 +242,17 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ("[]", "where a JSON object must be"),
+        ("[]", "holds a list instead of a JSON object"),
         ("{}", "unknown peft_type in .* 'None': known: "),
         ({"peft_type": "NOPE"}, "unknown peft_type in .* 'NOPE'"),
         ({"peft_type": ["LORA"]}, "unknown peft_type in "),
-        ({"task_type": "NOPE"}, "PEFT refuses it .*NOPE.*; mend it"),
+        ({"task_type": "NOPE"}, "PEFT refuses it .*NOPE.*; correct it"),
         ({"r": "x"}, "rank x: give a whole number"),
         ({"r": -1}, "rank -1: give a whole number"),
-        ({"target_modules": "(("}, "PEFT refuses it .*; mend it"),
-        ({"target_modules": 3}, "PEFT refuses it .*; mend it"),
-        ({"lora_alpha": "x"}, "PEFT refuses it .*; mend it"),
-        ({"lora_dropout": 5}, "PEFT refuses it .*; mend it"),
+        ({"target_modules": "(("}, "PEFT refuses it .*; correct it"),
+        ({"target_modules": 3}, "PEFT refuses it .*; correct it"),
+        ({"lora_alpha": "x"}, "PEFT refuses it .*; correct it"),
+        ({"lora_dropout": 5}, "PEFT refuses it .*; correct it"),
         ({"target_modules": ["nowhere"]}, "does not fit .*base .*; give its own base with --base"),
     ],
 )
@@ -309,7 +309,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write(tmp_path / "questions.jsonl", QUESTIONS)
-    with pytest.raises(UserError, match=r"y.json: .*questions.jsonl is a file, no folder"):
+    with pytest.raises(UserError, match=r"y.json: .*questions.jsonl is a file, not a folder"):
         evaluate(tmp_path / "nowhere", [str(file)], out=file / "x" / "y.json", quiet=True)
     monkeypatch.chdir(tmp_path)
     folder = make_llama(tmp_path / "model", vocab_size=256)
@@ -363,7 +363,7 @@ def test_what_is_missing_is_said_in_a_line(tmp_path: Path) -> None:
     for model, tasks, reason in (
         (folder, ["nothing.jsonl"], "nothing.jsonl: no such file of questions"),
         (folder, [file, double], "has the same name"),
-        (folder, [], "none are named"),
+        (folder, [], "--tasks: give names that lm-eval knows"),
         (bare, [file], "bare: "),
         (worded, [file], "has no tokenizer for its 300 tokens"),
         (holed, [file], r"has no weights for 'model.layers.1.mlp.up_proj.weight'"),
