@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
@@ -33,9 +33,6 @@ from headstart.report.html import Column, Table
 from headstart.report.numbers import DASH, or_dash, shape_text, three_digits
 from headstart.report.plot_style import inline_svg
 from zoo.statistics.similarity import PROJECTIONS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHORT_VERDICTS = {POWER_LAW: "power law", NO_POWER_LAW: "not", UNDECIDED: "undecided"}
 SIGNS = {POWER_LAW: "✓", NO_POWER_LAW: "✕", UNDECIDED: "?"}
@@ -132,10 +129,6 @@ def _not_measured(part: dict[str, Any]) -> Section:
     return Section(reason=part["why"].rstrip("."))
 
 
-def _figure(drawn: Figure | None, label: str) -> Markup | None:
-    return None if drawn is None else inline_svg(drawn, label)
-
-
 def _health(model: Model) -> Section:
     if isinstance(model["health"], dict):
         return _not_measured(model["health"])
@@ -147,7 +140,7 @@ def _marginals(name: str, model: Model) -> Section:
     part = model["marginals"]
     if not is_measured(part):
         return _not_measured(part)
-    section = Section(figure=_figure(plots.marginal_figure(model), f"values of {name}"))
+    section = Section(figure=inline_svg(plots.marginal_figure(model), f"values of {name}"))
     if part["shares"]:
         ranked = sorted(part["shares"].items(), key=lambda item: -item[1])
         shares = ", ".join(f"{family} {share:.0%}" for family, share in ranked)
@@ -183,7 +176,7 @@ def _spectra(name: str, model: Model) -> Section:
         Column("KS distance", "distance"),
     ]
     return Section(
-        figure=_figure(plots.spectrum_figure(model), f"spectra of {name}"),
+        figure=inline_svg(plots.spectrum_figure(model), f"spectra of {name}"),
         folded=[(f"All {len(part['tensors'])} matrices", Table(columns, _labelled(part["tensors"])))],
     )
 
@@ -194,7 +187,7 @@ def _similarity(name: str, model: Model) -> Section:
         return _not_measured(part)
     rank = smallest_rank(model)
     drawn = pairs_to_draw(part[rank]["pairs"])
-    section = Section(figure=_figure(plots.distance_figure(model, rank, drawn), f"distances of {name}"))
+    section = Section(figure=inline_svg(plots.distance_figure(model, rank, drawn), f"distances of {name}"))
     reduced = [asked for asked, used in model["ranks"].items() if int(asked) != used]
     if reduced:
         section.notes.append(

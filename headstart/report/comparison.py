@@ -31,7 +31,6 @@ SIZES = {
 
 def render_comparison(results: Results) -> str:
     """The whole page, from what results.json holds."""
-    speedups = plots.speedup_bars(results)
     return render(
         "comparison.html.j2",
         title="headstart: initialisations compared",
@@ -45,7 +44,7 @@ def render_comparison(results: Results) -> str:
             "from the lowest to the highest seed. The dotted line is the threshold: the mean final loss of the tuned "
             "default. A dot marks where a method crosses it."
         ),
-        speedup_figure=None if speedups is None else inline_svg(speedups, "speedups"),
+        speedup_figure=inline_svg(plots.speedup_bars(results), "speedups"),
         scores=_score_table(results),
         thresholds=_threshold_table(results),
         learning_rate_figure=inline_svg(plots.learning_rate_curves(results), "rates"),

@@ -95,10 +95,13 @@ def _add_loss_legend(axes: Axes, final_losses: list[tuple[float, str]]) -> None:
     legend.get_title().set_color(INK)
 
 
-def learning_rate_curves(results: Results) -> Figure:
-    """Final loss over the learning rates that were tried, one line per method; the chosen rate is filled."""
+def learning_rate_curves(results: Results) -> Figure | None:
+    """Final loss over the learning rates that were tried, one line per method; the chosen rate is filled. None where
+    every run diverged."""
     from matplotlib.figure import Figure
 
+    if all(loss is None for method in results["methods"].values() for loss in method["lrs"].values()):
+        return None
     figure = Figure(figsize=_figure_size(3.4, len(results["methods"])), layout="constrained")
     axes = figure.subplots()
     for name, method in results["methods"].items():

@@ -40,11 +40,13 @@ def style_axes(axes: Any, grid: str = "y") -> None:
     axes.set_axisbelow(True)
 
 
-def inline_svg(figure: Figure, label: str) -> Markup:
-    """The figure as an <svg> element: it scales with its column and inherits font and text colour. `label` is its
-    description for screen readers and must differ between the figures of a page."""
+def inline_svg(figure: Figure | None, label: str) -> Markup | None:
+    """The figure as an <svg> element; None for None. It scales with its column and inherits font and text colour.
+    `label` is its description for screen readers and must differ between the figures of a page."""
     import matplotlib
 
+    if figure is None:
+        return None
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
