@@ -16,7 +16,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from zoo.units.units import ROLES, to_width
+from zoo.units.resizing import to_width
+from zoo.units.units import ROLES
 
 WRITER_ROLES = ("embed", "o", "down")
 

@@ -20,17 +20,10 @@ from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.units.aligned import AlignedDonor, align_donors, recorded_loss
-from zoo.units.canonical import tie_head
 from zoo.units.decoder import write_decoder
-from zoo.units.units import (
-    ROLES,
-    principal_axes,
-    project_to_axes,
-    require_unit_target,
-    residual_energy,
-    resize_units,
-    units_to_decoder,
-)
+from zoo.units.gains import tie_head
+from zoo.units.resizing import principal_axes, project_to_axes, residual_energy, resize_units
+from zoo.units.units import ROLES, require_unit_target, units_to_decoder
 from zoo.vocabulary import read_vocabulary, rows_by_token
 
 

@@ -18,7 +18,8 @@ from zoo.streams import stream
 from zoo.training.resumable import restore_training, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
 from zoo.units.aligned import AlignedDonor, align_donors
-from zoo.units.units import ROLES, to_width
+from zoo.units.resizing import to_width
+from zoo.units.units import ROLES
 
 REPORT_FILE = "report.json"
 SAVE_EVERY = 200  # steps

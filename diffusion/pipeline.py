@@ -34,7 +34,8 @@ from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, Layer
-from zoo.units.units import ROLES, principal_axes, project_to_axes, residual_energy, unit_addresses, units_to_decoder
+from zoo.units.resizing import principal_axes, project_to_axes, residual_energy
+from zoo.units.units import ROLES, unit_addresses, units_to_decoder
 
 CHUNK_SIZE = 1024  # units that are denoised at once; a constant, so results depend on the seed only
 CANDIDATES_PER_UNIT = 64  # components of a unit's mixture: the units of the bank with the highest prior

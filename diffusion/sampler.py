@@ -15,8 +15,8 @@ from zoo.errors import UserError
 from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
-from zoo.units.canonical import tie_head
 from zoo.units.decoder import write_decoder
+from zoo.units.gains import tie_head
 from zoo.units.units import require_unit_target
 from zoo.vocabulary import read_vocabulary
 

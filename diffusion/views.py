@@ -20,7 +20,8 @@ from diffusion.memory import TokenScale
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.units.aligned import AlignedDonor, recorded_loss
-from zoo.units.units import ROLES, unit_addresses, unit_map
+from zoo.units.resizing import unit_map
+from zoo.units.units import ROLES, unit_addresses
 
 
 @dataclass(frozen=True)

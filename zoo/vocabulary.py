@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.words import first_line
 from zoo.errors import UserError
+from zoo.words import first_line
 
 BYTE_VOCAB = 256  # size of the byte vocabulary: token ids 0 to 255 are the bytes themselves
 

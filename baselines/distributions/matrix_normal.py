@@ -55,11 +55,12 @@ class MatrixNormal(Sampler):
 
     canonical   Covariances mean something in the donor's own residual basis only, so donors are brought into canonical
                 form, aligned to the widest by their tokens (`zoo.units.aligned`) and resized to the target
-                (`zoo.units.resizing.resize_units`): first coordinates, most important units. One law per kind of unit [R]:
-                rows are a layer's neurons, query planes, or components, in their order of importance; columns are
-                the residual vectors of a unit side by side (gate, up and down of a neuron), so that what a unit reads
-                and writes stays coupled. Tokens, matched by string, are independent rows with variances of their own;
-                one that no donor knows gets the mean row. Of heads that share keys and values, the first one's count.
+                (`zoo.units.resizing.resize_units`): first coordinates, most important units. One law per kind of unit
+                [R]: rows are a layer's neurons, query planes, or components, in their order of importance; columns
+                are the residual vectors of a unit side by side (gate, up and down of a neuron), so that what a unit
+                reads and writes stays coupled. Tokens, matched by string, are independent rows with variances of
+                their own; one that no donor knows gets the mean row. Of heads that share keys and values, the first
+                one's count.
     stored      Tensors as they lie on disk, of modules of any kind: from donors' tensors of the same name and shape,
                 with a law each; what has one axis is set to the donors' mean. Covariances of independently trained
                 donors average out in these coordinates: it is for donors that share them.

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.units.aligned import read_donor_decoder, token_strings
-from zoo.units.canonical import Anchor, canonicalise, make_anchor
+from zoo.units.canonical import canonicalise
 from zoo.units.decoder import Decoder
-from zoo.units.units import decoder_to_units, to_width
+from zoo.units.residual_basis import Anchor, make_anchor
+from zoo.units.resizing import to_width
+from zoo.units.units import decoder_to_units
 
 # What the residual vectors of a unit may be multiplied by together and compute the same: the sign of the last two of a
 # neuron (up, down) and of both of a value-output component. Tokens and rotary planes have none left.

@@ -29,8 +29,16 @@ from torch.nn import functional as F
 
 from autoencoder.loading import load_component
 from benchmarks.peers import training
-from benchmarks.peers.chunks import FEATURES, conditions, cut, groups, uncut
-from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, rebuilt, records
+from benchmarks.peers.chunks import FEATURES, chunk_conditions, flattened_groups, from_chunks, to_chunks
+from benchmarks.peers.weights import (
+    Reconstruction,
+    Weights,
+    learned_blueprint,
+    make_reconstruction,
+    provenance_records,
+    read_weights,
+    to_checkpoint,
+)
 from diffusion.conditions import MODEL_FEATURES, model_features
 from zoo.donors.zoo import Zoo
 from zoo.options import option
@@ -40,15 +48,15 @@ from zoo.targets.blueprint import Blueprint
 from zoo.units.units import require_unit_target
 
 PEER = "d2nwg"
-TIMES = 1024
+NOISE_STEPS = 1024
 SCHEDULE: dict[str, Any] = dict(
-    num_train_timesteps=TIMES, beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear"
+    num_train_timesteps=NOISE_STEPS, beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear"
 )
-AT_ONCE = 256  # chunks: bounds memory, and is fixed, so that results depend on the seed alone
+CHUNKS_AT_ONCE = 256  # chunks: bounds memory, and is fixed, so that results depend on the seed alone
 
 
 @dataclass(frozen=True)
-class Recipe:
+class D2NWGTrainConfig:
     """As published where README.md does not say otherwise. rate: chunk size over latent size; share: of parameters and
     budget for the VAE; chunk None: the largest power of two whose linear maps leave 40 % of the VAE to convolutions."""
 
@@ -65,7 +73,7 @@ class Recipe:
     seed: int = 0
 
 
-def side_of(chunk: int) -> int:
+def plane_side(chunk: int) -> int:
     """Of the plane that a chunk becomes: 1.43 of its size, as published (2864 to 64 x 64), in multiples of 8."""
     return max(8, 8 * round(math.sqrt(4096 / 2864 * chunk) / 8))
 
@@ -76,7 +84,7 @@ class ChunkAutoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, chunk: int, latent: int, channels: int) -> None:
         super().__init__()
-        self.side = side_of(chunk)
+        self.side = plane_side(chunk)
         self.into, self.out = nn.Linear(chunk, self.side**2), nn.Linear(self.side**2, chunk)
         self.vae = AutoencoderKL(
             in_channels=1, out_channels=1, latent_channels=latent, norm_num_groups=4, layers_per_block=1,
@@ -132,32 +140,32 @@ def train(
 ) -> Path:
     """Trains the VAE, then the UNet on its latents; writes both to `out`.
 
-    parameters: at most so many in both; settings: fields of `Recipe`. An interrupted run is continued with
+    parameters: at most so many in both; settings: fields of `D2NWGTrainConfig`. An interrupted run is continued with
     resume=True; under `steps` to the same bytes. Raises UserError for an unusable zoo, too few parameters, or an `out`
     that exists."""
     out, opened = Path(out), Zoo.open(zoo)
-    recipe, budget = Recipe(seed=seed, **settings), training.Budget(steps, seconds)
-    known = training.identity_of(PEER, asdict(recipe) | asdict(budget) | {"parameters": parameters}, opened)
-    if training.begin(out, resume, known):
+    config, budget = D2NWGTrainConfig(seed=seed, **settings), training.Budget(steps, seconds)
+    identity = training.peer_identity(PEER, asdict(config) | asdict(budget) | {"parameters": parameters}, opened)
+    if training.claim_folder(out, resume, identity):
         return out
-    donors = read(opened, recipe.coordinates, quiet)
-    size = recipe.chunk or _chunk(recipe.share * parameters)
-    parts = [cut(d.blueprint, d.tensors, size) for d in donors]
+    donors = read_weights(opened, config.coordinates, quiet)
+    size = config.chunk or _default_chunk_size(config.share * parameters)
+    parts = [to_chunks(d.blueprint, d.tensors, size) for d in donors]
     chunks = torch.cat(parts)
     scale = float(chunks.square().mean().sqrt())
     chunks = (chunks / scale).to(device)
-    told = torch.cat([conditions(d.blueprint, size, d.loss) for d in donors]).to(device)
-    coder, first = _vae(out, chunks, recipe, round(recipe.share * parameters), budget, known, device, quiet)
-    rest = parameters - training.parameters(coder)
-    denoiser, spread, second = _unet(out, coder, chunks, told, recipe, rest, budget, known, device, quiet)
+    told = torch.cat([chunk_conditions(d.blueprint, size, d.loss) for d in donors]).to(device)
+    coder, first = _vae(out, chunks, config, round(config.share * parameters), budget, identity, device, quiet)
+    rest = parameters - training.parameter_count(coder)
+    denoiser, spread, second = _unet(out, coder, chunks, told, config, rest, budget, identity, device, quiet)
     denoiser.save_pretrained(out / "unet")
     content = {
-        "peer": PEER, "identity": known, "recipe": asdict(recipe), "donors": records(opened, donors),
+        "peer": PEER, "identity": identity, "recipe": asdict(config), "donors": provenance_records(opened, donors),
         "scale": scale, "latent_deviation": spread,
         "features": [model_features(d.metadata, d.loss).tolist() for d in donors],
         "best_loss": min((d.loss for d in donors if d.loss is not None), default=None),
-        "most_chunks": max(-(-sum(s.numel for s in g) // size) for d in donors for _, _, g in groups(d.blueprint)) - 1,
-        "parameters": training.parameters(coder) + training.parameters(denoiser),
+        "most_chunks": max(-(-sum(s.numel for s in g) // size) for d in donors for _, _, g in flattened_groups(d.blueprint)) - 1,
+        "parameters": training.parameter_count(coder) + training.parameter_count(denoiser),
         "training": {"vae": first, "unet": second},
     }  # fmt: skip
     training.write_record(out, content)
@@ -166,17 +174,17 @@ def train(
     return out
 
 
-def _chunk(parameters: float) -> int:
-    sizes = [c for c in (64, 128, 256, 512, 1024, 2048) if 2 * c * side_of(c) ** 2 <= 0.6 * parameters]
+def _default_chunk_size(parameters: float) -> int:
+    sizes = [c for c in (64, 128, 256, 512, 1024, 2048) if 2 * c * plane_side(c) ** 2 <= 0.6 * parameters]
     return max(sizes, default=64)
 
 
-def _built(cls: type[Any], fixed: dict[str, Any], parameters: int, seed: int) -> Any:
+def _build(cls: type[Any], fixed: dict[str, Any], parameters: int, seed: int) -> Any:
     def count(channels: int) -> int:
         with torch.device("meta"):
-            return training.parameters(cls(channels=channels, **fixed))
+            return training.parameter_count(cls(channels=channels, **fixed))
 
-    channels = training.widest(count, parameters, 4, 8)
+    channels = training.widest_within(count, parameters, 4, 8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cls(channels=channels, **fixed)
@@ -185,10 +193,10 @@ def _built(cls: type[Any], fixed: dict[str, Any], parameters: int, seed: int) ->
 def _vae(
     out: Path,
     chunks: Tensor,
-    recipe: Recipe,
+    config: D2NWGTrainConfig,
     parameters: int,
     budget: training.Budget,
-    known: str,
+    identity: str,
     device: str,
     quiet: bool,
 ) -> tuple[ChunkAutoencoder, dict[str, Any]]:
@@ -198,21 +206,21 @@ def _vae(
             (out / "vae.json").read_text()
         )
     size = chunks.shape[1]
-    latent = max(1, round(size / recipe.rate / (side_of(size) // 4) ** 2))
-    model = _built(ChunkAutoencoder, {"chunk": size, "latent": latent}, parameters, recipe.seed).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, betas=(0.5, 0.9))
+    latent = max(1, round(size / config.rate / (plane_side(size) // 4) ** 2))
+    model = _build(ChunkAutoencoder, {"chunk": size, "latent": latent}, parameters, config.seed).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
 
     def loss(step: int) -> Tensor:
         """Summed absolute error, 1000 times the mean squared error and the KL, over the chunk's size."""
-        rng = stream(recipe.seed, f"vae {step}")
-        x = chunks[torch.randint(len(chunks), (recipe.batch,), generator=rng).to(device)]
+        rng = stream(config.seed, f"vae {step}")
+        x = chunks[torch.randint(len(chunks), (config.batch,), generator=rng).to(device)]
         posterior = model.encode(x)
         noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
         made = model.decode(posterior.mean + posterior.std * noise)
-        return (made - x).abs().mean() + (1000 * F.mse_loss(made, x) + recipe.kl * posterior.kl().mean()) / size
+        return (made - x).abs().mean() + (1000 * F.mse_loss(made, x) + config.kl * posterior.kl().mean()) / size
 
-    outcome = training.run(
-        model, optimizer, loss, lambda spent: recipe.lr, budget.part(recipe.share), out / "vae.state", known,
+    outcome = training.train_resumable(
+        model, optimizer, loss, lambda spent: config.lr, budget.part(config.share), out / "vae.state", identity,
         f"{PEER} vae", quiet,
     )  # fmt: skip
     (out / "vae.json").write_text(json.dumps(outcome.to_json()) + "\n")
@@ -222,27 +230,27 @@ def _vae(
 
 
 def _unet(
-    out: Path, coder: ChunkAutoencoder, chunks: Tensor, told: Tensor, recipe: Recipe, parameters: int,
-    budget: training.Budget, known: str, device: str, quiet: bool,
+    out: Path, coder: ChunkAutoencoder, chunks: Tensor, told: Tensor, config: D2NWGTrainConfig, parameters: int,
+    budget: training.Budget, identity: str, device: str, quiet: bool,
 ) -> tuple[ChunkDenoiser, float, dict[str, Any]]:  # fmt: skip
     """The trained UNet (its moving average), the deviation of the latents, and what its training was."""
     with torch.no_grad():
-        posteriors = [coder.encode(part) for part in chunks.split(AT_ONCE)]
+        posteriors = [coder.encode(part) for part in chunks.split(CHUNKS_AT_ONCE)]
         mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
         spread = float((mean.square() + std.square()).mean().sub(mean.mean().square()).sqrt())
     fixed = {"latent": mean.shape[1], "side": mean.shape[2], "features": FEATURES}
-    model = _built(ChunkDenoiser, fixed, parameters, recipe.seed).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr_unet)
-    ema = EMAModel(model.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
+    model = _build(ChunkDenoiser, fixed, parameters, config.seed).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr_unet)
+    ema = EMAModel(model.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
     schedule = DDPMScheduler(**SCHEDULE)
 
     def loss(step: int) -> Tensor:
-        rng = stream(recipe.seed, f"unet {step}")
-        rows = torch.randint(len(mean), (recipe.batch,), generator=rng).to(device)
-        shape = (recipe.batch, *mean.shape[1:])
+        rng = stream(config.seed, f"unet {step}")
+        rows = torch.randint(len(mean), (config.batch,), generator=rng).to(device)
+        shape = (config.batch, *mean.shape[1:])
         clean = (mean[rows] + std[rows] * torch.randn(shape, generator=rng).to(device)) / spread
         noise = torch.randn(shape, generator=rng).to(device)
-        times = torch.randint(TIMES, (recipe.batch,), generator=rng).to(device)
+        times = torch.randint(NOISE_STEPS, (config.batch,), generator=rng).to(device)
         return F.mse_loss(model(schedule.add_noise(clean, noise, times), times, told[rows]), noise)
 
     def restore(tensors: Mapping[str, Tensor], step: int) -> None:
@@ -250,9 +258,9 @@ def _unet(
         for i, p in enumerate(ema.shadow_params):
             p.copy_(tensors[f"ema.{i}"])
 
-    outcome = training.run(
-        model, optimizer, loss, lambda spent: recipe.lr_unet * min(1.0, (spent + 1e-3) / recipe.warmup),
-        budget.part(1 - recipe.share), out / "unet.state", known, f"{PEER} unet", quiet,
+    outcome = training.train_resumable(
+        model, optimizer, loss, lambda spent: config.lr_unet * min(1.0, (spent + 1e-3) / config.warmup),
+        budget.part(1 - config.share), out / "unet.state", identity, f"{PEER} unet", quiet,
         after=lambda: ema.step(model.parameters()),
         extra=lambda: {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}, restore=restore,
     )  # fmt: skip
@@ -260,35 +268,35 @@ def _unet(
     return model.eval(), spread, outcome.to_json()
 
 
-def load(model: str | None) -> tuple[ChunkAutoencoder, ChunkDenoiser, dict[str, Any]]:
+def load_peer(model: str | None) -> tuple[ChunkAutoencoder, ChunkDenoiser, dict[str, Any]]:
     folder, content = training.open_record(model, PEER)
     how = f"train one with `python -m benchmarks.peers.{PEER}`"
     coder = load_component(ChunkAutoencoder, folder / "vae", "config.json", how)
     return coder.eval(), load_component(ChunkDenoiser, folder / "unet", "config.json", how).eval(), content
 
 
-def rows(coder: ChunkAutoencoder, content: Mapping[str, Any], weights: Weights) -> Tensor:
+def input_rows(coder: ChunkAutoencoder, content: Mapping[str, Any], weights: Weights) -> Tensor:
     """[N, C]: a donor as the VAE is given it."""
-    return cut(weights.blueprint, weights.tensors, coder.config["chunk"]) / content["scale"]
+    return to_chunks(weights.blueprint, weights.tensors, coder.config["chunk"]) / content["scale"]
 
 
 @torch.no_grad()
-def through(
+def reconstruct_weights(
     coder: ChunkAutoencoder,
     content: Mapping[str, Any],
     weights: Weights,
-    instead: Callable[[Tensor], Tensor] | None = None,
-) -> Rebuilt:
-    """A donor through the VAE (means of the latents), in the coordinates that it was trained in. instead: what is done
+    replacement: Callable[[Tensor], Tensor] | None = None,
+) -> Reconstruction:
+    """A donor through the VAE (means of the latents), in the coordinates that it was trained in. replacement: what is done
     with the rows in the VAE's place."""
-    chunks = rows(coder, content, weights)
-    if instead is None:
-        latents = [coder.encode(part.to(coder.device)).mean for part in chunks.split(AT_ONCE)]
+    chunks = input_rows(coder, content, weights)
+    if replacement is None:
+        latents = [coder.encode(part.to(coder.device)).mean for part in chunks.split(CHUNKS_AT_ONCE)]
         made = torch.cat([coder.decode(part) for part in latents]).cpu()
     else:
-        made = instead(chunks)
-    tensors = uncut(weights.blueprint, made * content["scale"])
-    return rebuilt(weights, tensors, len(chunks) * coder.latent_size, content["recipe"]["coordinates"])
+        made = replacement(chunks)
+    tensors = from_chunks(weights.blueprint, made * content["scale"])
+    return make_reconstruction(weights, tensors, len(chunks) * coder.latent_size, content["recipe"]["coordinates"])
 
 
 @dataclass(kw_only=True)
@@ -313,7 +321,7 @@ class D2NWG(Sampler):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         require_unit_target(blueprint, "target")
-        self._parts = load(self.model)
+        self._parts = load_peer(self.model)
         return self
 
     @torch.no_grad()
@@ -323,23 +331,23 @@ class D2NWG(Sampler):
         coder, denoiser, content = self._parts
         coder, denoiser = coder.to(self.device), denoiser.to(self.device)
         coordinates = content["recipe"]["coordinates"]
-        target = modelled(blueprint, coordinates)
-        told = self._told(target, content, coder.config["chunk"], seed)
+        target = learned_blueprint(blueprint, coordinates)
+        told = self._conditions(target, content, coder.config["chunk"], seed)
         side = denoiser.config["side"]
         noise = torch.randn(len(told), denoiser.config["latent"], side, side, generator=stream(seed, PEER))
         schedule = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
         schedule.set_timesteps(self.steps)
         made = []
-        for x, condition in zip(noise.split(AT_ONCE), told.split(AT_ONCE), strict=True):
+        for x, condition in zip(noise.split(CHUNKS_AT_ONCE), told.split(CHUNKS_AT_ONCE), strict=True):
             x, condition = x.to(self.device), condition.to(self.device)
             for t in schedule.timesteps:
                 x = schedule.step(denoiser(x, t.to(x.device).expand(len(x)), condition), t, x).prev_sample
             made.append(coder.decode(x * content["latent_deviation"]).cpu() * content["scale"])
-        yield from finish(uncut(target, torch.cat(made)).items(), blueprint, coordinates)
+        yield from to_checkpoint(from_chunks(target, torch.cat(made)).items(), blueprint, coordinates)
 
-    def _told(self, target: Blueprint, content: Mapping[str, Any], size: int, seed: int) -> Tensor:
+    def _conditions(self, target: Blueprint, content: Mapping[str, Any], size: int, seed: int) -> Tensor:
         loss = self.loss if self.loss is not None else content["best_loss"]
-        told = conditions(target, size, loss, content["most_chunks"])
+        told = chunk_conditions(target, size, loss, content["most_chunks"])
         known = torch.tensor(content["features"])
         if self.condition == "shape":
             told[:, :MODEL_FEATURES] = known[torch.randint(len(known), (1,), generator=stream(seed, "shape"))]
@@ -353,12 +361,12 @@ class D2NWG(Sampler):
         return list(self._parts[2]["donors"])
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self._parts = load(self.model)
+        self._parts = load_peer(self.model)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_arguments(parser)
+    training.add_training_arguments(parser)
     given = vars(parser.parse_args())
     began = time.perf_counter()
     print(train(**given, quiet=False), f"{time.perf_counter() - began:.0f} s")

@@ -26,9 +26,15 @@ from autoencoder.loading import load_autoencoder
 from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
 from benchmarks.novelty import distance as novelty
 from benchmarks.peers import d2nwg, sane
-from benchmarks.peers.scoring import WINDOWS, finite_loss, own_loss
-from benchmarks.peers.training import parameters
-from benchmarks.peers.weights import Rebuilt, canonical, principal, read, rebuilt
+from benchmarks.peers.scoring import WINDOWS, donor_loss, finite_loss
+from benchmarks.peers.training import parameter_count
+from benchmarks.peers.weights import (
+    Reconstruction,
+    fit_pca_reconstruction,
+    make_reconstruction,
+    read_weights,
+    to_canonical,
+)
 from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
 from headstart.compare.trials import training_token_count
@@ -42,7 +48,8 @@ from zoo.training.corpora import encode_corpus
 from zoo.training.runs import run_identity
 from zoo.units.aligned import align_donors, token_strings
 from zoo.units.decoder import read_decoder
-from zoo.units.units import ROLES, to_width
+from zoo.units.resizing import to_width
+from zoo.units.units import ROLES
 from zoo.vocabulary import find_tokenizer
 
 OURS = "diffusion"
@@ -50,10 +57,10 @@ OURS = "diffusion"
 
 @dataclass(frozen=True)
 class Variant:
-    """A peer under some settings of its training and options of its sampler; `said` is what the table says of them."""
+    """A peer under some settings of its training and options of its sampler; `description` stands in the table."""
 
     peer: str
-    said: str
+    description: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,12 +102,12 @@ class PeerMeasurement:
 def measure(setup: PeerMeasurement) -> dict[str, Any]:
     """What peers.json holds: {donors: {name: own loss}, apart, models: {name: {…}}, …}."""
     pipeline = load_pipeline(str(setup.model))
-    budget = parameters(pipeline.autoencoder) + parameters(pipeline.denoiser)
+    budget = parameter_count(pipeline.autoencoder) + parameter_count(pipeline.denoiser)
     stored = sum(b.numel() for b in pipeline.memory.buffers())
     ours = {
         "said": "ours", "parameters": budget, "stored": stored, "seconds": setup.seconds,
-        **_kept(setup, OURS, "rebuilt", lambda: _summary(setup, our_rebuilds(setup))),
-        **_kept(setup, OURS, "generated", lambda: generated(setup, lambda: DiffusionSampler(model=str(setup.model)))),
+        **_cached(setup, OURS, "rebuilt", lambda: _mean_reconstruction(setup, our_reconstructions(setup))),
+        **_cached(setup, OURS, "generated", lambda: generation_scores(setup, lambda: DiffusionSampler(model=str(setup.model)))),
     }  # fmt: skip
     models: dict[str, Any] = {OURS: ours}
     for name, variant in setup.variants.items():
@@ -109,49 +116,53 @@ def measure(setup: PeerMeasurement) -> dict[str, Any]:
             setup.zoo.path, folder, seconds=setup.seconds if setup.steps is None else None, steps=setup.steps,
             parameters=budget, resume=True, quiet=setup.quiet, **variant.settings,
         )  # fmt: skip
-        models[name] = _peer(setup, name, variant, folder)
+        models[name] = _measure_peer(setup, name, variant, folder)
     return {
         "zoo": [{"name": d.name, "sha256": d.sha256, "parameters": d.parameters} for d in setup.zoo.donors],
         "target": setup.target,
         "seeds": list(setup.seeds),
         "windows": WINDOWS,
-        "donors": _kept(setup, "donors", "loss", lambda: own_losses(setup)),
-        "apart": _kept(setup, "donors", "apart", lambda: apart(setup)),
+        "donors": _cached(setup, "donors", "loss", lambda: donor_losses(setup)),
+        "apart": _cached(setup, "donors", "apart", lambda: donor_distances(setup)),
         "models": models,
     }
 
 
-def _peer(setup: PeerMeasurement, name: str, variant: Variant, folder: Path) -> dict[str, Any]:
+def _measure_peer(setup: PeerMeasurement, name: str, variant: Variant, folder: Path) -> dict[str, Any]:
     module = MODULES[variant.peer]
     content = json.loads((folder / "peer.json").read_text())
     runs = content["training"]
     anchors = sum(t.numel() for t in sane.load_file(folder / sane.ANCHORS).values()) if variant.peer == "sane" else 0
 
-    def rebuilds() -> Iterator[tuple[str, Rebuilt, Rebuilt]]:
-        coder = module.load(str(folder))[0]
-        donors = read(setup.zoo, content["recipe"]["coordinates"])
-        rows = torch.cat([module.rows(coder, content, d) for d in donors])
+    def reconstructions() -> Iterator[tuple[str, Reconstruction, Reconstruction]]:
+        coder = module.load_peer(str(folder))[0]
+        donors = read_weights(setup.zoo, content["recipe"]["coordinates"])
+        rows = torch.cat([module.input_rows(coder, content, d) for d in donors])
         size = coder.config["latent"] if variant.peer == "sane" else coder.latent_size
-        pca = principal(rows, size)
+        pca = fit_pca_reconstruction(rows, size)
         for donor in donors[: setup.rebuilds]:
-            yield donor.name, module.through(coder, content, donor), module.through(coder, content, donor, pca)
+            yield (
+                donor.name,
+                module.reconstruct_weights(coder, content, donor),
+                module.reconstruct_weights(coder, content, donor, pca),
+            )
 
     def sampler() -> Sampler:
         return SAMPLERS[variant.peer](**{"model": str(folder), **variant.options})
 
     return {
-        "said": variant.said,
+        "said": variant.description,
         "parameters": content["parameters"],
         "stored": anchors,
         "seconds": sum(run["seconds"] for run in runs.values()),
         "training": runs,
         "recipe": content["recipe"],
-        **_kept(setup, name, "rebuilt", lambda: _summary(setup, rebuilds())),
-        **_kept(setup, name, "generated", lambda: generated(setup, sampler)),
+        **_cached(setup, name, "rebuilt", lambda: _mean_reconstruction(setup, reconstructions())),
+        **_cached(setup, name, "generated", lambda: generation_scores(setup, sampler)),
     }
 
 
-def our_rebuilds(setup: PeerMeasurement) -> Iterator[tuple[str, Rebuilt, Rebuilt]]:
+def our_reconstructions(setup: PeerMeasurement) -> Iterator[tuple[str, Reconstruction, Reconstruction]]:
     """(donor, through our autoencoder, through PCA at its rate), in canonical coordinates. Norms are kept numbers."""
     coder = load_autoencoder(setup.model)
     donors = list(align_donors(setup.zoo))
@@ -167,12 +178,14 @@ def our_rebuilds(setup: PeerMeasurement) -> Iterator[tuple[str, Rebuilt, Rebuilt
             with torch.no_grad():
                 coded = {k: model.encode(k, u) for k, u in donor.units.items()}
                 units = {k: model.decode(k, latents, norms, width) for k, (latents, norms) in coded.items()}
-            made = canonical(donor, source, units).tensors
-            both.append(rebuilt(canonical(donor, source), made, numbers, "canonical"))
+            made = to_canonical(donor, source, units).tensors
+            both.append(make_reconstruction(to_canonical(donor, source), made, numbers, "canonical"))
         yield donor.name, both[0], both[1]
 
 
-def _summary(setup: PeerMeasurement, found: Iterator[tuple[str, Rebuilt, Rebuilt]]) -> dict[str, Any]:
+def _mean_reconstruction(
+    setup: PeerMeasurement, found: Iterator[tuple[str, Reconstruction, Reconstruction]]
+) -> dict[str, Any]:
     """{rate, error, rebuilt_loss, pca_error, pca_loss, by_donor}: means over the donors."""
     by_donor = {
         name: {
@@ -186,14 +199,14 @@ def _summary(setup: PeerMeasurement, found: Iterator[tuple[str, Rebuilt, Rebuilt
     return means | {"by_donor": by_donor}
 
 
-def generated(setup: PeerMeasurement, sampler: Callable[[], Sampler]) -> dict[str, Any]:
+def generation_scores(setup: PeerMeasurement, sampler: Callable[[], Sampler]) -> dict[str, Any]:
     """{own_shape_loss, target_loss, speed (parameters/s), novelty}: of all models that are drawn; novelty is the
     relative distance to the nearest donor, its parts by kind of unit."""
-    shapes = {json.dumps(_shape(d.config)): d.config for d in setup.zoo.donors}
-    own = [_draw(setup, sampler, config, setup.seeds[0])[0] for config in list(shapes.values())[: setup.shapes]]
-    drawn = [_draw(setup, sampler, setup.target, seed) for seed in setup.seeds]
+    shapes = {json.dumps(_shape_key(d.config)): d.config for d in setup.zoo.donors}
+    own = [_draw_model(setup, sampler, config, setup.seeds[0])[0] for config in list(shapes.values())[: setup.shapes]]
+    drawn = [_draw_model(setup, sampler, setup.target, seed) for seed in setup.seeds]
     target = Blueprint.from_config(setup.target)
-    far = [_nearest(setup, target, tensors) for _, _, tensors in drawn]
+    far = [_nearest_donor(setup, target, tensors) for _, _, tensors in drawn]
     return {
         "own_shape_loss": _mean([loss for loss in own]), "own_shape_losses": own,
         "target_loss": _mean([loss for loss, _, _ in drawn]), "target_losses": [loss for loss, _, _ in drawn],
@@ -202,7 +215,7 @@ def generated(setup: PeerMeasurement, sampler: Callable[[], Sampler]) -> dict[st
     }  # fmt: skip
 
 
-def _draw(
+def _draw_model(
     setup: PeerMeasurement, sampler: Callable[[], Sampler], config: dict[str, Any], seed: int
 ) -> tuple[float | None, float, dict[str, Tensor]]:
     """(loss, seconds of sampling, tensors)"""
@@ -214,17 +227,17 @@ def _draw(
     return finite_loss(config, tensors, setup.tokens), seconds, tensors
 
 
-def own_losses(setup: PeerMeasurement) -> dict[str, float | None]:
-    return {d.name: own_loss(d, setup.tokens) for d in setup.zoo.donors}
+def donor_losses(setup: PeerMeasurement) -> dict[str, float | None]:
+    return {d.name: donor_loss(d, setup.tokens) for d in setup.zoo.donors}
 
 
-def apart(setup: PeerMeasurement) -> dict[str, Any]:
+def donor_distances(setup: PeerMeasurement) -> dict[str, Any]:
     """{median, by_donor}: every donor's distance to its nearest among the others."""
     found = {name: near.total for name, (near, _) in novelty.leave_one_out(setup.zoo.donors, setup.frames).items()}
     return {"median": statistics.median(found.values()) if found else None, "by_donor": found}
 
 
-def _nearest(setup: PeerMeasurement, target: Blueprint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _nearest_donor(setup: PeerMeasurement, target: Blueprint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The donor that a model is nearest to; the rows of its vocabulary are those of the zoo."""
     decoder = read_decoder(target, lambda name: tensors[name].double(), where="sample")
     tokens = token_strings(setup.zoo.donors[0])
@@ -238,12 +251,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.mean(known) if known and len(known) == len(values) else None
 
 
-def _shape(config: Mapping[str, Any]) -> list[Any]:
+def _shape_key(config: Mapping[str, Any]) -> list[Any]:
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     return [config.get(key) for key in keys]
 
 
-def _kept(setup: PeerMeasurement, name: str, what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _cached(setup: PeerMeasurement, name: str, what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of an earlier run, or a new one, which is kept."""
     path = setup.work / "results" / f"{name}-{what}.json"
     if path.is_file():
@@ -253,11 +266,11 @@ def _kept(setup: PeerMeasurement, name: str, what: str, compute: Callable[[], di
     return found
 
 
-def table(found: Mapping[str, Any]) -> str:
+def format_table(found: Mapping[str, Any]) -> str:
     """Markdown: a row per model."""
     own = _mean(list(found["donors"].values()))
     rows = [
-        f"Donors' own loss {_say(own)}; their distance to the nearest other donor {_say(found['apart']['median'])}.",
+        f"Donors' own loss {_format_number(own)}; their distance to the nearest other donor {_format_number(found['apart']['median'])}.",
         "",
         "| model | settings | parameters (and stored numbers), M | seconds | rate | error (PCA) | loss rebuilt (PCA) "
         "| loss, donors' shapes | loss, target, step 0 | M parameters/s | distance to nearest donor |",
@@ -266,19 +279,19 @@ def table(found: Mapping[str, Any]) -> str:
     for name, m in found["models"].items():
         cells = [
             name, m["said"], f"{m['parameters'] / 1e6:.2f} ({m['stored'] / 1e6:.1f})",
-            "–" if m["seconds"] is None else f"{m['seconds']:.0f}", _say(m["rate"]),
-            f"{_say(m['error'])} ({_say(m['pca_error'])})", f"{_say(m['rebuilt_loss'])} ({_say(m['pca_loss'])})",
-            _say(m["own_shape_loss"]), _say(m["target_loss"]), f"{m['speed'] / 1e6:.2g}", _say(m["novelty"]),
+            "–" if m["seconds"] is None else f"{m['seconds']:.0f}", _format_number(m["rate"]),
+            f"{_format_number(m['error'])} ({_format_number(m['pca_error'])})", f"{_format_number(m['rebuilt_loss'])} ({_format_number(m['pca_loss'])})",
+            _format_number(m["own_shape_loss"]), _format_number(m["target_loss"]), f"{m['speed'] / 1e6:.2g}", _format_number(m["novelty"]),
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def _say(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3g}"
 
 
-def held_out(text: str | Path, zoo: Zoo) -> Tensor:
+def held_out_tokens(text: str | Path, zoo: Zoo) -> Tensor:
     """int64 [N]: the end of a text in the tokens of the first donor, of which no trainer of this project learns."""
     donor = zoo.donors[0]
     assert donor.blueprint.metadata is not None
@@ -299,7 +312,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="only print the table of this peers.json")
     a = parser.parse_args()
     if a.table is not None:
-        print(table(json.loads(a.table.read_text())))
+        print(format_table(json.loads(a.table.read_text())))
         return
     if None in (a.zoo, a.model, a.text, a.target, a.work) or (a.seconds is None and not a.quick):
         parser.error("give --zoo, --model, --seconds (or --quick), --text, --target and --work, or --table")
@@ -311,7 +324,7 @@ def main() -> None:
         small["variants"] = {"d2nwg": few, "sane": VARIANTS["sane"]}
     given: dict[str, Any] = {"seeds": tuple(int(s) for s in a.seeds.split(",")), "quiet": False} | small
     target = json.loads(a.target.read_text())
-    setup = PeerMeasurement(zoo, a.model, held_out(a.text, zoo), target, a.work, a.seconds, **given)
+    setup = PeerMeasurement(zoo, a.model, held_out_tokens(a.text, zoo), target, a.work, a.seconds, **given)
     mark, known = (
         a.work / "run.json",
         {"run": run_identity(Run(str(a.model), a.seconds, target, a.quick, a.seeds), zoo)},
@@ -322,7 +335,7 @@ def main() -> None:
     mark.write_text(json.dumps(known) + "\n")
     found = measure(setup) | {"command": "python -m benchmarks.peers.measure", "cpu_threads": 1}
     (a.work / "peers.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    print(table(found))
+    print(format_table(found))
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,23 @@ from autoencoder.loading import load_component
 from benchmarks.peers import training
 from benchmarks.peers.tokens import (
     Tokens,
-    correspondence,
-    detokenise,
-    permuted,
-    standardised,
-    statistics,
-    tokenise,
-    windows,
+    from_tokens,
+    halo_windows,
+    layer_statistics,
+    matching_tokens,
+    random_permutation,
+    standardize,
+    to_tokens,
 )
-from benchmarks.peers.weights import Rebuilt, Weights, finish, modelled, read, rebuilt, records
+from benchmarks.peers.weights import (
+    Reconstruction,
+    Weights,
+    learned_blueprint,
+    make_reconstruction,
+    provenance_records,
+    read_weights,
+    to_checkpoint,
+)
 from zoo.donors.donor import Donor
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
@@ -49,11 +57,11 @@ from zoo.units.units import require_unit_target
 
 PEER = "sane"
 ANCHORS = "anchors.safetensors"
-DECODED = 64  # windows that are decoded at once: fixed, so that results depend on the seed alone
+WINDOWS_AT_ONCE = 64  # windows that are decoded at once: fixed, so that results depend on the seed alone
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SaneTrainConfig:
     """As published where README.md does not say otherwise. rate: token size over latent size."""
 
     rate: float = 288 / 128
@@ -94,7 +102,7 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
             if name.endswith(("out_proj.weight", "linear2.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers))
 
-    def _where(self, positions: Tensor) -> Tensor:
+    def _position_embedding(self, positions: Tensor) -> Tensor:
         """int64 [..., 3] -> [..., hidden]; positions beyond those seen are the last one seen."""
         token, tensor, row = (
             table(p.clamp(max=size - 1))
@@ -104,11 +112,11 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
 
     def encode(self, values: Tensor, positions: Tensor) -> Tensor:
         """[B, W, T], int64 [B, W, 3] -> [B, W, R]"""
-        return self.compress(self.encoder(self.into(values) + self._where(positions)))
+        return self.compress(self.encoder(self.into(values) + self._position_embedding(positions)))
 
     def decode(self, latents: Tensor, positions: Tensor) -> Tensor:
         """[B, W, R], int64 [B, W, 3] -> [B, W, T]"""
-        return self.out(self.decoder(self.expand(latents) + self._where(positions)))
+        return self.out(self.decoder(self.expand(latents) + self._position_embedding(positions)))
 
 
 def _transformer(hidden: int, layers: int) -> nn.TransformerEncoder:
@@ -118,7 +126,7 @@ def _transformer(hidden: int, layers: int) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(block, layers, norm=nn.LayerNorm(hidden, bias=False), enable_nested_tensor=False)
 
 
-def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     """NT-Xent (2002.05709) of two views [B, C]: a scalar."""
     z = F.normalize(torch.cat([one, other]), dim=1)
     similarity = z @ z.T / temperature
@@ -129,17 +137,55 @@ def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def haloed(model: TokenAutoencoder, what: str, inputs: Tensor, positions: Tensor) -> Tensor:
+def run_with_halos(model: TokenAutoencoder, what: str, inputs: Tensor, positions: Tensor) -> Tensor:
     """`encode` or `decode` of a whole sequence, window by window: [N, .] -> [N, .] on the CPU."""
     window = model.config["window"]
-    parts = windows(len(inputs), window // 2, window // 4)
+    parts = halo_windows(len(inputs), window // 2, window // 4)
     out, device = [], model.device
-    for at in range(0, len(parts), DECODED):
-        some = parts[at : at + DECODED]
+    for at in range(0, len(parts), WINDOWS_AT_ONCE):
+        some = parts[at : at + WINDOWS_AT_ONCE]
         x = torch.stack([inputs[a:b] for a, b, _, _ in some]).to(device)
         made = getattr(model, what)(x, torch.stack([positions[a:b] for a, b, _, _ in some]).to(device)).cpu()
         out += [y[first - a : last - a] for y, (a, _, first, last) in zip(made, some, strict=True)]
     return torch.cat(out)
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """What the autoencoder learns from: the tokens of each donor, and those of its random permutations."""
+
+    plain: list[Tokens]
+    views: list[list[Tokens]]
+    window: int
+
+    def draw(self, config: SaneTrainConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(values, mask, positions) of a batch: permuted donors first, then the same windows of the donors as they
+        are, all with multiplicative noise. A function of the seed and the step."""
+        rng = stream(config.seed, f"step {step}")
+        share = torch.tensor([float(len(t.values)) for t in self.plain])
+        picks = torch.multinomial(share, config.batch, True, generator=rng).tolist()
+        one, other = [], []
+        for pick in picks:
+            own, again = self.plain[pick], self.views[pick]
+            start = int(torch.randint(len(own.values) - self.window + 1, (1,), generator=rng))
+            which = again[int(torch.randint(len(again), (1,), generator=rng))]
+            part = slice(start, start + self.window)
+            one.append((which.values[part], which.mask[part], which.positions[part]))
+            other.append((own.values[part], own.mask[part], own.positions[part]))
+        values, mask, positions = (torch.stack(parts) for parts in zip(*one, *other, strict=True))
+        return values * (1 + config.noise * torch.randn(values.shape, generator=rng)), mask, positions
+
+
+def _read_corpus(
+    donors: list[Weights], stats: Mapping[str, list[float]], size: int, config: SaneTrainConfig
+) -> _Corpus:
+    plain = [_standardized_tokens(d.blueprint, d.tensors, stats, size) for d in donors]
+    views = []
+    for donor, own in zip(donors, plain, strict=True):
+        streams = [stream(config.seed, f"{donor.name} {i}") for i in range(config.permutations)]
+        permuted = [random_permutation(donor, rng) for rng in streams]
+        views.append([_standardized_tokens(donor.blueprint, p, stats, size) for p in permuted] or [own])
+    return _Corpus(plain, views, min(config.window, *(len(t.values) for t in plain)) // 4 * 4)
 
 
 def train(
@@ -156,67 +202,36 @@ def train(
 ) -> Path:
     """Trains the autoencoder and encodes the donors, which are the anchors; writes both to `out`.
 
-    parameters: at most so many; settings: fields of `Recipe`. An interrupted run is continued with resume=True; under
+    parameters: at most so many; settings: fields of `SaneTrainConfig`. An interrupted run is continued with resume=True; under
     `steps` to the same bytes. Raises UserError for an unusable zoo, too few parameters, or an `out` that exists."""
     out, opened = Path(out), Zoo.open(zoo)
-    recipe, budget = Recipe(seed=seed, **settings), training.Budget(steps, seconds)
-    known = training.identity_of(PEER, asdict(recipe) | asdict(budget) | {"parameters": parameters}, opened)
-    if training.begin(out, resume, known):
+    config, budget = SaneTrainConfig(seed=seed, **settings), training.Budget(steps, seconds)
+    identity = training.peer_identity(PEER, asdict(config) | asdict(budget) | {"parameters": parameters}, opened)
+    if training.claim_folder(out, resume, identity):
         return out
-    donors = read(opened, recipe.coordinates, quiet)
-    size = recipe.token or max(d.metadata.width for d in donors)
-    stats = statistics(donors)
-    plain = [_tokens(d.blueprint, d.tensors, stats, size) for d in donors]
-    views = [
-        [_tokens(d.blueprint, permuted(d, stream(seed, f"{d.name} {i}")), stats, size)
-         for i in range(recipe.permutations)] or [own]
-        for d, own in zip(donors, plain, strict=True)
-    ]  # fmt: skip
-    window = min(recipe.window, *(len(t.values) for t in plain)) // 4 * 4
-    fixed = dict(
-        token=size,
-        latent=max(1, round(size / recipe.rate)),
-        layers=recipe.layers,
-        positions=[int(max(t.positions[:, i].max() for t in plain)) + 1 for i in range(3)],
-        window=window,
-    )
-    model = _sized(fixed, parameters, seed).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=3e-9)
-    share = torch.tensor([float(len(t.values)) for t in plain])
-
-    def loss(step: int) -> Tensor:
-        rng = stream(seed, f"step {step}")
-        picks = torch.multinomial(share, recipe.batch, True, generator=rng).tolist()
-        one, other = [], []
-        for pick in picks:
-            own, again = plain[pick], views[pick]
-            start = int(torch.randint(len(own.values) - window + 1, (1,), generator=rng))
-            which = again[int(torch.randint(len(again), (1,), generator=rng))]
-            cut = slice(start, start + window)
-            one.append((which.values[cut], which.mask[cut], which.positions[cut]))
-            other.append((own.values[cut], own.mask[cut], own.positions[cut]))
-        values, mask, positions = (torch.stack(parts) for parts in zip(*one, *other, strict=True))
-        values = values * (1 + recipe.noise * torch.randn(values.shape, generator=rng))
-        values, mask, positions = values.to(device), mask.to(device), positions.to(device)
-        latents = model.encode(values, positions)
-        wrong = F.mse_loss(mask * model.decode(latents, positions), values)
-        told = model.projection(latents.flatten(1))
-        first, second = told.chunk(2)
-        return recipe.gamma * contrast(first, second, recipe.temperature) + (1 - recipe.gamma) * wrong
-
+    donors = read_weights(opened, config.coordinates, quiet)
+    size = config.token or max(d.metadata.width for d in donors)
+    stats = layer_statistics(donors)
+    corpus = _read_corpus(donors, stats, size, config)
+    model = _build(_fixed_sizes(corpus, size, config), parameters, seed).to(device)
     state = out / "autoencoder.state"
-    outcome = training.run(
-        model, optimizer, loss, lambda spent: one_cycle(recipe.lr, spent), budget, state, known, PEER, quiet
-    )
+    outcome = training.train_resumable(
+        model, torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=3e-9),
+        lambda step: _loss(model, corpus.draw(config, step), config),
+        lambda spent: one_cycle_lr(config.lr, spent), budget, state, identity, PEER, quiet,
+    )  # fmt: skip
     model.eval().cpu()
     model.save_pretrained(out)
-    latents = {d.name: haloed(model, "encode", t.values, t.positions) for d, t in zip(donors, plain, strict=True)}
+    latents = {
+        d.name: run_with_halos(model, "encode", t.values, t.positions)
+        for d, t in zip(donors, corpus.plain, strict=True)
+    }
     save_file(latents, out / ANCHORS)
     spread = torch.cat(list(latents.values())).std(0).square().mean().sqrt()
     content = {
-        "peer": PEER, "identity": known, "recipe": asdict(recipe), "statistics": stats,
-        "donors": records(opened, donors), "anchors": {d.name: d.blueprint.config for d in donors},
-        "parameters": training.parameters(model), "training": {"autoencoder": outcome.to_json()},
+        "peer": PEER, "identity": identity, "recipe": asdict(config), "statistics": stats,
+        "donors": provenance_records(opened, donors), "anchors": {d.name: d.blueprint.config for d in donors},
+        "parameters": training.parameter_count(model), "training": {"autoencoder": outcome.to_json()},
         "latent_deviation": float(spread),
     }  # fmt: skip
     training.write_record(out, content)
@@ -224,29 +239,52 @@ def train(
     return out
 
 
-def one_cycle(peak: float, spent: float) -> float:
+def _fixed_sizes(corpus: _Corpus, size: int, config: SaneTrainConfig) -> dict[str, Any]:
+    """The sizes of the autoencoder that do not depend on the budget of parameters."""
+    return {
+        "token": size,
+        "latent": max(1, round(size / config.rate)),
+        "layers": config.layers,
+        "positions": [int(max(t.positions[:, i].max() for t in corpus.plain)) + 1 for i in range(3)],
+        "window": corpus.window,
+    }
+
+
+def _loss(model: TokenAutoencoder, batch: tuple[Tensor, Tensor, Tensor], config: SaneTrainConfig) -> Tensor:
+    """The contrastive loss of the two views and the error of the decoded tokens, weighted by gamma."""
+    values, mask, positions = (part.to(model.device) for part in batch)
+    latents = model.encode(values, positions)
+    error = F.mse_loss(mask * model.decode(latents, positions), values)
+    first, second = model.projection(latents.flatten(1)).chunk(2)
+    contrast = contrastive_loss(first, second, config.temperature)
+    return config.gamma * contrast + (1 - config.gamma) * error
+
+
+def one_cycle_lr(peak: float, spent: float) -> float:
     """torch's OneCycleLR as a function of the share of the budget: cosine up over 0.3 of it, and down."""
     low, end = peak / 25, peak / 25 / 1e4
     start, stop, share = (low, peak, spent / 0.3) if spent < 0.3 else (peak, end, (spent - 0.3) / 0.7)
     return stop + (start - stop) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _tokens(blueprint: Blueprint, tensors: Mapping[str, Tensor], stats: Mapping[str, list[float]], size: int) -> Tokens:
-    return tokenise(blueprint, standardised(blueprint, tensors, stats), size)
+def _standardized_tokens(
+    blueprint: Blueprint, tensors: Mapping[str, Tensor], stats: Mapping[str, list[float]], size: int
+) -> Tokens:
+    return to_tokens(blueprint, standardize(blueprint, tensors, stats), size)
 
 
-def _sized(fixed: dict[str, Any], parameters: int, seed: int) -> TokenAutoencoder:
+def _build(fixed: dict[str, Any], parameters: int, seed: int) -> TokenAutoencoder:
     def count(hidden: int) -> int:
         with torch.device("meta"):
-            return training.parameters(TokenAutoencoder(hidden=hidden, **fixed))
+            return training.parameter_count(TokenAutoencoder(hidden=hidden, **fixed))
 
-    hidden = training.widest(count, parameters, 4, 16)
+    hidden = training.widest_within(count, parameters, 4, 16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TokenAutoencoder(hidden=hidden, **fixed)
 
 
-def load(model: str | None) -> tuple[TokenAutoencoder, dict[str, Any], Path]:
+def load_peer(model: str | None) -> tuple[TokenAutoencoder, dict[str, Any], Path]:
     folder, content = training.open_record(model, PEER)
     coder = load_component(
         TokenAutoencoder, folder, "config.json", f"train one with `python -m benchmarks.peers.{PEER}`"
@@ -254,36 +292,36 @@ def load(model: str | None) -> tuple[TokenAutoencoder, dict[str, Any], Path]:
     return coder.eval(), content, folder
 
 
-def reconstruct(model: str | Path, donor: str | Donor, zoo: Zoo, device: str = "cpu") -> Rebuilt:
+def reconstruct_donor(model: str | Path, donor: str | Donor, zoo: Zoo, device: str = "cpu") -> Reconstruction:
     """A donor of the zoo through the autoencoder, in the coordinates that it was trained in."""
-    coder, content, _ = load(str(model))
+    coder, content, _ = load_peer(str(model))
     coordinates = content["recipe"]["coordinates"]
     name = donor if isinstance(donor, str) else donor.name
-    weights = next(w for w in read(zoo, coordinates) if w.name == name)
-    return through(coder.to(device), content, weights)
+    weights = next(w for w in read_weights(zoo, coordinates) if w.name == name)
+    return reconstruct_weights(coder.to(device), content, weights)
 
 
-def rows(coder: TokenAutoencoder, content: Mapping[str, Any], weights: Weights) -> Tensor:
+def input_rows(coder: TokenAutoencoder, content: Mapping[str, Any], weights: Weights) -> Tensor:
     """[N, T]: a donor as the autoencoder is given it."""
-    return _tokens(weights.blueprint, weights.tensors, content["statistics"], coder.config["token"]).values
+    return _standardized_tokens(weights.blueprint, weights.tensors, content["statistics"], coder.config["token"]).values
 
 
-def through(
+def reconstruct_weights(
     coder: TokenAutoencoder,
     content: Mapping[str, Any],
     weights: Weights,
-    instead: Callable[[Tensor], Tensor] | None = None,
-) -> Rebuilt:
-    """`reconstruct`, with everything loaded. instead: what is done with the rows in the autoencoder's place."""
-    tokens = _tokens(weights.blueprint, weights.tensors, content["statistics"], coder.config["token"])
-    if instead is None:
-        latents = haloed(coder, "encode", tokens.values, tokens.positions)
-        values = haloed(coder, "decode", latents, tokens.positions)
+    replacement: Callable[[Tensor], Tensor] | None = None,
+) -> Reconstruction:
+    """`reconstruct`, with everything loaded. replacement: what is done with the rows in the autoencoder's place."""
+    tokens = _standardized_tokens(weights.blueprint, weights.tensors, content["statistics"], coder.config["token"])
+    if replacement is None:
+        latents = run_with_halos(coder, "encode", tokens.values, tokens.positions)
+        values = run_with_halos(coder, "decode", latents, tokens.positions)
     else:
-        values = instead(tokens.values)
-    made = detokenise(weights.blueprint, values)
-    made = standardised(weights.blueprint, made, content["statistics"], inverse=True)
-    return rebuilt(weights, made, len(values) * coder.config["latent"], content["recipe"]["coordinates"])
+        values = replacement(tokens.values)
+    made = from_tokens(weights.blueprint, values)
+    made = standardize(weights.blueprint, made, content["statistics"], inverse=True)
+    return make_reconstruction(weights, made, len(values) * coder.config["latent"], content["recipe"]["coordinates"])
 
 
 @dataclass(kw_only=True)
@@ -320,7 +358,7 @@ class SANE(Sampler):
         return self
 
     def _open(self) -> None:
-        self._coder, self._content, folder = load(self.model)
+        self._coder, self._content, folder = load_peer(self.model)
         self._coder.to(self.device)
         self._anchors = load_file(folder / ANCHORS)
 
@@ -330,32 +368,36 @@ class SANE(Sampler):
         if self.candidates == 1:
             yield from self._draw(blueprint, seed, 0)
             return
-        from benchmarks.peers.scoring import text_loss
+        from benchmarks.peers.scoring import loss_on_file
 
         assert self.text is not None
-        losses = [text_loss(blueprint, dict(self._draw(blueprint, seed, i)), self.text) for i in range(self.candidates)]
+        losses = [
+            loss_on_file(blueprint, dict(self._draw(blueprint, seed, i)), self.text) for i in range(self.candidates)
+        ]
         yield from self._draw(blueprint, seed, min(range(len(losses)), key=lambda i: losses[i]))
 
     def _draw(self, blueprint: Blueprint, seed: int, candidate: int) -> Iterator[tuple[str, Tensor]]:
         assert self._coder is not None
         size, coordinates = self._coder.config["token"], self._content["recipe"]["coordinates"]
-        target = modelled(blueprint, coordinates)
+        target = learned_blueprint(blueprint, coordinates)
         latents = self._latents(target, size, stream(seed, f"{PEER} {candidate}"))
-        positions = tokenise(target, {s.name: torch.zeros(s.shape) for s in target.specs}, size).positions
-        tokens = haloed(self._coder, "decode", latents, positions)
-        tensors = standardised(target, detokenise(target, tokens), self._content["statistics"], inverse=True)
-        yield from finish(tensors.items(), blueprint, coordinates)
+        positions = to_tokens(target, {s.name: torch.zeros(s.shape) for s in target.specs}, size).positions
+        tokens = run_with_halos(self._coder, "decode", latents, positions)
+        tensors = standardize(target, from_tokens(target, tokens), self._content["statistics"], inverse=True)
+        yield from to_checkpoint(tensors.items(), blueprint, coordinates)
 
     def _latents(self, target: Blueprint, size: int, rng: torch.Generator) -> Tensor:
         """[N, R] of the target, drawn in the option's mode."""
         assert target.metadata is not None
         coordinates = self._content["recipe"]["coordinates"]
-        shapes = {n: modelled(Blueprint.from_config(c), coordinates) for n, c in self._content["anchors"].items()}
+        shapes = {
+            n: learned_blueprint(Blueprint.from_config(c), coordinates) for n, c in self._content["anchors"].items()
+        }
         widths = {name: b.metadata.width for name, b in shapes.items() if b.metadata is not None}
         enough = min(target.metadata.width, max(widths.values()))
         chosen = sorted(name for name, width in widths.items() if width >= enough)
-        anchors = torch.stack([self._anchors[n][correspondence(target, shapes[n], size)] for n in chosen])  # [M, N, R]
-        return kernel_draw(anchors, self.mode, self.bandwidth, rng)
+        anchors = torch.stack([self._anchors[n][matching_tokens(target, shapes[n], size)] for n in chosen])  # [M, N, R]
+        return draw_from_kernel_density(anchors, self.mode, self.bandwidth, rng)
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
         """The donors that it learned from, not those of `zoo`."""
@@ -365,7 +407,7 @@ class SANE(Sampler):
         self._open()
 
 
-def kernel_draw(anchors: Tensor, mode: str, bandwidth: float, rng: torch.Generator) -> Tensor:
+def draw_from_kernel_density(anchors: Tensor, mode: str, bandwidth: float, rng: torch.Generator) -> Tensor:
     """[M, N, R] -> [N, R]: one draw from normal kernel densities over the anchors, independent between tokens (mode
     token), between all numbers (individual), or of the whole sequence (joint)."""
     count, tokens, latent = anchors.shape
@@ -376,7 +418,7 @@ def kernel_draw(anchors: Tensor, mode: str, bandwidth: float, rng: torch.Generat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_arguments(parser)
+    training.add_training_arguments(parser)
     given = vars(parser.parse_args())
     began = time.perf_counter()
     print(train(**given, quiet=False), f"{time.perf_counter() - began:.0f} s")

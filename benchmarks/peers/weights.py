@@ -23,8 +23,8 @@ from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, TensorSpec
 from zoo.units.aligned import AlignedDonor, align_donors, recorded_loss
-from zoo.units.canonical import tie_head
 from zoo.units.decoder import read_decoder, write_decoder
+from zoo.units.gains import tie_head
 from zoo.units.units import require_unit_target, units_to_decoder
 
 COORDINATES = ("raw", "canonical")
@@ -46,16 +46,16 @@ class Weights:
         return self.blueprint.metadata
 
 
-def own_tensors(donor: Donor) -> dict[str, Tensor]:
+def stored_tensors(donor: Donor) -> dict[str, Tensor]:
     """All of a donor's tensors as stored, float32."""
     return {spec.name: donor.read(spec.name).float() for spec in donor.blueprint.specs}
 
 
-def read(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list[Weights]:
+def read_weights(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list[Weights]:
     """The donors that a Llama-like target can be made from (the others are named on stderr); all are in memory.
     Raises UserError where there is none."""
     if coordinates == "canonical":
-        return [canonical(aligned, zoo.donor(aligned.name)) for aligned in align_donors(zoo, quiet)]
+        return [to_canonical(aligned, zoo.donor(aligned.name)) for aligned in align_donors(zoo, quiet)]
     found = []
     for donor in zoo.donors:
         try:
@@ -64,21 +64,21 @@ def read(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list[Weights
             if not quiet:
                 print(f"left out: {error}", file=sys.stderr)
             continue
-        found.append(Weights(donor.name, donor.blueprint, own_tensors(donor), recorded_loss(donor.facts)))
+        found.append(Weights(donor.name, donor.blueprint, stored_tensors(donor), recorded_loss(donor.facts)))
     if not found:
         raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")
     return found
 
 
-def canonical(aligned: AlignedDonor, donor: Donor, units: Mapping[str, Tensor] | None = None) -> Weights:
+def to_canonical(aligned: AlignedDonor, donor: Donor, units: Mapping[str, Tensor] | None = None) -> Weights:
     """A donor in canonical coordinates; `units` instead of its own where they are given."""
-    blueprint = modelled(donor.blueprint, "canonical")
+    blueprint = learned_blueprint(donor.blueprint, "canonical")
     decoder = units_to_decoder(dict(aligned.units if units is None else units), aligned.metadata)
-    tensors = dict(_scaled(write_decoder(decoder, blueprint), blueprint, 1))
+    tensors = dict(_scale_readers(write_decoder(decoder, blueprint), blueprint, 1))
     return Weights(aligned.name, blueprint, tensors, recorded_loss(aligned.facts))
 
 
-def untied(blueprint: Blueprint) -> Blueprint:
+def untie(blueprint: Blueprint) -> Blueprint:
     """The blueprint with a head of its own."""
     if not blueprint.ties:
         return blueprint
@@ -86,26 +86,26 @@ def untied(blueprint: Blueprint) -> Blueprint:
     return Blueprint.from_config(blueprint.config | {"tie_word_embeddings": False})
 
 
-def modelled(blueprint: Blueprint, coordinates: str) -> Blueprint:
+def learned_blueprint(blueprint: Blueprint, coordinates: str) -> Blueprint:
     """The tensors that a peer learns and fills: all, or in canonical coordinates a head of its own and no norms, whose
     gains are all one there. `finish` makes the tensors of the blueprint of them."""
     if coordinates == "raw":
         return blueprint
-    loose = untied(blueprint)
+    loose = untie(blueprint)
     return replace(loose, specs=tuple(spec for spec in loose.specs if spec.role != "norm"))
 
 
-def finish(
+def to_checkpoint(
     tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, coordinates: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of `modelled(blueprint)` -> those of the blueprint. A tied target in canonical coordinates gets
-    the embedding and the final gain of `zoo.units.canonical.tie_head`."""
+    """(name, tensor) of `learned_blueprint(blueprint)` -> those of the blueprint. A tied target in canonical coordinates gets
+    the embedding and the final gain of `zoo.units.gains.tie_head`."""
     if coordinates == "raw":
         yield from tensors
         return
-    loose = untied(blueprint)
+    loose = untie(blueprint)
     ones = ((spec.name, torch.ones(spec.shape)) for spec in loose.specs if spec.role == "norm")
-    plain = _scaled(itertools.chain(tensors, ones), loose, -1)
+    plain = _scale_readers(itertools.chain(tensors, ones), loose, -1)
     if loose is blueprint:
         yield from plain
         return
@@ -113,7 +113,9 @@ def finish(
     yield from write_decoder(tie_head(read_decoder(loose, held.__getitem__, where="target")), blueprint)
 
 
-def _scaled(tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, power: int) -> Iterator[tuple[str, Tensor]]:
+def _scale_readers(
+    tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, power: int
+) -> Iterator[tuple[str, Tensor]]:
     assert blueprint.metadata is not None
     factor = math.sqrt(blueprint.metadata.width) ** power
     for name, tensor in tensors:
@@ -121,7 +123,7 @@ def _scaled(tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, power: 
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class Reconstruction:
     """A donor through an autoencoder: a checkpoint's config and tensors, the donor's own in the same coordinates, and
     how many numbers were kept of it."""
 
@@ -143,15 +145,15 @@ class Rebuilt:
         return sum(t.numel() for t in self.own.values() if t.ndim > 1) / self.numbers
 
 
-def rebuilt(weights: Weights, made: Mapping[str, Tensor], numbers: int, coordinates: str) -> Rebuilt:
+def make_reconstruction(weights: Weights, made: Mapping[str, Tensor], numbers: int, coordinates: str) -> Reconstruction:
     """made: the tensors that an autoencoder made of the donor's."""
     assert weights.blueprint.config is not None
     loose = Blueprint.from_config(weights.blueprint.config)
-    tensors, own = (dict(finish(t.items(), loose, coordinates)) for t in (made, weights.tensors))
-    return Rebuilt(weights.blueprint.config, tensors, own, numbers)
+    tensors, own = (dict(to_checkpoint(t.items(), loose, coordinates)) for t in (made, weights.tensors))
+    return Reconstruction(weights.blueprint.config, tensors, own, numbers)
 
 
-def principal(rows: Tensor, size: int) -> Callable[[Tensor], Tensor]:
+def fit_pca_reconstruction(rows: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     """PCA of [N, D] that keeps `size` numbers a row: what it makes of any [M, D]. An autoencoder that does worse at
     the same rate has not learned its data."""
     data = rows.double()
@@ -160,12 +162,12 @@ def principal(rows: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     return lambda x: (((x.double() - mean) @ axes) @ axes.T + mean).float()
 
 
-def records(zoo: Zoo, weights: Iterable[Weights]) -> list[dict[str, Any]]:
+def provenance_records(zoo: Zoo, weights: Iterable[Weights]) -> list[dict[str, Any]]:
     """What is kept of the donors that something was learned from."""
     return [provenance(zoo.donor(w.name)) for w in weights]
 
 
-def place(spec: TensorSpec, layers: int) -> str:
+def depth_third(spec: TensorSpec, layers: int) -> str:
     """Which third of the depth a tensor belongs to; tensors of different models of one role and place share their
     statistics."""
     if spec.layer is None:
@@ -173,6 +175,6 @@ def place(spec: TensorSpec, layers: int) -> str:
     return ("first", "middle", "last")[0 if spec.layer == 0 else 2 if spec.layer == layers - 1 else 1]
 
 
-def nearest_layer(index: int, layers: int, of: int) -> int:
+def layer_at_same_depth(index: int, layers: int, of: int) -> int:
     """The layer of a model of depth `of` at the relative depth of layer `index` of `layers`."""
     return 0 if layers == 1 else round(index * (of - 1) / (layers - 1))

@@ -34,8 +34,9 @@ from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.training.resumable import STATE_FILE
-from zoo.units.canonical import residual_vectors
-from zoo.units.units import residual_energy, unit_addresses
+from zoo.units.residual_basis import residual_vectors
+from zoo.units.resizing import residual_energy
+from zoo.units.units import unit_addresses
 
 SMALL = DiffusionTrainConfig(steps=60, batch=128, hidden=64, blocks=2, pool=8, lr=3e-3, ema=0.99)
 

@@ -174,7 +174,9 @@ class _Tally:
         return statistics.fmean(self.outputs[layer, factor])
 
 
-def _read_entries(donor: Donor | ModelCheckpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
+def _read_entries(
+    donor: Donor | ModelCheckpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int
+) -> Tensor:
     tensor = donor.read(spec.name)
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return _select_entries(split_parts(spec, tensor)[role], spec, role, device, most, seed)

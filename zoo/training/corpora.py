@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zoo.words import first_line
 from zoo.errors import UserError
 from zoo.vocabulary import BYTE_VOCAB
+from zoo.words import first_line
 
 
 def python_reference() -> bytes:

@@ -1,4 +1,4 @@
-"""The donors of a zoo as units in common coordinates: what the autoencoder and the diffusion learn from."""
+"""The donors of a zoo as units in common coordinates: the training data of the autoencoder and the diffusion."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ class AlignedDonor:
 
 
 def token_strings(donor: Donor) -> tuple[str, ...]:
-    """Token string of every row of the embedding; rows beyond the tokenizer, or of a donor without one, are named by
-    their number, which two donors share only if neither has a tokenizer."""
+    """The token string of each row of the embedding. A row without one is named by its number, as `<row 7>`."""
     size = donor.blueprint.metadata.vocab if donor.blueprint.metadata else 0
     names = [f"<row {i}>" for i in range(size)]
     for token, i in (donor.vocabulary() or {}).items():
@@ -44,46 +43,45 @@ def token_strings(donor: Donor) -> tuple[str, ...]:
 
 
 def recorded_loss(facts: Mapping[str, Any]) -> float | None:
-    """The held-out loss that a donor's trainer recorded, None where there is none or it is no finite number."""
+    """The held-out loss in a donor's facts; None if it is missing or not finite."""
     loss = facts.get("loss")
     return float(loss) if isinstance(loss, (int, float)) and math.isfinite(loss) else None
 
 
 def read_donor_decoder(donor: Donor) -> Decoder:
-    """The donor in float64. Raises UserError where its whole function is not in units."""
+    """A donor as a float64 decoder. Raises UserError if units do not describe its whole function."""
     decoder = read_decoder(donor.blueprint, donor.read, where=donor.name)
     require_units(decoder, donor.name)
     return decoder
 
 
 def align_donors(zoo: Zoo, quiet: bool = True) -> Iterator[AlignedDonor]:
-    """The donors whose whole function is in units (the others are named on stderr), aligned by shared token strings to
-    the widest (of equals, the one of lowest loss, then the first by name), which comes first. A donor that shares no
-    token string keeps its own principal axes.
+    """Yields the donors whose whole function is in units, aligned to the widest one by shared token strings.
 
-    One donor is in memory at a time, in float64, besides the anchor's vocabulary. Raises UserError where no donor is
-    left.
-    """
+    The widest comes first; among equals, the one with the lowest loss, then the first by name. A donor that shares no
+    token string with it keeps its own principal axes. Other donors are skipped and, unless `quiet`, named on stderr.
 
-    def rank(donor: Donor) -> tuple[float, float, str]:
+    One donor at a time is in memory, in float64, besides the anchor's vocabulary. Raises UserError if none is left."""
+
+    def order(donor: Donor) -> tuple[float, float, str]:
         width = donor.blueprint.metadata.width if donor.blueprint.metadata else 0
         loss = recorded_loss(donor.facts)
         return (-width, float("inf") if loss is None else loss, donor.name)
 
-    to: Anchor | None = None
-    for donor in sorted(zoo.donors, key=rank):
+    anchor: Anchor | None = None
+    for donor in sorted(zoo.donors, key=order):
         tokens = token_strings(donor)
         try:
             decoder = read_donor_decoder(donor)
-            shared = to is not None and not set(tokens).isdisjoint(to.tokens)
-            canonical = canonicalise(decoder, tokens, to if shared else None)
+            shares_tokens = anchor is not None and not set(tokens).isdisjoint(anchor.tokens)
+            canonical = canonicalise(decoder, tokens, anchor if shares_tokens else None)
         except UserError as error:
             if not quiet:
-                print(f"left out: {error}", file=sys.stderr)
+                print(f"skipped: {error}", file=sys.stderr)
             continue
-        if to is None:
-            to = make_anchor(canonical.decoder, tokens)
+        if anchor is None:
+            anchor = make_anchor(canonical.decoder, tokens)
         units = {kind: unit.vectors.to(torch.float32) for kind, unit in decoder_to_units(canonical.decoder).items()}
         yield AlignedDonor(donor.name, canonical.decoder.metadata, tokens, units, donor.facts)
-    if to is None:
+    if anchor is None:
         raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")

@@ -1,7 +1,7 @@
-"""Canonical form: exact, function-preserving symmetries that put independently trained decoders in comparable
-coordinates (design page; the rotation is SliceGPT's, 2401.15024).
+"""Canonical form: symmetries that put independently trained decoders in comparable coordinates.
 
-What is free depends on the architecture, and only what is exact is used:
+They change no output. The rotation of the residual stream is SliceGPT's (2401.15024). Which symmetries exist depends on
+the architecture:
 
 residual basis:
 - RMSNorm before the readers: any orthogonal matrix, once gains are folded into the readers.
@@ -17,7 +17,8 @@ heads and neurons:
 - MLP: the order of neurons; sign and scale of (up, down) if gated, nothing more if not.
 
 LayerNorm models are written in *principal coordinates* (`to_principal`): an orthonormal basis whose last vector is the
-all-ones direction, in which LayerNorm is an RMSNorm that never sees the last coordinate. There a prefix makes sense.
+all-ones direction. There LayerNorm is an RMSNorm that ignores the last coordinate, so the first coordinates are
+a model on their own.
 
 Letters: V vocabulary, d width, H query heads, K KV heads, G = H / K, h head dimension, F neurons.
 """
@@ -31,57 +32,62 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UserError
-from zoo.targets.roles import ARCHITECTURES
+from zoo.targets.architectures import ARCHITECTURES
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, Layer
 from zoo.units.gains import fold_gains, unfold_gains
 from zoo.units.residual_basis import Anchor, aligned_basis, has_post_norms, principal_basis, to_disk_basis, to_principal
 from zoo.units.symmetry import LayerSymmetry, Symmetry, apply_symmetry, rotate_residual
 
-# A donor's V/O product whose condition number is above this is only rotated: the SVD's factors would be inexact.
+# Above this condition number, V/O is only rotated: the factors of the SVD would be inexact.
 MAX_CONDITION = 1e8
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """`decoder` is in principal coordinates with unit gains; `symmetry` took the folded original there; `folded`
-    holds the gains and shifts that were folded away, so that `undo_canonical` can undo everything."""
+    """A decoder in canonical form, with what `undo_canonical` needs."""
 
-    decoder: Decoder
-    symmetry: Symmetry
-    folded: tuple[Mapping[str, Tensor], ...]  # per layer, then the outer ones last
+    decoder: Decoder  # in principal coordinates, with unit gains
+    symmetry: Symmetry  # applied to the folded original
+    folded: tuple[Mapping[str, Tensor], ...]  # gains and shifts that were folded, per layer, then those outside
 
 
 def canonicalise(
-    decoder: Decoder, tokens: tuple[str, ...] | None = None, to: Anchor | None = None, basis: Tensor | None = None
+    decoder: Decoder, tokens: tuple[str, ...] | None = None, anchor: Anchor | None = None, basis: Tensor | None = None
 ) -> Canonical:
-    """Folds, rotates (onto the principal axes, or, given token strings and an anchor, onto the anchor's vocabulary
-    pairs, or onto the columns of a `basis` [d, d] that the architecture allows) and orders a decoder. The function is
-    preserved exactly: use float64 decoders.
+    """Puts a decoder in canonical form: folds its gains, rotates it, sorts heads and neurons. The function does not
+    change; use float64.
 
-    Raises UserError where nothing is shared with the anchor, and for an architecture whose symmetries are not known. A
-    post-normed decoder is never aligned, because its residual basis is not free."""
+    It is rotated to its principal axes. Given token strings and an anchor, it is aligned to the anchor's vocabulary
+    pairs, unless norms after the writers fix its basis. Given a `basis` [d, d] that the architecture allows, it is
+    rotated to that.
+
+    Raises UserError if no token string is shared with the anchor, or if the architecture's symmetries are unknown."""
     architecture = decoder.metadata.architecture
     if architecture not in ARCHITECTURES:
-        # How an unlisted one pairs its rotary coordinates, say, is not in its config (Cohere and GLM pair neighbours).
+        # A config does not say how rotary coordinates are paired, for example; Cohere and GLM pair neighbours.
         raise UserError(
-            f"canonical form: the symmetries of {architecture!r} are not known; known: {', '.join(ARCHITECTURES)}"
+            f"canonical form: the symmetries of {architecture!r} are unknown; use one of {', '.join(ARCHITECTURES)}"
         )
     if not any(layer.gain for layer in decoder.layers) or "final" not in decoder.gain:
-        # An OPT without norm parameters, or without a final norm, normalises in ways that no tensor shows.
-        raise UserError(f"canonical form: this {architecture!r} lacks gains of its norms, so what is free is not known")
+        # Some OPT models have norms without parameters, or no final norm; no tensor shows how they normalise.
+        raise UserError(
+            f"canonical form: this {architecture!r} lacks gains of norms, so its symmetries are unknown; use another"
+        )
     if decoder.metadata.norm == "layer" and has_post_norms(decoder):
-        raise UserError(f"canonical form: {architecture!r} has LayerNorms after its writers, which leave no basis free")
+        raise UserError(
+            f"canonical form: {architecture!r} has LayerNorms after its writers, so it cannot be rotated; use another"
+        )
     folded, gains = fold_gains(decoder)
     principal = to_principal(folded)
-    # The axes are those of balanced heads and neurons, or they would depend on scales that mean nothing; the signs of
-    # heads and neurons depend on the axes. So the blocks are brought into form twice.
-    unturned = torch.eye(decoder.metadata.width, dtype=decoder.embed.dtype)
-    balanced = apply_symmetry(principal, Symmetry(unturned, _layer_symmetries(principal)))
+    # The axes must not depend on arbitrary scales of heads and neurons, so these are balanced first. Their signs depend
+    # on the axes, so they are computed again afterwards.
+    identity = torch.eye(decoder.metadata.width, dtype=decoder.embed.dtype)
+    balanced = apply_symmetry(principal, Symmetry(identity, _layer_symmetries(principal)))
     if basis is not None:
         chosen = basis
-    elif to is not None and tokens is not None and not has_post_norms(principal):
-        chosen = aligned_basis(balanced, tokens, to)
+    elif anchor is not None and tokens is not None and not has_post_norms(principal):
+        chosen = aligned_basis(balanced, tokens, anchor)
     else:
         chosen = principal_basis(balanced)
     symmetry = Symmetry(chosen, _layer_symmetries(rotate_residual(principal, chosen)))
@@ -89,14 +95,13 @@ def canonicalise(
 
 
 def undo_canonical(canonical: Canonical, tied: bool = False) -> Decoder:
-    """The inverse of `canonicalise`: the original coordinates, order and gains (for LayerNorm, up to what its mean
-    subtraction hides)."""
-    unturned = apply_symmetry(canonical.decoder, canonical.symmetry.inverse())
-    return unfold_gains(to_disk_basis(unturned), canonical.folded, tied)
+    """The inverse of `canonicalise`. For LayerNorm, the part that its mean subtraction hides is lost."""
+    original_order = apply_symmetry(canonical.decoder, canonical.symmetry.inverse())
+    return unfold_gains(to_disk_basis(original_order), canonical.folded, tied)
 
 
 def layer_symmetry(layer: Layer, metadata: Metadata) -> LayerSymmetry:
-    """The element that puts one block (in principal coordinates, folded) in canonical form."""
+    """The symmetry that puts one block in canonical form. The block is folded and in principal coordinates."""
     kv, head_dim = layer.k.shape[:2]
     normed = "q" in layer.gain or "k" in layer.gain
     grouped_q, grouped_o = (t.unflatten(0, (kv, -1)) for t in (layer.q, layer.o))  # [K, G, h, d]
@@ -107,7 +112,7 @@ def layer_symmetry(layer: Layer, metadata: Metadata) -> LayerSymmetry:
     else:
         qk = _balanced_factors(layer.k, grouped_q)
     vo = _balanced_factors(layer.v, grouped_o)
-    # A head's energy is that of its balanced factors: before, it depends on scales that mean nothing.
+    # Only the balanced factors define a head's energy: before, it depends on arbitrary scales.
     values, writes = vo @ layer.v, torch.linalg.inv(vo).mT[:, None] @ grouped_o
     energy = writes.square().sum((2, 3)).sqrt() * values.square().sum((1, 2)).sqrt()[:, None]  # [K, G]
     groups = energy.sum(1).argsort(descending=True, stable=True)
@@ -130,8 +135,10 @@ def _layer_symmetries(decoder: Decoder) -> tuple[LayerSymmetry, ...]:
 
 
 def _qk_planes(layer: Layer, rotary: int, normed: bool) -> Tensor:
-    """[K, h, h]: per frequency plane (i, i + rotary/2), the rotation to the principal axes of the plane's vectors, a
-    sign, and the scale that balances queries and keys; under QK-norm the sign alone."""
+    """The canonical symmetry of rotary Q/K, [K, h, h].
+
+    Per frequency plane (i, i + rotary/2): the rotation to the principal axes of the plane's vectors, the scale that
+    balances queries and keys, and a sign. Under QK-norm only the sign."""
     kv, head_dim, _ = layer.k.shape
     half = rotary // 2
     grouped = layer.q.unflatten(0, (kv, -1)).transpose(1, 2)  # [K, h, G, d]
@@ -157,10 +164,10 @@ def _qk_planes(layer: Layer, rotary: int, normed: bool) -> Tensor:
 
 
 def _balanced_factors(read: Tensor, write: Tensor) -> Tensor:
-    """[K, h, h]: M such that M @ read and M^-T @ write are the balanced SVD factors of writeᵀ read, by falling energy.
+    """M [K, h, h] such that M @ read and M^-T @ write are the balanced SVD factors of writeᵀ read, largest first.
 
-    read [K, h, d], write [K, G, h, d]. Where the product is ill conditioned, M is only the rotation that orders
-    `read` by energy."""
+    read [K, h, d], write [K, G, h, d]. If the product is ill conditioned, M is only the rotation to the principal axes
+    of `read`."""
     stacked = write.permute(0, 1, 3, 2).flatten(1, 2)  # [K, G d, h]
     r_write = torch.linalg.qr(stacked).R  # [K, h, h]
     r_read = torch.linalg.qr(read.mT).R

@@ -1,4 +1,4 @@
-"""A decoder as bags of residual vectors: every weight matrix with the residual stream as its last axis.
+"""A decoder as sets of residual vectors: every weight matrix with the residual stream as its last axis.
 
 Letters in shape comments: V vocabulary, P positions, d width, L layers, H query heads, K KV heads, G = H / K query
 heads per KV head, h head dimension, F neurons.
@@ -19,7 +19,7 @@ from zoo.tensors import Metadata, join_parts, split_parts
 
 @dataclass(frozen=True)
 class Layer:
-    """One block. `o` and `down` hold the *columns* of the matrices on disk: what one hidden coordinate writes."""
+    """One block. `o` and `down` hold the columns of the matrices on disk: the output of one hidden coordinate."""
 
     q: Tensor  # [H, h, d]
     k: Tensor  # [K, h, d]
@@ -29,13 +29,13 @@ class Layer:
     down: Tensor  # [F, d]
     gate: Tensor | None = None  # [F, d]; None where the MLP has no gate
     bias: dict[str, Tensor] = field(default_factory=dict)  # q [H, h], k, v [K, h], gate, up [F], o, down [d]
-    gain: dict[str, Tensor] = field(default_factory=dict)  # norm site -> true multiplier
+    gain: dict[str, Tensor] = field(default_factory=dict)  # norm site -> the actual multiplier
     shift: dict[str, Tensor] = field(default_factory=dict)  # norm site -> bias of a LayerNorm
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model as residual vectors. `head` is filled from `embed` where the two are tied (`metadata.tied`)."""
+    """A model as residual vectors. If head and embedding are tied (`metadata.tied`), `head` is a copy of `embed`."""
 
     metadata: Metadata
     embed: Tensor  # [V, d]
@@ -49,7 +49,7 @@ class Decoder:
 
 READERS = ("q", "k", "v", "gate", "up")
 WRITERS = ("o", "down")
-_ROLE_OF = {
+_DISK_ROLES = {
     "q": "attn.q",
     "k": "attn.k",
     "v": "attn.v",
@@ -62,15 +62,16 @@ _SITE_READERS = {"attn": ("q", "k", "v"), "mlp": ("gate", "up")}
 
 
 def site_readers(metadata: Metadata, site: str) -> tuple[str, ...]:
-    """The readers that follow a norm; in a parallel block that shares one norm, all of them follow `attn`."""
+    """The readers that follow a norm. In a parallel block with one shared norm, all follow `attn`."""
     if site == "attn" and metadata.extra.get("shared_norm"):
         return (*_SITE_READERS["attn"], *_SITE_READERS["mlp"])
     return _SITE_READERS.get(site, ())
 
 
 def require_decoder(blueprint: Blueprint, where: str) -> Metadata:
-    """The metadata of a dense decoder whose every block has q, k, v, o, up and down, or a UserError that names
-    what is missing."""
+    """The metadata of a blueprint, if it is a dense decoder with q, k, v, o, up and down in every block.
+
+    Raises UserError that names what is missing."""
     metadata = blueprint.metadata
     if metadata is None:
         raise UserError(f"{where}: no metadata, because it has no config; residual vectors need a decoder's config")
@@ -88,8 +89,9 @@ def require_decoder(blueprint: Blueprint, where: str) -> Metadata:
 def read_decoder(
     blueprint: Blueprint, read: Callable[[str], Tensor], dtype: torch.dtype = torch.float64, where: str = "checkpoint"
 ) -> Decoder:
-    """Tensors on disk -> Decoder of `dtype`. `read` gives a tensor by its disk name. Raises UserError where the
-    blueprint is not a dense decoder."""
+    """Reads a decoder in `dtype`. read: returns a tensor by its name on disk. where: for messages.
+
+    Raises UserError if the blueprint is not a dense decoder."""
     meta = require_decoder(blueprint, where)
     offset = meta.gain_offset
 
@@ -109,7 +111,7 @@ def read_decoder(
     for index in range(meta.layers):
         weights: dict[str, Tensor] = {}
         bias: dict[str, Tensor] = {}
-        for short, role in _ROLE_OF.items():
+        for short, role in _DISK_ROLES.items():
             w, b = get(role, index), get(role, index, "bias")
             if w is not None:
                 w = w.mT if short in WRITERS else w
@@ -148,14 +150,14 @@ def read_decoder(
 
 
 def write_decoder(decoder: Decoder, blueprint: Blueprint) -> Iterator[tuple[str, Tensor]]:
-    """Decoder -> (disk name, tensor) in the blueprint's order, for every tensor that the decoder holds.
+    """Yields (name on disk, tensor) in the blueprint's order, for each tensor that the decoder holds.
 
-    The shapes must agree (ValueError from torch otherwise). A blueprint that ties head and embedding gets the
-    embedding only: `canonical.tie` says what that loses."""
+    The shapes must agree, else torch raises ValueError. If the blueprint ties head and embedding, only the embedding is
+    written; `gains.tie_head` prepares a decoder for that."""
     meta = blueprint.metadata
     assert meta is not None
     offset = meta.gain_offset
-    short_of = {role: short for short, role in _ROLE_OF.items()}
+    short_of = {role: short for short, role in _DISK_ROLES.items()}
 
     def value(part_role: str, axes: tuple[str, ...], spec) -> Tensor | None:  # type: ignore[no-untyped-def]
         layer = decoder.layers[spec.layer] if spec.layer is not None else None

@@ -1,5 +1,4 @@
-"""Units: residual vectors that are bound to one hidden coordinate, read from and written to canonical decoders of any
-width, depth, head count and FFN size.
+"""Units: the residual vectors that belong to one hidden coordinate. A canonical decoder becomes units, and back.
 
 | kind | residual vectors of a unit | one unit per |
 |---|---|---|
@@ -10,9 +9,9 @@ width, depth, head count and FFN size.
 
 Under GQA the query heads of a group hold the same k and v: `units_to_decoder` takes those of the group's first head.
 
-A RMSNorm divides by sqrt(width), so that a reader means something else at another width. Units hold *width-free*
-readers, reader x sqrt(d): cropping or padding their last axis then needs no further factor, and padding with zeros
-is exact growth of the residual stream (up to the norm's eps, which weighs a little more in a wider stream).
+RMSNorm divides by sqrt(width), so the scale of a reader depends on the width. Units hold *width-free* readers, reader x
+sqrt(d). Cropping or padding their last axis then needs no further factor. Padding with zeros grows the residual stream
+without changing the function, except that the norm's eps has slightly more weight.
 
 Letters: N units, P residual vectors per unit, d width, L layers, H query heads, K KV heads, h head dimension.
 """
@@ -26,8 +25,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from zoo.errors import UserError
+from zoo.targets.architectures import ARCHITECTURES
 from zoo.targets.blueprint import Blueprint
-from zoo.targets.roles import ARCHITECTURES
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, Layer, read_decoder
 
@@ -42,18 +41,19 @@ READER_ROLES = {"head", "q", "k", "v", "gate", "up"}
 
 @dataclass(frozen=True)
 class Units:
-    """A set of units of one kind. The address says where each belongs: all int64 [N], -1 where it does not apply."""
+    """Units of one kind. Their address is layer, head and slot: int64 [N] each, -1 if it does not apply."""
 
     kind: str
     vectors: Tensor  # [N, P, d], readers width-free
     layer: Tensor
-    head: Tensor  # query head, groups in order
-    slot: Tensor  # neuron, plane, component or token id, in order of importance (but for tokens and planes)
+    head: Tensor  # query head, in the order of groups
+    slot: Tensor  # neuron or component in order of importance; frequency plane; token id
 
 
 def unit_addresses(metadata: Metadata) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """kind -> (layer, head, slot), int64 [N] each: every unit that a decoder of this shape has, in the order in which
-    `decoder_to_units` gives them."""
+    """The addresses of all units of a decoder of this shape: kind -> (layer, head, slot), int64 [N] each.
+
+    They are in the order of `decoder_to_units`."""
     layers, heads = torch.arange(metadata.layers), torch.arange(metadata.heads)
     none = torch.tensor([-1])
 
@@ -70,14 +70,14 @@ def unit_addresses(metadata: Metadata) -> dict[str, tuple[Tensor, Tensor, Tensor
 
 
 def require_units(decoder: Decoder, where: str) -> None:
-    """Raises UserError for a decoder whose function is not all in its units (biases, norms that do not fold, Q/K
-    without full rotary embedding)."""
+    """Raises UserError if units do not describe the whole function of a decoder: it has biases, norms that do not fold,
+    or Q/K without full rotary embedding, for example."""
     meta = decoder.metadata
     rotary = int(str(meta.extra.get("rotary_dim", meta.head_dim)))
     sites = {s for layer in decoder.layers for s in layer.gain} - {"attn", "mlp"}
     activation, scale = meta.extra.get("activation"), meta.extra.get("embed_scale", 1.0)
     reason = (
-        f"the symmetries of {meta.architecture!r} are not known" if meta.architecture not in ARCHITECTURES
+        f"the symmetries of {meta.architecture!r} are unknown" if meta.architecture not in ARCHITECTURES
         else "it uses LayerNorm" if meta.norm != "rms"
         else f"its norms at {', '.join(sorted(sites))} do not fold into readers" if sites
         else "its queries and keys are not fully rotary" if meta.rope_theta is None or rotary != meta.head_dim
@@ -89,29 +89,29 @@ def require_units(decoder: Decoder, where: str) -> None:
     )  # fmt: skip
     if reason:
         raise UserError(
-            f"{where}: {reason}, so that its units are not its whole function; "
-            "use a Llama-like decoder (RMSNorm, rotary attention, SwiGLU), or a method that needs no units"
+            f"{where}: {reason}, so units do not describe its whole function; "
+            "use a Llama-like decoder (RMSNorm, rotary attention, SwiGLU), or a method without units"
         )
 
 
 def require_unit_target(blueprint: Blueprint, where: str) -> Metadata:
-    """The metadata of a blueprint that units can fill. Raises UserError with the reason where they cannot."""
+    """The metadata of a blueprint that units can fill. Raises UserError with the reason if they cannot."""
     decoder = read_decoder(blueprint, lambda name: torch.empty(blueprint[name].shape, device="meta"), where=where)
     require_units(decoder, where)
     return decoder.metadata
 
 
 def decoder_to_units(decoder: Decoder) -> dict[str, Units]:
-    """A canonical decoder -> its units by kind (dtype of the decoder)."""
+    """The units of a canonical decoder by kind, in its dtype."""
     meta = decoder.metadata
     root = meta.width**0.5
-    share = meta.heads // meta.kv_heads
+    per_group = meta.heads // meta.kv_heads
 
     def stacked(role: str) -> Tensor:
         return torch.stack([getattr(layer, role) for layer in decoder.layers]) * (root if role in READER_ROLES else 1.0)
 
     def per_query_head(x: Tensor) -> Tensor:
-        return repeat(x, "l k h d -> l (k g) h d", g=share)
+        return repeat(x, "l k h d -> l (k g) h d", g=per_group)
 
     q, k, v, o = stacked("q"), per_query_head(stacked("k")), per_query_head(stacked("v")), stacked("o")
     planes = [rearrange(x, "l n (two p) d -> (l n p) two d", two=2) for x in (q, k)]
@@ -125,11 +125,12 @@ def decoder_to_units(decoder: Decoder) -> dict[str, Units]:
 
 
 def units_to_decoder(units: dict[str, Tensor], metadata: Metadata) -> Decoder:
-    """Vectors [N, P, d] by kind, in the order of `addresses(metadata)` -> a canonical decoder with unit gains, of
-    the width of the vectors (which must be the metadata's)."""
+    """Builds a canonical decoder with unit gains from vectors [N, P, d] by kind.
+
+    They are in the order of `unit_addresses(metadata)`, and d is the metadata's width."""
     root = metadata.width**-0.5
     layers, heads, kv = metadata.layers, metadata.heads, metadata.kv_heads
-    share = heads // kv
+    per_group = heads // kv
     planes = rearrange(units["qk"], "(l n p) (role two) d -> role l n (two p) d", l=layers, n=heads, role=2)
     v, o = rearrange(units["vo"], "(l n h) role d -> role l n h d", l=layers, n=heads)
     gate, up, down = rearrange(units["neuron"], "(l f) role d -> role l f d", l=layers)
@@ -141,8 +142,8 @@ def units_to_decoder(units: dict[str, Tensor], metadata: Metadata) -> Decoder:
         layers=tuple(
             Layer(
                 q=planes[0, i] * root,
-                k=planes[1, i, ::share] * root,
-                v=v[i, ::share] * root,
+                k=planes[1, i, ::per_group] * root,
+                v=v[i, ::per_group] * root,
                 o=o[i],
                 gate=gate[i] * root,
                 up=up[i] * root,

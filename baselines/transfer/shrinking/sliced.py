@@ -1,4 +1,4 @@
-"""Slicing: a donor turned to the principal axes of its residual stream, and cut to the target's sizes (2401.15024)."""
+"""Slicing: a donor rotated to the principal axes of its residual stream and cut to the target's sizes (2401.15024)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from baselines.transfer.base import Transfer, log_plan
-from baselines.transfer.donor_choice import choose_donor
-from baselines.transfer.index_maps import even_layers
+from baselines.transfer.donor_choice import DonorRequest, choose_donor
+from baselines.transfer.index_rules import even_layers
+from baselines.transfer.shrinking.base import drop_middle_layers
 from baselines.transfer.shrinking.calibration import calibration_windows, load_model, observe_inputs, run_windows
 from baselines.transfer.vocabulary import VocabularyRows, vocabulary_rows
 from zoo.donors.donor import Donor, dissimilarity
@@ -21,11 +22,12 @@ from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.streams import stream
+from zoo.targets.architectures import ARCHITECTURES
 from zoo.targets.blueprint import Blueprint
-from zoo.targets.roles import ARCHITECTURES
 from zoo.tensors import Metadata
-from zoo.units.canonical import canonicalise, tie_head
+from zoo.units.canonical import canonicalise
 from zoo.units.decoder import READERS, Decoder, Layer, read_decoder, require_decoder, write_decoder
+from zoo.units.gains import tie_head
 
 log = logging.getLogger(__name__)
 
@@ -38,20 +40,21 @@ CHOICES = {
 
 @dataclass(kw_only=True)
 class Sliced(Transfer):
-    """One donor in canonical form (gains folded, one global rotation), of which the target gets the first coordinates,
-    and per layer the KV groups and neurons of highest energy. What reads the narrower stream is multiplied by
-    sqrt(d / D), because RMSNorm divides by the root of the width. A target of the donor's sizes is the donor's
-    function.
+    """Rotates a donor to the principal axes of its residual stream and keeps the first coordinates (2401.15024).
 
-    The axes are those of the weights, or, given a text, of the states that the norms see, each of unit RMS, as in the
-    paper. The paper turns every block to axes of its own and keeps the changes of basis as extra
-    matrices; no architecture has a place for them, so here one basis serves all blocks [R]. It is exact for RMSNorm
-    with an untied head. After post-norms (Gemma 2 and 3, OLMo 2) nothing but the order of coordinates is free, and the
-    first are those of highest energy. The paper's least-squares compensation of o and down is not done.
+    The donor is brought into canonical form (gains folded, one global rotation). The target gets its first coordinates,
+    and per layer the KV groups and neurons of highest energy. Matrices that read the narrower stream are multiplied by
+    sqrt(n_source / n_target), because RMSNorm divides by the root of the width. A target of the donor's sizes computes
+    the donor's function. This is exact for RMSNorm with an untied head.
 
-    A LayerNorm donor, a larger axis and another head_dim are refused, and so is a tied target unless `tie=fit`, which
-    fits the final gain to the turned head by least squares and is not exact. The donor is held in float64, a few times
-    over.
+    The axes are those of the weights, or, given a text, those of the states before the norms, each of unit RMS, as in
+    the paper. Our choice: one basis serves all blocks. The paper rotates every block to its own axes and stores the
+    changes of basis as extra matrices, which no architecture has a place for. With post-norms (Gemma 2 and 3, OLMo 2)
+    only the order of the coordinates is free, and those of highest energy come first. The paper's least-squares
+    compensation of o and down is left out.
+
+    Refused: a LayerNorm donor, a larger axis, another head_dim, and a tied target unless `tie=fit`, which fits the
+    final gain to the rotated head by least squares and is not exact. The donor is in float64, a few times over.
     """
 
     name: ClassVar[str] = "sliced"
@@ -60,17 +63,19 @@ class Sliced(Transfer):
     reference: ClassVar[str] = "2401.15024"
     choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
 
-    axes: str = option("auto", "principal axes of the weights, or of the activations on a text; auto: as there is text")
-    text: str | None = option(None, "a UTF-8 file for the axes of the activations")
-    windows: int = option(
-        64, "of 256 tokens, the beginning of the text: so much of it is read", least=1, most=1_000_000
+    axes: str = option(
+        "auto", "principal axes of the weights or the activations; auto: activations where there is a text"
     )
-    layers: str = option("middle", "which layers go: middle or even (spaced); first keeps the first")
-    tie: str = option("refuse", "a target that ties head and embedding: refuse, or fit (least squares, not exact)")
+    text: str | None = option(None, "a UTF-8 file to measure activations on")
+    windows: int = option(
+        64, "calibration windows of 256 tokens, read from the start of the text", least=1, most=1_000_000
+    )
+    layers: str = option("middle", "which layers go: middle, or even (spaced); first: the first layers stay")
+    tie: str = option("refuse", "for a target with a tied head: refuse, or fit (least squares, not exact)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._basis: Tensor | None = None  # [d, d], of the activations
+        self._basis: Tensor | None = None  # [d, d], for the axes of the activations
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         donor = self._choose(zoo, blueprint)
@@ -81,12 +86,12 @@ class Sliced(Transfer):
         donor = self._choose(zoo, blueprint)
         windows = self._calibration(donor)
         self._source = donor
-        log_plan(donor, blueprint, self.rows(blueprint), self.name)
+        log_plan(donor, blueprint, self.vocabulary_rows(blueprint), self.name)
         self._basis = None if windows is None else activation_basis(donor, windows, self.device)
         return self
 
     def _calibration(self, donor: Donor) -> Tensor | None:
-        """int64 [B, S], None for the axes of the weights."""
+        """The calibration windows, int64 [B, S]; None for the axes of the weights."""
         if self.axes == "weights" or (self.axes == "auto" and self.text is None):
             return None
         if self.text is None:
@@ -94,10 +99,10 @@ class Sliced(Transfer):
         return calibration_windows(self.text, donor, self.tokenizer, self.windows, self.name)
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        """Nothing is drawn but the rows of tokens that the donor lacks."""
+        """Only the rows of tokens that the donor does not have are random."""
         donor, target = self.source, blueprint.metadata
         assert target is not None
-        rows = self.rows(blueprint)
+        rows = self.vocabulary_rows(blueprint)
         decoder = read_decoder(donor.blueprint, lambda name: donor.read(name).to(self.device), where=donor.name)
         basis = None if self._basis is None else self._basis.to(self.device)
         with torch.device(self.device):
@@ -116,14 +121,16 @@ class Sliced(Transfer):
         self._basis = tensors.get("basis")
 
     def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Donor:
-        """The donor that is asked for, or of those that fit the nearest in size, with the same tokenizer if there is
-        one. UserError where it (or none) fits. Reads configs only."""
+        """The donor that is asked for, or of those that fit the nearest in size, with the same tokenizer if possible.
+
+        Raises UserError where the donor (or none) fits. Reads configs only.
+        """
         target = require_decoder(blueprint, "target")
         if zoo is None or not zoo.donors:
             raise UserError(f"{self.name} needs a donor: give --zoo DIR, or --donor FOLDER")
         if target.tied and self.tie == "refuse":
             raise UserError(
-                "sliced: the target ties its head to its embedding, and a rotated final gain fits no tied head: set "
+                "sliced: the target ties its head to its embedding, which no rotated final gain fits: set "
                 "tie_word_embeddings to false, or use --set tie=fit (not exact), or the method pruning"
             )
         fitting: list[tuple[bool, float, str]] = []
@@ -132,8 +139,8 @@ class Sliced(Transfer):
             other, distance = dissimilarity(donor, blueprint)
             try:
                 require_sliceable(donor, target)
-                choose_donor(zoo, blueprint, donor.name, self.tokenizer, False, self.name)
-                same = vocabulary_rows(donor, blueprint, self.tokenizer).same
+                choose_donor(zoo, blueprint, DonorRequest(self.name, donor.name, self.tokenizer))
+                same = vocabulary_rows(donor, blueprint, self.tokenizer).same_tokenizer
                 fitting.append((not same, distance, donor.name))
             except UserError as error:
                 refused.append((other, distance, str(error)))
@@ -144,23 +151,23 @@ class Sliced(Transfer):
 
 
 def require_sliceable(donor: Donor, target: Metadata) -> None:
-    """Raises UserError, naming what to use instead, where a donor cannot be turned or is too small."""
+    """Raises UserError where a donor cannot be rotated or is too small; the message names another method."""
     meta = require_decoder(donor.blueprint, donor.name)
-    share, wanted = meta.heads // meta.kv_heads, target.heads // target.kv_heads
+    source_queries, target_queries = meta.heads // meta.kv_heads, target.heads // target.kv_heads
     sizes = [(axis, getattr(meta, axis), getattr(target, axis)) for axis in ("width", "ffn", "kv_heads")]
-    larger = next((f"{a} {t} is smaller than the target's {s}" for a, t, s in sizes if t < s), None)
+    larger = next((f"{axis} {a} is smaller than the target's {b}" for axis, a, b in sizes if a < b), None)
     reason = (
-        "it uses LayerNorm, whose mean leaves no coordinate free to be cut: use pruning, subcloning or weight-selection"
+        "it uses LayerNorm, whose mean allows no rotation of the stream: use pruning, subcloning or weight-selection"
         if meta.norm != "rms"
         else f"the symmetries of {meta.architecture!r} are not known: use pruning or weight-selection"
         if meta.architecture not in ARCHITECTURES
         else f"{larger}: use row-column or net2wider"
         if larger
-        else f"its {share} query heads per KV head are fewer than the target's {wanted}: use row-column"
-        if share < wanted
+        else f"its {source_queries} query heads per KV head are fewer than {target_queries}: use row-column"
+        if source_queries < target_queries
         else f"its {meta.layers} layers are fewer than the target's {target.layers}: use stacking or row-column"
         if meta.layers < target.layers
-        else f"head_dim {meta.head_dim} is not the target's {target.head_dim}, and heads are kept whole: set the "
+        else f"head_dim {meta.head_dim} is not the target's {target.head_dim}, and heads stay whole: set the "
         f"target's head_dim to {meta.head_dim}, or use weight-selection"
         if meta.head_dim != target.head_dim
         else None
@@ -169,37 +176,37 @@ def require_sliceable(donor: Donor, target: Metadata) -> None:
         raise UserError(f"sliced: donor {donor.name!r} does not fit the target: {reason}")
 
 
-def select_layers(rule: str, t: int, s: int) -> tuple[int, ...]:
-    """The donor's layer of each of the target's s <= t: without those in the middle (one more is kept before them than
-    after), the first, or evenly spaced ones."""
+def select_layers(rule: str, n_source: int, n_target: int) -> tuple[int, ...]:
+    """The donor's layer for each layer of the target: `middle` drops those in the middle, `first` keeps the first."""
     if rule == "even":
-        return even_layers(t, s)
-    low = s if rule == "first" else s - s // 2
-    return (*range(low), *range(t - (s - low), t))
+        return even_layers(n_source, n_target)
+    return tuple(range(n_target)) if rule == "first" else drop_middle_layers(n_source, n_target)
 
 
 def cut_decoder(decoder: Decoder, target: Metadata, layers: tuple[int, ...]) -> Decoder:
-    """A canonical decoder -> the first coordinates, KV groups, query heads of each group, and neurons of it, in the
-    target's sizes (all but the vocabulary); target layer i is layers[i]."""
+    """Cuts a canonical decoder to the target's sizes, but for the vocabulary.
+
+    The first coordinates, KV groups, query heads of each group, and neurons stay. Layer i of the target is layers[i].
+    """
     meta, width = decoder.metadata, target.width
     root = math.sqrt(meta.width / width)
-    share, wanted = meta.heads // meta.kv_heads, target.heads // target.kv_heads
+    source_queries, target_queries = meta.heads // meta.kv_heads, target.heads // target.kv_heads
     groups = torch.arange(target.kv_heads)
-    heads = (groups[:, None] * share + torch.arange(wanted)).flatten()
+    heads = (groups[:, None] * source_queries + torch.arange(target_queries)).flatten()
     units: dict[str, Any] = {"q": heads, "o": heads, "k": groups, "v": groups}
     units |= dict.fromkeys(("gate", "up", "down"), slice(target.ffn))
 
-    def small(layer: Layer) -> Layer:
+    def cut_layer(layer: Layer) -> Layer:
         weights: dict[str, Any] = {}
         for role, index in units.items():
             w = getattr(layer, role)
             weights[role] = None if w is None else w[index][..., :width] * (root if role in READERS else 1.0)
         bias = {r: b[:width] if r in ("o", "down") else b[units[r]] for r, b in layer.bias.items()}
         gain = {site: g[:width] for site, g in layer.gain.items() if site not in ("q", "k")}
-        # A norm after a writer makes the energy of what is left that of the narrower stream.
+        # A norm after a writer then gives the kept coordinates the mean square of the narrower stream.
         gain |= {site: gain[site] * root for site in ("attn.out", "mlp.out") if site in gain}
         for site, index in (("q", heads), ("k", groups)):
-            if site in layer.gain:  # one gain for all heads, or one for each
+            if site in layer.gain:  # one gain for all heads, or one per head
                 g = layer.gain[site]
                 gain[site] = g if len(g) == meta.head_dim else g.unflatten(0, (-1, meta.head_dim))[index].flatten()
         return replace(layer, **weights, bias=bias, gain=gain)
@@ -211,46 +218,49 @@ def cut_decoder(decoder: Decoder, target: Metadata, layers: tuple[int, ...]) -> 
         embed=decoder.embed[:, :width] * scale,
         head=decoder.head[:, :width] * root,
         positions=None if decoder.positions is None else decoder.positions[: target.positions, :width],
-        layers=tuple(small(decoder.layers[i]) for i in layers),
+        layers=tuple(cut_layer(decoder.layers[i]) for i in layers),
         gain={site: g[:width] for site, g in decoder.gain.items()},
     )
 
 
 def _map_vocabulary(decoder: Decoder, rows: VocabularyRows, seed: int) -> Decoder:
-    """The decoder for the target's vocabulary: a token that the donor lacks gets normal rows with the mean and the
-    standard deviation of the donor's, coordinate by coordinate."""
+    """The decoder with the target's vocabulary.
+
+    A token that the donor does not have gets normal rows, with the mean and standard deviation of each column.
+    """
     known = rows.index >= 0
 
-    def of(table: Tensor, name: str) -> Tensor:
+    def map_rows(table: Tensor, name: str) -> Tensor:
         draws = torch.randn((len(known), *table.shape[1:]), generator=stream(seed, f"sliced/{name}"), device="cpu")
-        fresh = table.mean(0) + table.std(0, correction=0) * draws.to(table)
+        new_rows = table.mean(0) + table.std(0, correction=0) * draws.to(table)
         picked = table[rows.index.clamp_min(0).to(table.device)]
-        where = known.to(table.device).view(-1, *[1] * (table.ndim - 1))
-        return torch.where(where, picked, fresh)
+        is_known = known.to(table.device).view(-1, *[1] * (table.ndim - 1))
+        return torch.where(is_known, picked, new_rows)
 
-    bias = None if decoder.head_bias is None else of(decoder.head_bias, "head bias")
+    bias = None if decoder.head_bias is None else map_rows(decoder.head_bias, "head bias")
     metadata = replace(decoder.metadata, vocab=len(known))
-    return replace(
-        decoder, metadata=metadata, embed=of(decoder.embed, "embed"), head=of(decoder.head, "head"), head_bias=bias
-    )
+    embed, head = map_rows(decoder.embed, "embed"), map_rows(decoder.head, "head")
+    return replace(decoder, metadata=metadata, embed=embed, head=head, head_bias=bias)
 
 
 def activation_basis(donor: Donor, windows: Tensor, device: str) -> Tensor:
-    """[d, d] float64 on the CPU: the principal axes of the residual states that the norms before readers see on int64
-    [B, S], each state of unit RMS; where post-norms leave no basis free, the coordinates in the order of their
-    energy."""
+    """[d, d] float64 on the CPU: the principal axes of the residual states before the norms, each of unit RMS.
+
+    windows: int64 [B, S]. With post-norms the basis cannot be rotated; then these are the coordinates in the order of
+    their energy.
+    """
     blueprint = donor.blueprint
     assert blueprint.metadata is not None
     total = torch.zeros(blueprint.metadata.width, blueprint.metadata.width, dtype=torch.float64, device=device)
 
-    def see(x: Tensor) -> None:
+    def add_states(x: Tensor) -> None:
         x = x.flatten(0, -2).double()
         x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
         total.addmm_(x.mT, x)
 
     norms = [spec.name for spec, _ in blueprint.find("norm") if spec.site in ("attn", "mlp", "final")]
     model = load_model(donor, device)
-    with observe_inputs(model, dict.fromkeys(norms, see)):
+    with observe_inputs(model, dict.fromkeys(norms, add_states)):
         run_windows(model, windows)
     if blueprint.find("norm", site="attn.out") or blueprint.find("norm", site="mlp.out"):
         order = total.diagonal().argsort(descending=True, stable=True).cpu()

@@ -266,5 +266,5 @@ def test_opt_variants_whose_norms_do_not_show_are_refused(changes: dict[str, boo
 
 
 def test_an_architecture_whose_symmetries_are_not_known_is_refused() -> None:
-    with pytest.raises(UserError, match="'granite' are not known"):
+    with pytest.raises(UserError, match="'granite' are unknown"):
         canonicalise(decoder_of(random_model(dict(model_type="granite", num_key_value_heads=2, **BASE)))[0])

@@ -65,7 +65,7 @@ def test_cropping_undoes_padding() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3", "llama-mqa-biased", "gpt_neox", "olmo2"])
 def test_models_with_more_than_units_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="not its whole function"):
+    with pytest.raises(UserError, match="units do not describe its whole function"):
         require_units(decoder_of(random_model(CONFIGS[name]))[0], "here")
 
 
