@@ -102,7 +102,7 @@ def _similarity_claims(model: Model, rank: str) -> Iterator[Claim]:
         _similarity_verdict(model, rank, POWER_LAW),
     )
     yield Claim(
-        f"Some pairs of projections do not follow one (top {rank}); the groups of LoRA method pareto rest on these",
+        f"Some pairs of projections follow no power law (top {rank}); LoRA method pareto groups by these",
         f"{counts[NO_POWER_LAW]} of {pairs} pairs; goodness of fit rejects {rejected}, corrected for {pairs} tests",
         in_random_matrices(model, rank, NO_POWER_LAW),
         _similarity_verdict(model, rank, NO_POWER_LAW),

@@ -36,8 +36,8 @@ def short_name(projection: str) -> str:
 
 
 def marginal_figure(model: Model) -> Figure | None:
-    """Left: the best-fitting family of the matrices of each role. Right: their kurtosis, darker for later layers.
-    None where no matrix has a kurtosis."""
+    """Left: the best-fitting family of the matrices of each role. Right: their kurtosis, in a stronger colour for later
+    layers. None where no matrix has a kurtosis."""
     from matplotlib.figure import Figure
 
     matrices = matrices_with_kurtosis(model)
@@ -82,7 +82,7 @@ def _draw_kurtosis(axes: Axes, matrices: list[dict[str, Any]], roles: list[str])
                 colour = ROLE_COLOURS.get(role, GREY)
                 axes.plot(t["kurtosis"], row, "o", color=colour, alpha=0.3 + 0.7 * depth, markersize=6)
     _set_number_axis(axes, "x", [t["kurtosis"] for t in matrices] + [3.0])
-    axes.set_xlabel("kurtosis (3: normal); pale: first layers, dark: last")
+    axes.set_xlabel("kurtosis (3: normal); pale: first layers, strong: last")
 
 
 def spectrum_figure(model: Model) -> Figure | None:

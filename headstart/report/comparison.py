@@ -179,7 +179,9 @@ def _conditions(results: Results) -> list[str]:
     corpus, steps, sequence = results["corpus"], results["steps"], results["sequence"]
     measured = min(results["windows"] * sequence, corpus["held_out"])
     tuning = results["tuning_seeds"]
-    tuned_over = "seeds" if tuning == results["seeds"] else f"the first {count_of(len(tuning), 'seed')}"
+    tuned_over = "all seeds" if tuning == results["seeds"] else "the first seed"
+    if len(tuning) > 1 and tuning != results["seeds"]:
+        tuned_over = f"the first {len(tuning)} seeds"
     return [
         f"Text: {corpus['name']}, {corpus['tokens']:,} tokens (tokenizer: {corpus['tokenizer']}). The last "
         f"{corpus['held_out']:,} are held out. Every loss on this page is measured on the same {measured:,} of them, "

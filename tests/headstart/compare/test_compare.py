@@ -406,7 +406,7 @@ def test_tuning_on_one_seed_runs_the_others_at_what_was_chosen(donors: Path, cor
     assert [c["seed"] for c in normal["curves"]] == [0, 1] and set(normal["lrs"]) == {"0.001", "0.01"}
     assert len(list((tmp_path / "one" / "runs").glob("default-*"))) == 2 * 2 + 1
     assert len(list((tmp_path / "one" / "runs").glob("normal-*"))) == 2 + 1
-    assert "final loss over the first 1 seed" in (tmp_path / "one" / "report.html").read_text()
+    assert "final loss over the first seed, all from one grid" in (tmp_path / "one" / "report.html").read_text()
     with pytest.raises(UserError, match="--tuning-seeds 9"):
         compare(out=tmp_path / "two", **given, tuning_seeds=9)
 
