@@ -15,12 +15,7 @@ from headstart.config_values import comma_list, settings_of
 from headstart.terminal import session
 from zoo.errors import UserError
 
-RECORDS = (
-    "headstart.json",
-    "results.json",
-    "analysis.json",
-    "report.json",
-)  # files of the commands with a configuration
+RECORDS = ("headstart.json", "results.json", "analysis.json", "report.json")  # files with a configuration
 FLAGS = {"plan": "plan", "quiet": "quiet", "json": "as_json", "resume": "resume"}  # option -> field of Invocation
 FILE_VALUES = "headstart.config_file"  # where a command's context keeps what --config holds
 
