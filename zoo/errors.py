@@ -1,15 +1,20 @@
-"""The one kind of error that a user can mend."""
+"""Errors that the user can solve."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-SHOWN = 20  # names that an error lists
+from zoo.words import shortened_list
+
+MOST_NAMES = 20  # listed in an error
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do about it, in one line. The command line prints it and exits with 2."""
+    """An error that the user can solve. Its text is one line: what is wrong, where, what to do.
+
+    The command line prints it and exits with code 2.
+    """
 
 
 class NotFinite(UserError):
@@ -17,9 +22,8 @@ class NotFinite(UserError):
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in a table: says which name is meant, else the first few that would do."""
+    """The error for a name that is not among the known ones. It suggests the closest name, else lists the first few."""
     names = sorted(known)
-    near = difflib.get_close_matches(given, names, n=1)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names[:SHOWN]) or 'none'}{more}"
+    close = difflib.get_close_matches(given, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {shortened_list(names, MOST_NAMES) or 'none'}"
     return UserError(f"unknown {kind} {given!r}: {hint}")

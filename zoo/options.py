@@ -8,12 +8,15 @@ from typing import Any
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **bounds: float) -> Any:
-    """A dataclass field that a user sets. bounds: `least`, `most` or `above`, for a number or each of a tuple."""
+    """A dataclass field that the user sets.
+
+    bounds: `least`, `most` (inclusive) or `above` (exclusive), for a number or for each number of a tuple.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
 def bounds_problem(field: dataclasses.Field[Any], value: Any) -> str | None:
-    """What a number must be and is not ("at least 1"), or None where it is within the bounds of its field."""
+    """What the value of a field should be ("at least 1"), None where it is within the field's bounds."""
     if isinstance(value, tuple):
         return next((problem for item in value if (problem := bounds_problem(field, item))), None)
     if not isinstance(value, int | float) or isinstance(value, bool):

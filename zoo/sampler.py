@@ -1,4 +1,4 @@
-"""The one interface that every method implements, the diffusion included."""
+"""The interface that every method implements, the diffusion included."""
 
 from __future__ import annotations
 
@@ -22,66 +22,67 @@ from zoo.targets.blueprint import Blueprint
 
 @dataclass(kw_only=True)
 class Sampler(ABC):
-    """Fills a blueprint. Subclasses are keyword-only dataclasses whose fields are their options.
-
-    fit(zoo, blueprint)    learns what is needed from the donors and refuses (UserError) what does not fit, before
-                           any long work; returns self
-    sample(blueprint, seed) yields (disk name, tensor on the CPU, of the spec's shape) for every tensor that the
-                           method models, in any dtype (the writer casts); whatever it leaves out keeps the
-                           architecture's default initialisation. Same seed, same bytes.
-    donors                 names of the donors that the fitted sampler used
-    """
+    """A method that fills a blueprint. Subclasses are keyword-only dataclasses; their fields are their options."""
 
     name: ClassVar[str]
     family: ClassVar[str]
     summary: ClassVar[str]  # one line
     reference: ClassVar[str]  # arXiv id or repository
-    # of: donor (one), donors (several), model (a trained pipeline), text; LoRA: base (its weights), reference
+    # What it needs: donor (one), donors (several), model (a trained pipeline), text; LoRA: base, reference
     needs: ClassVar[tuple[str, ...]] = ()
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # the words that an option of few words may be
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # option -> the values that it can have
 
-    device: str = "cpu"  # where the arithmetic runs; random numbers come from the CPU's streams, results go back there
+    device: str = "cpu"  # where it computes; random numbers are drawn on the CPU, results return there
 
     def __post_init__(self) -> None:
-        for key, words in self.choices.items():
-            if getattr(self, key) not in words:
-                raise unknown(f"{key} of {self.name}", str(getattr(self, key)), words)
+        for key, values in self.choices.items():
+            if getattr(self, key) not in values:
+                raise unknown(f"{key} of {self.name}", str(getattr(self, key)), values)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if problem := bounds_problem(field, value):
                 raise UserError(f"{self.name}: {field.name} is {value}; give {problem}")
 
     @abstractmethod
-    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self: ...
+    def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        """Learns from the donors what the method needs for this target, and returns itself.
+
+        UserError, before any long work, where no donor fits or the target is not supported.
+        """
 
     @abstractmethod
-    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]: ...
+    def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name on disk, tensor on the CPU of the spec's shape, any dtype) for every tensor that it models.
+
+        The other tensors keep the architecture's default initialisation. Equal seeds give equal bytes.
+        """
 
     @property
     def donors(self) -> tuple[str, ...]:
+        """The names of the donors that the fitted sampler uses."""
         return ()
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
-        """[{name, revision, sha256, license}] of the donors behind what is sampled, for cards and `headstart.json`."""
+        """[{name, revision, sha256, license}] of the donors that it uses, for cards and `headstart.json`."""
         return [provenance(zoo.donor(name)) for name in self.donors] if zoo is not None else []
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
-        """Names of the donors whose weights fit or sample would read; reads no weight itself. For `--plan`."""
+        """The names of the donors whose weights `fit` or `sample` would read, for `--plan`. Reads no weight itself."""
         return tuple(d.name for d in zoo.donors) if zoo is not None and "donors" in self.needs else ()
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What `fit` learned: JSON values and tensors. `restore` takes it back."""
+        """What `fit` learned: JSON values and tensors, for `restore`."""
         return {}, {}
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:  # noqa: B027  (most have no state)
-        """Makes a fresh instance what the one was that `state` was taken from."""
+        """Puts the result of `state` into a new instance with the same options."""
 
     def save(self, folder: str | Path) -> None:
         """Writes the fitted sampler: sampler.json {method, options, state}, and state.safetensors if it has tensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values, tensors = self.state()
-        (folder / "state.safetensors").unlink(missing_ok=True)  # of another sampler that lay here
+        (folder / "state.safetensors").unlink(missing_ok=True)  # of a sampler saved here before
         if tensors:
             save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "state.safetensors")
         content = {"method": self.name, "options": self.options(), "state": values}
@@ -89,13 +90,13 @@ class Sampler(ABC):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """A fitted sampler of this class that `save` wrote. UserError: another method, or no sampler there."""
+        """A fitted sampler of this class that `save` wrote. UserError where there is none, or one of another method."""
         path = Path(folder) / "sampler.json"
         if not path.is_file():
-            raise UserError(f"{folder}: has no sampler.json; give a folder that a fitted sampler was saved to")
+            raise UserError(f"{folder}: has no sampler.json; give a folder with a saved sampler")
         content = json.loads(path.read_text())
         if content["method"] != cls.name:
-            raise UserError(f"{path}: holds a sampler of method {content['method']!r}, not {cls.name!r}")
+            raise UserError(f"{path}: is a sampler of method {content['method']!r}, not {cls.name!r}")
         sampler = cls(**cls.current_options(content["options"]))
         stored = path.with_name("state.safetensors")
         sampler.restore(content["state"], load_file(stored) if stored.exists() else {})
@@ -103,7 +104,7 @@ class Sampler(ABC):
 
     @classmethod
     def current_options(cls, saved: dict[str, Any]) -> dict[str, Any]:
-        """The options of a saved sampler that this version still has. A method that lost an option overrides it."""
+        """The saved options that still exist. A method that has lost an option overrides this."""
         return saved
 
     @classmethod

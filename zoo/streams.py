@@ -1,4 +1,4 @@
-"""Random streams: a function of (seed, name) alone, so that order, sharding and processes change nothing."""
+"""Random streams that depend on a seed and a name alone, not on the order of use or the number of processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,5 @@ def stream_seed(seed: int, name: str) -> int:
 
 
 def stream(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for the stream `name`. Draws are made on the CPU and moved, so that every device sees the
-    same bytes."""
+    """A CPU generator for the stream `name`. Draw on the CPU and move the result: every device gets the same."""
     return torch.Generator("cpu").manual_seed(stream_seed(seed, name))

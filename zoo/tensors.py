@@ -1,4 +1,4 @@
-"""What one tensor of a checkpoint is: its role, what its axes count, and the matrices that are fused in it."""
+"""What one tensor of a checkpoint is: its role, what its axes count, and the parts that are fused in it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# What an axis counts. `heads` is heads x head_dim flattened, head by head; `kv_heads` likewise;
-# `rank` is the inside of a LoRA pair.
+# What an axis counts. `heads` is heads x head_dim, flattened head by head; `kv_heads` likewise; `rank` is the rank of a
+# LoRA pair.
 AXES = ("residual", "heads", "kv_heads", "head_dim", "ffn", "vocab", "position", "experts", "rank", "other")
 
 ROLES = (
@@ -17,25 +17,28 @@ ROLES = (
     "norm", "conv", "lora.a", "lora.b", "other",
 )  # fmt: skip
 
-# Which normalisation a tensor of role `norm` belongs to. `attn` and `mlp` stand before the readers of that block
-# (or before both in a parallel block), `attn.out` and `mlp.out` after its writer (Gemma 2/3, OLMo 2), `q` and `k`
-# act on projected queries and keys, `final` stands before the head, `embed` after the embedding.
+# Which normalisation a tensor of role `norm` belongs to. `attn` and `mlp` come before the readers of that block (before
+# both in a parallel block), `attn.out` and `mlp.out` after its writer (Gemma 2/3, OLMo 2). `q` and `k` act on projected
+# queries and keys. `final` comes before the head, `embed` after the embedding.
 NORM_SITES = ("attn", "mlp", "attn.out", "mlp.out", "q", "k", "final", "embed")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One logical matrix (or bias, or gain) of a tensor on disk, in torch's orientation [out, in]."""
+    """One logical matrix, bias or gain of a tensor on disk, in torch's orientation [out, in]."""
 
     role: str  # one of ROLES
     axes: tuple[str, ...]  # of AXES, one per logical axis: ("heads", "residual") for a query projection
-    shape: tuple[int, ...]  # logical shape, same length as axes
+    shape: tuple[int, ...]  # one size per axis
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor on disk. `parts` has more than one entry where the architecture fuses matrices (GPT-2's c_attn,
-    NeoX's query_key_value, Phi-3's qkv_proj and gate_up_proj); `split_parts` and `join_parts` go between the two views."""
+    """One tensor on disk.
+
+    It has several parts where the architecture fuses matrices (GPT-2's c_attn, NeoX's query_key_value, Phi-3's qkv_proj
+    and gate_up_proj). `split_parts` and `join_parts` convert between a tensor and its parts.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,8 +48,8 @@ class TensorSpec:
     kind: str = "weight"  # weight | bias
     site: str | None = None  # of NORM_SITES, for norms only
     expert: int | None = None
-    transposed: bool = False  # on disk as [in, out] (GPT-2's Conv1D)
-    interleave: int = 0  # > 0: fused head by head: rows are [interleave heads, parts, head_dim] (NeoX)
+    transposed: bool = False  # stored as [in, out] (GPT-2's Conv1D)
+    interleave: int = 0  # > 0: fused head by head, the rows are [interleave heads, parts, head_dim] (NeoX)
 
     @property
     def role(self) -> str:
@@ -59,11 +62,12 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
+        """The number of its values."""
         return int(torch.Size(self.shape).numel())
 
 
 def split_parts(spec: TensorSpec, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor as on disk -> {role: logical matrix [out, in]} (views where possible)."""
+    """A tensor as stored -> {role: logical matrix [out, in]}, views where possible."""
     logical = tensor.mT if spec.transposed and tensor.ndim == 2 else tensor
     if len(spec.parts) == 1:
         return {spec.parts[0].role: logical}
@@ -75,7 +79,7 @@ def split_parts(spec: TensorSpec, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def join_parts(spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
-    """The inverse of `split_parts`: logical matrices -> one contiguous tensor as on disk (dtype of the parts)."""
+    """The inverse of `split_parts`: {role: logical matrix} -> the contiguous tensor as stored, in the parts' dtype."""
     ordered = [parts[p.role] for p in spec.parts]
     if len(ordered) == 1:
         logical = ordered[0]
@@ -89,7 +93,7 @@ def join_parts(spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an architecture is, in numbers: the conditioning of the diffusion and the check of what fits what."""
+    """An architecture in numbers: what the diffusion is conditioned on, and what decides which donors fit a target."""
 
     architecture: str  # the config's model_type
     layers: int
@@ -104,14 +108,14 @@ class Metadata:
     rope_theta: float | None = 10000.0  # None: no rotary embedding
     positions: int = 0  # learned positions, 0 for none
     experts: int = 0  # experts per layer, 0 for dense
-    extra: Mapping[str, object] = field(default_factory=dict)  # what a method may need besides (activation, …)
+    extra: Mapping[str, object] = field(default_factory=dict)  # further facts that methods need (activation, …)
 
     @property
     def embed_scale(self) -> float:
-        """What the model multiplies its embeddings by (Gemma: sqrt(width))."""
+        """The factor by which the model multiplies its embeddings (Gemma: sqrt(width))."""
         return float(str(self.extra.get("embed_scale", 1.0)))
 
     @property
     def gain_offset(self) -> float:
-        """What is added to the gain of a norm as stored before it multiplies (Gemma: 1)."""
+        """What the model adds to the stored gain of a norm (Gemma: 1)."""
         return 1.0 if self.extra.get("rms_offset") else 0.0

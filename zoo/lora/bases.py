@@ -1,4 +1,4 @@
-"""The base of an adapter: inside a PEFT model in memory, and on disk with what the adapter took from it missing."""
+"""The base of an adapter: inside a PEFT model in memory, and on disk with the adapter's change subtracted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from zoo.targets.roles import assign_roles
 if TYPE_CHECKING:
     from peft import PeftModel
 
-CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base
+BASE_CHANGING_INITS = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # values of init_lora_weights that change the base
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,37 +63,40 @@ class PeftBaseDonor(MemoryDonor):
 
 
 def refuse_initialized(model: PeftModel, adapter_name: str, compensated: bool) -> None:
-    """UserError for an adapter that cannot be initialised any more: its base was changed for it already, it is merged,
-    or (where the base is to be changed) another adapter relies on the base."""
+    """UserError for an adapter that cannot be initialised any more.
+
+    Its base was changed for it already, an adapter is merged, or another adapter relies on the base that a compensated
+    sampler would change.
+    """
     from peft.tuners.lora import LoraLayer
 
     init = str(getattr(model.peft_config[adapter_name], "init_lora_weights", True)).lower()
-    if init.startswith(CHANGING):
+    if init.startswith(BASE_CHANGING_INITS):
         raise UserError(
             f"the model was made with init_lora_weights={init!r}, which changed its base; make it with True"
         )
     if any(isinstance(layer, LoraLayer) and layer.merged for layer in model.modules()):
-        raise UserError("an adapter is merged into the base: unmerge it before another is initialised")
+        raise UserError("an adapter is merged into the base; unmerge it first")
     others = sorted(set(model.peft_config) - {adapter_name})
     if compensated and others:
         raise UserError(
-            f"this method changes the base, and adapter {others[0]!r} relies on it: use a model of one adapter"
+            f"this method changes the base, and adapter {others[0]!r} relies on it; use a model with one adapter"
         )
 
 
 def blueprint_as_stored(donor: FolderDonor) -> Blueprint:
-    """The donor's blueprint with the dtypes that its tensors have on disk. UserError where they are no plain floats."""
+    """The donor's blueprint with the dtypes of its tensors on disk. UserError where a tensor is quantised."""
     specs = tuple(replace(spec, dtype=donor.entry(spec.name).dtype) for spec in donor.blueprint.specs)
     odd = next((s for s in specs if not s.dtype.is_floating_point or s.dtype.itemsize < 2), None)
     if odd is not None:
-        raise UserError(f"{donor.name}: {odd.name!r} is quantised ({odd.dtype}); give what it was made from")
+        raise UserError(f"{donor.name}: {odd.name!r} is quantised ({odd.dtype}); give the original model")
     return replace(donor.blueprint, specs=specs)
 
 
 def compensated_base(
     donor: FolderDonor, adapter: Adapter, adapter_file: Path, device: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the donor, W - scaling B A for what the adapter adapts, A and B as they lie in `adapter_file`."""
+    """Every tensor of the donor, with W - scaling B A for the adapted weights; A and B are read from `adapter_file`."""
     pairs = {pair.weight: pair for pair in adapter.pairs}
     with safe_open(adapter_file, framework="pt", device=device) as f:
         for name in donor.blueprint.names:
@@ -98,10 +107,9 @@ def compensated_base(
 
 
 def unwrapped_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The base's parameters under the names that they have without an adapter; shared ones once."""
-    found = module.named_parameters()
+    """The base's parameters by the names that they have without an adapter, shared ones once."""
     return {
         name.replace(".base_layer.", ".").removeprefix("base_layer."): p
-        for name, p in found
+        for name, p in module.named_parameters()
         if not any(part.startswith("lora_") for part in name.split("."))
     }

@@ -34,21 +34,23 @@ class Pair:
     """The matrices A and B that adapt one linear layer."""
 
     module: str  # in the base model, as in memory
-    weight: str  # disk name of the base's weight
+    weight: str  # name on disk of the base's weight
     role: str  # of that weight: attn.q, attn.qkv, …
     layer: int | None
     rows: int  # out
     columns: int  # in
     rank: int
     scaling: float  # what B A is multiplied by: alpha / rank, or alpha / sqrt(rank) with use_rslora
-    transposed: bool  # the base's weight lies on disk as [in, out] (GPT-2's Conv1D)
-    a: str  # disk names of the adapter: A [rank, columns]
-    b: str  # B [rows, rank]
+    transposed: bool  # the base's weight is stored as [in, out] (GPT-2's Conv1D)
+    a: str  # name on disk of A [rank, columns]
+    b: str  # name on disk of B [rows, rank]
 
 
 def as_lora_config(given: Any) -> LoraConfig:
-    """A peft.LoraConfig, a dict of its options, an adapter's folder or its adapter_config.json -> LoraConfig.
-    UserError: no such file, another kind of adapter, unknown options, rank below 1."""
+    """The LoraConfig of a peft.LoraConfig, a dict of its options, an adapter's folder or its adapter_config.json.
+
+    UserError: no such file, another kind of adapter, unknown options, a rank below 1.
+    """
     peft = require_peft()
     where = "lora config"
     if isinstance(given, str | Path):
@@ -58,7 +60,7 @@ def as_lora_config(given: Any) -> LoraConfig:
     if isinstance(given, Mapping):
         kind = given.get("peft_type") or "LORA"
         if getattr(kind, "value", kind) != "LORA":
-            raise UserError(f"{where}: is an adapter of type {kind}; only LoRA is filled here")
+            raise UserError(f"{where}: is an adapter of type {kind}; only LoRA can be filled")
         try:
             with _quiet():
                 given = peft.LoraConfig(**{k: v for k, v in given.items() if k not in ("peft_type", "peft_version")})
@@ -67,9 +69,9 @@ def as_lora_config(given: Any) -> LoraConfig:
     if not isinstance(given, peft.LoraConfig):
         raise UserError(f"{where}: is a {type(given).__name__}; give a LoraConfig, its options or an adapter's folder")
     ranks = [given.r, *(given.rank_pattern or {}).values()]
-    wrong = next((r for r in ranks if isinstance(r, bool) or not isinstance(r, int) or r < 1), None)
-    if wrong is not None:
-        raise UserError(f"{where}: rank {wrong}: give a whole number from 1 on")
+    invalid = next((r for r in ranks if isinstance(r, bool) or not isinstance(r, int) or r < 1), None)
+    if invalid is not None:
+        raise UserError(f"{where}: rank is {invalid}; give a whole number of at least 1")
     return given
 
 
@@ -155,7 +157,7 @@ def require_peft() -> Any:
 
 
 def _disk_names(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
-    """Module -> disk name of its weight, for those that are on disk what they are in memory."""
+    """Module -> name on disk of its weight, for the weights that are the same on disk and in memory."""
     weights = {f"{module}.weight": layer.get_base_layer().weight for module, layer in layers.items()}
     module_of = {id(weight): name.removesuffix(".weight") for name, weight in weights.items()}
     renamed = to_disk(model, weights) if hasattr(model, "save_pretrained") else weights  # type: ignore[arg-type]
@@ -193,33 +195,35 @@ def _pair_specs(pair: Pair, weight: TensorSpec) -> list[TensorSpec]:
 
 
 def _refuse_variants(module: str, layer: Any, adapter: str) -> None:
+    """UserError where a layer is not a plain linear one with plain LoRA."""
     from peft.tuners.lora import Linear
 
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     if type(layer) is not Linear or weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise UserError(
-            f"{module} is a {type(base).__name__} ({type(layer).__name__} to PEFT): only plain linear layers are "
-            "filled, not quantised ones, embeddings, convolutions or experts; adapt others"
+            f"{module} is a {type(base).__name__} ({type(layer).__name__} to PEFT): only plain linear layers can "
+            "be filled, not quantised ones, embeddings, convolutions or experts; adapt other modules"
         )
     variant = layer.lora_variant.get(adapter)
     if variant is not None or layer.lora_bias.get(adapter):
         kind = "LoRA with a bias" if variant is None else type(variant).__name__.removesuffix("LinearVariant")
-        raise UserError(f"{module}: {kind} is not filled here; use plain LoRA (use_dora=False and its like)")
+        raise UserError(f"{module}: {kind} cannot be filled; use plain LoRA (use_dora=False)")
 
 
 def _check_ranks(pairs: list[Pair]) -> None:
-    worst = next((p for p in pairs if p.rank > min(p.rows, p.columns)), None)
-    if worst is not None:
+    """UserError where a rank is above the smaller side of its weight."""
+    pair = next((p for p in pairs if p.rank > min(p.rows, p.columns)), None)
+    if pair is not None:
         most = min(min(p.rows, p.columns) for p in pairs)
         raise UserError(
-            f"rank {worst.rank} is above the smaller side of {worst.module} ({worst.rows} x {worst.columns}); "
+            f"rank {pair.rank} is above the smaller side of {pair.module} ({pair.rows} x {pair.columns}); "
             f"give at most {most}, or other targets"
         )
 
 
 def _check_targets(model: nn.Module, targets: Any, where: str) -> None:
-    """UserError for a target that no module of the base is called, or that is no linear layer."""
+    """UserError for a target that is not the name of a linear layer of the base."""
     from transformers.pytorch_utils import Conv1D
 
     if targets is None or isinstance(targets, str):  # PEFT's table, a regular expression, or all-linear
@@ -227,19 +231,19 @@ def _check_targets(model: nn.Module, targets: Any, where: str) -> None:
     modules = dict(model.named_modules())
     linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
     for target in sorted(targets):
-        found = [n for n in modules if n == target or n.endswith(f".{target}")]
-        if not found:
+        matches = [n for n in modules if n == target or n.endswith(f".{target}")]
+        if not matches:
             raise unknown(f"adapter target of {where}", target, linear)
-        wrong = next((n for n in found if not isinstance(modules[n], nn.Linear | Conv1D)), None)
-        if wrong is not None:
+        other = next((n for n in matches if not isinstance(modules[n], nn.Linear | Conv1D)), None)
+        if other is not None:
             raise UserError(
-                f"adapter target {target!r}: {wrong} is a {type(modules[wrong]).__name__}, no linear layer; "
+                f"adapter target {target!r}: {other} is a {type(modules[other]).__name__}, not a linear layer; "
                 f"choose from {', '.join(sorted(linear))}"
             )
 
 
 def _as_json(config: LoraConfig, model: nn.Module) -> dict[str, Any]:
-    """adapter_config.json of an adapter that is loaded as it is written: PEFT must not initialise it again."""
+    """The adapter_config.json of an adapter that is loaded as it is stored: PEFT must not initialise it again."""
     values = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.to_dict().items()}
     values |= {"init_lora_weights": True, "inference_mode": True}
     if values["task_type"] is None:
@@ -250,7 +254,7 @@ def _as_json(config: LoraConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def _task(model_class: str) -> str | None:
-    """PEFT's word for what a class of transformers does, which AutoPeftModelFor… goes by."""
+    """PEFT's task type of a class of transformers, which AutoPeftModelFor… needs. None for a class without one."""
     from transformers.models.auto import modeling_auto as auto
 
     if model_class in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -260,7 +264,7 @@ def _task(model_class: str) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PEFT's remarks on settings that it corrects itself (fan_in_fan_out)."""
+    """Silences PEFT's warnings on settings that it corrects itself (fan_in_fan_out)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""What has to be filled: the tensors of a target as they lie on disk, read from its config without any weights."""
+"""What has to be filled: the tensors of a target as they are stored, read from its config without any weights."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Blueprint:
     """What has to be filled.
 
     specs     one per tensor on disk, in the model's order (by name where transformers converts tensors on saving)
-    metadata  the architecture in numbers, None where no config describes it
-    config    the parsed config.json, None where there is none
-    ties      name that is not on disk -> disk name of the tensor that it shares
-    module    what `from_module` was given, whose classes know the default initialisation
-    adapter   where this is a LoRA adapter (`from_lora`): its config, its base and its pairs
+    metadata  the architecture in numbers, None without a config
+    config    the parsed config.json, None without one
+    ties      name that is not on disk -> name on disk of the tensor that it shares
+    module    the argument of `from_module`, whose classes know the default initialisation
+    adapter   for a LoRA adapter (`from_lora`): its config, its base and its pairs
     """
 
     specs: tuple[TensorSpec, ...]
@@ -66,27 +66,33 @@ class Blueprint:
 
     @classmethod
     def from_config(cls, source: str | Path | Mapping[str, Any]) -> Blueprint:
-        """source: a config.json, a folder that holds one, a hub id (org/name or org/name@revision) or a parsed
-        config. Raises UserError for what cannot be read, an architecture that transformers does not know, and
-        numbers that disagree. Only a hub id reaches for the network."""
+        """The blueprint of a config.
+
+        source: a config.json, a folder that contains one, a hub id (org/name or org/name@revision) or a parsed config.
+        Only a hub id uses the network. UserError for a config that cannot be read, an architecture that transformers
+        does not know, and numbers that disagree.
+        """
         data, where = read_config(source)
-        return _of_model(meta_model(parse_config(data, where), where), copy.deepcopy(data))
+        return _model_blueprint(meta_model(parse_config(data, where), where), copy.deepcopy(data))
 
     @classmethod
     def from_pretrained_config(cls, config: PretrainedConfig) -> Blueprint:
-        """config: a transformers config object, left as it is. UserError as for from_config."""
+        """The blueprint of a transformers config object, which is not changed. UserError as for `from_config`."""
         check_config(config, type(config).__name__)
-        return _of_model(meta_model(config, type(config).__name__), _as_json(config))
+        return _model_blueprint(meta_model(config, type(config).__name__), _as_json(config))
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Blueprint:
-        """The parameters of any module, those that are shared once. A transformers model gives the names that it has
-        on disk; any other its own, with roles as far as names (and, with `module.config`, sizes) tell them."""
+        """The blueprint of the parameters of any module, shared ones once.
+
+        The names are those on disk for a transformers model, and the module's own for any other, whose roles are
+        inferred from the names (and sizes, with a `module.config`).
+        """
         from transformers import PretrainedConfig, PreTrainedModel
 
         config = getattr(module, "config", None)
         if isinstance(module, PreTrainedModel):
-            return replace(_of_model(module, _as_json(module.config)), module=module)
+            return replace(_model_blueprint(module, _as_json(module.config)), module=module)
         metadata = metadata_of(config) if isinstance(config, PretrainedConfig) else None
         data = _as_json(config) if isinstance(config, PretrainedConfig) else None
         tensors = dict(module.named_parameters())
@@ -94,17 +100,19 @@ class Blueprint:
         every = module.named_parameters(remove_duplicate=False)
         ties = {name: first[id(p)] for name, p in every if name not in tensors}
         origin = {name: name for name in tensors}
-        return replace(_assigned(module, tensors, origin, metadata, data, ties), module=module)
+        return replace(_tensors_blueprint(module, tensors, origin, metadata, data, ties), module=module)
 
     @classmethod
     def from_lora(cls, base_config: str | Path | Mapping[str, Any], lora_config: Any) -> Blueprint:
-        """A LoRA adapter: A [rank, in] (role lora.a) and B [out, rank] (lora.b) of every target, float32, under the
-        names that PEFT gives them on disk; PEFT builds it on the meta device. `metadata` is the base's.
+        """The blueprint of a LoRA adapter: A [rank, in] (role lora.a) and B [out, rank] (lora.b) of every target.
 
-        base_config: as for from_config. lora_config: a peft.LoraConfig, a dict of its options, an adapter's folder or
-        its adapter_config.json; how it initialises is left to the sampler. UserError besides those of from_config:
-        peft is not installed, a target that the base does not have, a rank above the smaller side of a target, a
-        quantised base, what is no plain LoRA of linear layers (DoRA, modules_to_save, embeddings)."""
+        They are float32, under the names that PEFT saves. `metadata` is the base's.
+
+        base_config: as for `from_config`. lora_config: a peft.LoraConfig, a dict of its options, an adapter's folder or
+        its adapter_config.json; its way of initialising is ignored. UserError besides those of `from_config`: peft is
+        not installed, the base lacks a target, a rank is above the smaller side of a target, the base is quantised, or
+        the adapter is not plain LoRA of linear layers (DoRA, modules_to_save, embeddings).
+        """
         require_peft()
         data, where = read_config(base_config)
         refuse_quantised(data, where)
@@ -123,11 +131,11 @@ class Blueprint:
         return {s.name: s for s in self.specs}
 
     def __getitem__(self, name: str) -> TensorSpec:
-        """KeyError: says which name is near."""
+        """The spec of a tensor. KeyError, with the closest name, for an unknown name."""
         if name in self._by_name:
             return self._by_name[name]
         if name in self.ties:
-            raise KeyError(f"{name!r} is tied to {self.ties[name]!r} and not on disk")
+            raise KeyError(f"{name!r} is tied to {self.ties[name]!r} and not stored")
         raise KeyError(str(unknown("tensor", name, self._by_name))[:300])
 
     def __contains__(self, name: object) -> bool:
@@ -135,23 +143,26 @@ class Blueprint:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the tensors on disk."""
         return tuple(self._by_name)
 
     @property
     def parameters(self) -> int:
+        """The number of weights."""
         return sum(s.numel for s in self.specs)
 
     @property
     def nbytes(self) -> int:
+        """The size of all tensors on disk."""
         return sum(s.numel * s.dtype.itemsize for s in self.specs)
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """The tensors that no method models: role `other`, left to default initialisation. Say them aloud."""
+        """The tensors that no method models (role `other`). They keep the default initialisation; tell the user."""
         return tuple(s.name for s in self.specs if s.role == "other")
 
     def offset(self, spec: TensorSpec) -> float:
-        """What is added to the values of a tensor as stored before they are used: 1 for the gains of Gemma's norms."""
+        """What the model adds to the stored values of a tensor: 1 for the gains of Gemma's norms."""
         is_gain = spec.role == "norm" and spec.kind == "weight"
         return self.metadata.gain_offset if is_gain and self.metadata is not None else 0.0
 
@@ -163,10 +174,10 @@ class Blueprint:
         site: str | None = None,
         expert: int | None = None,
     ) -> list[tuple[TensorSpec, Part]]:
-        """The parts of a role, fused ones too. None for layer, site or expert means any."""
+        """The parts of a role, fused ones included, with their tensors. None for layer, site or expert means any."""
         return [
             (spec, part)
-            for spec in self._of_role.get((role, kind), ())
+            for spec in self._specs_by_role.get((role, kind), ())
             if (layer is None or spec.layer == layer)
             and (site is None or spec.site == site)
             and (expert is None or spec.expert == expert)
@@ -175,12 +186,12 @@ class Blueprint:
         ]
 
     @cached_property
-    def _of_role(self) -> dict[tuple[str, str], list[TensorSpec]]:
-        found: dict[tuple[str, str], list[TensorSpec]] = {}
+    def _specs_by_role(self) -> dict[tuple[str, str], list[TensorSpec]]:
+        by_role: dict[tuple[str, str], list[TensorSpec]] = {}
         for spec in self.specs:
             for role in {part.role for part in spec.parts}:
-                found.setdefault((role, spec.kind), []).append(spec)
-        return found
+                by_role.setdefault((role, spec.kind), []).append(spec)
+        return by_role
 
 
 def adapter_blueprint(model: PeftModel, base: Blueprint, adapter_name: str = "default") -> Blueprint:
@@ -201,23 +212,25 @@ def _as_json(config: PretrainedConfig) -> dict[str, Any]:
     return json.loads(config.to_json_string())
 
 
-def _of_model(model: PreTrainedModel, data: dict[str, Any]) -> Blueprint:
+def _model_blueprint(model: PreTrainedModel, data: dict[str, Any]) -> Blueprint:
     """The blueprint of a transformers model, on the meta device or not."""
     ties = model.all_tied_weights_keys
     skipped = {*ties, *(model._keys_to_ignore_on_save or ())}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in skipped}
     on_disk = to_disk(model, state)
-    module_name = {id(tensor): name for name, tensor in state.items()}  # what is only renamed stays the same object
+    module_name = {
+        id(tensor): name for name, tensor in state.items()
+    }  # a tensor that is only renamed stays the same object
     origin = {name: module_name[id(tensor)] for name, tensor in on_disk.items() if id(tensor) in module_name}
 
-    def renamed(name: str) -> str:
+    def disk_name(name: str) -> str:
         return next(iter(to_disk(model, {name: torch.empty(0, device="meta")})))
 
-    ties_on_disk = {renamed(name): renamed(kept) for name, kept in ties.items()}
-    return _assigned(model, on_disk, origin, metadata_of(model.config), data, ties_on_disk)
+    ties_on_disk = {disk_name(tied): disk_name(stored) for tied, stored in ties.items()}
+    return _tensors_blueprint(model, on_disk, origin, metadata_of(model.config), data, ties_on_disk)
 
 
-def _assigned(
+def _tensors_blueprint(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     origin: Mapping[str, str],
@@ -225,8 +238,8 @@ def _assigned(
     data: dict[str, Any] | None,
     ties: dict[str, str],
 ) -> Blueprint:
-    """origin: disk name -> name in memory, for the tensors that are the same in both."""
-    owner = {name: model.get_submodule(where.rpartition(".")[0]) for name, where in origin.items()}
+    """origin: name on disk -> name in memory, for the tensors that are the same in both."""
+    owner = {name: model.get_submodule(in_memory.rpartition(".")[0]) for name, in_memory in origin.items()}
     specs = roles.assign_roles(
         [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()],
         metadata,
@@ -234,12 +247,12 @@ def _assigned(
         transposed={name for name, module in owner.items() if type(module).__name__ == "Conv1D"},
     )
     if metadata is not None:
-        metadata = _completed(metadata, specs, owner)
+        metadata = _complete_metadata(metadata, specs, owner)
     return Blueprint(specs, metadata, data, ties)
 
 
-def _completed(metadata: Metadata, specs: tuple[TensorSpec, ...], owner: Mapping[str, nn.Module]) -> Metadata:
-    """Metadata with what the model tells and its config does not."""
+def _complete_metadata(metadata: Metadata, specs: tuple[TensorSpec, ...], owner: Mapping[str, nn.Module]) -> Metadata:
+    """The metadata with what the model tells and its config does not. owner: name on disk -> the tensor's module."""
     norms = [
         s for s in specs if s.role == "norm" and s.kind == "weight" and s.site not in ("q", "k") and s.name in owner
     ]
@@ -252,8 +265,11 @@ def _completed(metadata: Metadata, specs: tuple[TensorSpec, ...], owner: Mapping
 
 
 def _norm_kind(norm: nn.Module) -> tuple[str, bool]:
-    """('rms' or 'layer', whether gains are stored minus one), seen from what a copy of the norm does: LayerNorm maps a
-    constant vector to zero and RMSNorm does not; gains of zero give zero unless one is added to them (Gemma)."""
+    """('rms' or 'layer', whether gains are stored minus one), found by applying a copy of the norm.
+
+    LayerNorm maps a constant vector to zero and RMSNorm does not. Gains of zero give zero, unless the norm adds one to
+    them (Gemma).
+    """
     probe = copy.deepcopy(norm).float().to_empty(device="cpu")
     with torch.no_grad():
         for parameter in probe.parameters():

@@ -1,4 +1,4 @@
-"""Configs: read them, refuse those whose numbers disagree, and turn them into metadata and a model without weights."""
+"""Reads configs, refuses those whose numbers disagree, and turns them into metadata and models without weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.checkpoints.files import read_json, refuse_pickle
+from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.errors import UserError, unknown
 from zoo.tensors import Metadata
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What a size is called, transformers' common name first. Aliases inside one config class (n_embd) are not listed:
-# its attribute_map resolves them.
-NAMES = {
+# The keys of each size in configs, the most common key of transformers first. A key that is an alias within one config
+# class is not listed: the class's attribute_map resolves it.
+SIZE_KEYS = {
     "width": ("hidden_size", "d_model", "n_embd"),
     "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
     "heads": ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads"),
@@ -36,26 +37,30 @@ NAMES = {
     "expert_ffn": ("moe_intermediate_size",),
     "experts_per_token": ("num_experts_per_tok",),
 }
-LIMIT = {"layers": 10_000, "experts": 100_000}  # anything above is a typing error, and would take minutes to build
+LARGEST = {
+    "layers": 10_000,
+    "experts": 100_000,
+}  # a larger number is a typing error, and its model would take minutes to build
 MOST_PARAMETERS = 10**14
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "afn")
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
 
 
 def read_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """A config.json, a folder that holds one, a hub id (org/name or org/name@revision) or a parsed config ->
-    (parsed config, what to call it in an error). UserError where there is none; only a hub id uses the network."""
+    """(the parsed config, its name in errors).
+
+    source: a config.json, a folder that contains one, a hub id (org/name or org/name@revision) or a parsed config. Only
+    a hub id uses the network. UserError where there is no config.
+    """
     if isinstance(source, Mapping):
         return dict(source), "config"
     path = Path(source).expanduser()
     if path.is_dir():
         path = path / "config.json"
     elif not path.exists():
-        from zoo.checkpoints.hub import HUB_ID, with_retries
-
         if not isinstance(source, str) or source.endswith(".json") or not HUB_ID.fullmatch(source):
             raise UserError(
-                f"{source}: no such file or folder, and no hub id; give a config.json, a folder that holds one, or "
+                f"{source}: no such file or folder, and not a hub id; give a config.json, a folder with one, or "
                 "org/name"
             )
         from huggingface_hub import hf_hub_download
@@ -67,39 +72,41 @@ def read_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedConfig:
-    """A parsed config.json -> transformers' config object. UserError for an architecture that transformers does not
-    know (no remote code is ever run), for a quantised checkpoint, and for numbers that disagree."""
+    """A parsed config.json as transformers' config object. Never runs remote code.
+
+    UserError for an architecture that transformers does not know, a quantised checkpoint, and numbers that disagree.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = data.get("model_type")
     if not isinstance(model_type, str):
-        raise UserError(f"{where}: has no model_type; it must be the config.json of a transformers model")
+        raise UserError(f"{where}: has no model_type; give the config.json of a transformers model")
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in data:
             raise UserError(f"{where}: model_type {model_type!r} needs remote code (auto_map), which is never run")
         raise UserError(f"{where}: {unknown('model_type', model_type, CONFIG_MAPPING)}"[:300])
     if data.get("quantization_config"):
-        raise UserError(f"{where}: quantization_config is set; quantised tensors cannot be described, take it out")
+        raise UserError(f"{where}: quantization_config is set, and quantised tensors are not supported; remove it")
     _check_sizes(data, CONFIG_MAPPING[model_type], where)
     for key in ("dtype", "torch_dtype"):
         if isinstance(name := data.get(key), str) and not isinstance(getattr(torch, name, None), torch.dtype):
-            raise UserError(f"{where}: {key} is {name!r}, which torch does not have; say float32, bfloat16 or float16")
+            raise UserError(f"{where}: {key} is {name!r}, which torch does not have; give float32, bfloat16 or float16")
     rest = {k: v for k, v in data.items() if k not in ("model_type", "auto_map", "transformers_version")}
     try:
         with quiet_transformers():
             config = AutoConfig.for_model(model_type, **copy.deepcopy(rest))
-    except Exception as error:  # strict validation, a dtype that torch lacks, a missing sub-config: all the config's
+    except Exception as error:  # strict validation, an unknown dtype, a missing sub-config
         raise UserError(f"{where}: {_first_reason(error)}") from error
     check_config(config, where)
     return config
 
 
 def check_config(config: PretrainedConfig, where: str = "config") -> None:
-    """UserError, naming keys and values, where the sizes of a config cannot make a model."""
+    """UserError, with keys and values, where the sizes of a config disagree."""
     text = text_config(config)
-    _check_sizes({k: getattr(text, k, None) for names in NAMES.values() for k in names}, type(text), where)
+    _check_sizes({k: getattr(text, k, None) for keys in SIZE_KEYS.values() for k in keys}, type(text), where)
     width, heads, kv_heads = _size(text, "width"), _size(text, "heads"), _kv_heads(text)
-    name = {what: _key(text, what) for what in NAMES}
+    name = {size: _key(text, size) for size in SIZE_KEYS}
     if width and heads and not _size(text, "head_dim") and width % heads:
         raise UserError(f"{where}: {name['width']} {width} is not a multiple of {name['heads']} {heads}")
     if heads and kv_heads and heads % kv_heads:
@@ -120,20 +127,21 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 def meta_model(config: PretrainedConfig, where: str = "config") -> PreTrainedModel:
     """The model of a config on the meta device, in the config's dtype: names and shapes, no memory.
 
-    The class is the one that `architectures` names, else the one for sequence-to-sequence, masked or causal language
-    modelling, in this order, else the bare model. UserError where transformers cannot build it."""
+    Its class is the one in `architectures`, else the one for sequence-to-sequence, masked or causal language modelling
+    (in this order), else the bare model. UserError where transformers cannot build it.
+    """
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"), quiet_transformers():
             model = _model_class(config)._from_config(config)
     except UserError:
         raise
-    except Exception as error:  # whatever a constructor says of values that no check above knows
+    except Exception as error:  # a constructor's reason for values that no check above covers
         kind = config.model_type
         raise UserError(f"{where}: transformers cannot build this {kind}: {_reason(error, config)}") from error
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > MOST_PARAMETERS:
-        raise UserError(f"{where}: its sizes make {parameters:.1e} parameters; one of them must be a typing error")
+        raise UserError(f"{where}: its sizes give {parameters:.1e} parameters; check them for a typing error")
     return model
 
 
@@ -141,8 +149,8 @@ def _model_class(config: PretrainedConfig) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    for named in config.architectures or ():
-        cls = getattr(transformers, named, None)
+    for class_name in config.architectures or ():
+        cls = getattr(transformers, class_name, None)
         if getattr(cls, "config_class", None) is type(config):
             return cls
     mappings = [auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_MAPPING]
@@ -152,45 +160,52 @@ def _model_class(config: PretrainedConfig) -> Any:
         mappings.insert(0, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
     for mapping in mappings:
         if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
-    raise UserError(f"transformers has no model for a {config.model_type} config; give that of a whole model")
+            classes = mapping[type(config)]
+            return classes[0] if isinstance(classes, tuple) else classes
+    raise UserError(f"transformers has no model for a {config.model_type} config; give the config of a whole model")
 
 
 def with_language_head(data: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
-    """The config with an architecture that predicts tokens. `architectures` may name a bare model or a classifier;
-    weights for one only seem to load as a language model, whose head would be drawn anew. It then becomes the class
-    that transformers has for language modelling with this model_type. UserError where there is none."""
+    """The config with an architecture that predicts tokens.
+
+    `architectures` may name a bare model or a classifier. A language model that loads such weights draws its head at
+    random. The architecture then becomes transformers' language model for this model_type. UserError where there is
+    none.
+    """
     from transformers.models.auto import modeling_auto as auto
 
     config = parse_config(data, where)
-    heads: set[str] = set()
+    language_models: set[str] = set()
     for task in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "PRETRAINING"):
-        for found in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
-            heads |= {found} if isinstance(found, str) else set(found)
-    named = _model_class(config).__name__
-    if named in heads:
+        for classes in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
+            language_models |= {classes} if isinstance(classes, str) else set(classes)
+    own = _model_class(config).__name__
+    if own in language_models:
         return dict(data)
     config.architectures = None
-    head = _model_class(config).__name__
-    if head not in heads:
-        raise UserError(f"{where}: {named} is no language model, and transformers has none for {config.model_type!r}")
-    log.info("%s: %s predicts no tokens; written as %s, the language model of this kind", where, named, head)
-    return {**data, "architectures": [head]}
+    language_model = _model_class(config).__name__
+    if language_model not in language_models:
+        raise UserError(f"{where}: {own} is not a language model, and transformers has none for {config.model_type!r}")
+    log.info("%s: %s predicts no tokens; the language model %s is written instead", where, own, language_model)
+    return {**data, "architectures": [language_model]}
 
 
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names and tensors as in memory -> as `save_pretrained` writes them: transformers 5 fuses Mixtral's experts
-    and renames heads in memory only. Works on the meta device; all tensors that are converted together (the experts
-    of a layer) must be in `state`."""
+    """Names and tensors in memory -> as `save_pretrained` writes them.
+
+    transformers 5 fuses Mixtral's experts and renames heads in memory only. Works on the meta device. All tensors that
+    are converted together (the experts of a layer) must be in `state`.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, dict(state))
 
 
 def metadata_of(config: PretrainedConfig) -> Metadata | None:
-    """The numbers of a config, or None where it has no residual stream (a convolutional network). `norm`,
-    `positions` and `extra['rms_offset']` are not in a config: the blueprint reads them off the model."""
+    """The numbers of a config, None where it has no residual stream (a convolutional network).
+
+    `norm`, `positions` and `extra['rms_offset']` are not in a config: the blueprint takes them from the model.
+    """
     text = text_config(config)
     width, layers = _size(text, "width"), _size(text, "layers")
     if not width or not layers:
@@ -228,7 +243,7 @@ def metadata_of(config: PretrainedConfig) -> Metadata | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' remarks on token ids and unused keys; errors are raised, not logged."""
+    """Silences transformers' log messages on token ids and unused keys. Errors are raised all the same."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -240,34 +255,35 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _check_sizes(values: Mapping[str, Any], cls: type, where: str) -> None:
+    """UserError where a size is not a whole number or out of range. cls: the config's class."""
     aliases = {alias: name for name, alias in getattr(cls, "attribute_map", {}).items()}
     for key, value in values.items():
-        what = next((w for w, names in NAMES.items() if key in names or aliases.get(key) in names), None)
-        if what is None or value is None or isinstance(value, list | tuple | Mapping):  # one size per layer or stage
+        size = next((s for s, keys in SIZE_KEYS.items() if key in keys or aliases.get(key) in keys), None)
+        if size is None or value is None or isinstance(value, list | tuple | Mapping):  # a list: one size per layer
             continue
         if isinstance(value, bool) or not isinstance(value, int):
-            raise UserError(f"{where}: {key} is {value!r} where a whole number must be")
-        # num_local_experts and its like may be 0 in dense models of a family that also has experts.
-        least = 0 if what in ("experts", "expert_ffn", "experts_per_token") else 1
-        most = LIMIT.get(what, 2**31 - 1)
+            raise UserError(f"{where}: {key} is {value!r}; give a whole number")
+        # num_local_experts and similar keys may be 0 in the dense models of a family with experts.
+        least = 0 if size in ("experts", "expert_ffn", "experts_per_token") else 1
+        most = LARGEST.get(size, 2**31 - 1)
         if not least <= value <= most:
-            raise UserError(f"{where}: {key} is {value}; it must be from {least} to {most}")
+            raise UserError(f"{where}: {key} is {value}; give {least} to {most}")
 
 
-def _key(config: PretrainedConfig, what: str) -> str:
-    """The name under which a config has a size."""
-    found = next((k for k in NAMES[what] if getattr(config, k, None) is not None), NAMES[what][0])
-    return config.attribute_map.get(found, found)
+def _key(config: PretrainedConfig, size: str) -> str:
+    """The key under which a config has a size."""
+    key = next((k for k in SIZE_KEYS[size] if getattr(config, k, None) is not None), SIZE_KEYS[size][0])
+    return config.attribute_map.get(key, key)
 
 
-def _size(config: PretrainedConfig, what: str) -> int:
-    """A size of a config, 0 where it has none or one per layer."""
-    value = next((v for k in NAMES[what] if (v := getattr(config, k, None)) is not None), 0)
+def _size(config: PretrainedConfig, size: str) -> int:
+    """A size of a config, 0 where the config has none or one per layer."""
+    value = next((v for k in SIZE_KEYS[size] if (v := getattr(config, k, None)) is not None), 0)
     return value if isinstance(value, int) else 0
 
 
 def _kv_heads(config: PretrainedConfig) -> int:
-    # Falcon and StarCoder 1 say multi_query and mean one; Falcon's new layout goes by num_kv_heads again.
+    # multi_query means one KV head in Falcon and StarCoder 1; Falcon's new layout uses num_kv_heads again.
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1
     return _size(config, "kv_heads") or _size(config, "heads")
@@ -279,36 +295,38 @@ def _head_dim(config: PretrainedConfig) -> int:
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    """transformers 5's rope_parameters; of one entry per kind of layer (Gemma 3), that of full attention, with the
-    base of the sliding layers beside it."""
+    """transformers 5's rope_parameters, {} without a rotary embedding.
+
+    Where they have one entry per kind of layer (Gemma 3): that of full attention, and the sliding layers' rope_theta as
+    `rope_theta_local`.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     if getattr(config, "alibi", False):
         return {}
     if "full_attention" in rope:
         local = rope.get("sliding_attention") or {}
         return {**(rope["full_attention"] or {}), "rope_theta_local": local.get("rope_theta")}
-    if not rope and getattr(config, "rotary_dim", None):  # GPT-J has a fixed base
+    if not rope and getattr(config, "rotary_dim", None):  # GPT-J's rope_theta is fixed
         return {"rope_theta": 10000.0}
     return rope
 
 
 def _embed_scale(config: PretrainedConfig, width: int) -> float:
-    """What the embedding is multiplied with before the first block."""
+    """The factor of the embeddings before the first block."""
     if config.model_type.startswith(("gemma", "t5gemma", "vaultgemma")) or getattr(config, "scale_embedding", False):
         return width**0.5
     return float(getattr(config, "embedding_multiplier", 1.0))
 
 
 def _parallel(config: PretrainedConfig) -> bool:
-    """Whether attention and MLP read the same stream and are added together."""
+    """Whether attention and MLP of a block read the same residual stream."""
     keys = ("use_parallel_residual", "parallel_attn")
     always = ("cohere", "cohere2", "phi", "gptj", "codegen")
     return config.model_type in always or any(bool(getattr(config, k, False)) for k in keys)
 
 
 def _reason(error: BaseException, config: PretrainedConfig) -> str:
-    """Why a model was not built. A KeyError is a value (of an activation, of a kind of rotary embedding) that
-    transformers looked up in vain: say whose."""
+    """Why a model was not built. A KeyError is a value that transformers does not know: this adds the value's key."""
     if not isinstance(error, KeyError):
         return _first_reason(error)
     value = error.args[0]
@@ -318,7 +336,7 @@ def _reason(error: BaseException, config: PretrainedConfig) -> str:
 
 
 def _first_reason(error: BaseException) -> str:
-    """The telling line of an error: transformers' validators put it last, after the name of the validator."""
+    """The line of an error that states the reason. transformers' validators put it last, after the validator's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[-1] if lines[0].startswith(("Validation error", "Class validation error")) else lines[0]
     return re.sub(r"^\w*Error: ", "", line)[:300]

@@ -126,15 +126,15 @@ def test_a_config_is_read_from_a_folder_a_file_a_dict_or_an_object(tmp_path: Pat
     ("given", "words"),
     [
         ({"r": 17}, r"rank 17 is above the smaller side of model\.layers\.0\.self_attn\.k_proj \(16 x 32\).*most 16"),
-        ({"r": 0}, "rank 0"),
-        ({"r": 2.5}, r"rank 2\.5"),
-        ({"rank_pattern": {"q_proj": -1}}, "rank -1"),
+        ({"r": 0}, "rank is 0; give a whole number of at least 1"),
+        ({"r": 2.5}, r"rank is 2\.5"),
+        ({"rank_pattern": {"q_proj": -1}}, "rank is -1"),
         ({"target_modules": ["q_prj"]}, "did you mean 'q_proj'"),
-        ({"target_modules": ["self_attn"]}, "is a LlamaAttention, no linear layer; choose from down_proj"),
+        ({"target_modules": ["self_attn"]}, "is a LlamaAttention, not a linear layer; choose from down_proj"),
         ({"target_modules": ["embed_tokens"]}, "is a Embedding"),
         ({"target_modules": "no such module"}, "PEFT cannot adapt it: Target modules no such module not found"),
-        ({"use_dora": True}, "Dora is not filled here"),
-        ({"lora_bias": True}, "a bias is not filled here"),
+        ({"use_dora": True}, "Dora cannot be filled"),
+        ({"lora_bias": True}, "a bias cannot be filled"),
         ({"modules_to_save": ["lm_head"]}, r"trains base_model\.model\.lm_head\.weight besides"),
         ({"trainable_token_indices": [1]}, "besides its pairs"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "not a tensor of the base on disk"),
@@ -150,12 +150,12 @@ def test_what_does_not_fit_is_refused_in_one_line(given: dict[str, Any], words: 
 def test_quantised_bases_experts_and_models_are_refused() -> None:
     with pytest.raises(UserError, match="is quantised"):
         Blueprint.from_lora({**LLAMA, "quantization_config": {"quant_method": "awq"}}, options())
-    with pytest.raises(UserError, match="experts; adapt others"):
+    with pytest.raises(UserError, match="experts; adapt other modules"):
         Blueprint.from_lora(LISTED["mixtral"], options())
     assert len(Blueprint.from_lora(LISTED["mixtral"], options(target_modules=["q_proj"])).specs) == 4
     with pytest.raises(UserError, match="headstart lora"):
         lora_pairs(Blueprint.from_config(LLAMA), "pissa")
-    with pytest.raises(UserError, match="leave it out of the targets"):
+    with pytest.raises(UserError, match="remove it from the targets"):
         refuse_tied_weights(adapter(Blueprint.from_lora(LLAMA, options(target_modules=["q_proj", "lm_head"]))))
     refuse_tied_weights(adapter(Blueprint.from_lora(LISTED["llama"], options(target_modules=["lm_head"]))))
 

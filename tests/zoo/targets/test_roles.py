@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from tests.support.architectures import LISTED, UNLISTED
 from tests.zoo.targets.test_blueprint import real_model
+from zoo.targets.architectures import ARCHITECTURES
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.configs import to_disk
-from zoo.targets.roles import ARCHITECTURES, axis_sizes, parse_name
+from zoo.targets.roles import axis_sizes, parse_name
 from zoo.tensors import AXES, NORM_SITES, ROLES, join_parts, split_parts
 
 EVERY = {**LISTED, **UNLISTED}
