@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from baselines.transfer.donor_choice import choose_donor
-from baselines.transfer.index_maps import describe_changes
-from baselines.transfer.sizes import axis_sizes
+from baselines.transfer.donor_choice import DonorRequest, choose_donor
+from baselines.transfer.gather import fixed_maps
+from baselines.transfer.sizes import describe_changes, metadata_pair
 from baselines.transfer.vocabulary import VocabularyRows, vocabulary_rows
 from zoo.donors.donor import Donor
 from zoo.donors.folder import donor_ref, open_ref
@@ -24,10 +24,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Transfer(Sampler):
-    """A sampler that gathers one donor's weights by index maps. `fit` chooses the donor and checks that it fits; the
-    weights are read while sampling. Subclasses give `sample`, and `choices` for their options of fixed words."""
+    """A sampler that fills a target with the weights of one donor.
+
+    `fit` chooses the donor and refuses a target that it cannot fill; `sample` reads the weights. A subclass implements
+    `sample`, and overrides `allow_larger` and `extra_mismatches` where its rules differ.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ("donor",)
+    how_to_grow: ClassVar[str] = "the method row-column or net2wider"  # advice for a target with a larger axis
 
     donor: str | None = option(None, "name of the donor; none: the nearest in size that fits")
     tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
@@ -37,12 +41,12 @@ class Transfer(Sampler):
         self._source: Donor | None = None
 
     @property
-    def grows(self) -> bool:
+    def allow_larger(self) -> bool:
         """Whether an axis of the target may be larger than the donor's."""
         return False
 
-    def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
-        """A method's own reasons why a donor cannot fill a target, where `problems` finds none. Reads configs only."""
+    def extra_mismatches(self, donor: Donor, blueprint: Blueprint) -> list[str]:
+        """The method's own reasons why a donor cannot fill a target. Reads configs only."""
         return []
 
     @property
@@ -61,15 +65,27 @@ class Transfer(Sampler):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         self._source = self._choose(zoo, blueprint)
-        log_plan(self._source, blueprint, self.rows(blueprint), self.name)
+        log_plan(self._source, blueprint, self.vocabulary_rows(blueprint), self.name)
         return self
 
     def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Donor:
-        given = {"grow": "`--set wider=repeat`, or the method row-column"} if "wider" in self.choices else {}
-        return choose_donor(zoo, blueprint, self.donor, self.tokenizer, self.grows, self.name, self.refuses, **given)
+        request = DonorRequest(
+            method=self.name,
+            name=self.donor,
+            tokenizer=self.tokenizer,
+            allow_larger=self.allow_larger,
+            extra_mismatches=self.extra_mismatches,
+            how_to_grow=self.how_to_grow,
+        )
+        return choose_donor(zoo, blueprint, request)
 
-    def rows(self, blueprint: Blueprint) -> VocabularyRows:
+    def vocabulary_rows(self, blueprint: Blueprint) -> VocabularyRows:
+        """The donor's row for each row of the target's vocabulary."""
         return vocabulary_rows(self.source, blueprint, self.tokenizer)
+
+    def fixed_maps(self, blueprint: Blueprint) -> dict[str, Any]:
+        """The maps that no method decides, as keyword arguments of `IndexMaps`."""
+        return fixed_maps(self.source, blueprint, self.vocabulary_rows(blueprint))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {**donor_ref(self.source)}, {}
@@ -78,20 +94,19 @@ class Transfer(Sampler):
         self._source = open_ref(values, self.name)
 
 
-def log_plan(donor: Donor, blueprint: Blueprint, rows: VocabularyRows, who: str) -> None:
-    """Says aloud what the maps will do that a user may not expect."""
-    source, target = donor.blueprint.metadata, blueprint.metadata
-    assert source is not None and target is not None
-    log.info("%s: from %s: %s", who, donor.name, describe_changes(axis_sizes(source, target)))
+def log_plan(donor: Donor, blueprint: Blueprint, rows: VocabularyRows, method: str) -> None:
+    """Logs which axes change, and what is drawn at random because the donor does not have it."""
+    source, target = metadata_pair(donor, blueprint)
+    log.info("%s: from %s: %s", method, donor.name, describe_changes(source, target))
     if target.layers > source.layers:
-        log.info("%s: %d layers are made of %d: layers repeat", who, target.layers, source.layers)
-    fresh = int((rows.index < 0).sum())
-    if fresh or not rows.same:
-        shared = f"{target.vocab - fresh} of {target.vocab} tokens are the donor's by string"
-        log.info("%s: %s; the other %d rows are drawn like its rows", who, shared, fresh)
+        log.info("%s: %d layers from %d: layers repeat", method, target.layers, source.layers)
+    n_new = int((rows.index < 0).sum())
+    if n_new or not rows.same_tokenizer:
+        shared = f"{target.vocab - n_new} of {target.vocab} tokens are in the donor's vocabulary"
+        log.info("%s: %s; the other %d rows are drawn like the donor's", method, shared, n_new)
     if target.positions > source.positions:
-        log.info("%s: positions from %d on are drawn like the donor's", who, source.positions)
+        log.info("%s: positions from %d on are drawn like the donor's", method, source.positions)
     if target.tied and not source.tied:
-        log.info("%s: the target ties its head to the embedding: the donor's head is left out", who)
+        log.info("%s: the target ties its head to the embedding: the donor's head is left out", method)
     if target.rope_theta != source.rope_theta:
-        log.info("%s: rope_theta %s -> %s: positions rotate differently", who, source.rope_theta, target.rope_theta)
+        log.info("%s: rope_theta %s -> %s: positions rotate differently", method, source.rope_theta, target.rope_theta)

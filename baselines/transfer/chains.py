@@ -1,8 +1,8 @@
 """Plain feed-forward modules as chains of matrices: each reads the hidden space that the one before it writes.
 
-A module without a config says nothing of its coordinates, but its forward does: traced symbolically, an MLP is a line
-of linear layers with elementwise functions and norms between. Then every hidden space has one writer and one reader,
-and one index map per space moves rows and columns together.
+A module without a config does not name its coordinates, but its forward shows them. Traced symbolically, an MLP is a
+line of linear layers with elementwise functions and norms between them. Every hidden space then has one writer and one
+reader, and one index map per space moves rows and columns together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
-# What may stand between two matrices: whatever treats all coordinates of a hidden space alike.
+# Functions that may stand between two matrices, because they treat all coordinates of a hidden space alike.
 ELEMENTWISE = {
     "relu", "relu6", "leakyrelu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "softsign", "sigmoid",
     "logsigmoid", "hardsigmoid", "hardswish", "tanh", "hardtanh", "tanhshrink", "softshrink", "hardshrink", "dropout",
@@ -36,11 +36,11 @@ class Chain:
 
     matrices: tuple[str, ...]  # names of [sizes[i + 1], sizes[i]]
     sizes: tuple[int, ...]  # of the spaces, the inputs first
-    vectors: tuple[tuple[tuple[str, str], ...], ...]  # per space: (what it is, name) of biases, gains and shifts
+    vectors: tuple[tuple[tuple[str, str], ...], ...]  # per space: (kind, name) of biases, gains and shifts
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Chain:
-        vectors = tuple(tuple((what, name) for what, name in space) for space in values["vectors"])
+        vectors = tuple(tuple((kind, name) for kind, name in space) for space in values["vectors"])
         return cls(tuple(values["matrices"]), tuple(values["sizes"]), vectors)
 
     @property
@@ -50,7 +50,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class ChainDonor:
-    """What is kept of a donor: all tensors of its chain, in float32."""
+    """A donor's chain and all its tensors, in float32."""
 
     name: str
     chain: Chain
@@ -58,22 +58,23 @@ class ChainDonor:
 
 
 def trace_chain(blueprint: Blueprint, where: str) -> Chain:
-    """The chain of a module in memory, from its forward. Linear layers, with elementwise functions, LayerNorm and
-    RMSNorm between; what stands before the first and after the last matrix is free, if it has no parameters.
+    """The chain of a module in memory, found by tracing its forward.
 
-    Raises UserError, with what stands in the way, for any other layer with parameters, a forward that branches or
-    depends on data, and parameters that are shared."""
+    It may hold linear layers, with elementwise functions, LayerNorm and RMSNorm between them; before the first and
+    after the last matrix any function without parameters. Raises UserError for any other layer with parameters, a
+    forward that branches or depends on data, and parameters that are shared. where: the model's name in messages.
+    """
     module = blueprint.module
     if module is None:
-        raise UserError(f"{where}: has no config and is no module in memory, so how its tensors follow is not known")
+        raise UserError(f"{where}: has neither a config nor a module in memory, so the order of its tensors is unknown")
     matrices: list[str] = []
     sizes: list[int] = []
     vectors: list[list[tuple[str, str]]] = [[]]
-    between: list[str] = []  # what was called since the last matrix and is not elementwise
+    between: list[str] = []  # calls since the last matrix that are not elementwise
     for path, called, layer in _traced_calls(module, where):
         if isinstance(layer, nn.Linear):
             if sizes and layer.in_features != sizes[-1]:
-                raise UserError(f"{where}: {path} reads {layer.in_features} values, what stands before it {sizes[-1]}")
+                raise UserError(f"{where}: {path} reads {layer.in_features} values, but {sizes[-1]} come before it")
             if matrices and between:
                 raise UserError(f"{where}: {between[0]} between {matrices[-1]} and {path} may mix hidden units")
             sizes = sizes or [layer.in_features]
@@ -90,32 +91,34 @@ def trace_chain(blueprint: Blueprint, where: str) -> Chain:
             vectors[-1] += [(f"{kind} {key}", f"{path}.{key}") for key, _ in layer.named_parameters()]
         elif layer is not None and any(True for _ in layer.state_dict()):
             raise UserError(
-                f"{where}: {path} is a {type(layer).__name__}; row-column without a config takes plain chains of"
-                " Linear, LayerNorm, RMSNorm and elementwise functions"
+                f"{where}: {path} is a {type(layer).__name__}; without a config row-column takes chains of Linear,"
+                " LayerNorm, RMSNorm and elementwise functions"
             )
         elif called not in ELEMENTWISE:
             between.append(path)
     if not matrices:
-        raise UserError(f"{where}: has no linear layer that row-column could sample")
+        raise UserError(f"{where}: has no linear layer for row-column to sample")
     chain = Chain(tuple(matrices), tuple(sizes), tuple(tuple(space) for space in vectors))
     repeated = [name for name in chain.names if chain.names.count(name) > 1]
     computed = [name for name in chain.names if name not in blueprint]
     if repeated or computed:
         raise UserError(
-            f"{where}: {(repeated + computed)[0]} is used twice or computed; row-column needs tensors of one use"
+            f"{where}: {(repeated + computed)[0]} is used twice or computed; row-column needs tensors used once"
         )
     return chain
 
 
 def _traced_calls(module: nn.Module, where: str) -> Iterator[tuple[str, str, nn.Module | None]]:
-    """(path or name, name of the function in lower case, the layer if it is one) of every step of a forward that is
-    one line from input to output, in order."""
+    """(path or name, name of the function in lower case, the layer if it is one) of each call of a forward, in order.
+
+    Raises UserError where the forward is not one line from input to output.
+    """
     kind = type(module).__name__
     try:
         nodes = list(fx.Tracer().trace(module).nodes)
-    except Exception as error:  # anything that a foreign forward may raise when it is run on symbols
+    except Exception as error:  # a forward may raise anything when it is run on symbols
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: the forward of {kind} cannot be followed without data ({reason})") from error
+        raise UserError(f"{where}: the forward of {kind} cannot be traced without data ({reason})") from error
     for node in nodes:
         if node.op == "get_attr":
             raise UserError(f"{where}: {kind} uses {node.target} outside any layer; row-column needs a chain of layers")
@@ -132,28 +135,31 @@ def _traced_calls(module: nn.Module, where: str) -> Iterator[tuple[str, str, nn.
 def chain_mismatches(source: Chain, target: Chain) -> list[str]:
     """Why a donor's chain cannot fill a target's, with both sizes; empty where it can.
 
-    The depths must agree: without skip connections the coordinates of two hidden spaces have nothing in common, so no
-    matrix can be left out or used twice."""
+    The depths must agree. Without skip connections the coordinates of two hidden spaces have nothing in common, so that
+    no matrix can be left out or used twice.
+    """
     if len(source.matrices) != len(target.matrices):
         return [f"it has {len(source.matrices)} matrices and the target {len(target.matrices)}"]
     found = []
-    for what, place in (("inputs", 0), ("outputs", -1)):
+    for side, place in (("inputs", 0), ("outputs", -1)):
         if source.sizes[place] != target.sizes[place]:
-            found.append(f"it has {source.sizes[place]} {what} and the target {target.sizes[place]}")
-    for i, (theirs, ours) in enumerate(zip(source.vectors, target.vectors, strict=True)):
-        here, there = ([what for what, _ in space] for space in (theirs, ours))
-        if here != there:
-            said = " and the target ".join(", ".join(kinds) or "no vector" for kinds in (here, there))
-            found.append(f"over space {i} it has {said}")
+            found.append(f"it has {source.sizes[place]} {side} and the target {target.sizes[place]}")
+    for i, (source_vectors, target_vectors) in enumerate(zip(source.vectors, target.vectors, strict=True)):
+        source_kinds, target_kinds = ([kind for kind, _ in space] for space in (source_vectors, target_vectors))
+        if source_kinds != target_kinds:
+            sides = " and the target ".join(", ".join(kinds) or "no vector" for kinds in (source_kinds, target_kinds))
+            found.append(f"in hidden space {i} it has {sides}")
     return found
 
 
-def choose_chain_donor(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) -> tuple[Donor, Chain]:
-    """The donor called `name`, or of those that fit the nearest in size (ties by name), and its chain. Raises UserError
-    where the target is no chain, or it (or none) fits. Reads no weight."""
+def choose_chain_donor(zoo: Zoo | None, blueprint: Blueprint, name: str | None, method: str) -> tuple[Donor, Chain]:
+    """The donor called `name`, or of those that fit the nearest in size (ties by name), and its chain.
+
+    Raises UserError where the target is not a chain, or where the donor (or none) fits. Reads no weights.
+    """
     target = trace_chain(blueprint, "target")
     if zoo is None:
-        raise UserError(f"{who} needs a donor: give a zoo of modules (zoo.donors.memory.zoo_of)")
+        raise UserError(f"{method} needs a donor: give a zoo of modules (zoo.donors.memory.zoo_of)")
     fitting: list[tuple[float, str, Chain]] = []
     reasons = []
     for donor in [zoo.donor(name)] if name is not None else zoo.donors:
@@ -162,31 +168,34 @@ def choose_chain_donor(zoo: Zoo | None, blueprint: Blueprint, name: str | None, 
         except UserError as error:
             reasons.append(str(error))
             continue
-        found = chain_mismatches(chain, target)
-        if found:
+        if found := chain_mismatches(chain, target):
             reasons.append(f"donor {donor.name!r} does not fit the target: {'; '.join(found)}")
         else:
             fitting.append((size_gap(donor, blueprint), donor.name, chain))
     if not fitting:
         others = f" ({len(reasons)} donors, none fits)" if len(reasons) > 1 else ""
-        raise UserError(f"{who}: {reasons[0] if reasons else f'{zoo.path} holds no donor'}{others}")
+        raise UserError(f"{method}: {reasons[0] if reasons else f'{zoo.path} holds no donor'}{others}")
     _, chosen, chain = min(fitting, key=lambda entry: entry[:2])
     return zoo.donor(chosen), chain
 
 
 def read_chain(donor: Donor, chain: Chain) -> ChainDonor:
+    """Reads all tensors of a donor's chain."""
     return ChainDonor(donor.name, chain, {name: donor.read(name, torch.float32) for name in chain.names})
 
 
 def gather_chain(
-    source: Chain, tensors: Mapping[str, Tensor], target: Chain, axis: Callable[[int, str], AxisMap]
+    source: Chain, tensors: Mapping[str, Tensor], target: Chain, map_of: Callable[[int, str], AxisMap]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, float32 tensor) of the target: rows by the map of the space that a matrix writes, columns by that of the
-    space that it reads, times that one's scale; vectors follow the rows. axis: (space, name of the tensor) -> map."""
-    for i, (theirs, ours) in enumerate(zip(source.matrices, target.matrices, strict=True)):
-        reads, writes = axis(i, ours), axis(i + 1, ours)
-        matrix = tensors[theirs][writes.index][:, reads.index]
-        yield ours, matrix * torch.as_tensor(reads.scale, dtype=matrix.dtype)
-    for i, (old, new) in enumerate(zip(source.vectors, target.vectors, strict=True)):
-        for (_, theirs), (_, ours) in zip(old, new, strict=True):
-            yield ours, tensors[theirs][axis(i, ours).index]
+    """(name, float32 tensor) of the target.
+
+    Rows are gathered by the map of the space that a matrix writes, columns by the map of the space that it reads, and
+    multiplied by that map's scale. Vectors are gathered like rows. map_of: (space, name of the tensor) -> map.
+    """
+    for i, (source_name, target_name) in enumerate(zip(source.matrices, target.matrices, strict=True)):
+        reads, writes = map_of(i, target_name), map_of(i + 1, target_name)
+        matrix = tensors[source_name][writes.index][:, reads.index]
+        yield target_name, matrix * torch.as_tensor(reads.read_scale, dtype=matrix.dtype)
+    for i, (source_vectors, target_vectors) in enumerate(zip(source.vectors, target.vectors, strict=True)):
+        for (_, source_name), (_, target_name) in zip(source_vectors, target_vectors, strict=True):
+            yield target_name, tensors[source_name][map_of(i, target_name).index]

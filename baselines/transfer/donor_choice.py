@@ -1,11 +1,12 @@
-"""Whether a donor fits a target, and which donor of a zoo is used."""
+"""Whether a donor fits a target, and which donor of a zoo a method uses. Reads configs and tokenizers, no weights."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from baselines.transfer.index_maps import rope_index
+from baselines.transfer.index_rules import rope_index
 from baselines.transfer.sizes import axis_sizes, rotary_dim
 from baselines.transfer.vocabulary import vocabulary_rows
 from zoo.donors.donor import Donor, dissimilarity
@@ -15,100 +16,110 @@ from zoo.targets.blueprint import Blueprint
 
 log = logging.getLogger(__name__)
 
+ExtraMismatches = Callable[[Donor, Blueprint], list[str]]
 
-def mismatches(donor: Donor, blueprint: Blueprint, wider: bool) -> list[str]:
-    """Why a donor cannot fill a target, axis by axis with both sizes; empty where it can. wider: whether an axis of
-    the target may be larger than the donor's. Reads configs only."""
+
+@dataclass(frozen=True)
+class DonorRequest:
+    """What a method asks of its donor."""
+
+    method: str  # its name, for messages
+    name: str | None = None  # of the donor; None: the nearest in size that fits
+    tokenizer: str | None = None  # the target's
+    allow_larger: bool = False  # whether an axis of the target may be larger than the donor's
+    extra_mismatches: ExtraMismatches = lambda donor, blueprint: []  # the method's own reasons against a donor
+    how_to_grow: str = ""  # advice for a target with a larger axis
+
+
+def choose_donor(zoo: Zoo | None, blueprint: Blueprint, request: DonorRequest) -> Donor:
+    """The donor that is asked for by name, or of those that fit the nearest in size (ties by name).
+
+    Donors with the target's tokenizer come first. Raises UserError where the donor (or none) fits; the message names
+    the axis, both sizes, and the donors that would fit.
+    """
+    method, name = request.method, request.name
+    if zoo is None:
+        raise UserError(f"{method} needs a donor: give --zoo DIR, or --donor FOLDER")
+    refused: list[tuple[bool, int, float, str]] = []
+    fitting: list[tuple[bool, float, str]] = []
+    for donor in [zoo.donor(name)] if name is not None else zoo.donors:
+        other_architecture, distance = dissimilarity(donor, blueprint)
+        reasons, same_tokenizer = _check_donor(donor, blueprint, request)
+        if not reasons:
+            fitting.append((not same_tokenizer, distance, donor.name))
+        else:
+            message = f"{method}: donor {donor.name!r} does not fit the target: {'; '.join(reasons)}"
+            refused.append((other_architecture, len(reasons), distance, message))
+    if not fitting:
+        if not refused:
+            raise UserError(f"{method} needs a donor and {zoo.path} holds none: fill it with `headstart zoo add`")
+        raise UserError(_refusal(zoo, blueprint, request, [message for *_, message in sorted(refused)]))
+    chosen = zoo.donor(min(fitting)[2])
+    if name is None:
+        log.info("%s: donor %s (%s parameters)", method, chosen.name, f"{chosen.parameters:,}")
+    return chosen
+
+
+def mismatches(donor: Donor, blueprint: Blueprint, allow_larger: bool) -> list[str]:
+    """Why a donor cannot fill a target by index maps, with both sizes of an axis; empty where it can.
+
+    allow_larger: whether an axis of the target may be larger than the donor's.
+    """
     source, target = donor.blueprint.metadata, blueprint.metadata
     if source is None or target is None:
-        return ["index maps need a config on both sides"]
-    found = []
-    here, there = _tensor_kinds(donor.blueprint), _tensor_kinds(blueprint)
-    if not there:
+        return ["donor and target must both have a config"]
+    donor_kinds, target_kinds = _tensor_kinds(donor.blueprint), _tensor_kinds(blueprint)
+    if not target_kinds:
         return ["no tensor of the target has a known role"]
     for who, side in (("the donor", donor.blueprint), ("the target", blueprint)):
         assert side.metadata is not None
         if not side.metadata.kv_heads or not side.metadata.heads:
             return [f"{who} ({side.metadata.architecture}) has no attention heads"]
         if not _has_uniform_layers(side):
-            return [f"{who}'s layers are not all of one kind ({side.metadata.architecture}): maps go by depth alone"]
-    found += [f"the target has {role} and the donor has none" for role in sorted(there - here)]
-    found += [f"the donor has {role} and the target has none" for role in sorted(here - there)]
+            return [f"{who} ({side.metadata.architecture}) has layers of several kinds; index maps need one kind"]
+    found = [f"the target has {role} and the donor has none" for role in sorted(target_kinds - donor_kinds)]
+    found += [f"the donor has {role} and the target has none" for role in sorted(donor_kinds - target_kinds)]
     if source.norm != target.norm:
         found.append(f"the donor has {source.norm} norms and the target {target.norm} norms")
     if (source.rope_theta is None) != (target.rope_theta is None):
-        found.append("one of the two has rotary positions and the other has none")
-    for axis, t, s in axis_sizes(source, target):
+        found.append("only one of the two has rotary positions")
+    for axis, n_source, n_target in axis_sizes(source, target):
         if axis == "head_dim":
             try:
-                rope_index(t, s, rotary_dim(source))
+                rope_index(n_source, n_target, rotary_dim(source))
             except UserError:
-                more = f": heads do not grow, take more of {t}" if s > t else ""
-                found.append(f"head_dim {t} is no whole multiple of the target's {s}{more}")
-        elif s > t and not wider and axis not in ("layers", "vocab"):
-            found.append(f"{axis} {t} is smaller than the target's {s}")
+                advice = f"; use more heads of {n_source} instead" if n_target > n_source else ""
+                found.append(f"head_dim {n_source} must be a whole multiple of the target's {n_target}{advice}")
+        elif n_target > n_source and not allow_larger and axis not in ("layers", "vocab"):
+            found.append(f"{axis} {n_source} is smaller than the target's {n_target}")
     return found
 
 
-ExtraMismatches = Callable[["Donor", Blueprint], list[str]]
-
-
-def choose_donor(
-    zoo: Zoo | None,
-    blueprint: Blueprint,
-    name: str | None,
-    tokenizer: str | None,
-    wider: bool,
-    who: str,
-    refuses: ExtraMismatches = lambda donor, blueprint: [],
-    grow: str = "the method row-column or net2wider",
-) -> Donor:
-    """The donor called `name`, or of those that fit the one nearest in size, with the same tokenizer if there is one
-    (ties by name). refuses: a method's own reasons; grow: what a larger axis needs. Raises UserError where it (or none)
-    fits, saying which axis and which sizes, and which other donors would do."""
-    if zoo is None:
-        raise UserError(f"{who} needs a donor: give --zoo DIR, or --donor FOLDER")
-    refused: list[tuple[bool, int, float, str]] = []
-    fitting: list[tuple[bool, float, str]] = []
-    for donor in [zoo.donor(name)] if name is not None else zoo.donors:
-        other, distance = dissimilarity(donor, blueprint)
-        found, same = _check_donor(donor, blueprint, tokenizer, wider, refuses)
-        if not found:
-            fitting.append((not same, distance, donor.name))
-        else:
-            why = f"{who}: donor {donor.name!r} does not fit the target: {'; '.join(found)}"
-            refused.append((other, len(found), distance, why))
-    if not fitting:
-        if not refused:
-            raise UserError(f"{who} needs a donor and {zoo.path} holds none: fill it with `headstart zoo add`")
-        message = min(refused)[-1]
-        others = f" ({len(refused)} donors, none fits)" if len(refused) > 1 else ""
-        if name is not None:
-            do = [d.name for d in zoo.donors if not _check_donor(d, blueprint, tokenizer, wider, refuses)[0]]
-            others = f" (of this zoo would do: {', '.join(do)})" if do else ""
-        wish = "" if wider else f"; a larger axis needs {grow}"
-        raise UserError(message + others + (wish if "smaller than the target's" in message else ""))
-    chosen = zoo.donor(min(fitting)[2])
-    if name is None:
-        log.info("%s: donor %s (%s parameters)", who, chosen.name, f"{chosen.parameters:,}")
-    return chosen
-
-
-def _check_donor(
-    donor: Donor, blueprint: Blueprint, tokenizer: str | None, wider: bool, refuses: ExtraMismatches
-) -> tuple[list[str], bool]:
+def _check_donor(donor: Donor, blueprint: Blueprint, request: DonorRequest) -> tuple[list[str], bool]:
     """(why a donor does not fit, whether it has the target's tokenizer)."""
-    found = mismatches(donor, blueprint, wider) or refuses(donor, blueprint)
-    if found:
-        return found, False
+    reasons = mismatches(donor, blueprint, request.allow_larger) or request.extra_mismatches(donor, blueprint)
+    if reasons:
+        return reasons, False
     try:
-        return [], vocabulary_rows(donor, blueprint, tokenizer).same
+        return [], vocabulary_rows(donor, blueprint, request.tokenizer).same_tokenizer
     except UserError as error:
         return [str(error)], False
 
 
+def _refusal(zoo: Zoo, blueprint: Blueprint, request: DonorRequest, messages: list[str]) -> str:
+    """The message where no donor fits. messages: one per donor, the most similar donor first."""
+    others = f" ({len(messages)} donors, none fits)" if len(messages) > 1 else ""
+    if request.name is not None:
+        names = [donor.name for donor in zoo.donors if not _check_donor(donor, blueprint, request)[0]]
+        others = f" (donors of this zoo that fit: {', '.join(names)})" if names else ""
+    advice = ""
+    if not request.allow_larger and "smaller than the target's" in messages[0]:
+        advice = f"; a larger axis needs {request.how_to_grow}"
+    return messages[0] + others + advice
+
+
 def _tensor_kinds(blueprint: Blueprint) -> set[str]:
-    """What kinds of tensors a model has; head and embedding are interchangeable, so the head does not count."""
+    """The kinds of tensors that a model has. The head is left out, because an embedding can serve as head."""
     found = set()
     for spec in blueprint.specs:
         for part in spec.parts:

@@ -16,18 +16,18 @@ from torch import Tensor
 from baselines.transfer import chains
 from baselines.transfer.base import Transfer
 from baselines.transfer.chains import Chain, ChainDonor
-from baselines.transfer.gather import fixed_maps, gather_tensors
+from baselines.transfer.gather import gather_tensors
 from baselines.transfer.growth.base import ends_residual_branch
-from baselines.transfer.index_maps import (
-    AxisMap,
-    IndexMaps,
+from baselines.transfer.index_maps import AxisMap, IndexMaps
+from baselines.transfer.index_rules import (
     even_layers,
     head_maps,
     multiplicity,
     random_index,
+    repeated_layer_list,
     spread_query_heads,
 )
-from baselines.transfer.sizes import expert_ffn_size
+from baselines.transfer.sizes import expert_ffn_size, metadata_pair
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.options import option
@@ -48,29 +48,35 @@ REMOVED_OPTIONS = ("pool", "mix", "vocabulary")  # options of samplers that olde
 
 @dataclass(kw_only=True)
 class RowColumn(Transfer):
-    """The mean-field limit of a trained layer is a law over pairs (row, column): unit i of the target is unit g(i) of
-    the donor, with one map g per hidden space shared by what writes it and what reads it, W'_ij = W_g(i)g(j) / c.
-    The published text leaves sampling and c open [R]; they are options here.
+    """Draws the hidden units of a target from the units of a donor (2408.08681).
 
-    KV groups are drawn whole (K, V and all their query heads), and query heads within them where the group size
-    changes. With balanced sampling, c = multiplicity and no noise, a whole-number growth preserves the donor's
-    function exactly, and any other growth nearly (a normalisation sees some coordinates more often than others).
-    Copies that are equal stay equal in training, hence the noise.
+    In the mean-field limit a trained layer is a distribution of pairs (row, column). Unit i of the target copies unit
+    g(i) of the donor: W'_ij = W_g(i)g(j) / c. One map g per hidden space is shared by all matrices that write or read
+    the space. Our choice: how g samples and what c is are options, because the paper leaves both open.
 
-    `coupling=uncoupled` draws rows and columns apart, tensor by tensor: the control, which transfers nothing but
-    marginals. A target without a config is a plain chain of matrices (`chains.py`).
+    KV groups are drawn whole (K, V and all their query heads), and query heads within a group where the group size
+    changes. A target that is a whole number of times larger computes the donor's function exactly, with balanced
+    sampling, c = multiplicity and no noise. At other sizes it does so nearly: norms see some coordinates more often
+    than others. Noise is on by default because equal copies would receive equal gradients and stay equal.
+
+    `coupling=uncoupled` is the control: it draws rows and columns separately for every tensor, so that only marginal
+    distributions are transferred. A target without a config must be a plain chain of matrices (`chains.py`).
     """
 
     name: ClassVar[str] = "row-column"
     family: ClassVar[str] = "mean-field"
-    summary: ClassVar[str] = "rows and columns of donors, drawn together per hidden space, to any width and depth"
+    summary: ClassVar[str] = "rows and columns of a donor, drawn together per hidden space, to any width and depth"
     reference: ClassVar[str] = "2408.08681"
     choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
 
-    sampling: str = option("balanced", "of units: balanced (equally often, up to one) or iid")
-    scale: str = option("1/multiplicity", "of what reads a hidden space: 1/multiplicity, n/N, sqrt(n/N) or none")
-    coupling: str = option("coupled", "rows and columns of a hidden space: coupled, or uncoupled (the control)")
-    noise: float = option(0.01, "normal noise on every matrix, relative to its standard deviation", least=0.0)
+    sampling: str = option("balanced", "how units are drawn: balanced (equally often, up to one) or iid")
+    scale: str = option(
+        "1/multiplicity", "factor of matrices that read a hidden space: 1/multiplicity, n/N, sqrt(n/N) or none"
+    )
+    coupling: str = option("coupled", "whether rows and columns share one map: coupled, or uncoupled (the control)")
+    noise: float = option(
+        0.01, "standard deviation of normal noise on every matrix, relative to the matrix's own", least=0.0
+    )
     depth: str = option("share", "copies of a layer: share its output, repeat it, stack the list, or silent copies")
 
     def __post_init__(self) -> None:
@@ -78,7 +84,7 @@ class RowColumn(Transfer):
         self._chain: ChainDonor | None = None
 
     @property
-    def grows(self) -> bool:
+    def allow_larger(self) -> bool:
         return True
 
     @property
@@ -102,41 +108,42 @@ class RowColumn(Transfer):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self._chain is not None:
-            drawn = self._of_chain(self._chain, blueprint, seed)
+            drawn = self._sample_chain(self._chain, blueprint, seed)
         else:
-            drawn = self._of_donor(blueprint, seed)
+            drawn = self._sample_donor(blueprint, seed)
         for name, tensor in drawn:
             if tensor.ndim >= 2 and self.noise:
                 draws = torch.randn(tensor.shape, generator=stream(seed, f"{self.name}/noise/{name}"))
                 tensor = tensor + self.noise * tensor.std(correction=min(1, tensor.numel() - 1)) * draws
             yield name, tensor
 
-    def _of_donor(self, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
-        coupled = self._maps(blueprint, stream(seed, f"{self.name}/maps"))
+    def _sample_donor(self, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
+        coupled = self._draw_maps(blueprint, stream(seed, f"{self.name}/maps"))
 
-        def maps(name: str) -> IndexMaps:
-            apart = self.coupling == "uncoupled"
-            return self._maps(blueprint, stream(seed, f"{self.name}/maps/{name}")) if apart else coupled
+        def maps_of(name: str) -> IndexMaps:
+            if self.coupling == "coupled":
+                return coupled
+            return self._draw_maps(blueprint, stream(seed, f"{self.name}/maps/{name}"))
 
-        shares = self._shares(coupled.layers)
-        for name, tensor in gather_tensors(self.source, blueprint, maps, seed, self.name):
+        shares = self._output_shares(coupled.layers)
+        for name, tensor in gather_tensors(self.source, blueprint, maps_of, seed, self.name):
             spec = blueprint[name]
             if spec.layer is not None and shares[spec.layer] != 1.0 and ends_residual_branch(spec, blueprint):
                 tensor = _scale_output(tensor, shares[spec.layer], spec, blueprint)
             yield name, tensor
 
-    def _of_chain(self, donor: ChainDonor, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
+    def _sample_chain(self, donor: ChainDonor, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
         source, target = donor.chain, chains.trace_chain(blueprint, "target")
         if found := chains.chain_mismatches(source, target):
             raise UserError(f"{self.name}: donor {donor.name!r} does not fit the target: {'; '.join(found)}")
 
         def axis(space: int, name: str) -> AxisMap:
-            n, N = source.sizes[space], target.sizes[space]
-            if space in (0, len(source.matrices)):  # inputs and outputs are what they are
-                return AxisMap(torch.arange(n))
-            apart = f"/{name}" if self.coupling == "uncoupled" else ""
-            chosen = self._index(n, N, stream(seed, f"{self.name}/maps/{space}{apart}"))
-            return AxisMap(chosen, self._scale(chosen, n, N))
+            n_source, n_target = source.sizes[space], target.sizes[space]
+            if space in (0, len(source.matrices)):  # inputs and outputs stay
+                return AxisMap(torch.arange(n_source))
+            own_stream = f"/{name}" if self.coupling == "uncoupled" else ""
+            index = self._draw_index(n_source, n_target, stream(seed, f"{self.name}/maps/{space}{own_stream}"))
+            return AxisMap(index, self._read_scale(index, n_source, n_target))
 
         return chains.gather_chain(source, donor.tensors, target, axis)
 
@@ -147,7 +154,7 @@ class RowColumn(Transfer):
         return {name: value for name, value in saved.items() if name not in REMOVED_OPTIONS}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """A donor in files is named, a module's chain is kept."""
+        """A reference to a donor in files, or all tensors of a module's chain."""
         if self._chain is not None:
             return {"name": self._chain.name, "chain": asdict(self._chain.chain)}, self._chain.tensors
         return super().state()
@@ -158,58 +165,58 @@ class RowColumn(Transfer):
         else:
             super().restore(values, tensors)
 
-    def _index(self, t: int, s: int, generator: torch.Generator) -> Tensor:
-        """[s] int64: units drawn from t; sorted, but where rows and columns must not agree."""
+    def _draw_index(self, n_source: int, n_target: int, generator: torch.Generator) -> Tensor:
+        """[n_target] int64: units of the donor, sorted, or shuffled for `coupling=uncoupled`."""
         if self.sampling == "iid":
-            chosen = torch.randint(t, (s,), generator=generator).sort().values
+            index = torch.randint(n_source, (n_target,), generator=generator).sort().values
         else:
-            chosen = random_index(t, s, generator)
-        return chosen[torch.randperm(s, generator=generator)] if self.coupling == "uncoupled" else chosen
+            index = random_index(n_source, n_target, generator)
+        return index[torch.randperm(n_target, generator=generator)] if self.coupling == "uncoupled" else index
 
-    def _maps(self, blueprint: Blueprint, generator: torch.Generator) -> IndexMaps:
-        source, target = self.source.blueprint.metadata, blueprint.metadata
-        assert source is not None and target is not None
-        index = functools.partial(self._index, generator=generator)
+    def _draw_maps(self, blueprint: Blueprint, generator: torch.Generator) -> IndexMaps:
+        source, target = metadata_pair(self.source, blueprint)
+        draw_index = functools.partial(self._draw_index, generator=generator)
 
-        def axis(t: int, s: int) -> AxisMap:
-            chosen = index(t, s)
-            return AxisMap(chosen, self._scale(chosen, t, s))
+        def draw_axis(n_source: int, n_target: int) -> AxisMap:
+            index = draw_index(n_source, n_target)
+            return AxisMap(index, self._read_scale(index, n_source, n_target))
 
-        tables: dict[str, Any] = fixed_maps(self.source, blueprint, self.rows(blueprint))
-        per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
-        residual = axis(source.width, target.width)
+        fixed: dict[str, Any] = self.fixed_maps(blueprint)
+        source_queries, target_queries = source.heads // source.kv_heads, target.heads // target.kv_heads
+        residual = draw_axis(source.width, target.width)
         heads, kv_heads, ffn, experts = [], [], [], []
         for _ in range(target.layers):
-            groups = index(source.kv_heads, target.kv_heads)
-            h, kv = head_maps(source, groups, spread_query_heads(groups, per_group, wanted), tables["head_dim"].index)
-            heads.append(AxisMap(h.index, self._scale(h.index, source.heads, target.heads)))
+            groups = draw_index(source.kv_heads, target.kv_heads)
+            queries = spread_query_heads(groups, source_queries, target_queries)
+            h, kv = head_maps(source, groups, queries, fixed["head_dim"].index)
+            heads.append(AxisMap(h.index, self._read_scale(h.index, source.heads, target.heads)))
             kv_heads.append(kv)
-            ffn.append(axis(source.ffn, target.ffn))
+            ffn.append(draw_axis(source.ffn, target.ffn))
             if target.experts:
-                experts.append(axis(expert_ffn_size(source), expert_ffn_size(target)))
+                experts.append(draw_axis(expert_ffn_size(source), expert_ffn_size(target)))
         layers = self._layers(source, target)
         scale = self._embed_scale(source, target)
         return IndexMaps(
-            layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), embed_scale=scale, **tables
+            layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), embed_scale=scale, **fixed
         )
 
-    def _scale(self, index: Tensor, n: int, N: int) -> Tensor | float:
-        """What the readers of a space of n donor units and N target units multiply their columns by."""
+    def _read_scale(self, index: Tensor, n_source: int, n_target: int) -> Tensor | float:
+        """The factor of the columns of matrices that read a hidden space."""
         if self.scale == "1/multiplicity":
             return 1 / multiplicity(index)
-        return {"n/N": n / N, "sqrt(n/N)": math.sqrt(n / N), "none": 1.0}[self.scale]
+        return {"n/N": n_source / n_target, "sqrt(n/N)": math.sqrt(n_source / n_target), "none": 1.0}[self.scale]
 
     def _embed_scale(self, source: Metadata, target: Metadata) -> float:
-        """Gemma multiplies its embeddings by sqrt(width): undone, so that the stream keeps the donor's values."""
+        """Undoes Gemma's multiplication of embeddings by sqrt(width), so that the stream keeps the donor's values."""
         return source.embed_scale / target.embed_scale if self.scale == "1/multiplicity" else 1.0
 
     def _layers(self, source: Metadata, target: Metadata) -> tuple[int, ...]:
         if self.depth == "stack" and target.layers > source.layers:
-            return tuple(i % source.layers for i in range(target.layers))
+            return repeated_layer_list(source.layers, target.layers)
         return even_layers(source.layers, target.layers)
 
-    def _shares(self, layers: tuple[int, ...]) -> list[float]:
-        """What each layer of the target writes of its donor layer's output."""
+    def _output_shares(self, layers: tuple[int, ...]) -> list[float]:
+        """The share of its donor layer's output that each layer of the target writes."""
         if self.depth == "share":
             return [1 / Counter(layers)[layer] for layer in layers]
         if self.depth == "silent":
@@ -218,5 +225,6 @@ class RowColumn(Transfer):
 
 
 def _scale_output(tensor: Tensor, share: float, spec: TensorSpec, blueprint: Blueprint) -> Tensor:
-    one = blueprint.offset(spec)
-    return (tensor + one) * share - one
+    """The tensor that ends a residual branch, with the branch's output multiplied by `share`."""
+    offset = blueprint.offset(spec)
+    return (tensor + offset) * share - offset

@@ -7,8 +7,15 @@ from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 
 
+def metadata_pair(donor: Donor, blueprint: Blueprint) -> tuple[Metadata, Metadata]:
+    """The metadata of a donor and of a target. `donor_choice.mismatches` refuses models without metadata earlier."""
+    source, target = donor.blueprint.metadata, blueprint.metadata
+    assert source is not None and target is not None
+    return source, target
+
+
 def axis_sizes(source: Metadata, target: Metadata) -> list[tuple[str, int, int]]:
-    """[(axis, donor's size, target's size)]."""
+    """[(axis, donor's size, target's size)] of every axis."""
     pairs = [(name, getattr(source, name), getattr(target, name)) for name in ("layers", "width", "ffn", "head_dim")]
     pairs += [("kv_heads", source.kv_heads, target.kv_heads)]
     pairs += [("heads per KV head", source.heads // source.kv_heads, target.heads // target.kv_heads)]
@@ -17,18 +24,17 @@ def axis_sizes(source: Metadata, target: Metadata) -> list[tuple[str, int, int]]
     return [*pairs, ("vocab", source.vocab, target.vocab)]
 
 
+def describe_changes(source: Metadata, target: Metadata) -> str:
+    """The axes that change, as text: 'width 64 -> 96, layers 5 -> 8'."""
+    changed = [(axis, n_source, n_target) for axis, n_source, n_target in axis_sizes(source, target)]
+    return ", ".join(f"{axis} {a} -> {b}" for axis, a, b in changed if a != b) or "same shape"
+
+
 def expert_ffn_size(metadata: Metadata) -> int:
-    """The hidden size of an expert, 0 without experts."""
+    """The number of neurons of one expert, 0 without experts."""
     return int(str(metadata.extra.get("expert_ffn", metadata.ffn))) if metadata.experts else 0
 
 
 def rotary_dim(metadata: Metadata) -> int:
-    """How many coordinates of a head are rotated."""
+    """How many coordinates of a head are rotated, 0 without rotary positions."""
     return 0 if metadata.rope_theta is None else int(str(metadata.extra.get("rotary_dim", metadata.head_dim)))
-
-
-def metadata_pair(donor: Donor, blueprint: Blueprint) -> tuple[Metadata, Metadata]:
-    """The metadata of a donor and of a target, which `mismatches` has checked to be there."""
-    source, target = donor.blueprint.metadata, blueprint.metadata
-    assert source is not None and target is not None
-    return source, target

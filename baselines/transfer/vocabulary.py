@@ -1,4 +1,4 @@
-"""Which row of a donor's vocabulary belongs to each row of a target's."""
+"""Which row of a donor's vocabulary each row of a target's vocabulary copies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from baselines.transfer.sizes import metadata_pair
 from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
@@ -15,31 +16,34 @@ from zoo.vocabulary import read_vocabulary, rows_by_token
 
 @dataclass(frozen=True)
 class VocabularyRows:
-    """What is known of the target's vocabulary rows: the donor's row of each, -1 where it has none."""
+    """The donor's row for each row of the target's vocabulary."""
 
-    index: Tensor  # [V] int64
-    same: bool  # the tokenizers agree (or their sizes do, and nothing more is known)
+    index: Tensor  # [V] int64, -1 where the donor does not have the token
+    same_tokenizer: bool  # also true where no tokenizer is known and both vocabularies have the same size
 
 
 def vocabulary_rows(donor: Donor, blueprint: Blueprint, tokenizer: str | None) -> VocabularyRows:
-    """The donor's row of every row of the target's vocabulary. tokenizer: the target's folder or tokenizer.json, None
-    where it is not known: then the sizes must agree. Raises UserError where they do not, or no token is shared."""
-    source, target = donor.blueprint.metadata, blueprint.metadata
-    assert source is not None and target is not None
-    theirs = donor.vocabulary()
-    ours = read_vocabulary(tokenizer) if tokenizer is not None else None
-    if ours is None or theirs is None:
+    """Matches the tokens of a target to those of a donor by their strings.
+
+    tokenizer: the target's, a folder or a tokenizer.json. Without it the vocabularies must have the same size, and
+    rows keep their places. Raises UserError where the sizes differ, or where no token is shared.
+    """
+    source, target = metadata_pair(donor, blueprint)
+    donor_tokens = donor.vocabulary()
+    target_tokens = read_vocabulary(tokenizer) if tokenizer is not None else None
+    if target_tokens is None or donor_tokens is None:
         if source.vocab != target.vocab:
+            more = "" if donor_tokens else ", and a donor that has a tokenizer"
             raise UserError(
-                f"vocab {source.vocab} is not the target's {target.vocab} and the tokens cannot be matched by their"
-                f" strings: give the target's --tokenizer{'' if theirs else ', and a donor that has one'}"
+                f"vocab {source.vocab} is not the target's {target.vocab}, and tokens cannot be matched by string:"
+                f" give the target's --tokenizer{more}"
             )
         return VocabularyRows(torch.arange(target.vocab), True)
-    if ours == theirs:  # sizes may differ by padding
+    if target_tokens == donor_tokens:  # the sizes may differ by padding
         index = torch.arange(target.vocab)
         index[source.vocab :] = -1
         return VocabularyRows(index, True)
-    index = rows_by_token(theirs, ours, source.vocab, target.vocab)
+    index = rows_by_token(donor_tokens, target_tokens, source.vocab, target.vocab)
     if (index < 0).all():
         raise UserError("its tokenizer shares no token with the target's")
     return VocabularyRows(index, False)

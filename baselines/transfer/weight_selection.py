@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from baselines.transfer.base import Transfer
-from baselines.transfer.gather import fixed_maps, gather_tensors
-from baselines.transfer.index_maps import (
-    AxisMap,
-    IndexMaps,
+from baselines.transfer.gather import gather_tensors
+from baselines.transfer.index_maps import AxisMap, IndexMaps
+from baselines.transfer.index_rules import (
     even_layers,
     head_maps,
     leading_index,
@@ -22,7 +21,7 @@ from baselines.transfer.index_maps import (
     spread_query_heads,
     uniform_index,
 )
-from baselines.transfer.sizes import expert_ffn_size
+from baselines.transfer.sizes import expert_ffn_size, metadata_pair
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -37,11 +36,12 @@ CHOICES = {
 
 @dataclass(kw_only=True)
 class WeightSelection(Transfer):
-    """Selects from a larger donor, axis by axis, with one index set for the residual stream, one per layer for the
-    FFN, and whole KV groups. The authors' rule (`uniform`), their variants, and no rescaling are the defaults.
+    """Selects weights of a larger donor, axis by axis (2311.18823).
 
-    `random-inconsistent` draws the sets anew for every tensor: their ablation, here to show what coupling is worth.
-    Heads shrink in dimension by a whole stride only, whatever the variant, because rotary pairs have frequencies.
+    There is one set of indices for the residual stream, one per layer for the FFN, and KV groups are selected whole.
+    The defaults are the authors': every n-th weight (`uniform`), and no rescaling. `random-inconsistent` is their
+    ablation, which draws new sets for every tensor and shows what shared indices are worth. The dimension of a head
+    shrinks by a whole stride only, in every variant, so that rotary pairs keep their frequencies.
     """
 
     name: ClassVar[str] = "weight-selection"
@@ -49,56 +49,59 @@ class WeightSelection(Transfer):
     summary: ClassVar[str] = "every n-th weight of a larger donor, with one index set per hidden space"
     reference: ClassVar[str] = "2311.18823"
     choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
+    how_to_grow: ClassVar[str] = "`--set wider=repeat`, or the method row-column"
 
     variant: str = option("uniform", "which coordinates: uniform, consecutive, random or random-inconsistent")
     layers: str = option("first", "which layers: first or even (a deeper target always repeats them evenly)")
-    rescale: str = option("none", "of what reads a narrower space: none, or sqrt (sqrt of the ratio of the sizes)")
-    wider: str = option("refuse", "an axis larger than the donor's: refuse, or repeat (shared out by multiplicity)")
+    rescale: str = option("none", "factor of what reads a narrower space: none, or sqrt (of the ratio of the sizes)")
+    wider: str = option("refuse", "for an axis larger than the donor's: refuse, or repeat (copies share what is read)")
 
     @property
-    def grows(self) -> bool:
+    def allow_larger(self) -> bool:
         return self.wider == "repeat"
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        coupled = self._maps(blueprint, seed, "")
+        shared = self._choose_maps(blueprint, seed, "")
 
-        def maps(name: str) -> IndexMaps:
-            return self._maps(blueprint, seed, name) if self.variant == "random-inconsistent" else coupled
+        def maps_of(name: str) -> IndexMaps:
+            return self._choose_maps(blueprint, seed, name) if self.variant == "random-inconsistent" else shared
 
-        yield from gather_tensors(self.source, blueprint, maps, seed, self.name)
+        yield from gather_tensors(self.source, blueprint, maps_of, seed, self.name)
 
-    def _maps(self, blueprint: Blueprint, seed: int, name: str) -> IndexMaps:
-        """The index maps of the stream (seed, name)."""
-        source, target = self.source.blueprint.metadata, blueprint.metadata
-        assert source is not None and target is not None
+    def _choose_maps(self, blueprint: Blueprint, seed: int, name: str) -> IndexMaps:
+        """The index maps of one tensor. Random variants draw from the stream of (seed, name)."""
+        source, target = metadata_pair(self.source, blueprint)
         generator = stream(seed, f"{self.name}/maps/{name}")
 
-        def index(t: int, s: int) -> Tensor:
+        def choose_index(n_source: int, n_target: int) -> Tensor:
             if self.variant.startswith("random"):
-                return random_index(t, s, generator)
-            return leading_index(t, s) if self.variant == "consecutive" and s <= t else uniform_index(t, s)
+                return random_index(n_source, n_target, generator)
+            if self.variant == "consecutive" and n_target <= n_source:
+                return leading_index(n_source, n_target)
+            return uniform_index(n_source, n_target)
 
-        def axis(t: int, s: int) -> AxisMap:
-            chosen = index(t, s)
-            return AxisMap(chosen, self._scale(chosen, t, s))
+        def choose_axis(n_source: int, n_target: int) -> AxisMap:
+            index = choose_index(n_source, n_target)
+            return AxisMap(index, self._read_scale(index, n_source, n_target))
 
-        tables: dict[str, Any] = fixed_maps(self.source, blueprint, self.rows(blueprint))
+        fixed: dict[str, Any] = self.fixed_maps(blueprint)
         heads, kv_heads, ffn, experts = [], [], [], []
-        per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
-        residual = axis(source.width, target.width)
+        source_queries, target_queries = source.heads // source.kv_heads, target.heads // target.kv_heads
+        residual = choose_axis(source.width, target.width)
         for _ in range(target.layers):
-            groups = index(source.kv_heads, target.kv_heads)
-            queries = spread_query_heads(groups, per_group, wanted)
-            h, kv = head_maps(source, groups, queries, tables["head_dim"].index)
-            heads.append(AxisMap(h.index, self._scale(h.index, source.heads * source.head_dim, len(h.index))))
+            groups = choose_index(source.kv_heads, target.kv_heads)
+            queries = spread_query_heads(groups, source_queries, target_queries)
+            h, kv = head_maps(source, groups, queries, fixed["head_dim"].index)
+            heads.append(AxisMap(h.index, self._read_scale(h.index, source.heads * source.head_dim, len(h.index))))
             kv_heads.append(kv)
-            ffn.append(axis(source.ffn, target.ffn))
+            ffn.append(choose_axis(source.ffn, target.ffn))
             if target.experts:
-                experts.append(axis(expert_ffn_size(source), expert_ffn_size(target)))
-        keep_first = self.layers == "first" and target.layers <= source.layers
-        chosen = tuple(range(target.layers)) if keep_first else even_layers(source.layers, target.layers)
-        return IndexMaps(chosen, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), **tables)
+                experts.append(choose_axis(expert_ffn_size(source), expert_ffn_size(target)))
+        take_first = self.layers == "first" and target.layers <= source.layers
+        layers = tuple(range(target.layers)) if take_first else even_layers(source.layers, target.layers)
+        return IndexMaps(layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), **fixed)
 
-    def _scale(self, index: Tensor, t: int, s: int) -> Tensor:
-        ratio = math.sqrt(t / s) if self.rescale == "sqrt" and s < t else 1.0
-        return ratio / multiplicity(index)
+    def _read_scale(self, index: Tensor, n_source: int, n_target: int) -> Tensor:
+        """[n_target]: the factor of the columns of matrices that read a hidden space."""
+        factor = math.sqrt(n_source / n_target) if self.rescale == "sqrt" and n_target < n_source else 1.0
+        return factor / multiplicity(index)

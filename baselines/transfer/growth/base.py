@@ -1,4 +1,4 @@
-"""What the growth methods share: what cannot be grown, what would not be the donor's function, and silent layers."""
+"""The base of the growth methods: which targets cannot be grown, what changes the function, and silent layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from baselines.transfer.base import Transfer
 from baselines.transfer.sizes import metadata_pair
 from zoo.targets.blueprint import Blueprint
-from zoo.targets.configs import ACTIVATIONS, EPSILONS, NAMES, parse, text_config
+from zoo.targets.configs import ACTIVATIONS, EPSILONS, SIZE_KEYS, parse_config, text_config
 from zoo.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Keys of a config that say nothing about the function beside what is compared already, and endings of such keys.
+# Keys of a config that do not change the function, or that are compared elsewhere; and endings of such keys.
 IGNORED_KEYS = {
-    *(key for keys in NAMES.values() for key in keys), *ACTIVATIONS, *EPSILONS, "rope_theta", "rotary_dim",
+    *(key for keys in SIZE_KEYS.values() for key in keys), *ACTIVATIONS, *EPSILONS, "rope_theta", "rotary_dim",
     "rotary_pct", "partial_rotary_factor", "use_parallel_residual", "parallel_attn", "layer_types",
     "no_rope_layers", "model_type", "no_rope_layer_interval", "max_window_layers", "sliding_window_pattern",
     "architectures", "dtype", "torch_dtype", "use_cache", "initializer_range", "max_position_embeddings",
@@ -40,69 +40,69 @@ SHRINKING_METHODS = "for a smaller one use weight-selection, subcloning, pruning
 
 @dataclass(kw_only=True)
 class Growth(Transfer):
-    """A transfer to a target that is nowhere smaller than its donor. `fit` says aloud what keeps the target from
-    computing the donor's function."""
+    """A transfer to a target that has no axis smaller than the donor's.
+
+    `fit` logs every reason why the target will not compute exactly the donor's function.
+    """
 
     family: ClassVar[str] = "growth"
 
     @property
-    def grows(self) -> bool:
+    def allow_larger(self) -> bool:
         return True
 
-    def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
+    def extra_mismatches(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         return growth_mismatches(donor, blueprint)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         super().fit(zoo, blueprint)
-        for reason in self.inexact(blueprint):
-            log.info("%s: not exactly the donor's function: %s", self.name, reason)
+        for reason in self.function_differences(blueprint):
+            log.info("%s: the function differs from the donor's: %s", self.name, reason)
         return self
 
-    def inexact(self, blueprint: Blueprint) -> list[str]:
-        """Why the target's function will not be the donor's, beside other tokens: one line each."""
+    def function_differences(self, blueprint: Blueprint) -> list[str]:
+        """Why the target will not compute the donor's function on the tokens that both know: one line each."""
         return config_differences(self.source, blueprint)
 
 
 def growth_mismatches(donor: Donor, blueprint: Blueprint) -> list[str]:
-    """The axes that a target has less of than the donor, with both sizes; and what no index map can carry over."""
+    """Why a target cannot be grown from a donor: the axes that would shrink, with both sizes, and missing tensors."""
     source, target = metadata_pair(donor, blueprint)
     axes = ("layers", "width", "ffn", "head_dim", "kv_heads", "heads")
-    pairs = [(axis, getattr(source, axis), getattr(target, axis)) for axis in axes]
-    smaller = [f"{axis} {t} would shrink to {s}" for axis, t, s in pairs if s < t]
+    sizes = [(axis, getattr(source, axis), getattr(target, axis)) for axis in axes]
+    smaller = [
+        f"{axis} {n_source} would shrink to {n_target}" for axis, n_source, n_target in sizes if n_target < n_source
+    ]
     found = [f"{', '.join(smaller)}: {SHRINKING_METHODS}"] if smaller else []
     if target.kv_heads >= source.kv_heads and target.heads >= source.heads:
-        per_group, wanted = source.heads // source.kv_heads, target.heads // target.kv_heads
-        if target.kv_heads // source.kv_heads * wanted < per_group:
+        source_queries, target_queries = source.heads // source.kv_heads, target.heads // target.kv_heads
+        if target.kv_heads // source.kv_heads * target_queries < source_queries:
             found.append(
-                f"{per_group} query heads of a KV head do not fit the target's {wanted}"
-                f" (kv_heads {source.kv_heads} -> {target.kv_heads}): give it more KV heads, or more queries each"
+                f"{source_queries} query heads per KV head do not fit the target's {target_queries}"
+                f" (kv_heads {source.kv_heads} -> {target.kv_heads}): give it more of either"
             )
     if unknown := blueprint.unknown:
         found.append(
-            f"{len(unknown)} tensors of the target have no known role ({unknown[0]}) and would be drawn anew, which"
-            " loses the donor's function: row-column grows it all the same"
+            f"{len(unknown)} tensors of the target have no known role ({unknown[0]}) and would be drawn,"
+            " which loses the donor's function: use row-column, which accepts that"
         )
     if target.width > source.width and not blueprint.find("norm"):
-        found.append("the target has no norm whose gain would show how wide its stream is: keep its width")
+        found.append("the target has no norms, so that its width cannot be read from its tensors: keep the width")
     elif target.width > source.width and blueprint.ties and not blueprint.find("norm", site="final"):
-        found.append("its head is tied and no norm before it takes its scale: untie the head, or keep the width")
+        found.append("its head is tied and has no norm before it to take the scale: untie the head, or keep the width")
     return found
 
 
 def config_differences(donor: Donor, blueprint: Blueprint) -> list[str]:
-    """What two configs with the same kinds of tensors compute differently, one line each."""
+    """What two configs with the same kinds of tensors compute differently: one line each."""
     source, target = metadata_pair(donor, blueprint)
-    pairs = [(key, source.extra.get(key), target.extra.get(key)) for key in ("activation", "norm_eps", "rotary_dim")]
-    pairs += [("parallel_block", source.extra.get("parallel_block"), target.extra.get("parallel_block"))]
-    pairs += [("rope_theta", source.rope_theta, target.rope_theta)]
-    found = [f"{name} {t} -> {s}" for name, t, s in pairs if t != s]
+    compared = ("activation", "norm_eps", "rotary_dim", "parallel_block")
+    values = [(key, source.extra.get(key), target.extra.get(key)) for key in compared]
+    values += [("rope_theta", source.rope_theta, target.rope_theta)]
     if source.architecture == target.architecture:
-        here, there = _other_settings(donor.blueprint), _other_settings(blueprint)
-        found += [
-            f"{key} {here.get(key)} -> {there.get(key)}"
-            for key in sorted({*here, *there})
-            if here.get(key) != there.get(key)
-        ]
+        old, new = _other_settings(donor.blueprint), _other_settings(blueprint)
+        values += [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
+    found = [f"{key} {before} -> {after}" for key, before, after in values if before != after]
     if target.tied and not source.tied:
         found.append("the target ties its head to the embedding and the donor does not")
     same_depth = tuple(range(source.layers))
@@ -112,20 +112,23 @@ def config_differences(donor: Donor, blueprint: Blueprint) -> list[str]:
 
 
 def changed_layer_kind(donor: Donor, blueprint: Blueprint, layers: tuple[int, ...]) -> str | None:
-    """Where a donor's layer would come to stand as a layer of another kind (sliding instead of full attention), the
-    first one as text. layers: the donor's layer of each of the target's, of which the first copy counts."""
-    here, there = _layer_kinds(donor.blueprint), _layer_kinds(blueprint)
+    """The first layer that would change its kind, for instance from full to sliding attention, as text; None for none.
+
+    layers: the donor's layer for each layer of the target; only the first copy of a layer counts.
+    """
+    source_kinds, target_kinds = _layer_kinds(donor.blueprint), _layer_kinds(blueprint)
     for place, layer in enumerate(layers):
-        if layer not in layers[:place] and here and there and here[layer] != there[place]:
-            return f"layer {layer} ({here[layer]}) would be the target's layer {place} ({there[place]})"
+        is_first = layer not in layers[:place]
+        if is_first and source_kinds and target_kinds and source_kinds[layer] != target_kinds[place]:
+            return f"layer {layer} ({source_kinds[layer]}) would be the target's layer {place} ({target_kinds[place]})"
     return None
 
 
 def _other_settings(blueprint: Blueprint) -> dict[str, Any]:
-    """What a config says beside sizes, names, and what `differences` and `moved_kinds` look at themselves."""
+    """The settings of a config that may change the function, but for those that other checks compare."""
     if blueprint.config is None:
         return {}
-    settings = text_config(parse(blueprint.config)).to_dict()
+    settings = text_config(parse_config(blueprint.config)).to_dict()
     if isinstance(rope := settings.get("rope_parameters"), dict):
         settings["rope_parameters"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return {
@@ -134,10 +137,10 @@ def _other_settings(blueprint: Blueprint) -> dict[str, Any]:
 
 
 def _layer_kinds(blueprint: Blueprint) -> list[str]:
-    """The kind of every layer, where a config tells them apart: of attention, and whether it rotates (SmolLM 3)."""
+    """The kind of attention of every layer, and whether it rotates (SmolLM 3); empty where the config has no kinds."""
     if blueprint.config is None:
         return []
-    config: Any = text_config(parse(blueprint.config))
+    config: Any = text_config(parse_config(blueprint.config))
     types = getattr(config, "layer_types", None)
     rotates = getattr(config, "no_rope_layers", None)
     if types and rotates:
@@ -146,14 +149,14 @@ def _layer_kinds(blueprint: Blueprint) -> list[str]:
 
 
 def repeated_layers(layers: tuple[int, ...]) -> set[int]:
-    """The target's layers that are further copies of a donor's."""
+    """The layers of the target that are a second or later copy of a donor's layer."""
     return {place for place, layer in enumerate(layers) if layer in layers[:place]}
 
 
 def silence_layers(
     tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, layers: Collection[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Zero for what has the last word on what these layers add to the stream, so that they add nothing, yet learn."""
+    """Sets to zero what ends the residual branches of these layers: they add nothing at first, and can learn."""
     for name, tensor in tensors:
         spec = blueprint[name]
         if spec.layer in layers and ends_residual_branch(spec, blueprint):
@@ -162,8 +165,7 @@ def silence_layers(
 
 
 def ends_residual_branch(spec: TensorSpec, blueprint: Blueprint) -> bool:
-    """Whether a tensor has the last word on what its half of a block adds to the stream: the norm after the writer
-    where there is one, else the writer."""
+    """Whether a tensor ends a residual branch: the norm after the output projection, or else that projection."""
     if spec.role == "norm":
         return spec.site in ("attn.out", "mlp.out")
     sites = {"attn.o": "attn.out", "mlp.down": "mlp.out"}
@@ -171,6 +173,6 @@ def ends_residual_branch(spec: TensorSpec, blueprint: Blueprint) -> bool:
 
 
 def has_post_norm(blueprint: Blueprint) -> bool:
-    """Whether norms stand on the stream itself (BERT, OPT-350m), so that no layer can be made to do nothing."""
+    """Whether norms act on the residual stream itself (BERT, OPT-350m), so that no layer can be made to do nothing."""
     assert blueprint.metadata is not None
     return blueprint.metadata.norm == "layer" and bool(blueprint.find("norm", site="attn.out"))

@@ -1,6 +1,6 @@
-"""What methods share that keep the important part of a donor: what was kept, the maps that follow, and the interface.
+"""The base of the methods that keep the important parts of a larger donor.
 
-Letters: L layers of the target, s its width, K its KV groups, G query heads per group, F its neurons, E an expert's.
+Sizes of the target: L layers, d width, K KV groups, G query heads per group, F neurons, E neurons of an expert.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from baselines.transfer.base import Transfer
-from baselines.transfer.gather import fixed_maps
-from baselines.transfer.index_maps import AxisMap, IndexMaps, even_layers, head_maps, uniform_index
+from baselines.transfer.index_maps import AxisMap, IndexMaps
+from baselines.transfer.index_rules import even_layers, head_maps, uniform_index
 from baselines.transfer.shrinking.calibration import calibration_windows
 from baselines.transfer.shrinking.importance import Scores, top_indices
-from baselines.transfer.sizes import expert_ffn_size
+from baselines.transfer.sizes import expert_ffn_size, metadata_pair
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCORED_ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")  # what importance is seen from
+SCORED_ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")  # the roles that importance scores need
 
 
 @dataclass(frozen=True)
 class KeptParts:
-    """Which of the donor's parts a target consists of, int64, in the donor's order."""
+    """The donor's parts that a target keeps, int64, in the donor's order."""
 
     layers: Tensor  # [L]
-    residual: Tensor  # [s]
+    residual: Tensor  # [d]
     groups: Tensor  # [L, K]
     queries: Tensor  # [L, K, G], query heads within their group
     ffn: Tensor  # [L, F]
@@ -50,7 +50,10 @@ class KeptParts:
 def select_parts(
     scores: Scores, layers: tuple[int, ...], source: Metadata, target: Metadata, by_index: bool = False
 ) -> KeptParts:
-    """The best of every hidden space in the layers chosen; by_index: every n-th residual coordinate instead."""
+    """The most important parts of every hidden space, in the given layers of the donor.
+
+    by_index: keep every n-th residual coordinate instead of the most important ones.
+    """
     groups, queries, ffn, experts = [], [], [], []
     group_scores, heads = scores.groups(source.kv_heads), scores.heads.unflatten(1, (source.kv_heads, -1))
     for layer in layers:
@@ -64,47 +67,50 @@ def select_parts(
     return KeptParts(torch.tensor(layers), residual, *stacked)
 
 
-def drop_middle_layers(t: int, s: int) -> tuple[int, ...]:
-    """s of t layers without those in the middle: the first half of them, rounded up, and the last."""
-    return (*range((s + 1) // 2), *range(t - s // 2, t))
+def drop_middle_layers(n_source: int, n_target: int) -> tuple[int, ...]:
+    """The first half of the target's layers, rounded up, from the start of the donor, the others from its end."""
+    return (*range((n_target + 1) // 2), *range(n_source - n_target // 2, n_source))
 
 
-def select_layers(rule: str, influence: Tensor | None, t: int, s: int) -> tuple[int, ...]:
-    """s of t layers by `influence` (the blocks that change the stream most), `middle` or `even`."""
+def select_layers(rule: str, influence: Tensor | None, n_source: int, n_target: int) -> tuple[int, ...]:
+    """The layers to keep by a rule: `influence` (those that change the stream most), `middle` (drop it) or `even`."""
     if rule == "influence":
         assert influence is not None
-        return tuple(top_indices(influence, s).tolist())
-    return drop_middle_layers(t, s) if rule == "middle" else even_layers(t, s)
+        return tuple(top_indices(influence, n_target).tolist())
+    return drop_middle_layers(n_source, n_target) if rule == "middle" else even_layers(n_source, n_target)
 
 
-def spread_ratio(t: int, s: int) -> float:
-    """The factor sqrt(t / s) that keeps the spread of a sum of which s of t terms are left."""
-    return (t / s) ** 0.5
+def spread_ratio(n_source: int, n_target: int) -> float:
+    """The factor that keeps the standard deviation of a sum of which only n_target of n_source terms are left."""
+    return (n_source / n_target) ** 0.5
 
 
 @dataclass(kw_only=True)
 class Shrinking(Transfer):
-    """A transfer that keeps parts of a larger donor by their importance. Subclasses choose (`_choose_parts`). With a
-    text the whole donor is held on `device` in float32 while it reads; without one a layer at a time is."""
+    """A transfer that keeps parts of a larger donor by their importance. A subclass implements `_choose_parts`.
+
+    With a text the whole donor is on `device` in float32 while its activations are measured. Without one at most one
+    layer is in memory.
+    """
 
     text: str | None = option(None, "a UTF-8 file to measure importance on; none: by the weights alone")
     windows: int = option(
-        64, "of 256 tokens, the beginning of the text: so much of it is read", least=1, most=1_000_000
+        64, "calibration windows of 256 tokens, read from the start of the text", least=1, most=1_000_000
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._kept: KeptParts | None = None
 
-    def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
+    def extra_mismatches(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         source, target = donor.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None
         missing = [role for role in SCORED_ROLES if not donor.blueprint.find(role)]
         if missing:
-            return [f"its {', '.join(missing)} are not known, so that no importance is: use weight-selection"]
+            return [f"its {', '.join(missing)} are unknown, and importance needs them: use weight-selection"]
         if source.layers < target.layers:
-            deeper = f"layers {source.layers} are fewer than the target's {target.layers}"
-            return [f"{deeper}: {self.name} only shrinks; row-column and stacking go deeper"]
+            sizes = f"layers {source.layers} are fewer than the target's {target.layers}"
+            return [f"{sizes}: {self.name} only shrinks; use row-column or stacking"]
         return []
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
@@ -121,34 +127,37 @@ class Shrinking(Transfer):
         return self
 
     def _calibration(self, donor: Donor) -> Tensor | None:
-        """int64 [B, S], None without text."""
+        """The calibration windows, int64 [B, S]; None without a text."""
         if self.text is None:
             return None
         return calibration_windows(self.text, donor, self.tokenizer, self.windows, self.name)
 
     def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
+        """The parts to keep. windows: int64 [B, S], None without a text."""
         raise NotImplementedError
 
     @property
-    def kept(self) -> KeptParts:
-        """What `fit` chose."""
+    def kept_parts(self) -> KeptParts:
+        """The parts that `fit` chose."""
         if self._kept is None:
             raise RuntimeError(f"{self.name}: call fit before sample")
         return self._kept
 
-    def maps(self, blueprint: Blueprint, rescale: bool) -> IndexMaps:
-        """The index maps of what was kept. rescale: whether readers make up for what is gone, by sqrt(t / s)."""
-        source, target = self.source.blueprint.metadata, blueprint.metadata
-        assert source is not None and target is not None
-        tables: dict[str, Any] = fixed_maps(self.source, blueprint, self.rows(blueprint))
-        kept = self.kept
+    def index_maps(self, blueprint: Blueprint, rescale: bool) -> IndexMaps:
+        """The index maps of the kept parts.
 
-        def axis(index: Tensor, t: int) -> AxisMap:
-            return AxisMap(index, spread_ratio(t, len(index)) if rescale and len(index) else 1.0)
+        rescale: whether matrices that read a space are multiplied by sqrt(n_source / n_target) for what is gone.
+        """
+        source, target = metadata_pair(self.source, blueprint)
+        fixed: dict[str, Any] = self.fixed_maps(blueprint)
+        kept = self.kept_parts
+
+        def axis(index: Tensor, n_source: int) -> AxisMap:
+            return AxisMap(index, spread_ratio(n_source, len(index)) if rescale and len(index) else 1.0)
 
         heads, kv_heads = [], []
         for groups, queries in zip(kept.groups, kept.queries, strict=True):
-            h, kv = head_maps(source, groups, queries, tables["head_dim"].index)
+            h, kv = head_maps(source, groups, queries, fixed["head_dim"].index)
             heads.append(axis(h.index, source.heads * source.head_dim))
             kv_heads.append(kv)
         return IndexMaps(
@@ -161,12 +170,12 @@ class Shrinking(Transfer):
             if target.experts
             else (),
             embed_scale=source.embed_scale / target.embed_scale,
-            **tables,
+            **fixed,
         )
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
-        return values, tensors | self.kept.tensors()
+        return values, tensors | self.kept_parts.tensors()
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().restore(values, tensors)

@@ -1,13 +1,14 @@
-"""How much the parts of a donor matter: its residual coordinates, neurons, heads and layers, from its weights alone or
-from what they do on calibration text.
+"""How much each part of a donor matters: its residual coordinates, neurons, heads and layers.
 
+`score_by_weights` uses the weights alone, `score_by_activations` what the parts do on a calibration text.
 Letters: L layers, d width, F neurons, E neurons of an expert, H query heads, K KV groups, h head dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,166 +22,196 @@ from baselines.transfer.shrinking.calibration import (
     observe_inputs,
     run_windows,
 )
-from zoo.tensors import Metadata, split
+from zoo.tensors import Metadata, split_parts
 from zoo.units.decoder import site_readers
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor
 
-NormSite = tuple[str | None, int | None]  # the site and the layer of one
+NormSite = tuple[str | None, int | None]  # the site and the layer of a norm
 
 
 @dataclass(frozen=True)
 class Scores:
-    """All float64 on the CPU; a larger score matters more, and what is dead has zero."""
+    """Importance scores, float64 on the CPU. A larger score matters more; a part that does nothing has zero."""
 
     residual: Tensor  # [d]
     ffn: Tensor  # [L, F]; [L, 0] where there are only experts
     heads: Tensor  # [L, H]
     expert_ffn: Tensor  # [L, E], the experts of a layer together; [L, 0] without experts
-    energy: Mapping[
-        NormSite, Tensor
-    ]  # of every norm: how what it normalises is shared among its coordinates, sums to 1
-    influence: Tensor | None = None  # [L] block influence 1 - E cos(x_l, x_l+1) (ShortGPT 2403.03853); needs text
+    energy: Mapping[NormSite, Tensor]  # per norm [n], sums to 1: the share of each coordinate in the norm's input
+    influence: Tensor | None = None  # [L] block influence 1 - E cos(x_l, x_l+1) (ShortGPT, 2403.03853); needs a text
 
     def groups(self, kv_heads: int) -> Tensor:
-        """[L, K]: the root of the sum of the squares of a KV group's heads."""
+        """[L, K]: the root of the sum of squares of the scores of a KV group's heads."""
         return self.heads.unflatten(1, (kv_heads, -1)).square().sum(-1).sqrt()
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:
-    """[count] int64: where the largest of [n] are, in their original order; of equals the first."""
+    """[count] int64: the places of the largest of [n] scores, in their original order; the first of equal ones."""
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def score_by_weights(donor: Donor, device: str = "cpu") -> Scores:
-    """Scores from norms, with a layer's matrices at most in memory; what reads the stream counts with its norm's gain:
+    """Scores from norms of weights. At most the matrices of one layer are in memory.
 
-    residual   |what writes the coordinate| · |what reads it|, every matrix over its mean
-    ffn        |gate_i| · |up_i| · |down_i|, without a gate |up_i| · |down_i|; experts added up
+    residual   |what writes the coordinate| |what reads it|, every matrix divided by its mean
+    ffn        |gate_i| |up_i| |down_i|, without a gate |up_i| |down_i|; the experts of a layer are added up
     heads      |o_h v_g|, the Frobenius norm of the map from the stream to itself
-    energy     squares of what writes each coordinate, every matrix over its mean
+    energy     squares of what writes each coordinate, every matrix divided by its mean
+
+    Matrices that read the stream are multiplied by the gain of the norm before them.
     """
-    blueprint, meta = donor.blueprint, _metadata(donor)
-    offset = meta.gain_offset
+    meta = _metadata(donor)
+    scorer = _WeightScorer(donor, device, meta)
+    scorer.add_vocabulary()
+    layers = [scorer.add_layer(layer) for layer in range(meta.layers)]
+    for spec, _ in donor.blueprint.find("norm"):
+        scorer.energy.setdefault((spec.site, spec.layer), _divide_by_sum(scorer.writes))
+    ffn = torch.stack([neurons for neurons, _ in layers])
+    none = torch.zeros(meta.layers, 0, dtype=torch.float64)
+    return Scores(
+        residual=(scorer.writes * scorer.reads).sqrt(),
+        ffn=none if meta.experts else ffn,
+        heads=torch.stack([heads for _, heads in layers]),
+        expert_ffn=ffn if meta.experts else none,
+        energy=scorer.energy,
+    )
 
-    def matrices(role: str, layer: int | None = None, site: str | None = None) -> Iterator[Tensor]:
-        """[out, in] on the device; one per expert."""
-        for spec, _ in blueprint.find(role, layer=layer, site=site):
-            yield split(spec, donor.read(spec.name, torch.float32))[role].to(device)
 
-    def gain(layer: int | None, site: str) -> Tensor | float:
-        return next((g + offset for g in matrices("norm", layer, site)), 1.0)
+class _WeightScorer:
+    """Sums over the matrices of a donor, layer by layer. Squares of norms, float64 on the CPU."""
 
-    writes = torch.zeros(meta.width, dtype=torch.float64)
-    reads = torch.zeros(meta.width, dtype=torch.float64)
-    for table in matrices("embed"):
-        writes += _divide_by_mean(_squared_columns(table))
-    for head in matrices("head" if blueprint.find("head") else "embed"):
-        if head.shape[0] == meta.vocab:
-            reads += _divide_by_mean(_squared_columns(head * gain(None, "final")))
-    shares: dict[NormSite, Tensor] = {}
-    neurons, heads = [], []
-    for layer in range(meta.layers):
-        gains = {f"attn.{r}": gain(layer, "attn") for r in ("q", "k", "v")}
-        mlp = "attn" if "up" in site_readers(meta, "attn") else "mlp"
-        gains |= {f"mlp.{r}": gain(layer, mlp) for r in ("gate", "up")}
-        rows: dict[str, list[Tensor]] = {}
+    def __init__(self, donor: Donor, device: str, meta: Metadata) -> None:
+        self.donor, self.blueprint, self.device, self.meta = donor, donor.blueprint, device, meta
+        self.writes = torch.zeros(meta.width, dtype=torch.float64)  # [d]: of what writes each residual coordinate
+        self.reads = torch.zeros(meta.width, dtype=torch.float64)  # [d]: of what reads it
+        self.energy: dict[NormSite, Tensor] = {}
+
+    def matrices(self, role: str, layer: int | None = None, site: str | None = None) -> Iterator[Tensor]:
+        """The matrices [out, in] of a role, on the device; one per expert."""
+        for spec, _ in self.blueprint.find(role, layer=layer, site=site):
+            yield split_parts(spec, self.donor.read(spec.name, torch.float32))[role].to(self.device)
+
+    def gain(self, layer: int | None, site: str) -> Tensor | float:
+        return next((g + self.meta.gain_offset for g in self.matrices("norm", layer, site)), 1.0)
+
+    def add_vocabulary(self) -> None:
+        """Adds embeddings and head to `writes` and `reads`."""
+        for table in self.matrices("embed"):
+            self.writes += _divide_by_mean(_squared_columns(table))
+        for head in self.matrices("head" if self.blueprint.find("head") else "embed"):
+            if head.shape[0] == self.meta.vocab:
+                self.reads += _divide_by_mean(_squared_columns(head * self.gain(None, "final")))
+
+    def add_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Adds a layer to `writes`, `reads` and `energy`; returns the scores of its neurons [F or E] and heads [H]."""
+        gains = {f"attn.{r}": self.gain(layer, "attn") for r in ("q", "k", "v")}
+        mlp = "attn" if "up" in site_readers(self.meta, "attn") else "mlp"
+        gains |= {f"mlp.{r}": self.gain(layer, mlp) for r in ("gate", "up")}
+        rows: dict[str, list[Tensor]] = {}  # role -> squared norms of the rows, one entry per expert
         for role in gains:
-            for matrix in matrices(role, layer):
-                reads += _divide_by_mean(_squared_columns(matrix * gains[role]))
+            for matrix in self.matrices(role, layer):
+                self.reads += _divide_by_mean(_squared_columns(matrix * gains[role]))
                 rows.setdefault(role, []).append(_squared_columns((matrix * gains[role]).mT))
         product = torch.stack(rows["mlp.up"])
         if "mlp.gate" in rows:
             product = product * torch.stack(rows["mlp.gate"])
+        down_columns = []
         for role in ("attn.o", "mlp.down"):
-            for matrix in matrices(role, layer):
-                writes += _divide_by_mean(_squared_columns(matrix.mT))
+            for matrix in self.matrices(role, layer):
+                self.writes += _divide_by_mean(_squared_columns(matrix.mT))
                 rows.setdefault(role, []).append(_squared_columns(matrix.mT))
-                rows.setdefault(f"{role} columns", []).append(_squared_columns(matrix))
-        neurons.append((product * torch.stack(rows["mlp.down columns"])).sqrt().sum(0))
-        v = next(matrices("attn.v", layer)) * gains["attn.v"]
-        heads.append(_head_norms(v, next(matrices("attn.o", layer)), meta))
-        sources = {"q": "attn.q", "k": "attn.k", "attn.out": "attn.o", "mlp.out": "mlp.down"}
-        for site, role in sources.items():
-            for _, part in blueprint.find("norm", layer=layer, site=site):
-                shares[site, layer] = _divide_by_sum(torch.stack(rows[role]).sum(0).view(-1, part.shape[0]).sum(0))
-    for spec, _ in blueprint.find("norm"):
-        shares.setdefault((spec.site, spec.layer), _divide_by_sum(writes))
-    ffn, none = torch.stack(neurons), torch.zeros(meta.layers, 0, dtype=torch.float64)
-    dense = not meta.experts
-    return Scores(
-        residual=(writes * reads).sqrt(),
-        ffn=ffn if dense else none,
-        heads=torch.stack(heads),
-        expert_ffn=none if dense else ffn,
-        energy=shares,
-    )
+                if role == "mlp.down":
+                    down_columns.append(_squared_columns(matrix))
+        neurons = (product * torch.stack(down_columns)).sqrt().sum(0)
+        v = next(self.matrices("attn.v", layer)) * gains["attn.v"]
+        heads = _head_norms(v, next(self.matrices("attn.o", layer)), self.meta)
+        for site, role in {"q": "attn.q", "k": "attn.k", "attn.out": "attn.o", "mlp.out": "mlp.down"}.items():
+            for _, part in self.blueprint.find("norm", layer=layer, site=site):
+                total = torch.stack(rows[role]).sum(0).view(-1, part.shape[0]).sum(0)
+                self.energy[site, layer] = _divide_by_sum(total)
+        return neurons, heads
 
 
 def score_by_activations(model: nn.Module, donor: Donor, windows: Tensor, weights: Scores) -> Scores:
-    """Scores from int64 [B, S] run through the donor, loaded as `model`:
+    """Scores from a calibration text.
+
+    model: the donor, loaded; windows: int64 [B, S]; weights: scores by weights, kept where nothing is measured.
 
     residual   mean |x| of the stream before every block, each divided by its mean over the coordinates
-    ffn        mean |what down reads| (experts have no such place in memory: theirs stay as in `weights`)
-    heads      mean |what o reads|
-    energy     mean share of each coordinate in the square of what a norm reads (a LayerNorm's is centred)
+    ffn        mean |input of down| (experts cannot be observed: theirs stay)
+    heads      mean |input of o|
+    energy     mean share of each coordinate in the square of a norm's input (centred for LayerNorm)
     influence  1 - the mean cosine between the stream before and after a block (ShortGPT, 2403.03853)
     """
-    blueprint, meta = donor.blueprint, _metadata(donor)
-    sums: dict[Any, Tensor] = {}
-    counts: dict[Any, int] = {}
-
-    def add(key: Any, values: Tensor) -> None:  # [..., n]: one row per token
-        values = values.flatten(0, -2) if values.ndim > 1 else values[:, None]
-        sums[key] = sums.get(key, 0.0) + values.sum(0).cpu().double()
-        counts[key] = counts.get(key, 0) + len(values)
-
-    def share(site: NormSite) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
-            x = x - x.mean(-1, keepdim=True) if meta.norm == "layer" else x
-            add(("norm", *site), x.square() / x.square().sum(-1, keepdim=True).clamp_min(1e-30))
-
-        return see
-
-    def size(key: tuple[str, int]) -> Callable[[Tensor], None]:
-        return lambda x: add(key, x.abs())
-
-    readers = {spec.name: share((spec.site, spec.layer)) for spec, _ in blueprint.find("norm")}
-    readers |= {spec.name: size(("heads", spec.layer or 0)) for spec, _ in blueprint.find("attn.o")}
-    if not meta.experts:
-        readers |= {spec.name: size(("ffn", spec.layer or 0)) for spec, _ in blueprint.find("mlp.down")}
-    handles = []
-    for spec, _ in blueprint.find("attn.o"):
-        layer = spec.layer or 0
-
-        def block(module: nn.Module, args: Any, kwargs: Any, output: Any, layer: int = layer) -> None:
-            x, y = first_input(args, kwargs), output[0] if isinstance(output, tuple) else output
-            add(("stream", layer), x.abs())
-            add(("influence", layer), 1 - F.cosine_similarity(x.float(), y.float(), dim=-1).flatten())
-
-        handles.append(
-            module_holding(model, f"{block_path(spec.name)}.weight").register_forward_hook(block, with_kwargs=True)
-        )
-    try:
-        with observe_inputs(model, readers):
-            run_windows(model, windows)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    def mean(*key: Any) -> Tensor:
-        return sums[key] / counts[key]
-
+    meta = _metadata(donor)
+    means = _RunningMeans()
+    with ExitStack() as stack:
+        for handle in _observe_blocks(model, donor, means):
+            stack.callback(handle.remove)
+        stack.enter_context(observe_inputs(model, _readers(donor, means)))
+        run_windows(model, windows)
     layers = range(meta.layers)
     return replace(
         weights,
-        residual=torch.stack([_divide_by_mean(mean("stream", i)) for i in layers]).mean(0),
-        ffn=weights.ffn if meta.experts else torch.stack([mean("ffn", i) for i in layers]),
-        heads=torch.stack([mean("heads", i).unflatten(0, (meta.heads, -1)).mean(-1) for i in layers]),
-        energy=weights.energy | {key[1:]: mean(*key) for key in sums if key[0] == "norm"},  # type: ignore[operator]
-        influence=torch.cat([mean("influence", i) for i in layers]),
+        residual=torch.stack([_divide_by_mean(means.mean("stream", i)) for i in layers]).mean(0),
+        ffn=weights.ffn if meta.experts else torch.stack([means.mean("ffn", i) for i in layers]),
+        heads=torch.stack([means.mean("heads", i).unflatten(0, (meta.heads, -1)).mean(-1) for i in layers]),
+        energy=weights.energy | {key[1:]: means.mean(*key) for key in means.sums if key[0] == "norm"},  # type: ignore[operator]
+        influence=torch.cat([means.mean("influence", i) for i in layers]),
     )
+
+
+@dataclass
+class _RunningMeans:
+    """Means over tokens, float64 on the CPU."""
+
+    sums: dict[Any, Tensor] = field(default_factory=dict)
+    counts: dict[Any, int] = field(default_factory=dict)
+
+    def add(self, key: Any, values: Tensor) -> None:
+        """Adds values [..., n]: one row per token."""
+        values = values.flatten(0, -2) if values.ndim > 1 else values[:, None]
+        self.sums[key] = self.sums.get(key, 0.0) + values.sum(0).cpu().double()
+        self.counts[key] = self.counts.get(key, 0) + len(values)
+
+    def mean(self, *key: Any) -> Tensor:
+        return self.sums[key] / self.counts[key]
+
+
+def _readers(donor: Donor, means: _RunningMeans) -> dict[str, Callable[[Tensor], None]]:
+    """Tensor name -> what adds the input of the tensor's module to the means."""
+    blueprint, meta = donor.blueprint, _metadata(donor)
+
+    def add_share(site: NormSite) -> Callable[[Tensor], None]:
+        def add(x: Tensor) -> None:
+            x = x - x.mean(-1, keepdim=True) if meta.norm == "layer" else x
+            means.add(("norm", *site), x.square() / x.square().sum(-1, keepdim=True).clamp_min(1e-30))
+
+        return add
+
+    def add_size(key: tuple[str, int]) -> Callable[[Tensor], None]:
+        return lambda x: means.add(key, x.abs())
+
+    readers = {spec.name: add_share((spec.site, spec.layer)) for spec, _ in blueprint.find("norm")}
+    readers |= {spec.name: add_size(("heads", spec.layer or 0)) for spec, _ in blueprint.find("attn.o")}
+    if not meta.experts:
+        readers |= {spec.name: add_size(("ffn", spec.layer or 0)) for spec, _ in blueprint.find("mlp.down")}
+    return readers
+
+
+def _observe_blocks(model: nn.Module, donor: Donor, means: _RunningMeans) -> Iterator[Any]:
+    """Hooks every block, so that the stream before it and its influence are added to the means; yields the handles."""
+    for spec, _ in donor.blueprint.find("attn.o"):
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, layer: int = spec.layer or 0) -> None:
+            x, y = first_input(args, kwargs), output[0] if isinstance(output, tuple) else output
+            means.add(("stream", layer), x.abs())
+            means.add(("influence", layer), 1 - F.cosine_similarity(x.float(), y.float(), dim=-1).flatten())
+
+        block = module_holding(model, f"{block_path(spec.name)}.weight")
+        yield block.register_forward_hook(hook, with_kwargs=True)
 
 
 def _head_norms(v: Tensor, o: Tensor, meta: Metadata) -> Tensor:

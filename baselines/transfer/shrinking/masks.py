@@ -1,8 +1,8 @@
 """Hard-concrete masks over the parts of a Llama-like model, learned under a Lagrangian (2310.06694, after 1712.01312).
 
-A mask z of a part is a draw of a stretched concrete variable, clipped to [0, 1]: with u uniform,
-z = clip(1.2 sigmoid((log u - log(1 - u) + a) / T) - 0.1), T = 2/3. Its log-odds a are what is learned; they start
-open and are kept within log 0.01 and log 100. At masks of zero and one the masked model is the pruned model.
+The mask z of a part is a draw of a stretched concrete variable, clipped to [0, 1]: with u uniform,
+z = clip(1.2 sigmoid((log u - log(1 - u) + a) / T) - 0.1), T = 2/3. Training changes its log-odds a, which start open
+and stay between log 0.01 and log 100. With masks of zero and one the masked model is the pruned model.
 
 Letters: L layers, d width, K KV groups, F neurons.
 """
@@ -26,12 +26,12 @@ LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
 MAX_LOG_ODDS = math.log(100.0)
 AXES = ("residual", "groups", "ffn", "layers")
 
-# Whose stream is read through RMSNorms alone, and whose heads and neurons write through one matrix each.
+# Architectures whose residual stream is read only through RMSNorms, and whose heads and neurons write by one matrix.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma")
 
 
 class Masks(nn.Module):
-    """The log-odds of the masks of every axis that shrinks, and the multipliers of its constraint."""
+    """The log-odds of the masks of every axis that shrinks, and the Lagrange multipliers of its constraint."""
 
     def __init__(self, source: Metadata, target: Metadata) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class Masks(nn.Module):
             "ffn": (source.layers, source.ffn),
             "layers": (source.layers,),
         }
-        wanted = {"residual": target.width, "groups": target.kv_heads, "ffn": target.ffn, "layers": target.layers}
-        self.target = {axis: wanted[axis] / shape[-1] for axis, shape in shapes.items() if wanted[axis] < shape[-1]}
+        sizes = {"residual": target.width, "groups": target.kv_heads, "ffn": target.ffn, "layers": target.layers}
+        self.target = {axis: sizes[axis] / shape[-1] for axis, shape in shapes.items() if sizes[axis] < shape[-1]}
         self.log_odds = nn.ParameterDict({axis: torch.full(shapes[axis], MAX_LOG_ODDS) for axis in self.target})
         self.linear = nn.ParameterDict({axis: torch.zeros(()) for axis in self.target})
         self.quadratic = nn.ParameterDict({axis: torch.zeros(()) for axis in self.target})
 
     def draw(self, seed: int, name: str) -> dict[str, Tensor]:
-        """Masks [like the log-odds] in [0, 1], a function of (seed, name)."""
+        """axis -> masks in [0, 1], of the shape of the log-odds, from the random stream (seed, name)."""
         out = {}
         for axis, odds in self.log_odds.items():
             u = torch.rand(odds.shape, generator=stream(seed, f"{name}/{axis}")).clamp(1e-6, 1 - 1e-6).to(odds.device)
@@ -56,17 +56,20 @@ class Masks(nn.Module):
             out[axis] = (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
         return out
 
-    def expected(self) -> dict[str, Tensor]:
+    def expected_open(self) -> dict[str, Tensor]:
         """axis -> [] or [L]: the expected share of parts whose mask is not zero."""
         shift = TEMPERATURE * math.log(-LOW / HIGH)
         return {axis: torch.sigmoid(odds - shift).mean(-1) for axis, odds in self.log_odds.items()}
 
     def penalty(self, progress: float, equality: bool = False) -> Tensor:
-        """Sum over the axes of the mean over layers of l1 g + l2 g^2, g = min(0, t - e) with the expected share e and
-        the target's t, which tightens from one as `progress` goes from 0 to 1. To be minimised over the log-odds and
-        maximised over l1 and l2. equality: g = t - e, which pushes parts open too where e is too small."""
+        """The Lagrangian: the sum over axes of the mean over layers of l1 g + l2 g^2, with g = min(0, t - e).
+
+        e is the expected share of open parts. t is the share that the target keeps, approached from 1 as `progress`
+        goes from 0 to 1. Minimised over the log-odds, maximised over the multipliers l1 and l2. equality: g = t - e,
+        which also opens parts where e is too small.
+        """
         total = torch.zeros((), device=next(self.parameters()).device)
-        for axis, share in self.expected().items():
+        for axis, share in self.expected_open().items():
             gap = 1 - min(1.0, progress) * (1 - self.target[axis]) - share
             gap = gap if equality else gap.clamp(max=0)
             total = total + (self.linear[axis] * gap + self.quadratic[axis] * gap.square()).mean()
@@ -80,8 +83,11 @@ class Masks(nn.Module):
 
 @contextlib.contextmanager
 def apply_masks(model: nn.Module, blueprint: Blueprint, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, `model` runs under the masks (residual [d], groups [L, K], ffn [L, F], layers [L]) that the mapping holds
-    at that time; an axis that it lacks is open. A norm of the stream divides by the coordinates that are kept."""
+    """While it is open, the model runs under the masks that the mapping holds at the time of a forward pass.
+
+    masks: residual [d], groups [L, K], ffn [L, F], layers [L]; an axis that is missing stays open. A norm of the stream
+    divides by the number of coordinates that are kept.
+    """
     meta = blueprint.metadata
     assert meta is not None
     eps, offset = float(str(meta.extra["norm_eps"])), meta.gain_offset

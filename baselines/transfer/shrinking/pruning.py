@@ -14,34 +14,35 @@ from baselines.transfer.index_maps import IndexMaps
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, select_layers, select_parts, spread_ratio
 from baselines.transfer.shrinking.calibration import load_model, observe_inputs, run_windows
 from baselines.transfer.shrinking.importance import Scores, score_by_activations, score_by_weights
+from baselines.transfer.sizes import metadata_pair
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
-from zoo.tensors import join, split
+from zoo.tensors import join_parts, split_parts
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor
 
-MAX_GRAM_ENTRIES = 1 << 27  # entries of second moments in memory at a time; more layers take more passes over the text
+MAX_GRAM_ENTRIES = 1 << 27  # entries of second moments in memory; more take several passes over the text
 WRITER_INPUTS = {"attn.o": "heads", "mlp.down": "ffn"}
 
 
 @dataclass(kw_only=True)
 class Pruning(Shrinking):
-    """Removes what matters least from a larger donor:
+    """Removes the least important parts of a larger donor (2407.14679, 2310.06694):
 
     layers     by block influence on a text (ShortGPT, 2403.03853), or those in the middle, or evenly
     KV groups  whole, by |o v| of their heads; query heads within a group likewise
-    neurons    by mean |activation| on a text, without one by |gate| |up| |down|
-    residual   by mean |activation| on a text, without one by norms of what writes and reads; or every n-th
+    neurons    by mean |activation| on a text, or without one by |gate| |up| |down|
+    residual   by mean |activation| on a text, or without one by norms of what writes and reads; or every n-th
 
-    `correct` multiplies the gain of each norm by sqrt(e t / s), where s of t coordinates are kept that hold the share e
-    of what it normalises (measured on the text, else told from the weights): then what is kept has the values that it
-    has in the donor, and removing what is dead changes nothing.
+    `correct` multiplies the gain of each norm by sqrt(e n_source / n_target), where e is the share of the norm's input
+    in the kept coordinates, measured on the text or estimated from the weights. The kept coordinates then have the same
+    values as in the donor, and removing coordinates that do nothing changes nothing.
 
-    `compensate` refits o and down of every layer by ridge regression, so that from what is kept of their inputs they
-    write what the donor's write on the text. It helps short budgets of training and hurt in one study: an option. The
-    refitted matrices are kept in memory and in the saved sampler.
+    `compensate` refits o and down of every layer by ridge regression, so that they write from the kept inputs what the
+    donor's write on the text. It is off by default: it helps short training, but made results worse in one study. The
+    refitted matrices are in memory and in the saved sampler.
     """
 
     name: ClassVar[str] = "pruning"
@@ -53,30 +54,32 @@ class Pruning(Shrinking):
         "residual": ("importance", "index"),
     }
 
-    layers: str = option("auto", "which go: influence (the least, needs text), middle or even; auto: as there is text")
-    residual: str = option("importance", "coordinates of the stream: by importance, or every n-th by index")
-    correct: bool = option(True, "norms' gains make up for the coordinates that they no longer see")
-    compensate: bool = option(False, "refit o and down to what the donor's write on the text")
-    ridge: float = option(1e-3, "of the refit, relative to the mean square of its inputs", above=0.0)
+    layers: str = option(
+        "auto",
+        "which layers go: influence (least, needs text), middle, even; auto: influence with a text",
+    )
+    residual: str = option("importance", "which residual coordinates stay: by importance, or every n-th by index")
+    correct: bool = option(True, "gains of norms are corrected for the coordinates that are gone")
+    compensate: bool = option(False, "refit o and down to the donor's outputs on the text")
+    ridge: float = option(1e-3, "ridge penalty of the refit, relative to the mean square of its inputs", above=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._gains: dict[str, float] = {}  # by name in the target: of the norms
+        self._gains: dict[str, float] = {}  # by name in the target, of norms
         self._refitted: dict[str, Tensor] = {}  # by name in the target, as on disk
-        for wish, asked in (("layers=influence", self.layers == "influence"), ("compensate", self.compensate)):
-            if asked and self.text is None:
-                raise UserError(f"{self.name}: {wish} is measured on a text: give a UTF-8 file with --set text=FILE")
+        for setting, is_set in (("layers=influence", self.layers == "influence"), ("compensate", self.compensate)):
+            if is_set and self.text is None:
+                raise UserError(f"{self.name}: {setting} needs a text: give a UTF-8 file with --set text=FILE")
 
-    def refuses(self, donor: Donor, blueprint: Blueprint) -> list[str]:
-        found = super().refuses(donor, blueprint)
+    def extra_mismatches(self, donor: Donor, blueprint: Blueprint) -> list[str]:
+        found = super().extra_mismatches(donor, blueprint)
         assert donor.blueprint.metadata is not None
         if self.compensate and donor.blueprint.metadata.experts:
             found.append("it has experts, whose outputs cannot be refitted: leave compensate out")
         return found
 
     def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
-        source, target = self.source.blueprint.metadata, blueprint.metadata
-        assert source is not None and target is not None
+        source, target = metadata_pair(self.source, blueprint)
         scores = score_by_weights(self.source, self.device)
         model = None
         if windows is not None:
@@ -85,7 +88,7 @@ class Pruning(Shrinking):
         rule = self.layers if self.layers != "auto" else "middle" if windows is None else "influence"
         layers = select_layers(rule, scores.influence, source.layers, target.layers)
         self._kept = select_parts(scores, layers, source, target, self.residual == "index")
-        maps = self.maps(blueprint, rescale=False)
+        maps = self.index_maps(blueprint, rescale=False)
         self._gains = norm_gains(blueprint, maps, scores) if self.correct else {}
         self._refitted = {}
         if self.compensate and model is not None and windows is not None:
@@ -93,12 +96,12 @@ class Pruning(Shrinking):
         return self._kept
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        maps = self.maps(blueprint, rescale=False)
+        maps = self.index_maps(blueprint, rescale=False)
         assert blueprint.metadata is not None
-        one = blueprint.metadata.gain_offset
+        offset = blueprint.metadata.gain_offset
         for name, tensor in gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name):
             if name in self._gains:
-                tensor = (tensor + one) * self._gains[name] - one
+                tensor = (tensor + offset) * self._gains[name] - offset
             yield name, self._refitted.get(name, tensor)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -112,8 +115,7 @@ class Pruning(Shrinking):
 
 
 def norm_gains(blueprint: Blueprint, maps: IndexMaps, scores: Scores) -> dict[str, float]:
-    """Disk name -> what the gain of each of the target's norms is multiplied by: sqrt(e t / s), for those that see
-    fewer coordinates than the donor's."""
+    """Disk name -> the factor sqrt(e n_source / n_target) of the gain, for norms that lose coordinates."""
     gains = {}
     for spec, part in blueprint.find("norm"):
         index = maps.axis(part.axes[0], spec.layer).index
@@ -126,49 +128,53 @@ def norm_gains(blueprint: Blueprint, maps: IndexMaps, scores: Scores) -> dict[st
 def refit_outputs(
     donor: Donor, model: nn.Module, windows: Tensor, blueprint: Blueprint, maps: IndexMaps, ridge: float
 ) -> dict[str, Tensor]:
-    """Disk name -> tensor as on disk of every o and down of the target that reads fewer coordinates than the donor's.
+    """Disk name -> refitted tensor, for every o and down of the target that reads fewer coordinates than the donor's.
 
-    With x the donor's input of such a matrix W on the text and x_k what is kept of it, W' minimises E|W x - W' x_k|^2
-    + ridge E[x_k^2] |W' - W_k|^2, in closed form from E[x x^T]; W_k is the gathered matrix. A bias stays."""
-    todo = []
+    Let x be the donor's input of such a matrix W on the text, x_k its kept coordinates, and W_k the gathered matrix.
+    The refit W' minimises E|W x - W' x_k|^2 + ridge E[x_k^2] |W' - W_k|^2, in closed form from E[x x^T]. A bias
+    stays.
+    """
+    to_refit = []
     for role, axis in WRITER_INPUTS.items():
-        theirs = {spec.layer: (spec, part) for spec, part in donor.blueprint.find(role)}
+        donor_parts = {spec.layer: (spec, part) for spec, part in donor.blueprint.find(role)}
         for spec, part in blueprint.find(role):
             assert spec.layer is not None
-            spec_there, part_there = theirs[maps.layers[spec.layer]]
-            if part.shape[1] < part_there.shape[1]:
-                todo.append((spec, maps.axis(axis, spec.layer).index, spec_there, part_there.shape[1]))
+            donor_spec, donor_part = donor_parts[maps.layers[spec.layer]]
+            if part.shape[1] < donor_part.shape[1]:
+                to_refit.append((spec, maps.axis(axis, spec.layer).index, donor_spec, donor_part.shape[1]))
     found: dict[str, Tensor] = {}
-    per_pass = max(1, MAX_GRAM_ENTRIES // max((size**2 for *_, size in todo), default=1))
-    for start in range(0, len(todo), per_pass):
-        some = todo[start : start + per_pass]
-        grams = second_moments(model, {there.name: size for _, _, there, size in some}, windows)
-        for spec, index, there, _ in some:
-            gram = grams.pop(there.name)  # [t, t]
-            matrix = split(there, donor.read(there.name, torch.float32))[there.role]
+    per_pass = max(1, MAX_GRAM_ENTRIES // max((size**2 for *_, size in to_refit), default=1))
+    for start in range(0, len(to_refit), per_pass):
+        batch = to_refit[start : start + per_pass]
+        grams = second_moments(model, {donor_spec.name: size for _, _, donor_spec, size in batch}, windows)
+        for spec, index, donor_spec, _ in batch:
+            gram = grams.pop(donor_spec.name)  # [n_source, n_source]
+            matrix = split_parts(donor_spec, donor.read(donor_spec.name, torch.float32))[donor_spec.role]
             matrix = matrix.index_select(0, maps.residual.index).to(gram)
             index = index.to(gram.device)
             kept = gram[index][:, index]
             weight = ridge * kept.diagonal().mean().clamp_min(1e-30) * torch.eye(len(index)).to(gram)
             right = matrix @ gram[:, index] + matrix[:, index] @ weight
             fitted = torch.linalg.solve(kept + weight, right, left=False)
-            found[spec.name] = join(spec, {spec.role: fitted.float().cpu()})
+            found[spec.name] = join_parts(spec, {spec.role: fitted.float().cpu()})
     return found
 
 
 def second_moments(model: nn.Module, sizes: dict[str, int], windows: Tensor) -> dict[str, Tensor]:
-    """Disk name of a matrix -> E[x x^T] [n, n] of its inputs on int64 [B, S], on the model's device, in float64 where
-    it has that. sizes: the n of each."""
+    """Disk name of a matrix -> E[x x^T] [n, n] of its inputs x on the windows, on the model's device.
+
+    windows: int64 [B, S]; sizes: the n of each matrix. In float64 where the device has it.
+    """
     device = next(model.parameters()).device
     wide = torch.float32 if device.type == "mps" else torch.float64
     sums = {name: torch.zeros(n, n, dtype=wide, device=device) for name, n in sizes.items()}
 
     def add(name: str) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
+        def add_input(x: Tensor) -> None:
             x = x.flatten(0, -2)
             sums[name] += (x.mT @ x).to(wide)
 
-        return see
+        return add_input
 
     with observe_inputs(model, {name: add(name) for name in sizes}):
         run_windows(model, windows)

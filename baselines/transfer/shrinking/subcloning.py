@@ -12,19 +12,21 @@ from baselines.transfer.gather import gather_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, drop_middle_layers, select_parts
 from baselines.transfer.shrinking.calibration import load_model
 from baselines.transfer.shrinking.importance import score_by_activations, score_by_weights
+from baselines.transfer.sizes import metadata_pair
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 
 
 @dataclass(kw_only=True)
 class Subcloning(Shrinking):
-    """Keeps, of the residual stream and of every layer's neurons, the coordinates with the largest mean |activation|
-    on a text (without one: the largest norms, see `importance.by_weights`), whole KV groups likewise by what
-    their heads put out, and the layers but those in the middle. What is kept stays in the donor's order.
+    """Keeps the most active residual coordinates and neurons of a larger donor (2312.09299).
 
-    Reconstructed: `rescale=sqrt` multiplies the columns of every matrix that reads a space of which s of t coordinates
-    are left by sqrt(t / s), which keeps the spread of its outputs if the coordinates weigh alike; a tied head takes
-    the factor from the norm before it. What is dead in the donor's FFN or heads weighs nothing: there `none` is exact.
+    Activity is the mean |activation| on a text, or without a text the norm of weights (`importance.score_by_weights`).
+    KV groups are kept whole, by the outputs of their heads. Layers in the middle go. Kept parts stay in their order.
+
+    Our choice: `rescale=sqrt` multiplies the columns of every matrix that reads a narrower space by sqrt(n_source /
+    n_target). This keeps the standard deviation of its outputs if all coordinates contribute equally. For a tied head
+    the norm before it takes the factor. `none` is exact where the dropped parts of the donor do nothing.
     """
 
     name: ClassVar[str] = "subcloning"
@@ -33,16 +35,15 @@ class Subcloning(Shrinking):
     reference: ClassVar[str] = "2312.09299"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"rescale": ("sqrt", "none")}
 
-    rescale: str = option("sqrt", "of what reads a narrower space: sqrt (of the ratio of the sizes), or none")
+    rescale: str = option("sqrt", "factor of what reads a narrower space: sqrt (of the ratio of the sizes), or none")
 
     def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
-        source, target = self.source.blueprint.metadata, blueprint.metadata
-        assert source is not None and target is not None
+        source, target = metadata_pair(self.source, blueprint)
         scores = score_by_weights(self.source, self.device)
         if windows is not None:
             scores = score_by_activations(load_model(self.source, self.device), self.source, windows, scores)
         return select_parts(scores, drop_middle_layers(source.layers, target.layers), source, target)
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        maps = self.maps(blueprint, rescale=self.rescale == "sqrt")
+        maps = self.index_maps(blueprint, rescale=self.rescale == "sqrt")
         yield from gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)

@@ -94,14 +94,14 @@ BROKEN: list[tuple[nn.Module, str]] = [
     (nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)), "0 is a Conv2d"),
     (nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), "1 is a BatchNorm1d"),
     (nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 3)), "0 is a Embedding"),
-    (nn.Sequential(nn.Linear(12, 8), nn.GLU(), nn.Linear(4, 3)), "2 reads 4 values, what stands before it 8"),
+    (nn.Sequential(nn.Linear(12, 8), nn.GLU(), nn.Linear(4, 3)), "2 reads 4 values, but 8 come before it"),
     (nn.Sequential(nn.Linear(12, 8), nn.LayerNorm((2, 4)), nn.Linear(8, 3)), r"1 normalises \(2, 4\)"),
     (nn.Sequential(nn.Linear(12, 8), nn.ChannelShuffle(2), nn.Linear(8, 3)), "1 between 0.weight and 2 may mix"),
     (nn.Sequential(nn.Flatten(), nn.ReLU()), "no linear layer"),
     (Residual(), "the forward of Residual branches at a"),
     (Twice(), "b.weight is used twice"),
     (Mixing(), "roll between a.weight and c may mix"),
-    (Deciding(), "the forward of Deciding cannot be followed"),
+    (Deciding(), "the forward of Deciding cannot be traced"),
     (Loose(), "Loose uses scale outside any layer"),
 ]
 
@@ -126,8 +126,8 @@ MISFIT: list[tuple[nn.Module, str]] = [
     (nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)), "it has 3 matrices and the target 2"),
     (rival(nn.LayerNorm(8), inputs=11), "12 inputs and the target 11"),
     (rival(nn.LayerNorm(8), outputs=4), "3 outputs and the target 4"),
-    (rival(nn.LayerNorm(8), bias=True), "over space 3 it has no vector and the target bias"),
-    (rival(), "over space 2 it has bias, LayerNorm weight, LayerNorm bias and the target bias"),
+    (rival(nn.LayerNorm(8), bias=True), "in hidden space 3 it has no vector and the target bias"),
+    (rival(), "in hidden space 2 it has bias, LayerNorm weight, LayerNorm bias and the target bias"),
 ]
 
 
@@ -193,15 +193,13 @@ def test_the_nearest_donor_in_size_or_the_one_that_is_named() -> None:
         RowColumn(donor="huge").reads(zoo, blueprint)
     with pytest.raises(UserError, match="0 is a Conv2d"):
         RowColumn(donor="other").reads(zoo, blueprint)
-    with pytest.raises(UserError, match="no residual stream to pool"):
-        RowColumn(pool="2").reads(zoo, blueprint)
 
 
 def test_language_models_and_chains_do_not_mix(tmp_path: Path) -> None:
     llama = donor(tmp_path / "llama", CONFIGS["llama"])
-    with pytest.raises(UserError, match="is no module in memory"):
+    with pytest.raises(UserError, match="neither a config nor a module in memory"):
         RowColumn().reads(llama, Blueprint.from_module(Named(8)))
-    with pytest.raises(UserError, match="config on both sides"):
+    with pytest.raises(UserError, match="must both have a config"):
         RowColumn().reads(zoo_of({"mlp": named(8)}), Blueprint.from_config(CONFIGS["llama"]))
 
 

@@ -185,7 +185,7 @@ def test_other_tokenizers_are_matched_by_string(tmp_path: Path, caplog: pytest.L
     blueprint = Blueprint.from_config(CONFIGS["llama"] | {"vocab_size": 40})
     caplog.set_level(logging.INFO)
     sampler = WeightSelection(tokenizer=str(target)).fit(zoo, blueprint)
-    assert "39 of 40 tokens are the donor's by string; the other 1 rows" in caplog.text
+    assert "39 of 40 tokens are in the donor's vocabulary; the other 1 rows" in caplog.text
     got = dict(sampler.sample(blueprint, seed=0))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         table = zoo.donors[0].read(name)
@@ -205,7 +205,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"intermediate_size": 64}, "ffn 48 is smaller than the target's 64"),
     ("llama", {"num_key_value_heads": 4}, "kv_heads 2 is smaller than the target's 4"),
     ("llama", {"num_key_value_heads": 1}, "heads per KV head 2 is smaller than the target's 4"),
-    ("llama", {"head_dim": 6}, "head_dim 8 is no whole multiple of the target's 6"),
+    ("llama", {"head_dim": 6}, "head_dim 8 must be a whole multiple of the target's 6"),
     ("llama", {"vocab_size": 61}, "vocab 60 is not the target's 61"),
     ("llama", {"attention_bias": True}, "the target has attn.k bias and the donor has none"),
     ("llama", {"model_type": "qwen3"}, r"the target has norm weight \(k\) and the donor has none"),
@@ -237,7 +237,7 @@ def test_the_refusal_tells_of_the_donor_that_is_least_unlike(tmp_path: Path, sam
 
 def test_a_larger_head_is_refused_by_growth_too(tmp_path: Path) -> None:
     zoo = donor(tmp_path / "donor", CONFIGS["llama"])
-    with pytest.raises(UserError, match="head_dim 8 is no whole multiple of the target's 16"):
+    with pytest.raises(UserError, match="head_dim 8 must be a whole multiple of the target's 16"):
         RowColumn().fit(zoo, Blueprint.from_config(CONFIGS["llama"] | {"head_dim": 16}))
 
 

@@ -95,15 +95,15 @@ def test_copies_part_with_noise_and_only_with_it(noise: float) -> None:
 REFUSED = [
     (
         {"hidden_size": 48},
-        "width 32 does not go into the target's 48 a whole number of times .32 or 64 would do.: net2wider",
+        "width 48 is not a multiple of the donor's 32 .use 32 or 64.; net2wider takes any size",
     ),
-    ({"intermediate_size": 60}, "ffn 48 does not go into the target's 60 a whole number of times .48 or 96 would do"),
+    ({"intermediate_size": 60}, "ffn 60 is not a multiple of the donor's 48 .use 48 or 96."),
     (
         {"num_key_value_heads": 3, "num_attention_heads": 6, "hidden_size": 96},
-        "kv_heads 2 does not go .* .2 or 4 would do",
+        "kv_heads 3 is not a multiple of the donor's 2 .use 2 or 4.",
     ),
-    ({"num_key_value_heads": 4, "hidden_size": 64}, "heads per KV head 2 does not go into the target's 1"),
-    ({"num_hidden_layers": 3}, "layers 2 is not the target's 3: use net2wider for both"),
+    ({"num_key_value_heads": 4, "hidden_size": 64}, "heads per KV head 1 is not a multiple of the donor's 2"),
+    ({"num_hidden_layers": 3}, "layers 2 is not the target's 3: use net2wider for width and depth, stacking"),
     ({"hidden_size": 16}, "width 32 would shrink to 16"),
 ]
 
@@ -122,7 +122,7 @@ def test_the_donors_that_would_do_are_named_or_taken() -> None:
         {str(width): random_model(resized("llama-mha", hidden_size=width)) for width in (20, 24, 32)},
     )
     blueprint = Blueprint.from_config(resized("llama-mha", hidden_size=48))
-    with pytest.raises(UserError, match=r"width 32 .* \(of this zoo would do: 24\)"):
+    with pytest.raises(UserError, match=r"width 48 .* \(donors of this zoo that fit: 24\)"):
         HyperCloning(donor="32").fit(zoo, blueprint)
     assert HyperCloning().fit(zoo, blueprint).donors == ("24",)
 

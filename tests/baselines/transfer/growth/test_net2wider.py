@@ -103,7 +103,7 @@ def after_a_step(sampler: Net2Wider, name: str) -> tuple[nn.Module, Any, nn.Modu
     donor = random_model(CONFIGS[name])
     config = resized(name, hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4)
     model = grown(sampler, donor, config)
-    maps = sampler._maps(Blueprint.from_pretrained_config(model.config), 0)
+    maps = sampler._draw_maps(Blueprint.from_pretrained_config(model.config), 0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model(TOKENS, labels=TOKENS).loss.backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
@@ -123,7 +123,7 @@ def test_copies_part_where_their_shares_differ_and_only_there(shares: str) -> No
         "model.layers.1.self_attn.v_proj.weight": maps.kv_heads[1],
     }
     for name, axis in rows.items():
-        write = torch.as_tensor(axis.write, dtype=torch.float64).expand(len(axis.index))[:, None]
+        write = torch.as_tensor(axis.write_scale, dtype=torch.float64).expand(len(axis.index))[:, None]
         half = len(axis.index) // 2
         first = axis.index.argsort(stable=True)[::2]
         second = axis.index.argsort(stable=True)[1::2]
@@ -151,7 +151,7 @@ def test_new_rows_from_the_layer_above() -> None:
     zoo = zoo_of({"donor": donor})
     got = dict(Net2Wider(expansion="aki").fit(zoo, blueprint).sample(blueprint))
     copied = dict(Net2Wider().fit(zoo, blueprint).sample(blueprint))
-    index = Net2Wider().fit(zoo, blueprint)._maps(blueprint, 0).ffn[0].index
+    index = Net2Wider().fit(zoo, blueprint)._draw_maps(blueprint, 0).ffn[0].index
     up = "model.layers.{}.mlp.up_proj.weight"
     state = donor.state_dict()
     assert torch.equal(got[up.format(0)][:48], state[up.format(0)])
@@ -173,7 +173,7 @@ REFUSED: list[tuple[str, dict[str, int], dict[str, str], str]] = [
     ("llama-mha", {"num_hidden_layers": 1}, {}, "layers 2 would shrink to 1"),
     ("llama-mha", {"num_key_value_heads": 2}, {}, "kv_heads 4 would shrink to 2"),
     ("llama-mha", {"head_dim": 4}, {}, "head_dim 8 would shrink to 4"),
-    ("llama-mha", {"head_dim": 16}, {}, "head_dim 8 is no whole multiple of the target's 16: heads do not grow, take"),
+    ("llama-mha", {"head_dim": 16}, {}, "head_dim 8 must be a whole multiple of the target's 16; use more heads of 8 instead"),
     ("gpt2", {"hidden_size": 48}, {"residual": "copy"}, "width 32 -> 48: with LayerNorm, residual=copy takes a mult"),
     ("gemma2", {"num_hidden_layers": 4}, {}, r"layer 1 \(full_attention\) would be the target's layer 2 .*depth=stack"),
 ]  # fmt: skip
@@ -199,8 +199,8 @@ def test_norms_on_the_stream_itself_allow_copies_only() -> None:
     zoo = zoo_of({"donor": donor})
     assert moved(Net2Wider(), donor, resized("opt", hidden_size=64, intermediate_size=60) | POST_NORM) < 1e-9
     for sizes, options, reason in [
-        ({"hidden_size": 48}, {}, "width 32 -> 48: LayerNorms on the stream itself allow residual=copy to a multiple"),
-        ({"hidden_size": 64}, {"residual": "pad"}, "width 32 -> 64: LayerNorms on the stream itself"),
+        ({"hidden_size": 48}, {}, "width 32 -> 48: LayerNorms act on the residual stream, which needs residual=copy and a multiple of 32"),
+        ({"hidden_size": 64}, {"residual": "pad"}, "width 32 -> 64: LayerNorms act on the residual stream"),
         ({"num_hidden_layers": 3}, {}, "layers 2 -> 3: its norms stand on the stream itself"),
     ]:
         with pytest.raises(UserError, match=reason):
@@ -213,14 +213,14 @@ def test_norms_on_the_stream_itself_allow_copies_only() -> None:
 
 def test_routers_are_refused() -> None:
     config = resized("mistral") | {"model_type": "mixtral", "num_local_experts": 2}
-    with pytest.raises(UserError, match=r"2 tensors of the target have no known role .*row-column grows it"):
+    with pytest.raises(UserError, match=r"2 tensors of the target have no known role .*loses the donor's function: use row-column"):
         Net2Wider().fit(zoo_of({"donor": random_model(config)}), Blueprint.from_config(config))
 
 
 def test_query_heads_that_would_be_lost_are_refused() -> None:
     donor = random_model(CONFIGS["llama-gqa-tied"] | {"num_attention_heads": 8, "head_dim": 8})
     config = resized("llama-gqa-tied", hidden_size=36, num_attention_heads=9, num_key_value_heads=3)
-    with pytest.raises(UserError, match="4 query heads of a KV head do not fit the target's 3"):
+    with pytest.raises(UserError, match="4 query heads per KV head do not fit the target's 3"):
         Net2Wider().fit(zoo_of({"donor": donor}), Blueprint.from_config(config))
 
 

@@ -79,7 +79,7 @@ def test_kinds_of_layers_stay_in_their_places(caplog: pytest.LogCaptureFixture) 
     [
         (
             {"hidden_size": 64},
-            "width 32 is not the target's 64.*: stacking changes the depth alone, net2wider any size",
+            "width 32 is not the target's 64.*: stacking only changes the depth; use net2wider",
         ),
         ({"intermediate_size": 40}, "ffn 48 is not the target's 40"),
         ({"num_attention_heads": 8}, "heads per KV head 2 is not the target's 4"),

@@ -109,7 +109,7 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     good = tmp_path / "good.txt"
     good.write_text("ä" * 40)  # 80 bytes
     assert calibration_windows(good, bytewise, None, 64, "x").shape == (2, 32)  # the donor knows 32 positions
-    with pytest.raises(UserError, match=r"missing\.txt: no such text; give a UTF-8 file with --set text=FILE"):
+    with pytest.raises(UserError, match=r"missing\.txt: no such file; give a UTF-8 text with --set text=FILE"):
         calibration_windows(tmp_path / "missing.txt", bytewise, None, 64, "x")
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(UserError, match="9 tokens are too few for calibration; give at least 32"):
@@ -132,5 +132,5 @@ def test_an_architecture_kept_elsewhere_in_memory_is_refused() -> None:
 
     model = build(CONFIGS["mixtral"])
     name = next(s.name for s, _ in Blueprint.from_module(model).find("mlp.down"))
-    with pytest.raises(UserError, match="its activations cannot be read"):
+    with pytest.raises(UserError, match="its activations cannot be measured"):
         module_holding(model, name)

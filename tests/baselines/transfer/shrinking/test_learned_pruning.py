@@ -95,7 +95,7 @@ def test_masks_follow_the_hard_concrete_law() -> None:
         for values in masks.log_odds.values():
             values.data.fill_(odds)
         drawn = torch.cat([masks.draw(0, f"{i}")["ffn"].detach().flatten() for i in range(100)])
-        expected = float(masks.expected()["ffn"].detach()[0])
+        expected = float(masks.expected_open()["ffn"].detach()[0])
         assert drawn.min() >= 0 and drawn.max() <= 1
         assert abs(float((drawn > 0).float().mean()) - expected) < 3 * (0.25 / len(drawn)) ** 0.5
         u = torch.rand(200_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_the_multipliers_lead_every_axis_to_its_size() -> None:
             optimizer.zero_grad()
             masks.penalty(step / 60, equality).backward()
             optimizer.step()
-        for axis, share in masks.expected().items():
+        for axis, share in masks.expected_open().items():
             assert bool((share < masks.target[axis] + 0.05).all()), axis
             assert not equality or bool((share > masks.target[axis] - 0.05).all()), axis
 
@@ -162,9 +162,9 @@ def test_training_finds_what_is_dead(tmp_path: Path, trained: Zoo, tokens: torch
     small = config("llama", **SMALL | {"hidden_size": 32})
     sampler = LearnedPruning(text=text, steps=120)
     folder = filled(tmp_path / "learned", sampler, trained, small)
-    assert sampler.kept.layers.tolist() == [0, 2]
-    assert sampler.kept.groups.tolist() == [[1 - DEAD["groups"][i]] for i in (0, 2)]
-    assert sampler.kept.ffn.tolist() == [alive("ffn", 0), alive("ffn", 2)]
+    assert sampler.kept_parts.layers.tolist() == [0, 2]
+    assert sampler.kept_parts.groups.tolist() == [[1 - DEAD["groups"][i]] for i in (0, 2)]
+    assert sampler.kept_parts.ffn.tolist() == [alive("ffn", 0), alive("ffn", 2)]
     torch.testing.assert_close(logits(folder), logits(trained.path), rtol=1e-4, atol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_weights_that_train_along_get_better(tmp_path: Path, trained: Zoo, token
     for weights in (False, True):
         sampler = LearnedPruning(text=text, steps=50, train_weights=weights, weights_lr=3e-3)
         losses.append(loss(filled(tmp_path / str(weights), sampler, trained, small), tokens))
-        assert len(sampler.kept.residual) == 16
+        assert len(sampler.kept_parts.residual) == 16
     assert losses[1] < losses[0] - 0.1
 
 
@@ -238,7 +238,7 @@ def test_without_a_text_only_bytes_have_one(caplog: pytest.LogCaptureFixture) ->
     assert "masks are trained on Python's language reference" in caplog.text
     zoo, words = zoo_of({"d": build(CONFIGS["llama"])}), Blueprint.from_config(CONFIGS["llama"])
     for act in (LearnedPruning().reads, LearnedPruning().fit):
-        with pytest.raises(UserError, match="learned-pruning trains masks on a text: give a UTF-8 file"):
+        with pytest.raises(UserError, match="learned-pruning needs a text to train masks on: give a UTF-8 file"):
             act(zoo, words)
 
 
@@ -250,11 +250,11 @@ def test_the_same_shape_is_the_donor(tmp_path: Path, trained: Zoo, text: str) ->
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("gpt2", {"n_inner": 64}, "masks are exact for llama, .* and not for gpt2: use pruning"),
+        ("gpt2", {"n_inner": 64}, "masks are exact only for llama, .*, not for gpt2: use pruning"),
         ("gemma2", {}, "not for gemma2: use pruning"),
         ("olmo2", {}, "not for olmo2: use pruning"),
-        ("llama", {"head_dim": 4}, "head_dim 8 has no mask that makes it 4: use pruning"),
-        ("llama", {"num_attention_heads": 2}, "2 query heads per KV head are not the target's 1 and share a mask"),
+        ("llama", {"head_dim": 4}, "head_dim 8 cannot be masked to 4: use pruning"),
+        ("llama", {"num_attention_heads": 2}, "2 query heads per KV head share a mask, but the target has 1"),
         ("llama", {"num_hidden_layers": 4}, "layers 3 are fewer than the target's 4"),
     ],
 )

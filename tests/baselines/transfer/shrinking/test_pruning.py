@@ -44,10 +44,10 @@ def test_what_does_nothing_goes_and_the_function_stays(tmp_path: Path, text: str
     sampler = Pruning(text=text if by_text else None)
     small = filled(tmp_path / "small", sampler, zoo, config(name, **SMALL))
     left = [i for i in range(3) if i != layer]
-    assert sampler.kept.layers.tolist() == left
-    assert sampler.kept.residual.tolist() == alive("residual")
-    assert sampler.kept.ffn.tolist() == [alive("ffn", i) for i in left]
-    assert sampler.kept.groups.tolist() == [[1 - DEAD["groups"][i]] for i in left]
+    assert sampler.kept_parts.layers.tolist() == left
+    assert sampler.kept_parts.residual.tolist() == alive("residual")
+    assert sampler.kept_parts.ffn.tolist() == [alive("ffn", i) for i in left]
+    assert sampler.kept_parts.groups.tolist() == [[1 - DEAD["groups"][i]] for i in left]
     expected = logits(zoo.path)
     assert expected.std() > 0.05
     torch.testing.assert_close(logits(small), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -72,7 +72,7 @@ def test_query_heads_within_a_group_go_by_importance(tmp_path: Path) -> None:
     small = filled(
         tmp_path / "small", sampler, open_standalone(tmp_path / "donor"), config("llama", num_attention_heads=2)
     )
-    assert sampler.kept.queries.flatten(1).tolist() == [[1, 0], [0, 1], [0, 0]]
+    assert sampler.kept_parts.queries.flatten(1).tolist() == [[1, 0], [0, 1], [0, 0]]
     torch.testing.assert_close(logits(small), logits(tmp_path / "donor"), rtol=1e-4, atol=1e-5)
 
 
@@ -119,9 +119,9 @@ def test_layers_by_every_rule(tmp_path: Path, text: str) -> None:
     zoo = planted(tmp_path / "donor", config("llama", num_hidden_layers=5), layer=3)
     blueprint = Blueprint.from_config(config("llama"))
     for rule, expected in (("middle", [0, 1, 4]), ("even", [0, 2, 4]), ("auto", None), ("influence", None)):
-        kept = Pruning(layers=rule, text=text).fit(zoo, blueprint).kept.layers.tolist()
+        kept = Pruning(layers=rule, text=text).fit(zoo, blueprint).kept_parts.layers.tolist()
         assert kept == expected if expected else (3 not in kept and len(kept) == 3)
-    assert Pruning().fit(zoo, blueprint).kept.layers.tolist() == [0, 1, 4]  # auto, without a text
+    assert Pruning().fit(zoo, blueprint).kept_parts.layers.tolist() == [0, 1, 4]  # auto, without a text
 
 
 def test_by_index_and_without_correction_it_is_weight_selection(tmp_path: Path) -> None:
@@ -141,14 +141,14 @@ def test_gains_are_corrected_by_the_share_of_what_is_kept(tmp_path: Path, text: 
     blueprint = Blueprint.from_config(config("llama", hidden_size=24))
     sampler = Pruning(text=text)
     ratio = dict(sampler.fit(zoo, blueprint).sample(blueprint))["model.norm.weight"]
-    ratio = ratio / zoo.donors[0].read("model.norm.weight")[sampler.kept.residual]
+    ratio = ratio / zoo.donors[0].read("model.norm.weight")[sampler.kept_parts.residual]
     model = AutoModelForCausalLM.from_pretrained(zoo.path)
     seen: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model(byte_tokens(Path(text).read_bytes())[: 64 * 32].view(-1, 32))
     energy = seen[0].square()
-    share = (energy[..., sampler.kept.residual].sum(-1) / energy.sum(-1)).mean()
+    share = (energy[..., sampler.kept_parts.residual].sum(-1) / energy.sum(-1)).mean()
     assert 0.75 < share < 0.99
     torch.testing.assert_close(ratio, (share * 32 / 24).sqrt().expand(24), rtol=1e-4, atol=0)
 
@@ -160,7 +160,7 @@ def test_experts_are_pruned_together(tmp_path: Path) -> None:
     got = dict(sampler.sample(blueprint))
     name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
     for expert in (0, 3):
-        expected = zoo.donors[0].read(name.format(expert))[:, sampler.kept.expert_ffn[1]]
+        expected = zoo.donors[0].read(name.format(expert))[:, sampler.kept_parts.expert_ffn[1]]
         assert torch.equal(got[name.format(expert)], expected)
     with pytest.raises(UserError, match="experts, whose outputs cannot be refitted"):
         Pruning(compensate=True, text="any").fit(zoo, blueprint)
@@ -183,9 +183,9 @@ def test_a_fitted_sampler_is_saved_and_needs_its_text_no_more(tmp_path: Path, te
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_hidden_layers": 4}, {}, "layers 3 are fewer than the target's 4: pruning only shrinks"),
     ({"hidden_size": 64}, {}, "width 32 is smaller than the target's 64"),
-    ({}, {"layers": "influence"}, "layers=influence is measured on a text: give a UTF-8 file"),
-    ({}, {"compensate": True}, "compensate is measured on a text"),
-    ({}, {"text": "nowhere.txt"}, "no such text"),
+    ({}, {"layers": "influence"}, "layers=influence needs a text: give a UTF-8 file"),
+    ({}, {"compensate": True}, "compensate needs a text"),
+    ({}, {"text": "nowhere.txt"}, "nowhere.txt: no such file"),
     ({}, {"ridge": 0.0}, "pruning: ridge is 0.0; give more than 0"),
     ({}, {"windows": 0}, "pruning: windows is 0; give at least 1"),
 ]

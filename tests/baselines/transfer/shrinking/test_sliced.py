@@ -252,7 +252,7 @@ def test_activations_need_a_text(tmp_path: Path) -> None:
     blueprint = Blueprint.from_config(UNTIED["llama"])
     for sampler, message in (
         (Sliced(axes="activations"), "needs a text"),
-        (Sliced(text=str(tmp_path / "none")), "no such text"),
+        (Sliced(text=str(tmp_path / "none")), "no such file"),
     ):
         for work in (sampler.fit, sampler.reads):
             with pytest.raises(UserError, match=message):

@@ -37,9 +37,9 @@ def test_inactive_parts_and_the_middle_layer_go(tmp_path: Path, text: str, name:
     sampler = Subcloning(text=given, rescale="none")
     small = config(name, intermediate_size=40, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2)
     got = logits(filled(tmp_path / "small", sampler, zoo, small))
-    assert sampler.kept.layers.tolist() == [0, 2]
-    assert sampler.kept.ffn.tolist() == [alive("ffn", 0), alive("ffn", 2)]
-    assert sampler.kept.groups.tolist() == [[1 - DEAD["groups"][i]] for i in (0, 2)]
+    assert sampler.kept_parts.layers.tolist() == [0, 2]
+    assert sampler.kept_parts.ffn.tolist() == [alive("ffn", 0), alive("ffn", 2)]
+    assert sampler.kept_parts.groups.tolist() == [[1 - DEAD["groups"][i]] for i in (0, 2)]
     torch.testing.assert_close(got, logits(zoo.path), rtol=1e-4, atol=1e-5)
 
 
@@ -50,7 +50,7 @@ def test_readers_of_a_narrower_stream_make_up_for_its_norm(tmp_path: Path, text:
     zoo = planted(tmp_path / "donor", config(name), "residual")
     sampler = Subcloning(text=text if by_text else None)
     small = filled(tmp_path / "small", sampler, zoo, config(name, hidden_size=24))
-    assert sampler.kept.residual.tolist() == alive("residual")
+    assert sampler.kept_parts.residual.tolist() == alive("residual")
     torch.testing.assert_close(logits(small), logits(zoo.path), rtol=1e-4, atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_a_fitted_sampler_is_saved_and_loaded(tmp_path: Path, text: str) -> None
     [
         ({"num_hidden_layers": 4}, {}, "layers 3 are fewer than the target's 4: subcloning only shrinks"),
         ({"intermediate_size": 64}, {}, "ffn 48 is smaller than the target's 64"),
-        ({}, {"text": "nowhere.txt"}, "no such text"),
+        ({}, {"text": "nowhere.txt"}, "nowhere.txt: no such file"),
     ],
 )
 def test_refusals_come_before_any_work(changes: dict[str, Any], options: dict[str, Any], reason: str) -> None:
