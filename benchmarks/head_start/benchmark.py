@@ -144,7 +144,7 @@ def audit_peers(work: Path, data: Path | None) -> dict[str, Any]:
     torch.set_num_threads(1)  # then a second of the peers' clock is a second of work, as for ours
     try:
         opened = Zoo.open(paths["zoo"])
-        tokens = peer_measure.held_out(_corpus(work, "reference", data), opened)
+        tokens = peer_measure.held_out_tokens(_corpus(work, "reference", data), opened)
         folder, target = _peers_folder(work), tasks.UNSEEN_TARGETS[tasks.MAIN_TARGET]
         return peer_measure.measure(
             peer_measure.PeerMeasurement(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.peers.scoring import own_loss
+from benchmarks.peers.scoring import donor_loss
 from headstart.compare.trials import training_token_count
 from zoo.donors.zoo import Zoo
 from zoo.training.corpora import encode_corpus
@@ -19,4 +19,4 @@ def donor_losses(zoo: Zoo, target: Path, corpus: Path) -> dict[str, float | None
     own = read_vocabulary(folder)
     tokens = encode_corpus(corpus, folder, max(own.values()) + 1)
     held = tokens[training_token_count(tokens) :]
-    return {d.name: own_loss(d, held) for d in zoo.donors if d.vocabulary() == own}
+    return {d.name: donor_loss(d, held) for d in zoo.donors if d.vocabulary() == own}

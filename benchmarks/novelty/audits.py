@@ -23,8 +23,8 @@ from benchmarks.head_start import tasks
 from benchmarks.novelty import distance as novelty
 from benchmarks.novelty.controls import Average, Interpolation, Noise, PerDimension
 from benchmarks.peers import d2nwg, sane
-from benchmarks.peers.scoring import build
-from benchmarks.peers.weights import own_tensors
+from benchmarks.peers.scoring import build_model
+from benchmarks.peers.weights import stored_tensors
 from headstart import samplers
 from headstart.compare.inputs import hash_model, hash_zoo
 from headstart.compare.trials import training_token_count
@@ -132,13 +132,14 @@ def measure_sample(inputs: AuditInputs, sample: Sample, report: ReportProgress) 
         }
         decoder = read_decoder(blueprint, lambda name: tensors[name].double(), where=sample.label)
         near, mosaic = novelty.nearest_and_mosaic(decoder, token_strings(zoo.donors[0]), frames)
-        model = build(config, tensors)
+        model = build_model(config, tensors)
         start = evaluate(model, held, tasks.SEQUENCE, limit=tasks.WINDOWS)
         own, _ = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
         overlaps = {name: novelty.error_overlap(own, other, truth) for name, other in guesses.items()}
         alike = max(overlaps, key=lambda name: overlaps[name]["iou"])
         ends = {
-            f"{rate:g}": loss_after_training(build(config, tensors), rate, sample.seed, learned, held) for rate in RATES
+            f"{rate:g}": loss_after_training(build_model(config, tensors), rate, sample.seed, learned, held)
+            for rate in RATES
         }
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -173,7 +174,7 @@ def _load_inputs(inputs: AuditInputs) -> tuple[Zoo, list[novelty.Frame], dict[st
     learned, held = tokens[: training_token_count(tokens)], tokens[training_token_count(tokens) :]
     guesses, truth = {}, held
     for donor in zoo.donors:
-        model = build(donor.config, own_tensors(donor))
+        model = build_model(donor.config, stored_tensors(donor))
         guesses[donor.name], truth = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
     return zoo, [novelty.frame(d) for d in zoo.donors], guesses, truth, learned, held
 

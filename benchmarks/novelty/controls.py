@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from benchmarks.peers.weights import Weights, finish, read
+from benchmarks.peers.weights import Weights, read_weights, to_checkpoint
 from zoo.errors import UserError
 from zoo.options import option
 from zoo.sampler import Sampler
@@ -41,7 +41,7 @@ class OfOneShape(Sampler):
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         if zoo is None:
             raise UserError(f"{self.name}: give a --zoo")
-        self._donors = of_shape(read(zoo, "canonical"), blueprint)
+        self._donors = of_shape(read_weights(zoo, "canonical"), blueprint)
         if len(self._donors) < self.least:
             raise UserError(f"{self.name}: needs {self.least} donors of the target's shape, has {len(self._donors)}")
         first = self._donors[0]
@@ -54,7 +54,7 @@ class OfOneShape(Sampler):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         made = ((name, self.mix(name, seed)) for name in self._donors[0].tensors)
-        yield from finish(made, blueprint, "canonical")
+        yield from to_checkpoint(made, blueprint, "canonical")
 
     def mix(self, name: str, seed: int) -> Tensor:
         """The tensor called `name`, float32."""
@@ -126,9 +126,9 @@ class PerDimension(OfOneShape):
 
 def of_shape(donors: Sequence[Weights], blueprint: Blueprint) -> list[Weights]:
     """The donors whose tensors, untied, have the blueprint's shapes."""
-    from benchmarks.peers.weights import modelled
+    from benchmarks.peers.weights import learned_blueprint
 
-    wanted = {spec.name: spec.shape for spec in modelled(blueprint, "canonical").specs}
+    wanted = {spec.name: spec.shape for spec in learned_blueprint(blueprint, "canonical").specs}
     return [d for d in donors if {name: tuple(t.shape) for name, t in d.tensors.items()} == wanted]
 
 

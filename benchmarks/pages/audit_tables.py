@@ -9,7 +9,7 @@ from benchmarks.head_start.results import BenchmarkResults, paired_difference
 from benchmarks.novelty.audits import SHAPES, TAUS, count_novel, sample_labels
 from benchmarks.pages import cells
 from benchmarks.pages.comparison_tables import GENERATOR
-from benchmarks.peers.measure import table as peers_table_of
+from benchmarks.peers.measure import format_table as format_peers_table
 from headstart.report.scores import REFERENCE
 
 
@@ -99,4 +99,4 @@ def conditioning_table(results: BenchmarkResults) -> str:
 
 
 def peers_table(results: BenchmarkResults) -> str:
-    return peers_table_of(results.facts["peers"]) if "peers" in results.facts else ""
+    return format_peers_table(results.facts["peers"]) if "peers" in results.facts else ""

@@ -1,4 +1,4 @@
-"""D2NWG's chunks: layers flattened and cut to one size, and the conditions that tell where a chunk lies.
+"""D2NWG's chunks: layers flattened and cut to one size, and the conditions that say where a chunk lies.
 
 Letters: N chunks, C chunk size, F features of a condition.
 """
@@ -19,9 +19,9 @@ from zoo.tensors import TensorSpec
 FEATURES = MODEL_FEATURES + 3 + 2 * 7 + 2 * len(PERIODS)
 
 
-def groups(blueprint: Blueprint) -> list[tuple[int, int | None, list[TensorSpec]]]:
-    """[(kind, layer, tensors)]: what is flattened together: each block (kind 1), what is stored before the blocks
-    (kind 0: the embedding) and after them (kind 2: final norm, head)."""
+def flattened_groups(blueprint: Blueprint) -> list[tuple[int, int | None, list[TensorSpec]]]:
+    """[(kind, layer, tensors)] of the groups that are flattened together: the tensors stored before the blocks (kind 0:
+    the embedding), each block (kind 1), and the tensors after them (kind 2: final norm, head)."""
     found: list[tuple[int, int | None, list[TensorSpec]]] = []
     seen = False
     for spec in blueprint.specs:
@@ -33,19 +33,24 @@ def groups(blueprint: Blueprint) -> list[tuple[int, int | None, list[TensorSpec]
     return found
 
 
-def cut(blueprint: Blueprint, tensors: Mapping[str, Tensor], size: int) -> Tensor:
+def chunk_counts(blueprint: Blueprint, size: int) -> list[int]:
+    """The number of chunks of every group."""
+    return [-(-sum(spec.numel for spec in specs) // size) for _, _, specs in flattened_groups(blueprint)]
+
+
+def to_chunks(blueprint: Blueprint, tensors: Mapping[str, Tensor], size: int) -> Tensor:
     """[N, C]: every group flattened and zero-padded to whole chunks. The inverse is `uncut`."""
     parts = []
-    for _, _, specs in groups(blueprint):
+    for _, _, specs in flattened_groups(blueprint):
         flat = torch.cat([tensors[spec.name].flatten() for spec in specs])
         parts.append(F.pad(flat, (0, -len(flat) % size)).view(-1, size))
     return torch.cat(parts)
 
 
-def uncut(blueprint: Blueprint, chunks: Tensor) -> dict[str, Tensor]:
+def from_chunks(blueprint: Blueprint, chunks: Tensor) -> dict[str, Tensor]:
     """Chunks [N, C] -> tensors by name."""
     out, start = {}, 0
-    for _, _, specs in groups(blueprint):
+    for _, _, specs in flattened_groups(blueprint):
         sizes = [spec.numel for spec in specs]
         count = -(-sum(sizes) // chunks.shape[1])
         flat = chunks[start : start + count].flatten()[: sum(sizes)]
@@ -55,24 +60,24 @@ def uncut(blueprint: Blueprint, chunks: Tensor) -> dict[str, Tensor]:
     return out
 
 
-def conditions(blueprint: Blueprint, size: int, loss: float | None, most: int | None = None) -> Tensor:
-    """[N, F]: the model's metadata in place of a dataset's embedding [R], and where each chunk lies: kind of its
-    group, relative depth, place in the group as a share and as a number (at most `most`, the last one seen)."""
+def chunk_conditions(blueprint: Blueprint, size: int, loss: float | None, last_seen: int | None = None) -> Tensor:
+    """[N, F]: the model's metadata and where each chunk lies: kind of its group, relative depth, place in the group as
+    a share and as a number (at most `last_seen`). Our choice: the metadata take the place of a dataset's embedding."""
     assert blueprint.metadata is not None
     model, rows = model_features(blueprint.metadata, loss), []
-    for kind, layer, specs in groups(blueprint):
+    for kind, layer, specs in flattened_groups(blueprint):
         count = -(-sum(spec.numel for spec in specs) // size)
         index = torch.arange(count)
         depth = torch.full((count,), 0.5 if layer is None else layer / max(1, blueprint.metadata.layers - 1))
-        clamped = index if most is None else index.clamp(max=most)
+        clamped = index if last_seen is None else index.clamp(max=last_seen)
         turns = 2 * math.pi * clamped[:, None] / torch.tensor(PERIODS)
         which = torch.eye(3)[kind].expand(count, 3)
-        shares = (_waves(depth), _waves(index / max(1, count - 1)))
+        shares = (_wave_features(depth), _wave_features(index / max(1, count - 1)))
         rows.append(torch.cat([model.expand(count, -1), which, *shares, turns.sin(), turns.cos()], dim=1))
     return torch.cat(rows)
 
 
-def _waves(share: Tensor) -> Tensor:
+def _wave_features(share: Tensor) -> Tensor:
     """[N] in [0, 1] -> [N, 7]"""
     waves = [f(math.pi * w * share) for w in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
     return torch.stack([2 * share - 1, *waves], dim=1)

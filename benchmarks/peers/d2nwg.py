@@ -3,7 +3,7 @@
     python -m benchmarks.peers.d2nwg --zoo DIR --out DIR --seconds 300 --parameters 2600000
 
 Every layer is flattened, zero-padded and cut into chunks. README.md says what is from the paper, what is smaller and
-what is reconstructed.
+what is our choice.
 
 Letters: N chunks, C chunk size, Z channels and S side of a latent, F features of a condition.
 """
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from autoencoder.loading import load_component
 from benchmarks.peers import training
-from benchmarks.peers.chunks import FEATURES, chunk_conditions, flattened_groups, from_chunks, to_chunks
+from benchmarks.peers.chunks import FEATURES, chunk_conditions, chunk_counts, from_chunks, to_chunks
 from benchmarks.peers.weights import (
     Reconstruction,
     Weights,
@@ -57,8 +57,11 @@ CHUNKS_AT_ONCE = 256  # chunks: bounds memory, and is fixed, so that results dep
 
 @dataclass(frozen=True)
 class D2NWGTrainConfig:
-    """As published where README.md does not say otherwise. rate: chunk size over latent size; share: of parameters and
-    budget for the VAE; chunk None: the largest power of two whose linear maps leave 40 % of the VAE to convolutions."""
+    """As published unless README.md says otherwise.
+
+    rate: chunk size over latent size; share: the VAE's part of parameters and budget; chunk None: the largest power of
+    two whose linear maps leave 40 % of the VAE to convolutions.
+    """
 
     rate: float = 2864 / 1024
     share: float = 0.4
@@ -74,7 +77,7 @@ class D2NWGTrainConfig:
 
 
 def plane_side(chunk: int) -> int:
-    """Of the plane that a chunk becomes: 1.43 of its size, as published (2864 to 64 x 64), in multiples of 8."""
+    """Side of the plane of a chunk: 1.43 times the chunk's size, as published (2864 to 64 x 64), in steps of 8."""
     return max(8, 8 * round(math.sqrt(4096 / 2864 * chunk) / 8))
 
 
@@ -108,7 +111,7 @@ class ChunkAutoencoder(ModelMixin, ConfigMixin):
 
 
 class ChunkDenoiser(ModelMixin, ConfigMixin):
-    """A UNet whose input has a channel more, the embedded condition."""
+    """A UNet with one more input channel, the embedded condition."""
 
     @register_to_config
     def __init__(self, latent: int, side: int, channels: int, features: int) -> None:
@@ -120,9 +123,9 @@ class ChunkDenoiser(ModelMixin, ConfigMixin):
             up_block_types=("AttnUpBlock2D", "UpBlock2D"), resnet_time_scale_shift="scale_shift",
         )  # fmt: skip
 
-    def forward(self, noised: Tensor, times: Tensor, told: Tensor) -> Tensor:
+    def forward(self, noised: Tensor, times: Tensor, features: Tensor) -> Tensor:
         """[N, Z, S, S], int64 [N], [N, F] -> the noise, [N, Z, S, S]"""
-        plane = self.condition(told).view(-1, 1, *noised.shape[2:])
+        plane = self.condition(features).view(-1, 1, *noised.shape[2:])
         return self.unet(torch.cat([noised, plane], dim=1), times).sample
 
 
@@ -140,9 +143,9 @@ def train(
 ) -> Path:
     """Trains the VAE, then the UNet on its latents; writes both to `out`.
 
-    parameters: at most so many in both; settings: fields of `D2NWGTrainConfig`. An interrupted run is continued with
-    resume=True; under `steps` to the same bytes. Raises UserError for an unusable zoo, too few parameters, or an `out`
-    that exists."""
+    parameters: the largest number in both together; settings: fields of `D2NWGTrainConfig`. resume=True continues an
+    interrupted run, with `steps` to the same bytes. UserError for an unusable zoo, too few parameters, or an `out` that
+    exists."""
     out, opened = Path(out), Zoo.open(zoo)
     config, budget = D2NWGTrainConfig(seed=seed, **settings), training.Budget(steps, seconds)
     identity = training.peer_identity(PEER, asdict(config) | asdict(budget) | {"parameters": parameters}, opened)
@@ -154,17 +157,17 @@ def train(
     chunks = torch.cat(parts)
     scale = float(chunks.square().mean().sqrt())
     chunks = (chunks / scale).to(device)
-    told = torch.cat([chunk_conditions(d.blueprint, size, d.loss) for d in donors]).to(device)
+    features = torch.cat([chunk_conditions(d.blueprint, size, d.loss) for d in donors]).to(device)
     coder, first = _vae(out, chunks, config, round(config.share * parameters), budget, identity, device, quiet)
     rest = parameters - training.parameter_count(coder)
-    denoiser, spread, second = _unet(out, coder, chunks, told, config, rest, budget, identity, device, quiet)
+    denoiser, spread, second = _unet(out, coder, chunks, features, config, rest, budget, identity, device, quiet)
     denoiser.save_pretrained(out / "unet")
     content = {
         "peer": PEER, "identity": identity, "recipe": asdict(config), "donors": provenance_records(opened, donors),
         "scale": scale, "latent_deviation": spread,
         "features": [model_features(d.metadata, d.loss).tolist() for d in donors],
         "best_loss": min((d.loss for d in donors if d.loss is not None), default=None),
-        "most_chunks": max(-(-sum(s.numel for s in g) // size) for d in donors for _, _, g in flattened_groups(d.blueprint)) - 1,
+        "most_chunks": max(n for d in donors for n in chunk_counts(d.blueprint, size)) - 1,
         "parameters": training.parameter_count(coder) + training.parameter_count(denoiser),
         "training": {"vae": first, "unet": second},
     }  # fmt: skip
@@ -200,7 +203,7 @@ def _vae(
     device: str,
     quiet: bool,
 ) -> tuple[ChunkAutoencoder, dict[str, Any]]:
-    """The trained VAE and what its training was; what an earlier run has finished is read."""
+    """The trained VAE and a record of its training; reads it if an earlier run finished it."""
     if (out / "vae").is_dir():
         return ChunkAutoencoder.from_pretrained(out / "vae").to(device).eval(), json.loads(
             (out / "vae.json").read_text()
@@ -230,10 +233,10 @@ def _vae(
 
 
 def _unet(
-    out: Path, coder: ChunkAutoencoder, chunks: Tensor, told: Tensor, config: D2NWGTrainConfig, parameters: int,
+    out: Path, coder: ChunkAutoencoder, chunks: Tensor, features: Tensor, config: D2NWGTrainConfig, parameters: int,
     budget: training.Budget, identity: str, device: str, quiet: bool,
 ) -> tuple[ChunkDenoiser, float, dict[str, Any]]:  # fmt: skip
-    """The trained UNet (its moving average), the deviation of the latents, and what its training was."""
+    """The trained UNet (its moving average), the deviation of the latents, and a record of its training."""
     with torch.no_grad():
         posteriors = [coder.encode(part) for part in chunks.split(CHUNKS_AT_ONCE)]
         mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
@@ -251,7 +254,7 @@ def _unet(
         clean = (mean[rows] + std[rows] * torch.randn(shape, generator=rng).to(device)) / spread
         noise = torch.randn(shape, generator=rng).to(device)
         times = torch.randint(NOISE_STEPS, (config.batch,), generator=rng).to(device)
-        return F.mse_loss(model(schedule.add_noise(clean, noise, times), times, told[rows]), noise)
+        return F.mse_loss(model(schedule.add_noise(clean, noise, times), times, features[rows]), noise)
 
     def restore(tensors: Mapping[str, Tensor], step: int) -> None:
         ema.optimization_step = step
@@ -276,7 +279,7 @@ def load_peer(model: str | None) -> tuple[ChunkAutoencoder, ChunkDenoiser, dict[
 
 
 def input_rows(coder: ChunkAutoencoder, content: Mapping[str, Any], weights: Weights) -> Tensor:
-    """[N, C]: a donor as the VAE is given it."""
+    """[N, C]: a donor in the form that the VAE reads."""
     return to_chunks(weights.blueprint, weights.tensors, coder.config["chunk"]) / content["scale"]
 
 
@@ -287,8 +290,8 @@ def reconstruct_weights(
     weights: Weights,
     replacement: Callable[[Tensor], Tensor] | None = None,
 ) -> Reconstruction:
-    """A donor through the VAE (means of the latents), in the coordinates that it was trained in. replacement: what is done
-    with the rows in the VAE's place."""
+    """A donor encoded and decoded by the VAE (means of the latents), in the coordinates that the VAE was trained in.
+    replacement: a function of the rows that takes the VAE's place."""
     chunks = input_rows(coder, content, weights)
     if replacement is None:
         latents = [coder.encode(part.to(coder.device)).mean for part in chunks.split(CHUNKS_AT_ONCE)]
@@ -301,7 +304,7 @@ def reconstruct_weights(
 
 @dataclass(kw_only=True)
 class D2NWG(Sampler):
-    """Every chunk of the target is denoised on its own, told the target's metadata and where it lies, and decoded."""
+    """Denoises and decodes every chunk of the target on its own, given the target's metadata and the chunk's place."""
 
     name: ClassVar[str] = "benchmarks.peers.d2nwg.D2NWG"
     family: ClassVar[str] = "generative"
@@ -312,7 +315,7 @@ class D2NWG(Sampler):
 
     model: str | None = option(None, "folder of a trained D2NWG")
     steps: int = option(100, "denoising steps (DDIM)", least=1, most=1024)
-    loss: float | None = option(None, "quality asked for: held-out loss of the donors to imitate; none: the best")
+    loss: float | None = option(None, "held-out loss of the donors to imitate; none: the best")
     condition: str = option("true", "true, or a control: a random donor's metadata, or the donors' mean")
 
     def __post_init__(self) -> None:
@@ -332,13 +335,13 @@ class D2NWG(Sampler):
         coder, denoiser = coder.to(self.device), denoiser.to(self.device)
         coordinates = content["recipe"]["coordinates"]
         target = learned_blueprint(blueprint, coordinates)
-        told = self._conditions(target, content, coder.config["chunk"], seed)
+        features = self._conditions(target, content, coder.config["chunk"], seed)
         side = denoiser.config["side"]
-        noise = torch.randn(len(told), denoiser.config["latent"], side, side, generator=stream(seed, PEER))
+        noise = torch.randn(len(features), denoiser.config["latent"], side, side, generator=stream(seed, PEER))
         schedule = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
         schedule.set_timesteps(self.steps)
         made = []
-        for x, condition in zip(noise.split(CHUNKS_AT_ONCE), told.split(CHUNKS_AT_ONCE), strict=True):
+        for x, condition in zip(noise.split(CHUNKS_AT_ONCE), features.split(CHUNKS_AT_ONCE), strict=True):
             x, condition = x.to(self.device), condition.to(self.device)
             for t in schedule.timesteps:
                 x = schedule.step(denoiser(x, t.to(x.device).expand(len(x)), condition), t, x).prev_sample
@@ -347,16 +350,16 @@ class D2NWG(Sampler):
 
     def _conditions(self, target: Blueprint, content: Mapping[str, Any], size: int, seed: int) -> Tensor:
         loss = self.loss if self.loss is not None else content["best_loss"]
-        told = chunk_conditions(target, size, loss, content["most_chunks"])
+        features = chunk_conditions(target, size, loss, content["most_chunks"])
         known = torch.tensor(content["features"])
         if self.condition == "shape":
-            told[:, :MODEL_FEATURES] = known[torch.randint(len(known), (1,), generator=stream(seed, "shape"))]
+            features[:, :MODEL_FEATURES] = known[torch.randint(len(known), (1,), generator=stream(seed, "shape"))]
         elif self.condition == "mean":
-            told[:, :MODEL_FEATURES] = known.mean(0)
-        return told
+            features[:, :MODEL_FEATURES] = known.mean(0)
+        return features
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
-        """The donors that it learned from, not those of `zoo`."""
+        """The donors that the peer learned from, not those of `zoo`."""
         assert self._parts is not None
         return list(self._parts[2]["donors"])
 

@@ -104,10 +104,14 @@ def measure(setup: PeerMeasurement) -> dict[str, Any]:
     pipeline = load_pipeline(str(setup.model))
     budget = parameter_count(pipeline.autoencoder) + parameter_count(pipeline.denoiser)
     stored = sum(b.numel() for b in pipeline.memory.buffers())
+
+    def diffusion() -> Sampler:
+        return DiffusionSampler(model=str(setup.model))
+
     ours = {
         "said": "ours", "parameters": budget, "stored": stored, "seconds": setup.seconds,
         **_cached(setup, OURS, "rebuilt", lambda: _mean_reconstruction(setup, our_reconstructions(setup))),
-        **_cached(setup, OURS, "generated", lambda: generation_scores(setup, lambda: DiffusionSampler(model=str(setup.model)))),
+        **_cached(setup, OURS, "generated", lambda: generation_scores(setup, diffusion)),
     }  # fmt: skip
     models: dict[str, Any] = {OURS: ours}
     for name, variant in setup.variants.items():
@@ -268,20 +272,22 @@ def _cached(setup: PeerMeasurement, name: str, what: str, compute: Callable[[], 
 
 def format_table(found: Mapping[str, Any]) -> str:
     """Markdown: a row per model."""
-    own = _mean(list(found["donors"].values()))
+    own, apart = _mean(list(found["donors"].values())), found["apart"]["median"]
+    number = _format_number
     rows = [
-        f"Donors' own loss {_format_number(own)}; their distance to the nearest other donor {_format_number(found['apart']['median'])}.",
+        f"Donors' own loss {number(own)}; their distance to the nearest other donor {number(apart)}.",
         "",
         "| model | settings | parameters (and stored numbers), M | seconds | rate | error (PCA) | loss rebuilt (PCA) "
         "| loss, donors' shapes | loss, target, step 0 | M parameters/s | distance to nearest donor |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---" * 11 + "|",
     ]
     for name, m in found["models"].items():
         cells = [
             name, m["said"], f"{m['parameters'] / 1e6:.2f} ({m['stored'] / 1e6:.1f})",
-            "–" if m["seconds"] is None else f"{m['seconds']:.0f}", _format_number(m["rate"]),
-            f"{_format_number(m['error'])} ({_format_number(m['pca_error'])})", f"{_format_number(m['rebuilt_loss'])} ({_format_number(m['pca_loss'])})",
-            _format_number(m["own_shape_loss"]), _format_number(m["target_loss"]), f"{m['speed'] / 1e6:.2g}", _format_number(m["novelty"]),
+            "–" if m["seconds"] is None else f"{m['seconds']:.0f}", number(m["rate"]),
+            f"{number(m['error'])} ({number(m['pca_error'])})",
+            f"{number(m['rebuilt_loss'])} ({number(m['pca_loss'])})", number(m["own_shape_loss"]),
+            number(m["target_loss"]), f"{m['speed'] / 1e6:.2g}", number(m["novelty"]),
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)

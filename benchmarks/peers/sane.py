@@ -3,7 +3,7 @@
     python -m benchmarks.peers.sane --zoo DIR --out DIR --seconds 300 --parameters 2600000
 
 Every matrix is cut into its rows and every row into tokens of one size, zero-padded under a mask; a token's position is
-(token, tensor, row). README.md says what is from the paper, what is smaller and what is reconstructed.
+(token, tensor, row). README.md says what is from the paper, what is smaller and what is our choice.
 
 Letters: N tokens, T token size, R latent size, W window, B batch, M anchors.
 """
@@ -62,7 +62,7 @@ WINDOWS_AT_ONCE = 64  # windows that are decoded at once: fixed, so that results
 
 @dataclass(frozen=True)
 class SaneTrainConfig:
-    """As published where README.md does not say otherwise. rate: token size over latent size."""
+    """As published unless README.md says otherwise. rate: token size over latent size."""
 
     rate: float = 288 / 128
     window: int = 64
@@ -202,8 +202,8 @@ def train(
 ) -> Path:
     """Trains the autoencoder and encodes the donors, which are the anchors; writes both to `out`.
 
-    parameters: at most so many; settings: fields of `SaneTrainConfig`. An interrupted run is continued with resume=True; under
-    `steps` to the same bytes. Raises UserError for an unusable zoo, too few parameters, or an `out` that exists."""
+    parameters: the largest number allowed; settings: fields of `SaneTrainConfig`. resume=True continues an interrupted
+    run, with `steps` to the same bytes. UserError for an unusable zoo, too few parameters, or an `out` that exists."""
     out, opened = Path(out), Zoo.open(zoo)
     config, budget = SaneTrainConfig(seed=seed, **settings), training.Budget(steps, seconds)
     identity = training.peer_identity(PEER, asdict(config) | asdict(budget) | {"parameters": parameters}, opened)
@@ -293,7 +293,7 @@ def load_peer(model: str | None) -> tuple[TokenAutoencoder, dict[str, Any], Path
 
 
 def reconstruct_donor(model: str | Path, donor: str | Donor, zoo: Zoo, device: str = "cpu") -> Reconstruction:
-    """A donor of the zoo through the autoencoder, in the coordinates that it was trained in."""
+    """A donor encoded and decoded by the autoencoder, in the coordinates that the autoencoder was trained in."""
     coder, content, _ = load_peer(str(model))
     coordinates = content["recipe"]["coordinates"]
     name = donor if isinstance(donor, str) else donor.name
@@ -302,7 +302,7 @@ def reconstruct_donor(model: str | Path, donor: str | Donor, zoo: Zoo, device: s
 
 
 def input_rows(coder: TokenAutoencoder, content: Mapping[str, Any], weights: Weights) -> Tensor:
-    """[N, T]: a donor as the autoencoder is given it."""
+    """[N, T]: a donor in the form that the autoencoder reads."""
     return _standardized_tokens(weights.blueprint, weights.tensors, content["statistics"], coder.config["token"]).values
 
 
@@ -312,7 +312,7 @@ def reconstruct_weights(
     weights: Weights,
     replacement: Callable[[Tensor], Tensor] | None = None,
 ) -> Reconstruction:
-    """`reconstruct`, with everything loaded. replacement: what is done with the rows in the autoencoder's place."""
+    """`reconstruct_donor` with everything loaded. replacement: a function of the rows instead of the autoencoder."""
     tokens = _standardized_tokens(weights.blueprint, weights.tensors, content["statistics"], coder.config["token"])
     if replacement is None:
         latents = run_with_halos(coder, "encode", tokens.values, tokens.positions)
@@ -327,7 +327,7 @@ def reconstruct_weights(
 @dataclass(kw_only=True)
 class SANE(Sampler):
     """Every token's latent is drawn from a kernel density over the anchors' latents of the corresponding token, and
-    the sequence decoded with halos. Anchors: the donors as wide as the target, or the widest ones [R]."""
+    the sequence decoded with halos. Our choice: anchors are the donors as wide as the target, or the widest ones."""
 
     name: ClassVar[str] = "benchmarks.peers.sane.SANE"
     family: ClassVar[str] = "generative"
@@ -339,10 +339,10 @@ class SANE(Sampler):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"mode": ("token", "individual", "joint")}
 
     model: str | None = option(None, "folder of a trained SANE")
-    mode: str = option("token", "what is drawn as one: a token's latent, every number of it, or a whole anchor")
+    mode: str = option("token", "what is drawn at once: the latent of a token, each number of it, or a whole anchor")
     bandwidth: float = option(0.2, "deviation of the normal kernel", least=0.0)
-    candidates: int = option(1, "models drawn, of which the best on the text is kept (sub-sampling); 1: none", least=1)
-    text: str | None = option(None, "file that candidates are measured on (only where there are several)")
+    candidates: int = option(1, "models drawn; the best on the text is kept (sub-sampling); 1: no choice", least=1)
+    text: str | None = option(None, "file on which several candidates are compared")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -353,7 +353,7 @@ class SANE(Sampler):
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         require_unit_target(blueprint, "target")
         if self.candidates > 1 and self.text is None:
-            raise UserError(f"{PEER}: several candidates are told apart on a text; give --set text=FILE")
+            raise UserError(f"{PEER}: several candidates are compared on a text; give --set text=FILE")
         self._open()
         return self
 
@@ -364,7 +364,7 @@ class SANE(Sampler):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self._coder is None:
-            raise RuntimeError("sane: call fit before sample")
+            raise RuntimeError(f"{PEER}: call fit before sample")
         if self.candidates == 1:
             yield from self._draw(blueprint, seed, 0)
             return
@@ -400,7 +400,7 @@ class SANE(Sampler):
         return draw_from_kernel_density(anchors, self.mode, self.bandwidth, rng)
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
-        """The donors that it learned from, not those of `zoo`."""
+        """The donors that the peer learned from, not those of `zoo`."""
         return list(self._content["donors"])
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:

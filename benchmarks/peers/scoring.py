@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.head_start.tasks import SEQUENCE, WINDOWS
-from benchmarks.peers.weights import own_tensors
+from benchmarks.peers.weights import stored_tensors
 from zoo.donors.donor import Donor
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import encode_corpus
 from zoo.training.loop import evaluate
 
 
-def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def build_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     """A transformers model of a config with these tensors, float32, ready to be evaluated."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,23 +33,25 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
     return model.eval()
 
 
-def loss_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor, windows: int = WINDOWS) -> float:
+def held_out_loss(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor, windows: int = WINDOWS
+) -> float:
     """Nats per token on int64 [N], in windows of 64."""
-    return evaluate(build(config, tensors), tokens, SEQUENCE, limit=windows)
+    return evaluate(build_model(config, tensors), tokens, SEQUENCE, limit=windows)
 
 
 def finite_loss(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor) -> float | None:
     """`loss_of`, None where it is not finite."""
-    loss = loss_of(config, tensors, tokens)
+    loss = held_out_loss(config, tensors, tokens)
     return loss if math.isfinite(loss) else None
 
 
-def own_loss(donor: Donor, tokens: Tensor) -> float | None:
+def donor_loss(donor: Donor, tokens: Tensor) -> float | None:
     """What a donor is worth as it is, None where that is not finite."""
-    return finite_loss(donor.config, own_tensors(donor), tokens)
+    return finite_loss(donor.config, stored_tensors(donor), tokens)
 
 
-def text_loss(blueprint: Blueprint, tensors: Mapping[str, Tensor], text: str | Path) -> float:
+def loss_on_file(blueprint: Blueprint, tensors: Mapping[str, Tensor], text: str | Path) -> float:
     """Nats per token on a file that is read as bytes."""
     assert blueprint.config is not None and blueprint.metadata is not None
-    return loss_of(blueprint.config, tensors, encode_corpus(text, None, blueprint.metadata.vocab))
+    return held_out_loss(blueprint.config, tensors, encode_corpus(text, None, blueprint.metadata.vocab))

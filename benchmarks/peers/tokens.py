@@ -1,5 +1,5 @@
-"""SANE's tokens: a model's rows cut to one size with their positions, standardised, permuted, in windows, and which of
-them correspond in models of two shapes.
+"""SANE's tokens: a model's rows cut to one size, with positions; standardization, permutations, windows with halos,
+the correspondence of tokens in models of two shapes.
 
 Letters: N tokens, T token size.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.peers.weights import Weights, nearest_layer, place
+from benchmarks.peers.weights import Weights, depth_third, layer_at_same_depth
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import TensorSpec
@@ -27,7 +27,7 @@ class Tokens:
     positions: Tensor  # int64 [N, 3]: token, tensor, row
 
 
-def tokenise(blueprint: Blueprint, tensors: Mapping[str, Tensor], size: int) -> Tokens:
+def to_tokens(blueprint: Blueprint, tensors: Mapping[str, Tensor], size: int) -> Tokens:
     """Row by row; a vector (a norm's gain) is one row. The inverse is `detokenise`."""
     values, masks, positions = [], [], []
     for index, spec in enumerate(blueprint.specs):
@@ -44,7 +44,7 @@ def tokenise(blueprint: Blueprint, tensors: Mapping[str, Tensor], size: int) -> 
     return Tokens(torch.cat(values), torch.cat(masks), whole)
 
 
-def detokenise(blueprint: Blueprint, values: Tensor) -> dict[str, Tensor]:
+def from_tokens(blueprint: Blueprint, values: Tensor) -> dict[str, Tensor]:
     """Tokens [N, T] of a blueprint's tensors -> the tensors."""
     out, start = {}, 0
     for spec in blueprint.specs:
@@ -55,13 +55,15 @@ def detokenise(blueprint: Blueprint, values: Tensor) -> dict[str, Tensor]:
     return out
 
 
-def statistics(donors: list[Weights]) -> dict[str, list[float]]:
+def layer_statistics(donors: list[Weights]) -> dict[str, list[float]]:
     """ "role/place" -> [mean, deviation] over the zoo: the layer-wise standardisation of the paper, where layers of
     models of several depths are matched by `place`."""
     sums: dict[str, list[Tensor]] = {}
     for donor in donors:
         for spec in donor.blueprint.specs:
-            sums.setdefault(_key(spec, donor.metadata.layers), []).append(donor.tensors[spec.name].flatten().double())
+            sums.setdefault(_statistics_key(spec, donor.metadata.layers), []).append(
+                donor.tensors[spec.name].flatten().double()
+            )
     found = {}
     for key, parts in sums.items():
         values = torch.cat(parts)
@@ -70,18 +72,18 @@ def statistics(donors: list[Weights]) -> dict[str, list[float]]:
     return found
 
 
-def _key(spec: TensorSpec, layers: int) -> str:
-    return f"{spec.role}{'.' + spec.site if spec.site else ''}/{place(spec, layers)}"
+def _statistics_key(spec: TensorSpec, layers: int) -> str:
+    return f"{spec.role}{'.' + spec.site if spec.site else ''}/{depth_third(spec, layers)}"
 
 
-def standardised(
+def standardize(
     blueprint: Blueprint, tensors: Mapping[str, Tensor], known: Mapping[str, list[float]], inverse: bool = False
 ) -> dict[str, Tensor]:
-    """Every tensor by the statistics of its key (of the middle, where the zoo has none in that place)."""
+    """Standardizes every tensor by the statistics of its key; those of the middle layers if the zoo has none there."""
     assert blueprint.metadata is not None
     out = {}
     for spec in blueprint.specs:
-        key = _key(spec, blueprint.metadata.layers)
+        key = _statistics_key(spec, blueprint.metadata.layers)
         others = (f"{key.split('/')[0]}/{where}" for where in ("middle", "last", "first"))
         mean, std = known[key if key in known else next(o for o in others if o in known)]
         t = tensors[spec.name]
@@ -89,7 +91,7 @@ def standardised(
     return out
 
 
-def permuted(weights: Weights, rng: torch.Generator) -> dict[str, Tensor]:
+def random_permutation(weights: Weights, rng: torch.Generator) -> dict[str, Tensor]:
     """An equivalent donor: neurons of every layer, and its groups of heads, in random order."""
     meta, out = weights.metadata, dict(weights.tensors)
     orders: dict[tuple[int, str], Tensor] = {}
@@ -108,7 +110,7 @@ def permuted(weights: Weights, rng: torch.Generator) -> dict[str, Tensor]:
     return out
 
 
-def windows(count: int, content: int, halo: int) -> list[tuple[int, int, int, int]]:
+def halo_windows(count: int, content: int, halo: int) -> list[tuple[int, int, int, int]]:
     """(start, stop, first, last) for every window of a sequence: tokens start..stop go through the model, of which
     first..last are kept. Haloing: content with `halo` neighbours on either side, or all on one side at the ends."""
     length = min(content + 2 * halo, count)
@@ -120,10 +122,10 @@ def windows(count: int, content: int, halo: int) -> list[tuple[int, int, int, in
     return found
 
 
-def correspondence(target: Blueprint, anchor: Blueprint, size: int) -> Tensor:
-    """int64 [N]: for every token of the target, the token of the anchor that it is drawn like: the same role at the
-    nearest relative depth, the same row (counted round where the target has more), the same piece of the row (or the
-    last) [R]."""
+def matching_tokens(target: Blueprint, anchor: Blueprint, size: int) -> Tensor:
+    """int64 [N]: for every token of the target, the token of the anchor whose latents it is drawn from. Our choice: the
+    same role at the nearest relative depth, the same row (modulo the anchor's rows), the same piece of the row (or
+    the last). UserError if the anchor has no tensor of that role."""
     assert target.metadata is not None and anchor.metadata is not None
     starts, at = {}, 0
     for spec in anchor.specs:
@@ -133,7 +135,7 @@ def correspondence(target: Blueprint, anchor: Blueprint, size: int) -> Tensor:
     for spec in target.specs:
         layer = spec.layer
         if layer is not None:
-            layer = nearest_layer(layer, target.metadata.layers, anchor.metadata.layers)
+            layer = layer_at_same_depth(layer, target.metadata.layers, anchor.metadata.layers)
         alike = [s for s in anchor.specs if (s.role, s.layer, s.site) == (spec.role, layer, spec.site)]
         if not alike:
             raise UserError(f"the anchors have no tensor like {spec.name!r}; use a target of the zoo's architecture")

@@ -63,7 +63,7 @@ def clock(device: torch.device | str = "cpu") -> float:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     steps: int
     seconds: float
     losses: tuple[float, ...]  # mean over the first and the last tenth of the steps
@@ -72,7 +72,7 @@ class Outcome:
         return {"steps": self.steps, "seconds": self.seconds, "loss": list(self.losses)}
 
 
-def run(
+def train_resumable(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Callable[[int], Tensor],
@@ -85,7 +85,7 @@ def run(
     after: Callable[[], None] = lambda: None,
     extra: Callable[[], dict[str, Tensor]] = dict,
     restore: Callable[[Mapping[str, Tensor], int], None] = lambda tensors, step: None,
-) -> Outcome:
+) -> TrainingOutcome:
     """Trains `model` in place. loss(step) is a function of (seed, step); rate(spent) the learning rate; `after` runs
     after every update; extra and restore keep what else belongs to the state. Whatever lies in `state` is continued
     (UserError if it is of another run); Ctrl-C saves and raises KeyboardInterrupt."""
@@ -123,16 +123,16 @@ def run(
     save()
     tenth = max(1, len(history) // 10)
     means = tuple(float(torch.tensor(part).mean()) for part in (history[:tenth], history[-tenth:]))
-    return Outcome(step, elapsed, means)
+    return TrainingOutcome(step, elapsed, means)
 
 
-def identity_of(peer: str, settings: Mapping[str, Any], zoo: Zoo) -> str:
+def peer_identity(peer: str, settings: Mapping[str, Any], zoo: Zoo) -> str:
     """What a run is a function of."""
     known = [peer, dict(settings), sorted(d.sha256 for d in zoo.donors)]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def begin(out: Path, resume: bool, identity: str) -> bool:
+def claim_folder(out: Path, resume: bool, identity: str) -> bool:
     """Makes the folder of a run; True where it is already finished. UserError for a folder that holds something and is
     not to be resumed, or a peer of other settings."""
     if out.is_dir() and any(out.iterdir()):
@@ -164,11 +164,11 @@ def open_record(model: str | None, peer: str) -> tuple[Path, dict[str, Any]]:
     return folder, content
 
 
-def parameters(model: nn.Module) -> int:
+def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def widest(count: Callable[[int], int], budget: int, step: int, least: int) -> int:
+def widest_within(count: Callable[[int], int], budget: int, step: int, least: int) -> int:
     """The largest multiple of `step` from `least` on whose parameter count is within the budget."""
     if count(least) > budget:
         raise UserError(f"{budget} parameters are too few: the smallest model has {count(least)}; give more")
@@ -182,7 +182,7 @@ def widest(count: Callable[[int], int], budget: int, step: int, least: int) -> i
     return least + low * step
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `train`, which both peers have."""
     parser.add_argument("--zoo", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

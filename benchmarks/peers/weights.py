@@ -1,8 +1,8 @@
 """Donors as the peers see them: named tensors, raw or in canonical coordinates, and back to checkpoints.
 
 `raw`: as stored. `canonical`: after the exact symmetries of `zoo.units.canonical`, aligned across donors, the head
-untied and the readers times sqrt(width), as `zoo.units.units` keeps them. Both peers read and write through here, so
-what they are given of our coordinates is one word.
+untied and the readers times sqrt(width), as `zoo.units.units` keeps them. Both peers read and write through this
+module, so one option decides which coordinates they get.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ def stored_tensors(donor: Donor) -> dict[str, Tensor]:
 
 
 def read_weights(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list[Weights]:
-    """The donors that a Llama-like target can be made from (the others are named on stderr); all are in memory.
-    Raises UserError where there is none."""
+    """The donors that fit a Llama-like target, all in memory; the others are named on stderr. UserError without any."""
     if coordinates == "canonical":
         return [to_canonical(aligned, zoo.donor(aligned.name)) for aligned in align_donors(zoo, quiet)]
     found = []
@@ -71,7 +70,7 @@ def read_weights(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list
 
 
 def to_canonical(aligned: AlignedDonor, donor: Donor, units: Mapping[str, Tensor] | None = None) -> Weights:
-    """A donor in canonical coordinates; `units` instead of its own where they are given."""
+    """A donor in canonical coordinates, with `units` instead of its own if they are given."""
     blueprint = learned_blueprint(donor.blueprint, "canonical")
     decoder = units_to_decoder(dict(aligned.units if units is None else units), aligned.metadata)
     tensors = dict(_scale_readers(write_decoder(decoder, blueprint), blueprint, 1))
@@ -87,8 +86,8 @@ def untie(blueprint: Blueprint) -> Blueprint:
 
 
 def learned_blueprint(blueprint: Blueprint, coordinates: str) -> Blueprint:
-    """The tensors that a peer learns and fills: all, or in canonical coordinates a head of its own and no norms, whose
-    gains are all one there. `finish` makes the tensors of the blueprint of them."""
+    """The tensors that a peer learns and fills: all, or in canonical coordinates an untied head and no norms, because
+    their gains are one there. `to_checkpoint` turns them into the tensors of the blueprint."""
     if coordinates == "raw":
         return blueprint
     loose = untie(blueprint)
@@ -98,8 +97,8 @@ def learned_blueprint(blueprint: Blueprint, coordinates: str) -> Blueprint:
 def to_checkpoint(
     tensors: Iterable[tuple[str, Tensor]], blueprint: Blueprint, coordinates: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of `learned_blueprint(blueprint)` -> those of the blueprint. A tied target in canonical coordinates gets
-    the embedding and the final gain of `zoo.units.gains.tie_head`."""
+    """(name, tensor) of `learned_blueprint(blueprint)` -> (name, tensor) of the blueprint. A tied target in canonical
+    coordinates gets the embedding and the final gain of `zoo.units.gains.tie_head`."""
     if coordinates == "raw":
         yield from tensors
         return
@@ -124,8 +123,8 @@ def _scale_readers(
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A donor through an autoencoder: a checkpoint's config and tensors, the donor's own in the same coordinates, and
-    how many numbers were kept of it."""
+    """A donor after an autoencoder: config and tensors of a checkpoint, the donor's own tensors in the same
+    coordinates, and the count of numbers that the autoencoder kept."""
 
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
@@ -146,7 +145,7 @@ class Reconstruction:
 
 
 def make_reconstruction(weights: Weights, made: Mapping[str, Tensor], numbers: int, coordinates: str) -> Reconstruction:
-    """made: the tensors that an autoencoder made of the donor's."""
+    """made: the donor's tensors after the autoencoder."""
     assert weights.blueprint.config is not None
     loose = Blueprint.from_config(weights.blueprint.config)
     tensors, own = (dict(to_checkpoint(t.items(), loose, coordinates)) for t in (made, weights.tensors))
@@ -154,8 +153,8 @@ def make_reconstruction(weights: Weights, made: Mapping[str, Tensor], numbers: i
 
 
 def fit_pca_reconstruction(rows: Tensor, size: int) -> Callable[[Tensor], Tensor]:
-    """PCA of [N, D] that keeps `size` numbers a row: what it makes of any [M, D]. An autoencoder that does worse at
-    the same rate has not learned its data."""
+    """Fits a PCA of [N, D] with `size` components and returns the function that projects any [M, D] onto it. An
+    autoencoder with a larger error at the same rate has not learned its data."""
     data = rows.double()
     mean = data.mean(0)
     axes = torch.linalg.eigh((data - mean).T @ (data - mean)).eigenvectors.flip(-1)[:, :size]
@@ -163,13 +162,13 @@ def fit_pca_reconstruction(rows: Tensor, size: int) -> Callable[[Tensor], Tensor
 
 
 def provenance_records(zoo: Zoo, weights: Iterable[Weights]) -> list[dict[str, Any]]:
-    """What is kept of the donors that something was learned from."""
+    """Name, revision, hash and licence of the donors that a peer learned from."""
     return [provenance(zoo.donor(w.name)) for w in weights]
 
 
 def depth_third(spec: TensorSpec, layers: int) -> str:
-    """Which third of the depth a tensor belongs to; tensors of different models of one role and place share their
-    statistics."""
+    """Whether a tensor belongs to the first, a middle or the last layer, or to none. Tensors of one role and third
+    share statistics across models."""
     if spec.layer is None:
         return "outside"
     return ("first", "middle", "last")[0 if spec.layer == 0 else 2 if spec.layer == layers - 1 else 1]

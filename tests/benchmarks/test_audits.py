@@ -13,8 +13,8 @@ from benchmarks.head_start import rows, tasks
 from benchmarks.head_start.results import BenchmarkResults
 from benchmarks.novelty import audits, controls
 from benchmarks.pages import audit_tables
-from benchmarks.peers.scoring import loss_of
-from benchmarks.peers.weights import Weights, own_tensors
+from benchmarks.peers.scoring import held_out_loss
+from benchmarks.peers.weights import Weights, stored_tensors
 from headstart.generate.sampling import sample_with_defaults
 from tests.headstart.compare.test_compare import run
 from tests.support.tiny import config, make_zoo
@@ -33,7 +33,7 @@ def loss(sampler: Any, zoo: Zoo, blueprint: Blueprint, seed: int = 0) -> float:
     assert blueprint.config is not None and blueprint.metadata is not None
     tokens = byte_tokens(python_reference()[:4000]) % blueprint.metadata.vocab
     tensors = {name: t.float() for name, t in sample_with_defaults(sampler, blueprint, seed)}
-    return loss_of(blueprint.config, tensors, tokens, windows=8)
+    return held_out_loss(blueprint.config, tensors, tokens, windows=8)
 
 
 def test_a_donor_with_hardly_any_noise_is_the_donor(zoo: Zoo) -> None:
@@ -41,7 +41,7 @@ def test_a_donor_with_hardly_any_noise_is_the_donor(zoo: Zoo) -> None:
     alike = [d for d in zoo.donors if [s.shape for s in d.blueprint.specs] == [s.shape for s in blueprint.specs]]
     assert blueprint.config is not None and blueprint.metadata is not None
     tokens = byte_tokens(python_reference()[:4000]) % blueprint.metadata.vocab
-    own = {d.name: loss_of(d.config, own_tensors(d), tokens, windows=8) for d in alike}
+    own = {d.name: held_out_loss(d.config, stored_tensors(d), tokens, windows=8) for d in alike}
     sampler = controls.Noise(amount=1e-6).fit(zoo, blueprint)
     assert set(sampler.donors) == set(own)
     for seed in range(4):
@@ -74,7 +74,7 @@ def test_heads_and_neurons_are_matched() -> None:
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
     tokens = torch.randint(48, (400,), generator=generator)
     norms = {s.name: torch.ones(s.shape) for s in blueprint.specs if s.role == "norm"}
-    losses = [loss_of(blueprint.config, t | norms, tokens, windows=4) for t in (tensors, moved)]  # type: ignore[arg-type]
+    losses = [held_out_loss(blueprint.config, t | norms, tokens, windows=4) for t in (tensors, moved)]  # type: ignore[arg-type]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 

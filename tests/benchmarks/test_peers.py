@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
 from benchmarks.peers import chunks, d2nwg, measure, sane, training
 from benchmarks.peers import tokens as row_tokens
-from benchmarks.peers.scoring import loss_of
-from benchmarks.peers.weights import own_tensors, principal, read, rebuilt
+from benchmarks.peers.scoring import held_out_loss
+from benchmarks.peers.weights import fit_pca_reconstruction, make_reconstruction, read_weights, stored_tensors
 from diffusion.training import DiffusionTrainConfig, train_diffusion
 from tests.support.commands import generate
 from tests.support.tiny import config, make_zoo
@@ -60,14 +60,14 @@ def drawn(name: str, folder: Path, blueprint: Blueprint, seed: int = 0, **option
 @pytest.mark.parametrize("size", [7, 16, 32, 64])
 @pytest.mark.parametrize("coordinates", ["raw", "canonical"])
 def test_cutting_and_joining_is_exact(zoo: Zoo, size: int, coordinates: str) -> None:
-    for donor in read(zoo, coordinates):
-        tokens = row_tokens.tokenise(donor.blueprint, donor.tensors, size)
+    for donor in read_weights(zoo, coordinates):
+        tokens = row_tokens.to_tokens(donor.blueprint, donor.tensors, size)
         assert int(tokens.mask.sum()) == sum(s.numel for s in donor.blueprint.specs)
         assert not tokens.values[~tokens.mask].any()
         assert tokens.positions[:, 0].tolist() == list(range(len(tokens.values)))
         for made in (
-            row_tokens.detokenise(donor.blueprint, tokens.values),
-            chunks.uncut(donor.blueprint, chunks.cut(donor.blueprint, donor.tensors, size)),
+            row_tokens.from_tokens(donor.blueprint, tokens.values),
+            chunks.from_chunks(donor.blueprint, chunks.to_chunks(donor.blueprint, donor.tensors, size)),
         ):
             assert made.keys() == donor.tensors.keys()
             assert all(torch.equal(made[name], t) for name, t in donor.tensors.items())
@@ -76,27 +76,27 @@ def test_cutting_and_joining_is_exact(zoo: Zoo, size: int, coordinates: str) -> 
 def test_canonical_donors_compute_what_they_did(zoo: Zoo) -> None:
     tokens = torch.randint(48, (2000,), generator=stream(0, "text"))
     for donor in zoo.donors:
-        own = loss_of(donor.config, own_tensors(donor), tokens)
-        weights = next(w for w in read(zoo, "canonical") if w.name == donor.name)
-        whole = rebuilt(weights, weights.tensors, 1, "canonical")
-        assert loss_of(whole.config, whole.own, tokens) == pytest.approx(own, abs=1e-4)
+        own = held_out_loss(donor.config, stored_tensors(donor), tokens)
+        weights = next(w for w in read_weights(zoo, "canonical") if w.name == donor.name)
+        whole = make_reconstruction(weights, weights.tensors, 1, "canonical")
+        assert held_out_loss(whole.config, whole.own, tokens) == pytest.approx(own, abs=1e-4)
         assert whole.error == 0.0
 
 
 def test_permuted_donors_compute_what_they_did(zoo: Zoo) -> None:
     tokens = torch.randint(48, (2000,), generator=stream(0, "text"))
-    donor = read(zoo, "raw")[0]
+    donor = read_weights(zoo, "raw")[0]
     assert donor.blueprint.config is not None
-    other = row_tokens.permuted(donor, stream(1, "order"))
+    other = row_tokens.random_permutation(donor, stream(1, "order"))
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(other[name], donor.tensors[name])
-    own = loss_of(donor.blueprint.config, donor.tensors, tokens)
-    assert loss_of(donor.blueprint.config, other, tokens) == pytest.approx(own, abs=1e-5)
+    own = held_out_loss(donor.blueprint.config, donor.tensors, tokens)
+    assert held_out_loss(donor.blueprint.config, other, tokens) == pytest.approx(own, abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [5, 16, 17, 63, 64, 100])
 def test_halos_keep_every_token_once_with_neighbours(count: int) -> None:
-    parts = row_tokens.windows(count, 16, 8)
+    parts = row_tokens.halo_windows(count, 16, 8)
     assert [i for _, _, first, last in parts for i in range(first, last)] == list(range(count))
     assert all(start <= first and last <= stop <= count for start, stop, first, last in parts)
     assert {stop - start for start, stop, _, _ in parts} == {min(32, count)}
@@ -106,14 +106,16 @@ def test_halos_keep_every_token_once_with_neighbours(count: int) -> None:
 
 def test_contrast_is_least_where_views_agree() -> None:
     z = torch.eye(6)
-    assert float(sane.contrast(z, z, 0.1)) < 0.01 < float(sane.contrast(z, z.roll(1, 0), 0.1))
-    assert float(sane.contrast(torch.ones(4, 3), torch.ones(4, 3), 0.1)) == pytest.approx(torch.log(torch.tensor(7.0)))
+    assert float(sane.contrastive_loss(z, z, 0.1)) < 0.01 < float(sane.contrastive_loss(z, z.roll(1, 0), 0.1))
+    assert float(sane.contrastive_loss(torch.ones(4, 3), torch.ones(4, 3), 0.1)) == pytest.approx(
+        torch.log(torch.tensor(7.0))
+    )
 
 
 def test_kernel_densities_are_drawn_as_asked() -> None:
     anchors = torch.tensor([-10.0, 0.0, 10.0])[:, None, None].expand(3, 3000, 4)
     for mode in ("token", "individual", "joint"):
-        z = sane.kernel_draw(anchors, mode, 0.2, stream(0, mode))
+        z = sane.draw_from_kernel_density(anchors, mode, 0.2, stream(0, mode))
         pick = (z / 10).round()
         assert float((z - 10 * pick).std()) == pytest.approx(0.2, rel=0.05)
         whole = bool((pick == pick[0, 0]).all())
@@ -125,7 +127,7 @@ def test_kernel_densities_are_drawn_as_asked() -> None:
 
 def test_pca_of_rows_is_the_best_linear_code() -> None:
     rows = torch.randn(200, 8, generator=stream(0, "rows")) * torch.arange(1, 9)
-    wrong = (principal(rows, 5)(rows) - rows).square().sum()
+    wrong = (fit_pca_reconstruction(rows, 5)(rows) - rows).square().sum()
     left = torch.linalg.svdvals(rows - rows.mean(0))[5:].square().sum()
     assert float(wrong) == pytest.approx(float(left), rel=1e-4)
 
@@ -136,7 +138,7 @@ def test_training_learns_within_its_budget(zoo: Zoo, trained: dict[str, Path], n
     for run in content["training"].values():
         assert run["loss"][1] < 0.95 * run["loss"][0]
     if name == "sane":  # random donors: nothing but the shares of numbers that are kept can be learned
-        assert sane.reconstruct(trained[name], "d0", zoo).error < 0.97
+        assert sane.reconstruct_donor(trained[name], "d0", zoo).error < 0.97
     assert 0.5 * PEERS[name][1]["parameters"] < content["parameters"] <= PEERS[name][1]["parameters"]
     assert not [p for p in trained[name].rglob("*") if p.suffix not in (".json", ".safetensors", "")]
 
@@ -190,7 +192,7 @@ def test_a_saved_sampler_and_sub_sampling(trained: dict[str, Path], tmp_path: Pa
     with pytest.raises(UserError, match="holds sane, not d2nwg"):
         d2nwg.D2NWG(model=str(trained["sane"])).fit(None, blueprint)
     with pytest.raises(UserError, match="too few"):
-        training.widest(lambda width: 100 * width, 500, 8, 8)
+        training.widest_within(lambda width: 100 * width, 500, 8, 8)
 
 
 def test_a_peer_is_a_method_by_its_path(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -239,4 +241,4 @@ def test_the_measurement_runs_and_goes_on(zoo: Zoo, tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*") if p.is_file()}
     assert measure.measure(setup) == found
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*") if p.is_file()} == before
-    assert measure.table(found).count("\n") == 6
+    assert measure.format_table(found).count("\n") == 6
