@@ -12,6 +12,7 @@ pages and times are left out. The hashes hold for one machine and one version of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -95,10 +96,11 @@ def run(*words: object) -> int:
     """A command of the program in this process; returns its exit code."""
     from headstart.cli import app
 
-    try:
-        return int(app([str(word) for word in words] + ["--quiet"], standalone_mode=False) or 0)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    with contextlib.redirect_stdout(sys.stderr):  # what a command prints is no result
+        try:
+            return int(app([str(word) for word in words] + ["--quiet"], standalone_mode=False) or 0)
+        except SystemExit as stop:
+            return int(stop.code or 0)
 
 
 def say(name: str, values: Iterator[bytes]) -> None:
@@ -163,7 +165,7 @@ def _convolutions() -> None:
     """The one method for plain modules, through Python."""
     from headstart import Blueprint, samplers
 
-    zoo_of = _first("zoo.modules", "zoo.donors.memory", "zoo.donors.modules", name="zoo_of")
+    zoo_of = _first("zoo.modules", "zoo.donors.memory", name="zoo_of")
 
     def network(seed: int, width: int) -> nn.Module:
         torch.manual_seed(seed)
