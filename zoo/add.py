@@ -1,4 +1,4 @@
-"""Donors into the zoo: resolve, measure, copy, rename, and only then the manifest."""
+"""Adds donors to a zoo: resolve the sources, measure, copy, rename, and write the manifest last."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zoo.errors import UserError
 from zoo.statistics.health import Finding, check_health, summarise_findings
 
 CHUNK = 1 << 22
-LOCK = ".lock"  # held while names are given and the manifest is written
+LOCK = ".lock"  # held while a donor gets its name and while the manifest is written
 
 
 def add(
@@ -34,25 +34,27 @@ def add(
     shard: tuple[int, int] = (0, 1),
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Puts checkpoints into the zoo at `zoo`, which is made if need be.
+    """Copies checkpoints into the zoo at `zoo`, which is created if needed.
 
-    sources: folders and hub ids `org/name[@revision]`; revision: for the hub ids without one. shard (i, n): only
-    sources[i::n], for n processes side by side. plan: only say what would be done.
+    sources   folders and hub ids `org/name[@revision]`
+    revision  of the hub ids without one
+    plan      only report what would be done
+    shard     (i, n): only sources[i::n], for n parallel processes
 
-    Returns for each source {source, name, revision, license, state, tensors, read, download, write, health}; read,
-    download and write in bytes, `state` is new or present for a plan, added or present otherwise. revision is the
-    commit of a hub source and `sha256:<content hash>` of a folder (None in the plan of one that has not been read).
-    health is `fine` or the kinds of `zoo.statistics.health`, each with a line on stderr: a word, no refusal. It is
-    None where nothing was added.
+    Returns for each source {source, name, revision, license, state, tensors, read, download, write, health}. `read`,
+    `download` and `write` are bytes. `state` is new or present in a plan, else added or present. `revision` is the
+    commit of a hub source and `sha256:<content hash>` of a folder, None in the plan of a folder that was not read.
+    `health` is `fine` or the kinds of `zoo.statistics.health`, which are also reported on stderr. It is None where
+    nothing was added.
 
-    All sources are resolved before the first is copied. A donor appears in models/ by a rename, complete; an
-    interrupted add leaves a hidden folder there, which the next one goes on with. Adding again changes nothing, and
-    restores files that were lost. UserError: anything wrong with a source, NaN or infinity, no room.
+    All sources are resolved before the first is copied. A donor appears in models/ complete, by a rename. An
+    interrupted add leaves a hidden folder there, and the next add continues it. Adding a donor again changes nothing,
+    except that it restores missing files. UserError: anything wrong with a source, NaN or infinity, a full disk.
     """
     zoo = Path(zoo)
     index, count = shard
     if not 0 <= index < count:
-        raise UserError(f"--shard {index}/{count}: the first number counts from 0 to {count - 1}")
+        raise UserError(f"--shard {index}/{count}: the first number must be from 0 to {count - 1}")
     if zoo.exists() and not zoo.is_dir():
         raise UserError(f"{zoo}: is a file; give a folder for the zoo")
     resolved = [resolve_source(s, revision) for s in sources[index::count]]
@@ -69,7 +71,7 @@ def add(
 
 
 def merge_manifest(zoo: Path) -> None:
-    """manifest.parquet from the donors that are complete. Processes that add side by side take turns here."""
+    """Writes manifest.parquet from the complete donors. Parallel processes take turns here."""
     with disk_errors(zoo), _lock(zoo / "models" / LOCK):
         parts = [p for p in (zoo / "models").glob(f"[!.]*/{ROWS}") if (p.parent / RECORD).exists()]
         write_rows(zoo / MANIFEST, join_rows(parts))
@@ -77,16 +79,18 @@ def merge_manifest(zoo: Path) -> None:
 
 
 def _plan(zoo: Path, source: Source) -> dict[str, Any]:
-    """Reads weights only where a donor of one of the source's names has files of the same sizes, to tell whether it is
-    the same."""
+    """The report of one source for a plan.
+
+    Reads weights only where a donor with one of the source's names has files of the same sizes, to compare the two.
+    """
     revision = source.commit
-    if source.folder is not None and any(_alike(zoo / "models" / name, source) for name in source.names):
+    if source.folder is not None and any(_has_same_sizes(zoo / "models" / name, source) for name in source.names):
         revision = f"sha256:{content_hash(open_source(source, quiet=True)[1])}"
-    home = _home(zoo / "models", source, revision)
+    home = _find_donor(zoo / "models", source, revision)
     record = read_record(home) if home else None
-    name = home.name if home else next((n for n in source.names if not (zoo / "models" / n).exists()), None)
-    missing = _lost(home, record) if home and record else list(source.files)
-    idle = record is not None and not missing and source.commit is not None
+    name = home.name if home else _free_name(zoo / "models", source)
+    missing = _missing_files(home, record) if home and record else list(source.files)
+    nothing_to_do = record is not None and not missing and source.commit is not None
     return {
         "source": source.address,
         "name": name,
@@ -94,101 +98,115 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
         "license": record["license"] if record else source.license,
         "state": "present" if record else "new",
         "tensors": count_tensors(source),
-        "read": 0 if idle else source.size,
-        "download": 0 if idle else source.download,
+        "read": 0 if nothing_to_do else source.size,
+        "download": 0 if nothing_to_do else source.download,
         "write": sum(source.files[f].size for f in missing),
         "health": None,
     }
 
 
-def _alike(home: Path, source: Source) -> bool:
+def _has_same_sizes(home: Path, source: Source) -> bool:
+    """Whether the donor in `home` has the file names and sizes of the source."""
     files = read_record(home)["files"] if home.exists() else {}
     return {n: stamp["size"] for n, stamp in files.items()} == {n: f.size for n, f in source.files.items()}
 
 
 def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
-    from tqdm import tqdm
-
-    home = _home(models, source, source.commit)
-    if home is not None and not _lost(home, read_record(home)) and (home / ROWS).exists():
+    home = _find_donor(models, source, source.commit)
+    if home is not None and not _missing_files(home, read_record(home)) and (home / ROWS).exists():
         return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
 
     download = source.download
-    files, stamps = open_source(source, quiet)
+    files, hashes = open_source(source, quiet)
     checkpoint = with_blueprint(files)
     extra = check_against_blueprint(checkpoint)
     if extra and not quiet:
-        print(f"{source.names[0]}: {len(extra)} tensors that its config does not know ({extra[0]}, …)", file=sys.stderr)
-    sha256 = content_hash(stamps)
-    revision = source.commit or f"sha256:{sha256}"
-    home = _home(models, source, revision)
+        print(f"{source.names[0]}: {len(extra)} tensors are not in its config ({extra[0]}, …)", file=sys.stderr)
+    revision = source.commit or f"sha256:{content_hash(hashes)}"
+    home = _find_donor(models, source, revision)
     if home is not None:
         with disk_errors(models):
             _restore(home, checkpoint, read_record(home))
         return _summary(source, home, "present", download)
+    home, findings = _copy_donor(models, source, checkpoint, hashes, revision, quiet)
+    if findings is None:
+        return _summary(source, home, "present", download)
+    if not quiet:
+        for finding in findings:
+            print(f"{home.name}: {finding.text}", file=sys.stderr)
+    return _summary(source, home, "added", download, findings)
 
+
+def _copy_donor(
+    models: Path, source: Source, checkpoint: ModelCheckpoint, hashes: FileHashes, revision: str, quiet: bool
+) -> tuple[Path, list[Finding] | None]:
+    """Measures and copies a new donor. Returns its folder and its health, None where another process added it."""
+    from tqdm import tqdm
+
+    sha256 = content_hash(hashes)
     weights = sum(e.nbytes for e in checkpoint.entries.values())
-    share = weights / max(1, checkpoint.blueprint.parameters)  # bytes of a value
-    total = source.size + 2 * weights  # measured, copied, examined
+    bytes_per_value = weights / max(1, checkpoint.blueprint.parameters)
+    total = source.size + 2 * weights  # every weight is measured, copied and examined
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=quiet))
         measures = {}
-        for entry in checkpoint.entries.values():  # before anything is written: this is what refuses NaN
+        for entry in checkpoint.entries.values():  # before anything is written, because this refuses NaN
             measures[entry.name] = measure(checkpoint, entry)
             bar.update(entry.nbytes)
         stack.enter_context(disk_errors(models))
         models.mkdir(parents=True, exist_ok=True)
         staging = models / f".{source.names[0]}-{sha256[:16]}"
-        _room(models, source.size - sum(p.stat().st_size for p in staging.glob("*")))
-        # Of two processes with the same source, the second waits and finds it present.
+        _check_free_space(models, source.size - sum(p.stat().st_size for p in staging.glob("*")))
+        # Of two processes with the same source, the second waits here and then finds the donor present.
         stack.enter_context(_lock(staging.with_name(f"{staging.name}.lock")))
-        home = _home(models, source, revision)
+        home = _find_donor(models, source, revision)
         if home is not None:
-            return _summary(source, home, "present", download)
+            return home, None
         stack.enter_context(_removed_on_error(staging))
-        _stage(staging, checkpoint, stamps, bar.update)
-        findings = check_health(checkpoint, progress=lambda values: bar.update(values * share))
+        _copy_files(staging, checkpoint, hashes, bar.update)
+        findings = check_health(checkpoint, progress=lambda values: bar.update(values * bytes_per_value))
         stack.enter_context(_lock(models / LOCK))
-        name = next((n for n in source.names if not (models / n).exists()), None)
+        name = _free_name(models, source)
         if name is None:
             raise UserError(f"{source.address}: all its names are taken in {models}; rename the folder")
         write_rows(staging / ROWS, donor_rows(checkpoint, name, revision, source.license, measures))
         record = {"source": source.address, "revision": revision, "license": source.license}
-        write_record(staging, {**record, "sha256": sha256, "files": stamps})
-        home = staging.rename(models / name)
-    if not quiet:
-        for finding in findings:
-            print(f"{name}: {finding.text}", file=sys.stderr)
-    return _summary(source, home, "added", download, findings)
+        write_record(staging, {**record, "sha256": sha256, "files": hashes})
+        return staging.rename(models / name), findings
 
 
-def _home(models: Path, source: Source, revision: str | None) -> Path | None:
-    """Where the source at this revision lies in the zoo already."""
+def _free_name(models: Path, source: Source) -> str | None:
+    """The first of the source's names that no donor has, None where all are taken."""
+    return next((n for n in source.names if not (models / n).exists()), None)
+
+
+def _find_donor(models: Path, source: Source, revision: str | None) -> Path | None:
+    """The folder of the donor that is the source at this revision, None where it is not in the zoo."""
     for name in source.names if revision else ():
         if (models / name).exists() and read_record(models / name)["revision"] == revision:
             return models / name
     return None
 
 
-def _lost(home: Path, record: dict[str, Any]) -> list[str]:
-    """The donor's files that are gone or cut; their bytes are the business of `verify`."""
+def _missing_files(home: Path, record: dict[str, Any]) -> list[str]:
+    """The donor's files that are missing or of another size. Only `verify` compares their bytes."""
 
-    def whole(file: str, size: int) -> bool:
+    def is_present(file: str, size: int) -> bool:
         return (home / file).is_file() and (home / file).stat().st_size == size
 
-    return [file for file, stamp in record["files"].items() if not whole(file, stamp["size"])]
+    return [file for file, stamp in record["files"].items() if not is_present(file, stamp["size"])]
 
 
-def _stage(staging: Path, checkpoint: ModelCheckpoint, stamps: FileHashes, tick: Callable[[int], object]) -> None:
-    """Copies the files; those that an interrupted add has left whole are kept."""
+def _copy_files(staging: Path, checkpoint: ModelCheckpoint, hashes: FileHashes, tick: Callable[[int], object]) -> None:
+    """Copies the checkpoint's files. Complete files of an interrupted add are kept."""
     staging.mkdir(exist_ok=True)
-    for file, stamp in stamps.items():
+    for file, stamp in hashes.items():
         _copy(checkpoint.folder / file, staging / file, stamp, tick)
 
 
 @contextlib.contextmanager
 def _removed_on_error(folder: Path) -> Iterator[None]:
-    """Any error removes the folder, but not an interruption, after which the next add goes on."""
+    """Removes the folder on any error. An interruption leaves it, and the next add continues."""
     try:
         yield
     except Exception:
@@ -209,15 +227,15 @@ def _copy(source: Path, target: Path, stamp: dict[str, Any], tick: Callable[[int
                 out.write(raw)
                 tick(len(raw))
         if digest.hexdigest() != stamp["sha256"]:
-            raise UserError(f"{source}: changed while it was read; add it again when it is at rest")
+            raise UserError(f"{source}: changed while it was read; add it again when nothing writes to it")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _restore(home: Path, checkpoint: ModelCheckpoint, record: dict[str, Any]) -> None:
-    """Puts back what the donor has lost since it was added."""
-    for file in _lost(home, record):
+    """Restores files that the donor has lost since it was added."""
+    for file in _missing_files(home, record):
         _copy(checkpoint.folder / file, home / file, record["files"][file])
     if not (home / ROWS).exists():
         measures = {e.name: measure(checkpoint, e) for e in checkpoint.entries.values()}
@@ -225,24 +243,26 @@ def _restore(home: Path, checkpoint: ModelCheckpoint, record: dict[str, Any]) ->
         write_record(home, record)
 
 
-def _room(models: Path, need: int) -> None:
+def _check_free_space(models: Path, need: int) -> None:
+    """UserError where the disk has fewer than `need` bytes free."""
     free = shutil.disk_usage(models).free
     if free < need:
-        raise UserError(f"{models}: {need} bytes are needed and {free} are free; make room or choose another place")
+        raise UserError(
+            f"{models}: {need} bytes are needed and {free} are free; free some space or choose another place"
+        )
 
 
 def _summary(
     source: Source, home: Path, state: str, download: int, findings: list[Finding] | None = None
 ) -> dict[str, Any]:
     record = read_record(home)
-    weights = sum(1 for _ in Checkpoint.open(home).entries)
     return {
         "source": source.address,
         "name": home.name,
         "revision": record["revision"],
         "license": record["license"],
         "state": state,
-        "tensors": weights,
+        "tensors": len(Checkpoint.open(home).entries),
         "read": source.size,
         "download": download,
         "write": source.size if state == "added" else 0,
@@ -256,5 +276,5 @@ def _lock(path: Path) -> Iterator[None]:
 
     with WeakFileLock(path):
         yield
-    if path.name != LOCK:  # who waited for it looks again at what is there, so nobody needs the file
+    if path.name != LOCK:  # a process that waited for it looks again what is there, so the file is not needed any more
         path.unlink(missing_ok=True)

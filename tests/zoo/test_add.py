@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path: Path, tiny_llama: 
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting a small disk needs privileges that this user has not")
     try:
-        with pytest.raises(UserError, match=r"are free; make room|the disk is full"):
+        with pytest.raises(UserError, match=r"are free; free some space|the disk is full"):
             add(sources, disk, quiet=True)
         assert [d.name for d in Zoo.open(disk).donors] == ["a"]
         assert verify(disk) == [] and stray_files(disk) == []

@@ -68,8 +68,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 def disk_errors(path: Path) -> Iterator[None]:
     """Turns errors of the disk (full, over quota, read-only, permission denied) into a UserError about `path`."""
     reasons = {
-        errno.ENOSPC: "the disk is full; make room or choose another place",
-        errno.EDQUOT: "the disk quota is used up; make room or choose another place",
+        errno.ENOSPC: "the disk is full; free some space or choose another place",
+        errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
         errno.EFBIG: "a file would be larger than the system allows; write smaller shards or choose another place",
         errno.EROFS: "the disk is read-only; choose another place",
         errno.EACCES: "permission denied; choose another place",
