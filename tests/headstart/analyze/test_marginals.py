@@ -1,4 +1,4 @@
-"""Marginals against laws that are known: their family, their moments, the index of their tail."""
+"""Marginal summaries of known distributions: family, moments, tail index."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ FAMILY_NAMES = {
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_the_family_and_its_likelihood_are_found(family: str) -> None:
+def test_the_family_and_its_likelihood_are_recovered(family: str) -> None:
     law = FAMILY_NAMES[family]
     found = marginal_summary(draw(law))
-    if family != "stable":  # a Cauchy law is one of Student's as well: the first of equals is taken
+    if family != "stable":  # a Cauchy distribution is also a Student's t: the first of equals is chosen
         assert found["family"] == family
     assert found["family"] in (family, "student-t")
     assert set(found["scores"]) == set(FAMILIES)
@@ -45,14 +45,14 @@ def test_the_family_and_its_likelihood_are_found(family: str) -> None:
     json.dumps(found)
 
 
-def test_several_peaks_are_a_mixture() -> None:
+def test_two_peaks_give_a_mixture() -> None:
     values = torch.cat([draw(stats.norm(-1, 0.1)), draw(stats.norm(1, 0.2), seed=1)])
     found = marginal_summary(values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))])
     assert found["family"] == "mixture"
     assert found["law"].keys() >= {"weight0", "mean1", "std2"}
 
 
-def test_the_law_is_that_of_the_family() -> None:
+def test_the_parameters_of_the_family_are_recovered() -> None:
     law = marginal_summary(draw(stats.t(4, 0.01, 0.02)))["law"]
     assert law["nu"] == pytest.approx(4, rel=0.06)
     assert law["loc"] == pytest.approx(0.01, abs=5e-4)
@@ -60,7 +60,7 @@ def test_the_law_is_that_of_the_family() -> None:
 
 
 @pytest.mark.parametrize("piece", [1 << 22, 1000])
-def test_moments_are_those_of_scipy(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+def test_moments_agree_with_scipy(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     monkeypatch.setattr(marginals, "CHUNK", piece)
     values = draw(stats.gamma(3, loc=100), 2500)
     wide = values.double().numpy()
@@ -75,7 +75,7 @@ def test_moments_are_those_of_scipy(monkeypatch: pytest.MonkeyPatch, piece: int)
 
 @pytest.mark.parametrize("index", [1.5, 2.5, 4])
 def test_the_index_of_a_pareto_tail(index: float) -> None:
-    """A fifth of the values lies in tails of both signs beyond 0.01, the rest evenly between."""
+    """A fifth of the values lies in tails of both signs beyond 0.01, the rest is uniform between them."""
     body, tail = draw(stats.uniform(-1, 2), 80_000), draw(stats.pareto(index), 20_000, seed=1)
     tail[::2] *= -1
     found = marginal_summary(0.01 * torch.cat([body, tail]))
@@ -96,7 +96,7 @@ def test_light_tails_have_a_large_index(name: str, index: float) -> None:
         assert marginal_summary(draw(getattr(stats, name)(), 60_000, seed))["tail_index"] > index
 
 
-def test_what_constants_and_few_values_cannot_say_is_none() -> None:
+def test_constants_and_few_values_give_none() -> None:
     constant = marginal_summary(torch.full((500,), 1.1))
     assert constant["mean"] == pytest.approx(1.1) and constant["std"] == 0
     assert constant["family"] is constant["kurtosis"] is constant["tail_index"] is None
@@ -106,14 +106,14 @@ def test_what_constants_and_few_values_cannot_say_is_none() -> None:
     json.dumps([constant, few])
 
 
-def test_ties_of_a_short_format_leave_the_tail_where_it_is() -> None:
+def test_rounding_to_bfloat16_keeps_the_tail_index() -> None:
     values = draw(stats.t(3), 100_000)
     fine, coarse = marginal_summary(values), marginal_summary(values.bfloat16())
     assert coarse["tail_index"] == pytest.approx(fine["tail_index"], rel=0.1)
     assert coarse["kurtosis"] == pytest.approx(fine["kurtosis"], rel=0.05)
 
 
-def test_large_tensors_are_judged_by_a_sample_of_them() -> None:
+def test_large_tensors_are_fitted_on_a_sample() -> None:
     values = draw(stats.t(3), 100_000)
     small = marginal_summary(values, max_fitted=20_000)
     assert small["count"] == 100_000 and small["kurtosis"] == marginal_summary(values)["kurtosis"]
