@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import paths
-from benchmarks.head_start.costs import rates
+from benchmarks.head_start.costs import fit_and_sample_rates
 from headstart import samplers
 from headstart.report.scores import interval
 from zoo.donors.memory import load_into, zoo_of
@@ -26,10 +26,10 @@ from zoo.training.loop import reproducible
 
 RESULTS = paths.RESULTS / "convolutions.json"
 STEPS, SEEDS, LRS, SCALES, WIDTH = 80, (0, 1, 2), (1e-3, 2e-3, 5e-3, 1e-2), (1.0, 1.5, 2.0, 3.0), 20
-TRAINED = 1300  # of the 1,797 digits; the rest is held out
+TRAINING_DIGITS = 1300  # digits for training, out of 1,797; the rest is held out
 
 
-def net(width: int) -> nn.Sequential:
+def build_network(width: int) -> nn.Sequential:
     """Four plain 5 x 5 convolutions."""
     layers: list[nn.Module] = []
     for i in range(4):
@@ -37,7 +37,7 @@ def net(width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
-def digits() -> tuple[Tensor, Tensor]:
+def load_digits_split() -> tuple[Tensor, Tensor]:
     """[1797, 1, 8, 8] float32 of unit variance and [1797] int64, shuffled."""
     from sklearn.datasets import load_digits
 
@@ -50,33 +50,33 @@ def digits() -> tuple[Tensor, Tensor]:
 def train(
     model: nn.Module, data: tuple[Tensor, Tensor], seed: int, steps: int, lr: float, weight_decay: float = 0.01
 ) -> float:
-    """The loss on held-out digits after training; a seed sees the same batches whatever it trains."""
+    """The loss on held-out digits after training; batches depend on the seed alone."""
     x, y = data
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        i = torch.randint(TRAINED, (32,), generator=generator)
+        i = torch.randint(TRAINING_DIGITS, (32,), generator=generator)
         loss = F.cross_entropy(model(x[i]), y[i])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return float(F.cross_entropy(model(x[TRAINED:]), y[TRAINED:]))
+        return float(F.cross_entropy(model(x[TRAINING_DIGITS:]), y[TRAINING_DIGITS:]))
 
 
-def donors(data: tuple[Tensor, Tensor]) -> Zoo:
-    """Three trained networks, narrower than the target."""
+def train_donors(data: tuple[Tensor, Tensor]) -> Zoo:
+    """Three trained networks that are narrower than the target."""
     found: dict[str, nn.Module] = {}
     for seed in range(100, 103):
         torch.manual_seed(seed)
-        found[str(seed)] = net(12)
+        found[str(seed)] = build_network(12)
         train(found[str(seed)], data, seed, steps=400, lr=3e-3, weight_decay=0.1)
     return zoo_of(found)
 
 
-def filters(method: str, zoo: Zoo, seed: int) -> dict[str, Tensor]:
-    """The target's four convolutions by a method; `conv-covariance, permuted`: its values in random places."""
-    blueprint = Blueprint.from_module(net(WIDTH))
+def sample_filters(method: str, zoo: Zoo, seed: int) -> dict[str, Tensor]:
+    """The target's four convolutions from a method; `conv-covariance, permuted`: its values in random places."""
+    blueprint = Blueprint.from_module(build_network(WIDTH))
     name, _, control = method.partition(", ")
     sampler = samplers.get(name)().fit(zoo, blueprint)
     drawn = {k: t for k, t in sampler.sample(blueprint, seed) if t.ndim == 4}
@@ -87,26 +87,26 @@ def filters(method: str, zoo: Zoo, seed: int) -> dict[str, Tensor]:
     return drawn
 
 
-def started(method: str, scale: float, zoo: Zoo, seed: int) -> nn.Sequential:
-    """torch's default under the seed, times `scale`, with the method's convolutions in it."""
+def initialised_network(method: str, scale: float, zoo: Zoo, seed: int) -> nn.Sequential:
+    """torch's default network of the seed, convolutions times `scale`, or replaced by those of the method."""
     torch.manual_seed(seed)
-    model = net(WIDTH)
+    model = build_network(WIDTH)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale if parameter.ndim == 4 else 1.0)
     if method != "default":
-        load_into(model, filters(method, zoo, seed).items())
+        load_into(model, sample_filters(method, zoo, seed).items())
     return model
 
 
 def measure(progress: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, object]]:
     """method -> {lr, scale, finals, mean, std, ci95}."""
-    data = digits()
-    zoo = donors(data)
+    data = load_digits_split()
+    zoo = train_donors(data)
     found: dict[str, dict[str, object]] = {}
     for method in ("default", "normal", "permuted", "conv-covariance", "conv-covariance, permuted"):
         runs = {
-            (scale, lr): [train(started(method, scale, zoo, seed), data, seed, STEPS, lr) for seed in SEEDS]
+            (scale, lr): [train(initialised_network(method, scale, zoo, seed), data, seed, STEPS, lr) for seed in SEEDS]
             for scale in (SCALES if method == "default" else (1.0,))
             for lr in LRS
         }
@@ -132,7 +132,9 @@ def main() -> None:
     with reproducible():
         found = measure(print)
         sampler = samplers.get("conv-covariance")()
-        cost = rates(sampler, donors(digits()), Blueprint.from_module(net(WIDTH)))
+        cost = fit_and_sample_rates(
+            sampler, train_donors(load_digits_split()), Blueprint.from_module(build_network(WIDTH))
+        )
     content = {"steps": STEPS, "seeds": SEEDS, "lrs": LRS, "scales": SCALES, "torch": torch.__version__}
     RESULTS.write_text(json.dumps(content | {"cost": cost, "methods": found}, indent=1) + "\n")
     print(table(found))

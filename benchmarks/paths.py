@@ -1,4 +1,4 @@
-"""Where the benchmarks keep what they measure."""
+"""Folders of the benchmarks."""
 
 from __future__ import annotations
 

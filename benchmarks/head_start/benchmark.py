@@ -124,10 +124,9 @@ def audit_costs(work: Path, data: Path | None) -> dict[str, Any]:
     paths = tasks.prepare_models(work, "embedded", data)
     long = [c for c in tasks.comparisons() if (c.task, c.budget) == ("A", "long") and not c.methods]
     targets = {c.target: tasks.target_folder(work, c, data) for c in long}
-    kept = work / "costs" / audits.content_hash(paths["zoo"], paths["model"])
-    return {
-        "methods": costs.costs(tasks.language_model_methods(), targets, paths, _corpus(work, "reference", data), kept)
-    }
+    cache = work / "costs" / audits.content_hash(paths["zoo"], paths["model"])
+    methods, corpus = tasks.language_model_methods(), _corpus(work, "reference", data)
+    return {"methods": costs.measure_costs(methods, targets, paths, corpus, cache)}
 
 
 def audit_peers(work: Path, data: Path | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What making an initialisation costs: time and memory of `headstart generate`, and what fitting and sampling take."""
+"""The cost of an initialisation: time and memory of `headstart generate`, seconds of fitting, rate of sampling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.vocabulary import find_tokenizer
 
-# A process begins with the peak memory of the one that starts it, so a small one stands between.
+# A process inherits the peak memory of its parent, so a small process starts it.
 LAUNCHER = """
 import json, os, subprocess, sys, time
 began = time.perf_counter()
@@ -35,16 +35,17 @@ print(json.dumps({"status": os.waitstatus_to_exitcode(status), "said": said.stri
 """
 
 
-def costs(
-    names: Iterable[str], targets: Mapping[str, Path], paths: Mapping[str, Path], corpus: Path, kept: Path
+def measure_costs(
+    names: Iterable[str], targets: Mapping[str, Path], paths: Mapping[str, Path], corpus: Path, cache: Path
 ) -> dict[str, Any]:
-    """{method: {target, seconds, cpu_seconds, mib, fit_seconds, parameters_per_second, of_randn}} on the first of the
-    targets that a method takes, or {refused: by the last of them}. The first three are those of `headstart generate` as
-    a process of its own, the time to start Python and to load torch in it; the others are measured in this process.
-    One thread, one after another; what was measured before is in the folder `kept`."""
+    """{method: {target, seconds, cpu_seconds, mib, fit_seconds, parameters_per_second, of_randn}} on the first target
+    that a method accepts, or {refused: the message for the last target}.
+
+    seconds, cpu_seconds and mib are those of `headstart generate` as a process of its own, with the start of Python and
+    torch; the others are measured in this process. One thread. `cache` is the folder of earlier measurements."""
     found = {}
     for name in names:
-        file = kept / f"{name}.json"
+        file = cache / f"{name}.json"
         if file.is_file():
             found[name] = json.loads(file.read_text())
             continue
@@ -57,10 +58,10 @@ def costs(
                     sys.executable, "-m", "headstart", "generate", "--target", str(folder), "--method", name,
                     "--zoo", str(paths["zoo"]), "--out", f"{out}/out", "--quiet", *given,
                 ]  # fmt: skip
-                found[name] = usage_of(command)
+                found[name] = process_usage(command)
             if "refused" not in found[name]:
-                sampler = configured(name, folder, paths, corpus)
-                found[name] |= {"target": target} | rates(
+                sampler = sampler_for_target(name, folder, paths, corpus)
+                found[name] |= {"target": target} | fit_and_sample_rates(
                     sampler, Zoo.open(paths["zoo"]), language_model_blueprint(folder)
                 )
                 break
@@ -68,16 +69,16 @@ def costs(
     return found
 
 
-def configured(name: str, target: Path, paths: Mapping[str, Path], corpus: Path) -> Sampler:
-    """As `headstart generate` makes it, with the corpus where a method takes a text."""
+def sampler_for_target(name: str, target: Path, paths: Mapping[str, Path], corpus: Path) -> Sampler:
+    """The sampler as `headstart generate` builds it, with the corpus for a method that reads a text."""
     vocabulary = find_tokenizer(None, target)
     given = {"model": str(paths["model"]), "tokenizer": vocabulary and str(vocabulary), "text": str(corpus)}
     return build_sampler(samplers.get(name), **given)
 
 
-def rates(sampler: Sampler, zoo: Zoo, blueprint: Blueprint) -> dict[str, float]:
-    """{fit_seconds, parameters_per_second, of_randn} of one thread: fitting is done once, sampling is the median of
-    five, `of_randn` its rate over that of torch.randn on the same shapes in the same run."""
+def fit_and_sample_rates(sampler: Sampler, zoo: Zoo, blueprint: Blueprint) -> dict[str, float]:
+    """{fit_seconds, parameters_per_second, of_randn} with one thread: fitting once, the median of sampling five times,
+    and the sampling rate over that of torch.randn on the same shapes in the same run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -95,17 +96,17 @@ def rates(sampler: Sampler, zoo: Zoo, blueprint: Blueprint) -> dict[str, float]:
             reference.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
-    took = statistics.median(seconds)
+    sampling = statistics.median(seconds)
     filled = sum(shape.numel() for shape in shapes)
     return {
         "fit_seconds": fitted,
-        "parameters_per_second": filled / took,
-        "of_randn": statistics.median(reference) / took,
+        "parameters_per_second": filled / sampling,
+        "of_randn": statistics.median(reference) / sampling,
     }
 
 
-def usage_of(command: list[str]) -> dict[str, Any]:
-    """{seconds, cpu_seconds, mib (peak resident)} of a command, or {refused: what it said} where it exits with 2."""
+def process_usage(command: list[str]) -> dict[str, Any]:
+    """{seconds, cpu_seconds, mib (peak resident)} of a command, or {refused: its message} if it exits with code 2."""
     done = subprocess.run(
         [sys.executable, "-S", "-c", LAUNCHER, *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""What the donors of a comparison are worth on its text as they are: what a copy of one starts from."""
+"""Losses of donors on the text of a comparison, without further training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from zoo.vocabulary import find_tokenizer, read_vocabulary
 
 
 def donor_losses(zoo: Zoo, target: Path, corpus: Path) -> dict[str, float | None]:
-    """{donor: its loss on what a comparison measures on}, nats per token, of the donors that have the tokens of the
-    target, a folder; None where it is not finite."""
+    """{donor: loss on the held-out part of the corpus}, nats per token, for the donors that have the vocabulary of the
+    target (a folder); None for a loss that is not finite."""
     folder = find_tokenizer(None, target)
     assert folder is not None
     own = read_vocabulary(folder)

@@ -1,6 +1,6 @@
-"""One row per run, in Parquet: what the tables are made of, and what an interrupted benchmark goes on from.
+"""One row per run, in Parquet: the tables are made from the rows, and an interrupted benchmark continues from them.
 
-A run is the file that `headstart compare` keeps of it; a row holds all of it, so that the file can be written again.
+`headstart compare` keeps a file per run; a row holds all of it, so the file can be written again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
         ("rms_start", pa.list_(pa.float64())),
         ("rms_end", pa.list_(pa.float64())),
         ("init", pa.string()),  # JSON: seconds, donors, novelty
-        ("made", pa.string()),  # by which versions of what
+        ("made", pa.string()),  # commit and versions
     ]
 )
 
@@ -59,8 +59,8 @@ def to_row(comparison: Comparison, file: str, run: Run) -> dict[str, Any]:
 
 @cache
 def code_version() -> str:
-    """Commit (`-dirty` where code differs from it), Python and torch: in a row, because a benchmark of days may see
-    several. What the first call finds, since a process does not read its code again."""
+    """Commit (`-dirty` if code differs from it), Python and torch. Each row has it, because a benchmark of days may see
+    several. Cached, because a process does not read its code again."""
     import platform
 
     import torch
@@ -74,7 +74,7 @@ def code_version() -> str:
 
 
 def runs_digest(files: Iterable[str]) -> str:
-    """Of the names of the run files that a comparison is made of; these are hashes of all that a run depends on."""
+    """Hash of the names of a comparison's run files. The names are hashes of everything that a run depends on."""
     return hashlib.sha256("\n".join(sorted(files)).encode()).hexdigest()[:16]
 
 
@@ -92,7 +92,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Whole or not at all, in an order that does not depend on which run ended first."""
+    """Writes all rows at once, in an order that does not depend on which run ended first."""
     ordered = sorted(rows, key=lambda r: (*(r[key] for key in KEYS), r["method"], r["seed"], r["scale"], r["lr"]))
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(ordered, SCHEMA), buffer, compression="zstd")
@@ -104,8 +104,8 @@ def of_comparison(rows: Sequence[dict[str, Any]], comparison: Comparison) -> lis
 
 
 def write_run_files(rows: Sequence[dict[str, Any]], comparison: Comparison, runs: Path) -> None:
-    """Writes the run files of a comparison that are not there. `compare` takes up those whose names, hashes of all
-    that a run depends on, are those of its own runs; the others it leaves alone."""
+    """Writes the missing run files of a comparison. `compare` continues from those whose names match its own runs and
+    ignores the others."""
     for r in of_comparison(rows, comparison):
         path = runs / r["file"]
         if not path.exists():
@@ -115,8 +115,8 @@ def write_run_files(rows: Sequence[dict[str, Any]], comparison: Comparison, runs
 def replace_comparison(
     rows: Sequence[dict[str, Any]], comparison: Comparison, runs: Path, files: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """`rows` with those of this comparison replaced by what its run files say: all, or those named, where others are
-    left of earlier donors or settings."""
+    """`rows` with those of this comparison replaced by the contents of its run files: all files, or those in `files`,
+    because files of earlier donors or settings may remain."""
     paths = sorted(runs.glob("*.json")) if files is None else [runs / name for name in files]
     before = {r["file"]: r for r in of_comparison(rows, comparison)}
     found = [before.get(path.name) or to_row(comparison, path.name, json.loads(path.read_text())) for path in paths]

@@ -1,8 +1,8 @@
-"""What the benchmark asks of every method: donors, targets of unseen shapes, texts, budgets.
+"""The tasks of the benchmark: donors, targets of unseen shapes, texts, budgets.
 
-A  embedded zoo -> unseen shapes, the donors' own text (Python's language reference, the part that they never saw)
+A  embedded zoo -> unseen shapes, the donors' own text (Python's language reference, a part that they never saw)
 B  the same targets on other domains: source code of Python's library, and Shakespeare
-C  really trained donors -> unseen shapes on children's stories, with the donors' tokenizer and with another one
+C  real donors -> unseen shapes on children's stories, with the donors' tokenizer and with another one
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from zoo.training.nursery import DonorRecipe, bench_recipes
 from zoo.vocabulary import save_byte_tokenizer
 
 SEEDS = (0, 1, 2)
-TUNING_SEEDS = 1  # of them, the first, choose learning rate and scale
+TUNING_SEEDS = 1  # the number of seeds, from the first, on which learning rate and scale are chosen
 LRS = {
     "short": (6e-4, 2e-3, 6e-3, 2e-2, 6e-2),
     "long": (6e-4, 2e-3, 6e-3, 2e-2),
-    "ladder": (2e-3, 6e-3, 2e-2, 6e-2, 2e-1),  # for the largest rate that a method bears
+    "ladder": (2e-3, 6e-3, 2e-2, 6e-2, 2e-1),  # to find the largest stable rate
 }
 SCALES = (1.0, 4.0, 8.0, 16.0)  # of the default; the embedded donors started from 0.8 / sqrt(width), 3 to 6 times it
 BUDGETS = {"short": 50, "long": 200}
 BATCH_SIZE, SEQUENCE = 4, 64  # as the embedded donors were trained
-WINDOWS = 32  # held out, at each measurement
-# A method that refuses as it is called, and says which option lifts that.
+WINDOWS = 32  # held-out windows at each measurement
+# Methods that refuse some targets with their default options, with the option that lifts the refusal.
 VARIANTS = {
     "embedded": ("weight-selection:wider=repeat",),
     "real": ("weight-selection:wider=repeat", "sliced:tie=fit"),
 }
-CONTROLS = tuple(f"diffusion:condition={told}" for told in ("shape", "shuffled", "mean"))  # what the metadata are worth
+CONTROLS = tuple(f"diffusion:condition={condition}" for condition in ("shape", "shuffled", "mean"))  # wrong metadata
 SMALL_METHODS = (  # the default, and the eight that were strongest on the main target
     "default", "sliced", "autoencoder", "subcloning", "learned-pruning", "pruning", "row-column", "weight-selection",
     "diffusion",
 )  # fmt: skip
-LLAMA_DONORS = ("stories260K", "llama2xs-260K", "babyllama-tok105")  # Llamas: what autoencoder and diffusion can learn
-GPT2_DONORS = ("arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")  # GPT-2s
-# Of Python's library, enough for a megabyte; none of them is generated or a table.
+LLAMA_DONORS = ("stories260K", "llama2xs-260K", "babyllama-tok105")  # autoencoder and diffusion learn from these
+GPT2_DONORS = ("arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")
+# Modules of Python's library, together more than a megabyte; none is generated or a table.
 LIBRARY_MODULES = (
     "argparse", "ast", "calendar", "codecs", "configparser", "copy", "csv", "dataclasses", "datetime", "decimal",
     "difflib", "dis", "doctest", "enum", "fractions", "functools", "gettext", "heapq", "inspect", "ipaddress",
@@ -56,7 +56,7 @@ LIBRARY_MODULES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """One target on one text under one budget: a call of `headstart compare`."""
+    """One target on one text with one budget: a call of `headstart compare`."""
 
     task: str  # A | B | C
     target: str
@@ -64,9 +64,9 @@ class Comparison:
     budget: str  # short | long | ladder | donors
     zoo: str  # embedded | real
     config: dict[str, Any] = field(hash=False)
-    tokenizer: str  # bytes, or a donor's folder in the data
+    tokenizer: str  # bytes, or the name of a donor in the data folder
     lrs: tuple[float, ...]
-    methods: tuple[str, ...] = ()  # none: all
+    methods: tuple[str, ...] = ()  # empty: all methods
 
     @property
     def steps(self) -> int:
@@ -105,32 +105,32 @@ UNSEEN_TARGETS = {
     "narrower": llama(32, 4, 2, 2, 96),
     "wider": llama(160, 3, 10, 10, 416),
 }
-MAIN_TARGET = "heads"  # most methods fit it: for costs, stability, novelty, peers and the small benchmark
+MAIN_TARGET = "heads"  # most methods accept it: used for costs, stability, novelty, peers and --small
 DONOR_CHOICE_TARGET, DONOR_CHOICE_METHOD = (
     "gqa",
     "row-column",
-)  # where a donor has to be grown by repetition: from each of them, by this method
-SEEN_TARGET = llama(80, 3, 5, 5, 208)  # four donors have it: for what is made of donors of one shape
-# The real Llamas are 64, 64 and 128 wide with 5 layers of 8 heads; those of 64, with heads of 8, have the tokenizer of
+)  # donors must be repeated to fit; from each donor, by this method
+SEEN_TARGET = llama(80, 3, 5, 5, 208)  # the shape of four donors, for controls that need donors of one shape
+# The real Llamas are 64, 64 and 128 wide, with 5 layers of 8 heads. Those 64 wide have heads of 8 and the tokenizer of
 # the first two targets.
 STORY_TARGETS = {
     "between": (llama(96, 6, 12, 6, 256, vocab=512, tied=True, head=8), "stories260K"),
     "narrower": (llama(48, 4, 6, 3, 128, vocab=512, tied=True, head=8), "stories260K"),
     "bytes": (llama(56, 4, 7, 7, 160, tied=True, head=8), "bytes"),
-    # The GPT-2s are 64 and 128 wide with 4 layers; that of 128 learned a small text by heart, and no stories.
+    # The GPT-2s are 64 and 128 wide with 4 layers; the one 128 wide learned a small text by heart, and no stories.
     "gpt2": (gpt2(96, 4, 3, 192, vocab=102), "arthur/run3-ep183"),
 }
 
 
 def donor_recipes() -> list[DonorRecipe]:
-    """The bench preset of the nursery without shared keys and values, so that GQA is unseen, and two more lineages of
-    one shape."""
+    """The donors of the embedded zoo: the preset `bench` without shared keys and values, so that GQA is unseen, and two
+    more seeds of one shape."""
     plain = [replace(recipe, kv_heads=recipe.heads) for recipe in bench_recipes()]
     return plain + [replace(r, seed=r.seed + 2) for r in plain if r.width == SEEN_TARGET["hidden_size"]]
 
 
 def language_model_methods() -> list[str]:
-    """All methods that fill language models: conv-covariance needs convolutions, the LoRA methods fill adapters."""
+    """All methods that fill language models. conv-covariance needs convolutions, the LoRA methods fill adapters."""
     return [name for name in samplers.METHODS if name not in ("conv-covariance", *samplers.LORA)]
 
 
@@ -139,11 +139,11 @@ def method_labels(zoo: str = "embedded") -> list[str]:
 
 
 def comparisons() -> Iterator[Comparison]:
-    """In the order in which they are worth having."""
+    """All comparisons, the most important first."""
     for budget in BUDGETS:
         for target, config in UNSEEN_TARGETS.items():
             yield Comparison("A", target, "reference", budget, "embedded", config, "bytes", LRS[budget])
-    for budget in BUDGETS:  # what a sample of that shape is performant beside
+    for budget in BUDGETS:  # the bar of the novelty audit at that shape
         yield Comparison("A", "seen", "reference", budget, "embedded", SEEN_TARGET, "bytes", LRS[budget], ("default",))
     for budget in BUDGETS:
         for target, (config, tokenizer) in STORY_TARGETS.items():
@@ -174,12 +174,12 @@ def main_comparison(budget: str) -> Comparison:
 
 
 def small_comparison() -> Comparison:
-    """What `--small` runs."""
+    """The comparison of `--small`."""
     return replace(main_comparison("long"), lrs=LRS["long"][1:3], methods=SMALL_METHODS)
 
 
 def library_source() -> bytes:
-    """Source code of modules of Python's library, one after the other."""
+    """Source code of LIBRARY_MODULES, one after the other."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     paths = (folder / f"{name}.py" for name in LIBRARY_MODULES)
     found = [path if path.is_file() else path.with_suffix("") / "__init__.py" for path in paths]
@@ -187,18 +187,18 @@ def library_source() -> bytes:
 
 
 def corpus_bytes(name: str, data: Path | None) -> bytes:
-    """The corpus called `name`; the last two are in the data folder."""
-    made: dict[str, Callable[[], bytes]] = {"reference": reference_corpus, "source": library_source}
-    if name in made:
-        return made[name]()
+    """The corpus called `name`; shakespeare and stories are in the data folder."""
+    sources: dict[str, Callable[[], bytes]] = {"reference": reference_corpus, "source": library_source}
+    if name in sources:
+        return sources[name]()
     if data is None:
-        raise SystemExit(f"the text {name!r} is in the data folder; give --data DIR")
+        raise SystemExit(f"the text {name!r} is in the data folder; give it with --data DIR")
     files = {"shakespeare": "tinyshakespeare.txt", "stories": "tinystories_sample.txt"}
     return (data / "corpora" / files[name]).read_bytes()
 
 
 def work_paths(work: Path, zoo: str, steps: int = 1500) -> dict[str, Path]:
-    """{zoo, autoencoder, model}: where donors are, and what is trained on them."""
+    """{zoo, autoencoder, model}: folders of the donors and of our models trained on them."""
     folder = work / zoo
     return {"zoo": folder / "zoo", "autoencoder": folder / "autoencoder", "model": folder / f"diffusion-{steps}"}
 
@@ -217,7 +217,7 @@ def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = 1500) -
         learned = to["zoo"]
     else:
         if data is None:
-            raise SystemExit("the real donors are in the data folder; give --data DIR")
+            raise SystemExit("the real donors are in the data folder; give it with --data DIR")
         learned = work / zoo / "llamas"
         add([str(data / "models" / name) for name in LLAMA_DONORS], learned, quiet=True)
         add([str(data / "models" / name) for name in LLAMA_DONORS + GPT2_DONORS], to["zoo"], quiet=True)
@@ -244,14 +244,14 @@ def _seconds(trained: Path) -> Path:
 
 
 def training_seconds(work: Path, zoo: str, steps: int = 1500) -> float | None:
-    """Seconds of all threads together that training autoencoder and diffusion took, if neither was interrupted."""
+    """CPU seconds that training autoencoder and diffusion took, or None if one was interrupted."""
     to = work_paths(work, zoo, steps)
     files = [_seconds(to["autoencoder"]), _seconds(to["model"])]
     return sum(float(file.read_text()) for file in files) if all(file.is_file() for file in files) else None
 
 
 def target_folder(work: Path, comparison: Comparison, data: Path | None) -> Path:
-    """The target as a user would have it: a config and a tokenizer."""
+    """A folder with the target's config and tokenizer, as a user would have it."""
     from headstart.generate.tokenizer_files import TOKENIZER_FILES
 
     folder = work / "targets" / f"{comparison.zoo}-{comparison.target}"

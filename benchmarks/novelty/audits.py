@@ -176,7 +176,7 @@ def _load_inputs(inputs: AuditInputs) -> tuple[Zoo, list[novelty.Frame], dict[st
     for donor in zoo.donors:
         model = build_model(donor.config, stored_tensors(donor))
         guesses[donor.name], truth = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
-    return zoo, [novelty.frame(d) for d in zoo.donors], guesses, truth, learned, held
+    return zoo, [novelty.donor_frame(d) for d in zoo.donors], guesses, truth, learned, held
 
 
 @cache

@@ -1,7 +1,7 @@
-"""What anyone can make of donors without learning anything: the controls of the novelty audit (2506.07998).
+"""Controls of the novelty audit (2506.07998): models mixed from donors without learning anything.
 
-Each fills a blueprint of a shape that donors have, in canonical coordinates, heads and neurons matched to those of the
-first donor by their weights (optimal assignment), and is turned back into a checkpoint. Samplers like any other.
+Each is a sampler for a shape that donors have. It works in canonical coordinates, with heads and neurons matched to
+those of the first donor by their weights (optimal assignment), and turns the result back into a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class OfOneShape(Sampler):
-    """Reads the donors of the target's shape. UserError where there are fewer than `least`."""
+class SameShapeControl(Sampler):
+    """Base of the controls: reads the donors of the target's shape. UserError if there are fewer than `least`."""
 
     family: ClassVar[str] = "control"
     reference: ClassVar[str] = "2506.07998"
@@ -40,12 +40,12 @@ class OfOneShape(Sampler):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         if zoo is None:
-            raise UserError(f"{self.name}: give a --zoo")
-        self._donors = of_shape(read_weights(zoo, "canonical"), blueprint)
+            raise UserError(f"{self.name}: needs donors; give --zoo")
+        self._donors = donors_of_shape(read_weights(zoo, "canonical"), blueprint)
         if len(self._donors) < self.least:
             raise UserError(f"{self.name}: needs {self.least} donors of the target's shape, has {len(self._donors)}")
         first = self._donors[0]
-        self._donors = [first, *(matched(donor, first) for donor in self._donors[1:])]
+        self._donors = [first, *(match_units(donor, first) for donor in self._donors[1:])]
         return self
 
     @property
@@ -53,19 +53,19 @@ class OfOneShape(Sampler):
         return tuple(d.name for d in self._donors)
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        made = ((name, self.mix(name, seed)) for name in self._donors[0].tensors)
-        yield from to_checkpoint(made, blueprint, "canonical")
+        mixed = ((name, self.mix(name, seed)) for name in self._donors[0].tensors)
+        yield from to_checkpoint(mixed, blueprint, "canonical")
 
     def mix(self, name: str, seed: int) -> Tensor:
-        """The tensor called `name`, float32."""
+        """The tensor `name` of the sample, float32."""
         raise NotImplementedError
 
     def values(self, name: str) -> Tensor:
         """[donors, ...] float32"""
         return torch.stack([d.tensors[name] for d in self._donors])
 
-    def one(self, seed: int) -> int:
-        """Which donor a seed takes."""
+    def picked_donor(self, seed: int) -> int:
+        """Index of the donor that a seed picks."""
         return int(torch.randint(len(self._donors), (), generator=stream(seed, self.name)))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -76,20 +76,20 @@ class OfOneShape(Sampler):
 
 
 @dataclass(kw_only=True)
-class Noise(OfOneShape):
+class Noise(SameShapeControl):
     name: ClassVar[str] = "noise on a donor"
     summary: ClassVar[str] = "a donor plus normal noise, in proportion to the size of each tensor"
 
     amount: float = option(0.1, "deviation of the noise over the root mean square of the tensor", above=0.0)
 
     def mix(self, name: str, seed: int) -> Tensor:
-        own = self._donors[self.one(seed)].tensors[name]
+        own = self._donors[self.picked_donor(seed)].tensors[name]
         noise = torch.randn(own.shape, generator=stream(seed, f"{self.name}/{name}"))
         return own + self.amount * own.square().mean().sqrt() * noise
 
 
 @dataclass(kw_only=True)
-class Average(OfOneShape):
+class Average(SameShapeControl):
     name: ClassVar[str] = "average of donors"
     summary: ClassVar[str] = "the mean of all donors of the shape"
     least: ClassVar[int] = 2
@@ -99,7 +99,7 @@ class Average(OfOneShape):
 
 
 @dataclass(kw_only=True)
-class Interpolation(OfOneShape):
+class Interpolation(SameShapeControl):
     name: ClassVar[str] = "interpolation of two donors"
     summary: ClassVar[str] = "a uniformly drawn point between two donors of the shape"
     least: ClassVar[int] = 2
@@ -113,9 +113,9 @@ class Interpolation(OfOneShape):
 
 
 @dataclass(kw_only=True)
-class PerDimension(OfOneShape):
+class PerDimension(SameShapeControl):
     name: ClassVar[str] = "Gaussian per dimension"
-    summary: ClassVar[str] = "every entry from the normal law of that entry over the donors of the shape"
+    summary: ClassVar[str] = "every entry from the normal distribution of that entry over the donors of the shape"
     least: ClassVar[int] = 2
 
     def mix(self, name: str, seed: int) -> Tensor:
@@ -124,37 +124,37 @@ class PerDimension(OfOneShape):
         return values.mean(0) + values.std(0) * noise
 
 
-def of_shape(donors: Sequence[Weights], blueprint: Blueprint) -> list[Weights]:
+def donors_of_shape(donors: Sequence[Weights], blueprint: Blueprint) -> list[Weights]:
     """The donors whose tensors, untied, have the blueprint's shapes."""
     from benchmarks.peers.weights import learned_blueprint
 
-    wanted = {spec.name: spec.shape for spec in learned_blueprint(blueprint, "canonical").specs}
-    return [d for d in donors if {name: tuple(t.shape) for name, t in d.tensors.items()} == wanted]
+    shapes = {spec.name: spec.shape for spec in learned_blueprint(blueprint, "canonical").specs}
+    return [d for d in donors if {name: tuple(t.shape) for name, t in d.tensors.items()} == shapes]
 
 
-def matched(donor: Weights, to: Weights) -> Weights:
-    """A donor with the key-value groups and the neurons of every layer in the order in which they are most alike those
-    of another of its shape: the permutation with the largest sum of inner products. Its function is as before."""
+def match_units(donor: Weights, to: Weights) -> Weights:
+    """A donor with key-value groups and neurons of every layer reordered to be most alike those of another donor of its
+    shape: the permutation with the largest sum of inner products. The function does not change."""
     tensors = dict(donor.tensors)
     shape = donor.metadata
     for layer in range(shape.layers):
         names = {s.role: s.name for s in donor.blueprint.specs if s.layer == layer and s.name in tensors}
         blocks = {"attn.q": 0, "attn.k": 0, "attn.v": 0, "attn.o": 1}, {"mlp.gate": 0, "mlp.up": 0, "mlp.down": 1}
         for axes, count in zip(blocks, (shape.kv_heads, shape.ffn), strict=True):
-            own, other = (_units(source, names, axes, count) for source in (tensors, to.tensors))
+            own, other = (_unit_rows(source, names, axes, count) for source in (tensors, to.tensors))
             _, order = linear_sum_assignment((other @ own.T).numpy(), maximize=True)
             for role, axis in axes.items():
                 if role in names:
-                    tensors[names[role]] = _permuted(tensors[names[role]], axis, count, torch.from_numpy(order))
+                    tensors[names[role]] = _reorder_blocks(tensors[names[role]], axis, count, torch.from_numpy(order))
     return replace(donor, tensors=tensors)
 
 
-def _units(tensors: Mapping[str, Tensor], names: Mapping[str, str], axes: Mapping[str, int], count: int) -> Tensor:
-    """[count, ...]: all that belongs to a group of heads or to a neuron, in one row."""
+def _unit_rows(tensors: Mapping[str, Tensor], names: Mapping[str, str], axes: Mapping[str, int], count: int) -> Tensor:
+    """[count, ...]: everything that belongs to a group of heads or to a neuron, in one row."""
     parts = (tensors[names[role]].movedim(axis, 0).reshape(count, -1) for role, axis in axes.items() if role in names)
     return torch.cat(list(parts), 1)
 
 
-def _permuted(matrix: Tensor, axis: int, count: int, order: Tensor) -> Tensor:
+def _reorder_blocks(matrix: Tensor, axis: int, count: int, order: Tensor) -> Tensor:
     blocks = matrix.movedim(axis, 0).unflatten(0, (count, -1))[order]
     return blocks.flatten(0, 1).movedim(0, axis).contiguous()

@@ -1,9 +1,9 @@
-"""How far a model is from every donor, in coordinates that do not depend on how either was written down.
+"""Distance of a model to every donor, in coordinates that do not depend on how either was written down.
 
-Two trained models that compute the same function may have nothing in common as stored (2506.07998 asks for distances
-after such symmetries are taken out). So the model is put into canonical form, its residual stream turned onto the
-donor's by the token strings that both know (`zoo.units.canonical`), and each of its units is held against the
-donor's units of the same kind: heads and neurons have no order, and other shapes have other numbers of them.
+Two models that compute the same function may have nothing in common as stored; 2506.07998 measures distances after
+such symmetries are removed. So the model is put into canonical form, and its residual stream is rotated onto the
+donor's by the token strings that both have (`zoo.units.canonical`). Each unit is then compared with the donor's units
+of the same kind, because heads and neurons have no order and other shapes have other numbers of them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from zoo.units.residual_basis import Anchor, make_anchor
 from zoo.units.resizing import to_width
 from zoo.units.units import decoder_to_units
 
-# What the residual vectors of a unit may be multiplied by together and compute the same: the sign of the last two of a
-# neuron (up, down) and of both of a value-output component. Tokens and rotary planes have none left.
-SIGNED = {"neuron": slice(1, 3), "vo": slice(0, 2)}
-ROWS = 1024  # units compared at a time
+# Residual vectors of a unit whose sign can change together without changing the function: the last two of a neuron
+# (up, down), both of a value-output component. Tokens and rotary planes have none.
+FREE_SIGNS = {"neuron": slice(1, 3), "vo": slice(0, 2)}
+UNITS_AT_ONCE = 1024  # units compared at a time
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Distance:
     sizes: Mapping[str, float]
 
 
-def frame(donor: Donor) -> Frame:
-    """A donor as something to measure distances to. UserError where its whole function is not in units."""
+def donor_frame(donor: Donor) -> Frame:
+    """A donor in its canonical coordinates. UserError if its units do not hold its whole function."""
     canonical = canonicalise(read_donor_decoder(donor)).decoder
     tokens = token_strings(donor)
-    return Frame(donor.name, make_anchor(canonical, tokens), _vectors(canonical))
+    return Frame(donor.name, make_anchor(canonical, tokens), _unit_vectors(canonical))
 
 
 def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
@@ -66,13 +66,12 @@ def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
     decoder: as `read_donor_decoder` reads it (float64); tokens: the strings of its vocabulary's rows. UserError if the
     two share no token string: then nothing says how their residual streams correspond.
     """
-    return _distance(to, *_shares(decoder, tokens, to))
+    return _to_distance(to, *_unit_shares(decoder, tokens, to))
 
 
 def mosaic(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> float:
-    """As the `total` of `distance`, to all donors together: every unit is held against the nearest of any of them, so
-    that what is put together from several donors' units is not far. Rows of the vocabulary that no donor has are left
-    out."""
+    """The `total` of the distance to all donors together: every unit is compared with the nearest unit of any donor, so
+    a model put together from units of several donors is near. Leaves out rows of the vocabulary that no donor has."""
     return nearest_and_mosaic(decoder, tokens, frames)[1]
 
 
@@ -82,50 +81,50 @@ def nearest(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) 
 
 
 def nearest_and_mosaic(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> tuple[Distance, float]:
-    """Both, for what one of them costs: bringing the model into each donor's coordinates."""
-    found = [(to, *_shares(decoder, tokens, to)) for to in frames]
-    near = min((_distance(*one) for one in found), key=lambda d: (d.total, d.donor))
+    """Both, at the cost of one: the model is brought into each donor's coordinates once."""
+    found = [(to, *_unit_shares(decoder, tokens, to)) for to in frames]
+    near = min((_to_distance(*one) for one in found), key=lambda d: (d.total, d.donor))
     kinds = found[0][1]
-    together = {kind: _root(torch.cat([shares[kind] for _, shares, _ in found]).amin(0)) for kind in kinds}
-    return near, _total(together)
+    together = {kind: _root_of_sum(torch.cat([shares[kind] for _, shares, _ in found]).amin(0)) for kind in kinds}
+    return near, _mean_over_kinds(together)
 
 
-def _distance(to: Frame, shares: Mapping[str, Tensor], sizes: Mapping[str, float]) -> Distance:
-    kinds = {kind: min(_root(share) for share in both) for kind, both in shares.items()}
-    return Distance(to.name, _total(kinds), kinds, sizes)
+def _to_distance(to: Frame, shares: Mapping[str, Tensor], sizes: Mapping[str, float]) -> Distance:
+    kinds = {kind: min(_root_of_sum(share) for share in both) for kind, both in shares.items()}
+    return Distance(to.name, _mean_over_kinds(kinds), kinds, sizes)
 
 
-def _root(shares: Tensor) -> float:
+def _root_of_sum(shares: Tensor) -> float:
     return math.sqrt(shares[shares.isfinite()].sum().item())
 
 
-def _total(kinds: Mapping[str, float]) -> float:
+def _mean_over_kinds(kinds: Mapping[str, float]) -> float:
     return math.sqrt(sum(d * d for d in kinds.values()) / len(kinds))
 
 
-def _shares(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _unit_shares(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> tuple[dict[str, Tensor], dict[str, float]]:
     """(by kind [2, N]: each unit's part of sum |u - nearest|^2 / sum |u|^2, as the units are and brought to the size of
     the donor's, infinite for tokens that the donor does not have; by kind the sizes)"""
     if set(tokens).isdisjoint(to.anchor.tokens):
         raise UserError(f"{to.name}: shares no token string with the model, so their coordinates cannot be compared")
-    own = _vectors(canonicalise(decoder, tokens, to.anchor).decoder)
+    own = _unit_vectors(canonicalise(decoder, tokens, to.anchor).decoder)
     place = {token: i for i, token in enumerate(to.anchor.tokens)}
     shared = [(i, place[token]) for i, token in enumerate(tokens) if token in place]
     mine, theirs = (torch.tensor(rows) for rows in zip(*shared, strict=True))
     pairs = {kind: (own[kind], to.units[kind]) for kind in ("neuron", "qk", "vo")}
     pairs["vocab"] = (own["vocab"][mine], to.units["vocab"][theirs])
-    sizes = {kind: _size(a) / max(_size(b), 1e-30) for kind, (a, b) in pairs.items()}
+    sizes = {kind: _unit_size(a) / max(_unit_size(b), 1e-30) for kind, (a, b) in pairs.items()}
     shares = {}
     for kind, (a, b) in pairs.items():
-        told = None if kind == "vocab" else kind
-        shares[kind] = torch.stack([_relative(u, b, told) for u in (a, a / max(sizes[kind], 1e-30))])
+        matched = None if kind == "vocab" else kind
+        shares[kind] = torch.stack([_relative_squares(u, b, matched) for u in (a, a / max(sizes[kind], 1e-30))])
     shares["vocab"] = torch.full((2, len(tokens)), math.inf).index_copy(1, mine, shares["vocab"])
     return shares, sizes
 
 
 def leave_one_out(donors: Sequence[Donor], frames: Sequence[Frame]) -> dict[str, tuple[Distance, float]]:
-    """For every donor (its nearest among the others, `mosaic` to the others): what independent training runs are
-    apart."""
+    """For every donor (the distance to its nearest other donor, `mosaic` to the others): the distance between
+    independent training runs."""
     found = {}
     for donor in donors:
         others = [f for f in frames if f.name != donor.name]
@@ -155,16 +154,16 @@ def error_overlap(one: Tensor, other: Tensor, truth: Tensor) -> dict[str, float]
     return {"iou": both / either if either else 1.0, "expected": independent, "same": same / both if both else 0.0}
 
 
-def _vectors(decoder: Decoder) -> dict[str, Tensor]:
+def _unit_vectors(decoder: Decoder) -> dict[str, Tensor]:
     return {kind: units.vectors.float() for kind, units in decoder_to_units(decoder).items()}
 
 
-def _size(units: Tensor) -> float:
+def _unit_size(units: Tensor) -> float:
     """[N, P, d] -> root mean square norm of a unit."""
     return math.sqrt(units.square().sum().item() / len(units))
 
 
-def _relative(units: Tensor, others: Tensor, kind: str | None) -> Tensor:
+def _relative_squares(units: Tensor, others: Tensor, kind: str | None) -> Tensor:
     """units [N, P, d], others [M, P, e] -> [N]: |u - u'|^2 / sum |u|^2, where u' is the other of the same place (kind
     None, N = M) or the nearest one, up to the signs that are free."""
     width = max(units.shape[-1], others.shape[-1])
@@ -173,13 +172,13 @@ def _relative(units: Tensor, others: Tensor, kind: str | None) -> Tensor:
     if kind is None:
         squares = (units - others).square().sum((1, 2))
     else:
-        squares = torch.cat([_nearest(u, others, other_size, kind) for u in units.split(ROWS)])
+        squares = torch.cat([_nearest_squares(u, others, other_size, kind) for u in units.split(UNITS_AT_ONCE)])
     return squares.clamp(min=0) / max(size.sum().item(), 1e-30)
 
 
-def _nearest(units: Tensor, others: Tensor, other_size: Tensor, kind: str) -> Tensor:
+def _nearest_squares(units: Tensor, others: Tensor, other_size: Tensor, kind: str) -> Tensor:
     """units [n, P, d], others [M, P, d] -> [n]: squared distance to the nearest."""
-    signed = SIGNED.get(kind, slice(0, 0))
+    signed = FREE_SIGNS.get(kind, slice(0, 0))
     fixed = [p for p in range(units.shape[1]) if p not in range(units.shape[1])[signed]]
     inner = units[:, fixed].flatten(1) @ others[:, fixed].flatten(1).T
     inner = inner + (units[:, signed].flatten(1) @ others[:, signed].flatten(1).T).abs()

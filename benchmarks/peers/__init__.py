@@ -1,1 +1,1 @@
-"""Published generators of weights, rebuilt at small scale: what `diffusion` is measured beside."""
+"""Published generators of weights, rebuilt at small scale, to compare with `diffusion`."""

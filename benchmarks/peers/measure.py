@@ -2,9 +2,9 @@
 
     python -m benchmarks.peers.measure --zoo DIR --model DIR --seconds N --text FILE --target CONFIG --work DIR
 
-model is a trained pipeline, seconds what training it and its autoencoder took: each peer gets as many, and as many
-parameters. Writes WORK/peers.json and prints the table; goes on where it was interrupted. `--table FILE` prints the
-table of a file again. Every model that is drawn counts.
+model is a trained pipeline; seconds is the time that its training and that of its autoencoder took. Each peer gets as
+many seconds and parameters. Writes WORK/peers.json and prints the table; an interrupted call continues. `--table FILE`
+prints the table of a file again. Every sampled model counts.
 """
 
 from __future__ import annotations
@@ -77,8 +77,11 @@ MODULES: dict[str, Any] = {"d2nwg": d2nwg, "sane": sane}
 
 @dataclass(frozen=True)
 class PeerMeasurement:
-    """tokens: held-out text, int64 [N], for models of the zoo's vocabulary. shapes: how many of the donors' own shapes
-    are generated; rebuilds: how many donors go through the autoencoders; None: all."""
+    """Inputs and sizes of the measurement.
+
+    tokens: held-out text, int64 [N], in the zoo's vocabulary; shapes: number of the donors' own shapes that are
+    generated; rebuilds: number of donors that the autoencoders encode and decode; None: all of them.
+    """
 
     zoo: Zoo
     model: Path
@@ -95,12 +98,12 @@ class PeerMeasurement:
 
     @cached_property
     def frames(self) -> list[novelty.Frame]:
-        """What the distance to every donor is measured from."""
-        return [novelty.frame(d) for d in self.zoo.donors]
+        """Each donor in the coordinates in which distances are measured."""
+        return [novelty.donor_frame(d) for d in self.zoo.donors]
 
 
 def measure(setup: PeerMeasurement) -> dict[str, Any]:
-    """What peers.json holds: {donors: {name: own loss}, apart, models: {name: {…}}, …}."""
+    """The content of peers.json: {donors: {name: own loss}, apart, models: {name: {…}}, …}."""
     pipeline = load_pipeline(str(setup.model))
     budget = parameter_count(pipeline.autoencoder) + parameter_count(pipeline.denoiser)
     stored = sum(b.numel() for b in pipeline.memory.buffers())
@@ -167,7 +170,7 @@ def _measure_peer(setup: PeerMeasurement, name: str, variant: Variant, folder: P
 
 
 def our_reconstructions(setup: PeerMeasurement) -> Iterator[tuple[str, Reconstruction, Reconstruction]]:
-    """(donor, through our autoencoder, through PCA at its rate), in canonical coordinates. Norms are kept numbers."""
+    """(donor, after our autoencoder, after PCA at its rate), in canonical coordinates. Norms count as kept numbers."""
     coder = load_autoencoder(setup.model)
     donors = list(align_donors(setup.zoo))
     linear = UnitAutoencoder(coder.width, dict(coder.config["latent"]), hidden=0)
@@ -204,8 +207,8 @@ def _mean_reconstruction(
 
 
 def generation_scores(setup: PeerMeasurement, sampler: Callable[[], Sampler]) -> dict[str, Any]:
-    """{own_shape_loss, target_loss, speed (parameters/s), novelty}: of all models that are drawn; novelty is the
-    relative distance to the nearest donor, its parts by kind of unit."""
+    """{own_shape_loss, target_loss, speed (parameters/s), novelty}: means over all sampled models; novelty is
+    the relative distance to the nearest donor, its parts by kind of unit."""
     shapes = {json.dumps(_shape_key(d.config)): d.config for d in setup.zoo.donors}
     own = [_draw_model(setup, sampler, config, setup.seeds[0])[0] for config in list(shapes.values())[: setup.shapes]]
     drawn = [_draw_model(setup, sampler, setup.target, seed) for seed in setup.seeds]
@@ -242,7 +245,7 @@ def donor_distances(setup: PeerMeasurement) -> dict[str, Any]:
 
 
 def _nearest_donor(setup: PeerMeasurement, target: Blueprint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The donor that a model is nearest to; the rows of its vocabulary are those of the zoo."""
+    """The nearest donor of a model that has the zoo's vocabulary."""
     decoder = read_decoder(target, lambda name: tensors[name].double(), where="sample")
     tokens = token_strings(setup.zoo.donors[0])
     found = novelty.nearest(decoder, tokens, setup.frames)
@@ -250,7 +253,7 @@ def _nearest_donor(setup: PeerMeasurement, target: Blueprint, tensors: Mapping[s
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None where one is: a model that gives no finite number is no reason to leave it out."""
+    """The mean, or None if one value is None: a model with a loss that is not finite is not left out."""
     known = [v for v in values if v is not None]
     return statistics.mean(known) if known and len(known) == len(values) else None
 
@@ -261,7 +264,7 @@ def _shape_key(config: Mapping[str, Any]) -> list[Any]:
 
 
 def _cached(setup: PeerMeasurement, name: str, what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of an earlier run, or a new one, which is kept."""
+    """Reads the result of an earlier call, or computes and saves it."""
     path = setup.work / "results" / f"{name}-{what}.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -298,61 +301,69 @@ def _format_number(value: float | None) -> str:
 
 
 def held_out_tokens(text: str | Path, zoo: Zoo) -> Tensor:
-    """int64 [N]: the end of a text in the tokens of the first donor, of which no trainer of this project learns."""
+    """int64 [N]: the end of a text, on which nothing here is trained, in the tokens of the first donor."""
     donor = zoo.donors[0]
     assert donor.blueprint.metadata is not None
     tokens = encode_corpus(text, find_tokenizer(None, donor.folder), donor.blueprint.metadata.vocab)
     return tokens[training_token_count(tokens) :]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", type=Path)
-    parser.add_argument("--model", type=Path, help="a trained pipeline")
-    parser.add_argument("--seconds", type=float, help="that training it and its autoencoder took")
-    parser.add_argument("--text", type=Path, help="the zoo's text; its last tenth is measured on")
-    parser.add_argument("--target", type=Path, help="config.json of an unseen shape")
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--quick", action="store_true", help="a few steps, one seed, one shape: does it run?")
-    parser.add_argument("--table", type=Path, help="only print the table of this peers.json")
-    a = parser.parse_args()
-    if a.table is not None:
-        print(format_table(json.loads(a.table.read_text())))
-        return
-    if None in (a.zoo, a.model, a.text, a.target, a.work) or (a.seconds is None and not a.quick):
-        parser.error("give --zoo, --model, --seconds (or --quick), --text, --target and --work, or --table")
-    torch.set_num_threads(1)
-    zoo = Zoo.open(a.zoo)
-    small: dict[str, Any] = {"steps": 3, "seeds": (0,), "shapes": 1, "rebuilds": 1} if a.quick else {}
-    if a.quick:
-        few = replace(VARIANTS["d2nwg"], options={"steps": 2})
-        small["variants"] = {"d2nwg": few, "sane": VARIANTS["sane"]}
-    given: dict[str, Any] = {"seeds": tuple(int(s) for s in a.seeds.split(",")), "quiet": False} | small
-    target = json.loads(a.target.read_text())
-    setup = PeerMeasurement(zoo, a.model, held_out_tokens(a.text, zoo), target, a.work, a.seconds, **given)
-    mark, known = (
-        a.work / "run.json",
-        {"run": run_identity(Run(str(a.model), a.seconds, target, a.quick, a.seeds), zoo)},
-    )
-    if mark.is_file() and json.loads(mark.read_text()) != known:
-        raise UserError(f"{a.work}: holds another measurement; give another --work")
-    a.work.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(known) + "\n")
-    found = measure(setup) | {"command": "python -m benchmarks.peers.measure", "cpu_threads": 1}
-    (a.work / "peers.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    print(format_table(found))
-
-
 @dataclass(frozen=True)
-class Run:
-    """What a measurement is a function of, besides the zoo."""
+class MeasurementIdentity:
+    """Everything that a measurement depends on, besides the zoo."""
 
     model: str
     seconds: float | None
     target: dict[str, Any]
     quick: bool
     seeds: str
+
+
+def main() -> None:
+    a = _parse_arguments()
+    if a.table is not None:
+        print(format_table(json.loads(a.table.read_text())))
+        return
+    torch.set_num_threads(1)
+    zoo = Zoo.open(a.zoo)
+    given: dict[str, Any] = {"seeds": tuple(int(s) for s in a.seeds.split(",")), "quiet": False}
+    if a.quick:
+        variants = {"d2nwg": replace(VARIANTS["d2nwg"], options={"steps": 2}), "sane": VARIANTS["sane"]}
+        given |= {"steps": 3, "seeds": (0,), "shapes": 1, "rebuilds": 1, "variants": variants}
+    target = json.loads(a.target.read_text())
+    setup = PeerMeasurement(zoo, a.model, held_out_tokens(a.text, zoo), target, a.work, a.seconds, **given)
+    identity = MeasurementIdentity(str(a.model), a.seconds, target, a.quick, a.seeds)
+    _claim_work(a.work, {"run": run_identity(identity, zoo)})
+    found = measure(setup) | {"command": "python -m benchmarks.peers.measure", "cpu_threads": 1}
+    (a.work / "peers.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    print(format_table(found))
+
+
+def _claim_work(work: Path, run: dict[str, str]) -> None:
+    """Makes the folder of a measurement, or continues the same one. UserError if it holds another."""
+    record = work / "run.json"
+    if record.is_file() and json.loads(record.read_text()) != run:
+        raise UserError(f"{work}: holds another measurement; give another --work")
+    work.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(run) + "\n")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path)
+    parser.add_argument("--model", type=Path, help="a trained pipeline")
+    parser.add_argument("--seconds", type=float, help="time that training the model and its autoencoder took")
+    parser.add_argument("--text", type=Path, help="the zoo's text; losses are measured on its last tenth")
+    parser.add_argument("--target", type=Path, help="config.json of an unseen shape")
+    parser.add_argument("--work", type=Path, help="folder for the trained peers and their results")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of the samples, with commas")
+    parser.add_argument("--quick", action="store_true", help="a few steps, one seed, one shape, to see that it runs")
+    parser.add_argument("--table", type=Path, help="only print the table of this peers.json")
+    a = parser.parse_args()
+    given = (a.zoo, a.model, a.text, a.target, a.work)
+    if a.table is None and (None in given or (a.seconds is None and not a.quick)):
+        parser.error("give --zoo, --model, --seconds (or --quick), --text, --target and --work, or --table")
+    return a
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a model of given tensors is worth on a text."""
+"""Losses on a text, of models built from tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zoo.training.loop import evaluate
 
 
 def build_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A transformers model of a config with these tensors, float32, ready to be evaluated."""
+    """A transformers model with this config and these tensors, float32, in evaluation mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     parsed = AutoConfig.for_model(**config)
@@ -36,18 +36,18 @@ def build_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.
 def held_out_loss(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor, windows: int = WINDOWS
 ) -> float:
-    """Nats per token on int64 [N], in windows of 64."""
+    """Nats per token on tokens, int64 [N], in windows of 64."""
     return evaluate(build_model(config, tensors), tokens, SEQUENCE, limit=windows)
 
 
 def finite_loss(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor) -> float | None:
-    """`loss_of`, None where it is not finite."""
+    """`held_out_loss`, or None if it is not finite."""
     loss = held_out_loss(config, tensors, tokens)
     return loss if math.isfinite(loss) else None
 
 
 def donor_loss(donor: Donor, tokens: Tensor) -> float | None:
-    """What a donor is worth as it is, None where that is not finite."""
+    """The loss of a donor without further training, or None if it is not finite."""
     return finite_loss(donor.config, stored_tensors(donor), tokens)
 
 

@@ -1,4 +1,4 @@
-"""Training under a budget of steps or of wall-clock, resumable: what both peers share."""
+"""Resumable training with a budget of steps or of seconds, shared by both peers."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.training.resumable import interruptible, load_state, restore_training, save_state, training_tensors
 
-RECORD = "peer.json"  # of a finished peer: written last
+RECORD = "peer.json"  # record of a finished peer, written last
 SAVE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one is given. A run of so many steps is a function of its seed; one of so many seconds takes as many
-    steps as the machine makes in them (time before an interruption counts), and its schedule follows the clock.
-    Seconds are those of `clock`."""
+    """Exactly one of the two. With `steps`, a run is a function of its seed. With `seconds`, measured by `clock`, it
+    takes as many steps as the machine makes (time before an interruption counts), and its schedule follows the clock.
+    """
 
     steps: int | None = None
     seconds: float | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
-            raise UserError("a peer is trained for --steps or for --seconds: give one of the two")
+            raise UserError("a peer is trained for --steps or for --seconds; give exactly one of the two")
         if min(self.steps or 1, self.seconds or 1) <= 0:
-            raise UserError("a peer's budget is positive: give at least one step, or more than no seconds")
+            raise UserError("a peer's budget is not positive; give at least one step, or more than 0 seconds")
 
     def part(self, share: float) -> Budget:
         if self.steps is not None:
@@ -48,7 +48,7 @@ class Budget:
         return Budget(seconds=share * self.seconds)
 
     def spent(self, step: int, elapsed: float) -> float:
-        """The share of the budget that is used, 1 where it is over."""
+        """The share of the budget that is used, at most 1."""
         if self.steps is not None:
             return min(1.0, step / self.steps)
         assert self.seconds is not None
@@ -56,8 +56,8 @@ class Budget:
 
 
 def clock(device: torch.device | str = "cpu") -> float:
-    """Seconds of wall-clock; on the CPU with one thread, of that thread's work, which is the same where nothing else
-    runs and fair where something does."""
+    """Seconds of wall-clock. On the CPU with one thread: seconds of that thread's work, which other processes do not
+    change."""
     alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
     return time.process_time() if alone else time.perf_counter()
 
@@ -86,9 +86,10 @@ def train_resumable(
     extra: Callable[[], dict[str, Tensor]] = dict,
     restore: Callable[[Mapping[str, Tensor], int], None] = lambda tensors, step: None,
 ) -> TrainingOutcome:
-    """Trains `model` in place. loss(step) is a function of (seed, step); rate(spent) the learning rate; `after` runs
-    after every update; extra and restore keep what else belongs to the state. Whatever lies in `state` is continued
-    (UserError if it is of another run); Ctrl-C saves and raises KeyboardInterrupt."""
+    """Trains `model` in place, and continues from `state` if the file exists (UserError if it is of another run).
+
+    loss(step): a function of seed and step; rate(spent): the learning rate; after: runs after every update; extra and
+    restore: save and load more tensors of the state. Ctrl-C saves and raises KeyboardInterrupt."""
     step, elapsed = 0, 0.0
     history: list[float] = []
     if state.is_file():
@@ -127,17 +128,17 @@ def train_resumable(
 
 
 def peer_identity(peer: str, settings: Mapping[str, Any], zoo: Zoo) -> str:
-    """What a run is a function of."""
+    """Hash of everything that a run depends on."""
     known = [peer, dict(settings), sorted(d.sha256 for d in zoo.donors)]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def claim_folder(out: Path, resume: bool, identity: str) -> bool:
-    """Makes the folder of a run; True where it is already finished. UserError for a folder that holds something and is
-    not to be resumed, or a peer of other settings."""
+    """Makes the folder of a run; True if the run is finished. UserError if the folder is not empty and `resume` is
+    False, or if it holds a peer of other settings."""
     if out.is_dir() and any(out.iterdir()):
         if not resume:
-            raise UserError(f"{out}: exists and is not empty; give another folder, or resume")
+            raise UserError(f"{out}: is not empty; give another folder, or --resume")
         if (out / RECORD).is_file():
             if read_json(out / RECORD).get("identity") != identity:
                 raise UserError(f"{out}: holds a peer of other settings or another zoo; give another folder")
@@ -151,7 +152,7 @@ def write_record(out: Path, content: Mapping[str, Any]) -> None:
 
 
 def open_record(model: str | None, peer: str) -> tuple[Path, dict[str, Any]]:
-    """The folder and the record of a trained peer. UserError where there is none."""
+    """The folder and the record of a trained peer. UserError without one."""
     how = f"train one with `python -m benchmarks.peers.{peer}`"
     if model is None:
         raise UserError(f"{peer}: needs a trained model; give --model DIR ({how})")
@@ -171,7 +172,7 @@ def parameter_count(model: nn.Module) -> int:
 def widest_within(count: Callable[[int], int], budget: int, step: int, least: int) -> int:
     """The largest multiple of `step` from `least` on whose parameter count is within the budget."""
     if count(least) > budget:
-        raise UserError(f"{budget} parameters are too few: the smallest model has {count(least)}; give more")
+        raise UserError(f"{budget} parameters are too few; the smallest model has {count(least)}, so give more")
     low, high = 1, 2  # in steps above the least; the count grows with the width
     while count(least + high * step) <= budget:
         low, high = high, 2 * high
@@ -183,7 +184,7 @@ def widest_within(count: Callable[[int], int], budget: int, step: int, least: in
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `train`, which both peers have."""
+    """Adds the arguments of `train` that both peers have."""
     parser.add_argument("--zoo", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float)

@@ -1,4 +1,4 @@
-"""How long each family takes to fit a million values, beside torch.quantile on a tensor of that size.
+"""Seconds that each family takes to fit a million values, beside torch.quantile on the same tensor.
 
 python -m benchmarks.speed.fits [--values 1000000] [--repeats 5] [--json FILE]     one thread, the best of the repeats
 """
@@ -26,8 +26,8 @@ METHODS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Of the fastest of `repeats` runs, after one that does not count."""
+def fastest_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of `repeats` calls, after one that is not counted."""
     work()
     found = []
     for _ in range(repeats):
@@ -41,11 +41,11 @@ def measure(n: int, repeats: int) -> list[dict[str, str | float]]:
     """[{method, seconds, ratio}] on n values of a Student-t law of five degrees of freedom."""
     law = {"nu": 5.0, "loc": 0.0, "scale": 0.02, "low": -10.0, "high": 10.0}
     values = FAMILIES["student-t"].sample(law, (n,), torch.Generator().manual_seed(0))
-    unit = seconds(lambda: torch.quantile(values, 0.5), repeats)
+    unit = fastest_seconds(lambda: torch.quantile(values, 0.5), repeats)
     rows: list[dict[str, str | float]] = [{"method": "torch.quantile", "seconds": unit, "ratio": 1.0}]
     for name, fit in METHODS.items():
-        took = seconds(lambda fit=fit: fit(values), repeats)  # type: ignore[misc]
-        rows.append({"method": name, "seconds": took, "ratio": took / unit})
+        fitting = fastest_seconds(lambda fit=fit: fit(values), repeats)  # type: ignore[misc]
+        rows.append({"method": name, "seconds": fitting, "ratio": fitting / unit})
     return rows
 
 

@@ -45,7 +45,9 @@ def test_a_donor_with_hardly_any_noise_is_the_donor(zoo: Zoo) -> None:
     sampler = controls.Noise(amount=1e-6).fit(zoo, blueprint)
     assert set(sampler.donors) == set(own)
     for seed in range(4):
-        assert loss(sampler, zoo, blueprint, seed) == pytest.approx(own[sampler.donors[sampler.one(seed)]], abs=1e-4)
+        assert loss(sampler, zoo, blueprint, seed) == pytest.approx(
+            own[sampler.donors[sampler.picked_donor(seed)]], abs=1e-4
+        )
     loud = controls.Noise(amount=0.5).fit(zoo, blueprint)
     assert loss(loud, zoo, blueprint) != pytest.approx(loss(sampler, zoo, blueprint), abs=1e-3)
 
@@ -66,11 +68,11 @@ def test_heads_and_neurons_are_matched() -> None:
     for name, tensor in tensors.items():
         axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
         if "self_attn" in name:
-            moved[name] = controls._permuted(tensor, axis, 4, heads)
+            moved[name] = controls._reorder_blocks(tensor, axis, 4, heads)
         elif "mlp" in name:
-            moved[name] = controls._permuted(tensor, axis, 40, neurons)
+            moved[name] = controls._reorder_blocks(tensor, axis, 40, neurons)
     assert not torch.equal(moved["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.1.mlp.up_proj.weight"])
-    found = controls.matched(Weights("moved", blueprint, moved, None), first)
+    found = controls.match_units(Weights("moved", blueprint, moved, None), first)
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
     tokens = torch.randint(48, (400,), generator=generator)
     norms = {s.name: torch.ones(s.shape) for s in blueprint.specs if s.role == "norm"}
@@ -91,9 +93,9 @@ def test_mixtures_of_donors_in_numbers() -> None:
     assert torch.allclose(made[controls.Average][0], values.mean(0))
     noise = controls.Noise()
     noise._donors = donors
-    change = made[controls.Noise][0] - values[noise.one(0)]
+    change = made[controls.Noise][0] - values[noise.picked_donor(0)]
     assert float(change.square().mean().sqrt()) == pytest.approx(
-        0.1 * float(values[noise.one(0)].square().mean().sqrt()), rel=0.05
+        0.1 * float(values[noise.picked_donor(0)].square().mean().sqrt()), rel=0.05
     )
     many = torch.stack([_mixed(controls.PerDimension(), donors, seed) for seed in range(300)])
     assert torch.allclose(many.mean(0), values.mean(0), atol=0.4)

@@ -120,13 +120,13 @@ def test_losses_of_donors_without_further_training(tmp_path: Path) -> None:
 
 def test_memory_of_a_command_excludes_its_parent() -> None:
     held = bytearray(300 << 20)  # what this process holds is not the child's
-    small = costs.usage_of([sys.executable, "-S", "-c", "pass"])
-    large = costs.usage_of([sys.executable, "-S", "-c", "x = bytearray(100 << 20)"])
+    small = costs.process_usage([sys.executable, "-S", "-c", "pass"])
+    large = costs.process_usage([sys.executable, "-S", "-c", "x = bytearray(100 << 20)"])
     assert small["mib"] < 60 and 90 < large["mib"] - small["mib"] < 130 and len(held)
-    told = costs.usage_of([sys.executable, "-S", "-c", "import sys; print('no', file=sys.stderr); sys.exit(2)"])
+    told = costs.process_usage([sys.executable, "-S", "-c", "import sys; print('no', file=sys.stderr); sys.exit(2)"])
     assert told == {"refused": "no"}
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        costs.usage_of([sys.executable, "-S", "-c", "1 / 0"])
+        costs.process_usage([sys.executable, "-S", "-c", "1 / 0"])
 
 
 def test_costs_use_the_first_target_that_a_method_accepts(zoo: Zoo, tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_costs_use_the_first_target_that_a_method_accepts(zoo: Zoo, tmp_path: Pa
         targets[name].mkdir()
         (targets[name] / "config.json").write_text(json.dumps(own | more))
     paths, kept = {"zoo": zoo.path, "model": tmp_path}, tmp_path / "kept"
-    found = costs.costs(["weight-selection"], targets, paths, tmp_path, kept)
+    found = costs.measure_costs(["weight-selection"], targets, paths, tmp_path, kept)
     cost = found["weight-selection"]
     assert cost["target"] == "own" and cost["mib"] > 100 and 0 < cost["fit_seconds"] < cost["seconds"]
-    assert costs.costs(["weight-selection"], {}, {}, tmp_path, kept) == found
+    assert costs.measure_costs(["weight-selection"], {}, {}, tmp_path, kept) == found
     assert cost["parameters_per_second"] > 0 and 0 < cost["of_randn"] < 2

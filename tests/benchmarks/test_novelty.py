@@ -8,7 +8,15 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.novelty.distance import distance, error_overlap, frame, leave_one_out, mosaic, nearest, predictions
+from benchmarks.novelty.distance import (
+    distance,
+    donor_frame,
+    error_overlap,
+    leave_one_out,
+    mosaic,
+    nearest,
+    predictions,
+)
 from tests.support.tiny import config
 from zoo.donors.donor import Donor
 from zoo.donors.memory import zoo_of
@@ -62,7 +70,7 @@ def test_the_same_function_in_other_coordinates_is_a_copy() -> None:
     other = scrambled(original)
     ids = torch.arange(20)[None]
     torch.testing.assert_close(other(ids).logits, original(ids).logits, atol=1e-4, rtol=1e-4)
-    to = frame(donor("original", original))
+    to = donor_frame(donor("original", original))
     again = donor("again", other)
     stored = original.model.layers[0].mlp.up_proj.weight
     moved = other.model.layers[0].mlp.up_proj.weight
@@ -73,7 +81,7 @@ def test_the_same_function_in_other_coordinates_is_a_copy() -> None:
 
 def test_noise_is_as_far_as_it_is_loud_and_another_model_is_far() -> None:
     original = model(0)
-    to = frame(donor("original", original))
+    to = donor_frame(donor("original", original))
     for noise in (0.05, 0.2):
         noisy = model(0)
         with torch.no_grad():
@@ -89,7 +97,7 @@ def test_noise_is_as_far_as_it_is_loud_and_another_model_is_far() -> None:
 
 def test_writing_the_same_too_small_is_not_far() -> None:
     """A copy whose queries and keys are a tenth, which no symmetry undoes."""
-    to = frame(donor("original", model(0)))
+    to = donor_frame(donor("original", model(0)))
     small = model(0)
     with torch.no_grad():
         for layer in small.model.layers:
@@ -107,7 +115,7 @@ def test_a_model_that_is_part_of_a_donor_is_near_it() -> None:
     large = model(0, layers=2)
     part = LlamaForCausalLM(config(layers=1))
     part.load_state_dict({k: v for k, v in large.state_dict().items() if ".layers.1." not in k})
-    others = [frame(donor("other", model(1))), frame(donor("large", large))]
+    others = [donor_frame(donor("other", model(1))), donor_frame(donor("large", large))]
     made = donor("part", part)
     found = nearest(read_donor_decoder(made), token_strings(made), others)
     assert found.donor == "large" and found.total < 1e-2
@@ -115,7 +123,7 @@ def test_a_model_that_is_part_of_a_donor_is_near_it() -> None:
 
 def test_donors_are_as_far_as_their_nearest_other() -> None:
     donors = [donor("a", model(0)), donor("b", scrambled(model(0))), donor("c", model(2))]
-    apart = leave_one_out(donors, [frame(d) for d in donors])
+    apart = leave_one_out(donors, [donor_frame(d) for d in donors])
     (near, _), (far, together) = apart["a"], apart["c"]
     assert near.donor == "b" and near.total < 2e-3
     assert far.total > 0.5 and 0.4 < together <= far.total
@@ -129,7 +137,7 @@ def test_copies_put_together_from_two_donors_are_far_from_each_and_near_to_both(
     other.lm_head.load_state_dict(one.lm_head.state_dict())
     pieced = model(0, layers=2)
     pieced.model.layers[1].load_state_dict(other.model.layers[1].state_dict())
-    frames = [frame(donor("one", one)), frame(donor("other", other))]
+    frames = [donor_frame(donor("one", one)), donor_frame(donor("other", other))]
     made = donor("pieced", pieced)
     assert nearest(read_donor_decoder(made), token_strings(made), frames).total > 0.2
     assert mosaic(read_donor_decoder(made), token_strings(made), frames) < 1e-2

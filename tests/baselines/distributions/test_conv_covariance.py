@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from baselines.distributions.conv_covariance import ConvCovariance, nearest_in_depth
-from benchmarks.convolutions import digits, donors, started, train
+from benchmarks.convolutions import initialised_network, load_digits_split, train, train_donors
 from zoo.donors.memory import zoo_of
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
@@ -130,8 +130,8 @@ def trained() -> Iterator[tuple[tuple[Tensor, Tensor], Zoo]]:
     """The data, and three trained networks of another width."""
     pytest.importorskip("sklearn.datasets")
     with reproducible():
-        data = digits()
-        yield data, donors(data)
+        data = load_digits_split()
+        yield data, train_donors(data)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -140,7 +140,7 @@ def test_digits_are_learned_faster(trained: tuple[tuple[Tensor, Tensor], Zoo], s
     control, the same values permuted over taps and filters, gains as much: what helps here is their scale."""
     data, zoo = trained
     losses = {
-        method: train(started(method, 1.0, zoo, seed), data, seed, steps=80, lr=2e-3)
+        method: train(initialised_network(method, 1.0, zoo, seed), data, seed, steps=80, lr=2e-3)
         for method in ("default", "conv-covariance", "conv-covariance, permuted")
     }
     assert losses["conv-covariance"] < 0.9 * losses["default"], losses
