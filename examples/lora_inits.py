@@ -36,8 +36,8 @@ from lora_report import PEFT, against, published, table, verdict
 from torch import Tensor
 
 from headstart import initialize_lora_weights, samplers
+from headstart.evaluate.local_tasks import is_question_path, local_task, question_files
 from headstart.evaluate.models import load_model, load_tokenizer
-from headstart.evaluate.local_tasks import is_file, local_task, question_files
 from headstart.report.scores import interval
 from headstart.versions import package_versions
 from zoo.donors.folder import StandaloneDonor
@@ -204,8 +204,8 @@ def score(setup: Setup, job: Job) -> dict[str, Any]:
         assert not left.unexpected_keys
     lm = Scorer(model.eval(), load_tokenizer(Path(setup.base)), batch_size=32)
     every = [task for group in setup.tasks.values() for task in group]
-    names = [task for task in every if not is_file(task)]
-    local = {task: Path(task).name for task in every if is_file(task)}
+    names = [task for task in every if not is_question_path(task)]
+    local = {task: Path(task).name for task in every if is_question_path(task)}
     described = [local_task(name, Path(task)) for task, name in local.items()]
     found = run_tasks(lm, find_tasks(names), [*names, *described], setup.limit, job.seed)
     accuracies = {}

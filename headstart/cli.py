@@ -65,9 +65,7 @@ OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folde
 TargetOption = Annotated[str, typer.Option("--target", metavar="CONFIG", help="A config.json, its folder or a hub id.")]
 TokenizerOption = Annotated[
     Path | None,
-    typer.Option(
-        "--tokenizer", metavar="DIR", help="Of the target [default: of its folder, else of the donors]."
-    ),
+    typer.Option("--tokenizer", metavar="DIR", help="Of the target [default: of its folder, else of the donors]."),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="DIR", help="A trained pipeline or autoencoder: a folder or a hub id.")
@@ -156,7 +154,7 @@ def list_methods(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """List the methods and what each needs, or the options of one. Another example: headstart methods --json"""
+    """List the methods and what each needs, or the options of one."""
     run_command(ctx, "methods")
 
 
@@ -352,9 +350,7 @@ def lora(
     out: OutOption,
     reference: Annotated[
         str | None,
-        typer.Option(
-            "--reference", metavar="MODEL", help="Folder, hub id or analysis.json [default: base]."
-        ),
+        typer.Option("--reference", metavar="MODEL", help="Folder, hub id or analysis.json [default: base]."),
     ] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="lora_alpha [default: the rank].")] = LoraConfig.alpha,
     targets: Annotated[

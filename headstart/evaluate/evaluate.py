@@ -12,7 +12,7 @@ from typing import Any
 
 from headstart.config import EvaluateConfig
 from headstart.devices import torch_device
-from headstart.evaluate.local_tasks import is_file, local_task, question_files
+from headstart.evaluate.local_tasks import is_question_path, local_task, question_files
 from headstart.evaluate.models import load_model, load_tokenizer, locate_model
 from headstart.versions import package_versions
 from zoo.checkpoints.writer import replace_file
@@ -38,7 +38,7 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False, command: str | None
     """
     _check(config)
     local = {name: local_task(name, path) for name, path in question_files(config.tasks).items()}
-    names = [task for task in config.tasks if not is_file(task)]
+    names = [task for task in config.tasks if not is_question_path(task)]
     folder, adapter = locate_model(config.model, config.base, quiet)
     from headstart.evaluate.lm_eval_model import Scorer, find_tasks, run_tasks
 

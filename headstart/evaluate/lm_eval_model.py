@@ -1,7 +1,7 @@
-"""lm-eval's view of a model in memory, and the run of its tasks. Imports lm-eval, so it is imported where it is used.
+"""A model in memory as lm-eval needs it, and the run of lm-eval's tasks. Imports lm-eval, which takes seconds.
 
-Small models bring cases that lm-eval leaves to an assertion: tokenizers that lack characters, contexts of a hundred
-tokens, no token to begin with. Here they are counted, or refused in a line."""
+lm-eval stops with an assertion where a small model lacks characters in its tokenizer, has a context of a hundred tokens
+or no first token. Here such cases are counted, or refused in one line."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from lm_eval.tasks import TaskManager
 from zoo.errors import UserError, unknown
 from zoo.streams import stream_seed
 
-BOOTSTRAPS = 1000  # resamplings behind the standard error of what is no mean, such as a perplexity
-GATED = "https://huggingface.co/datasets/"
-DECLARED = re.compile(rb"^[ \t]*(?:-[ \t]+)?(?:task|group|tag)[ \t]*:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
+BOOTSTRAPS = 1000  # resamplings for the standard error of a metric that is not a mean, such as a perplexity
+DATASETS_URL = "https://huggingface.co/datasets/"
+TASK_NAME_PATTERN = re.compile(rb"^[ \t]*(?:-[ \t]+)?(?:task|group|tag)[ \t]*:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
 class Scorer(HFLM):
-    """A model and its tokenizer. After a run, `lacking[task]` counts the characters that the tokenizer does not have,
-    and `cut[task]` the requests that are longer than the context and lost their beginnings."""
+    """A model and its tokenizer. After a run, `lacking[task]` counts the characters that the tokenizer does not have.
+    `cut[task]` counts the requests that are longer than the context and lost their beginnings."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 16, quiet: bool = True) -> None:
         first = _first_token(tokenizer, model)
@@ -46,8 +46,8 @@ class Scorer(HFLM):
         self.cut: Counter[str] = Counter()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding says the same) of each request (context, continuation). A
-        continuation of which the tokenizer has no character has no tokens, and is certain."""
+        """(log-likelihood in nats, whether greedy decoding gives the same) of each request (context, continuation). A
+        continuation without any character of the tokenizer has no tokens, so its probability is 1."""
         encoded = [(request.args, *self.encode(*request.args)) for request in requests]
         for request, (_, context, continuation) in zip(requests, encoded, strict=True):
             self._check(request.task_name, context, continuation)
@@ -59,7 +59,7 @@ class Scorer(HFLM):
         return [next(answers) if continuation else (0.0, True) for _, _, continuation in encoded]
 
     def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both, as lm-eval splits them; at least one token comes before the continuation."""
+        """Token ids of both, as lm-eval splits them. At least one token precedes the continuation."""
         if not context:
             return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
         ids, following = self._encode_pair(context, continuation)
@@ -69,8 +69,8 @@ class Scorer(HFLM):
         vocab = self.model.get_input_embeddings().num_embeddings
         if (largest := max(context + continuation)) >= vocab:
             raise UserError(
-                f"{task}: the tokenizer makes id {largest}, and the model has {vocab} tokens; put the tokenizer that "
-                "belongs to the model into its folder"
+                f"{task}: the tokenizer produces the token id {largest}, outside the vocabulary of {vocab}; put the "
+                "model's own tokenizer into its folder"
             )
         if len(continuation) > self.max_length:
             raise UserError(
@@ -81,27 +81,28 @@ class Scorer(HFLM):
 
 
 class Characters:
-    """Which characters a tokenizer lacks: they become its unknown token, or nothing at all."""
+    """Finds the characters that a tokenizer lacks: those that become its unknown token, or nothing."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.lacks: dict[str, bool] = {}
+        self.known: dict[str, bool] = {}
 
     def lacking(self, text: str) -> int:
+        """How many characters of a text the tokenizer lacks."""
         return sum(n for character, n in Counter(text).items() if self._lacks(character))
 
     def _lacks(self, character: str) -> bool:
-        if character not in self.lacks:
+        if character not in self.known:
             alone, between, without = (
                 self.tokenizer.encode(text, add_special_tokens=False) for text in (character, f"a{character}a", "aa")
             )
-            self.lacks[character] = self.tokenizer.unk_token_id in alone or between == without
-        return self.lacks[character]
+            self.known[character] = self.tokenizer.unk_token_id not in alone and between != without
+        return not self.known[character]
 
 
 def _first_token(tokenizer: Any, model: Any) -> int:
-    """What stands before a text that nothing precedes: the token that begins or ends texts, else a line break, else
-    what the config says."""
+    """The token before a text without context: the one that begins or ends texts, else a line break, else the first
+    token that the config names."""
     newline = tokenizer.encode("\n", add_special_tokens=False)
     known = (
         tokenizer.bos_token_id,
@@ -113,10 +114,10 @@ def _first_token(tokenizer: Any, model: Any) -> int:
 
 
 def find_tasks(names: Sequence[str]) -> TaskManager:
-    """An index of lm-eval's tasks that has `names`. UserError for a name that it does not know.
+    """An index of lm-eval's tasks that contains `names`. Raises UserError for a name that lm-eval does not know.
 
-    The whole index takes some twenty seconds to read, so the folders whose names begin these are looked at first, and a
-    name that no file of lm-eval's holds is refused without it."""
+    The whole index takes about twenty seconds to read. So only folders whose names are a prefix of one of `names` are
+    read at first, and a name that is in no file of lm-eval is refused without the index."""
     root = Path(lm_eval.tasks.__file__).parent
     near = [str(p) for p in sorted(root.iterdir()) if p.is_dir() and any(name.startswith(p.name) for name in names)]
     manager = TaskManager(include_defaults=False, include_path=near or None)
@@ -140,7 +141,7 @@ def _whole_index() -> TaskManager:
 
 
 def _search(root: Path, names: set[str]) -> tuple[set[str], set[str]]:
-    """Which of `names` no file below `root` holds, and the names of tasks, groups and tags that its files declare."""
+    """(those of `names` that are in no file below `root`, the tasks, groups and tags that its files declare)."""
     missing, declared = {name: name.encode() for name in names}, set()
     for folder, _, files in os.walk(root):
         for file in files:
@@ -149,15 +150,15 @@ def _search(root: Path, names: set[str]) -> tuple[set[str], set[str]]:
             with open(os.path.join(folder, file), "rb") as opened:
                 text = opened.read()
             missing = {name: word for name, word in missing.items() if word not in text}
-            declared.update(DECLARED.findall(text))
+            declared.update(TASK_NAME_PATTERN.findall(text))
     return set(missing), {word.decode() for word in declared}
 
 
 def run_tasks(
     lm: Scorer, manager: TaskManager, tasks: Sequence[str | dict[str, Any]], limit: int | None = None, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """name -> {samples, metrics: {name: {mean, stderr}}} of lm-eval's names and of `local_task`s. stderr is None where
-    lm-eval has none; samples is None for a group. UserError: the data of a task cannot be had."""
+    """{name: {samples, metrics: {name: {mean, stderr}}}} of tasks by name and of `local_task`s. stderr is None where
+    lm-eval has none, samples is None for a group. Raises UserError where the data of a task cannot be downloaded."""
     for draws in (random.seed, np.random.seed, torch.manual_seed):
         draws(stream_seed(seed, "evaluate") % 2**32)  # for tasks that draw questions or examples
     with _silence(lm.quiet):
@@ -179,7 +180,7 @@ def run_tasks(
 
 
 def _metrics(entry: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """lm-eval writes `acc,none`: the metric and the filter of the answers behind it."""
+    """lm-eval calls a metric `acc,none`, with the filter of the answers behind the comma."""
     found = {}
     for key, value in entry.items():
         metric, comma, kept = key.partition(",")
@@ -195,15 +196,15 @@ def _load(manager: TaskManager, task: str | dict[str, Any]) -> dict[str, Any]:
     try:
         return dict(manager.load([task]))
     except ImportError as error:
-        raise UserError(f"{task}: {_line(error)}; install what it asks for") from error
+        raise UserError(f"{task}: {_line(error)}; install the missing package") from error
     except OSError as error:  # no network, no such data set, one that is gated
         if "gated" in str(error):
             where = str(error).split("'")[1] if "'" in str(error) else ""
             raise UserError(
-                f"{task}: its data are gated; accept their terms on {GATED}{where} and log in with `hf auth login`"
+                f"{task}: its data are gated; accept the terms on {DATASETS_URL}{where} and log in with `hf auth login`"
             ) from error
         raise UserError(
-            f"{task}: its data cannot be had ({_line(error)}); check the network, or give a local .jsonl"
+            f"{task}: its data cannot be downloaded ({_line(error)}); check the network, or give a local .jsonl file"
         ) from error
 
 
@@ -213,11 +214,11 @@ def _line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _silence(quiet: bool) -> Iterator[None]:
-    """lm-eval prints to stdout, warns of what is meant, and has bars that only the end of stderr stops."""
+    """Keeps lm-eval from printing to stdout and from warnings. Its progress bars stop only without stderr."""
     logger, before = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork a pool for every perplexity
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else it forks a pool for every perplexity
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(open(os.devnull, "w")) if quiet else sys.stderr
         stack.enter_context(contextlib.redirect_stdout(target))

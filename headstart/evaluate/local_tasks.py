@@ -1,4 +1,4 @@
-"""Questions in local JSONL files as lm-eval tasks: what a file asks is told from the keys of its lines."""
+"""Questions in local JSONL files as lm-eval tasks. The keys of its lines say what a file asks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Format:
-    """Files whose lines have `keys` (and may have others). `row` checks a line and gives what lm-eval is to see of it,
-    ValueError for one that cannot be asked; `task` is lm-eval's description of the task."""
+    """A kind of question file."""
 
-    asks: str
-    keys: tuple[str, ...]
-    row: Callable[[Row], Row]
-    task: dict[str, Any]
+    question: str
+    keys: tuple[str, ...]  # of every line, which may have others
+    convert: Callable[[Row], Row]  # a line as lm-eval needs it; KeyError or ValueError for a wrong line
+    task: dict[str, Any]  # lm-eval's description of the task
 
 
 def _metrics(**higher_is_better: bool) -> list[dict[str, Any]]:
@@ -33,7 +32,7 @@ def _metrics(**higher_is_better: bool) -> list[dict[str, Any]]:
 
 
 def _choices(row: Row) -> Row:
-    """lm-eval asks ARC and PIQA as `Question: …\\nAnswer:`; such files end before the answer's cue."""
+    """lm-eval asks ARC and PIQA as `Question: …\\nAnswer:`. The files lack `Answer:`."""
     query = _text(row, "query")
     if query.startswith("Question:") and not query.endswith("Answer:"):
         query = f"{query.rstrip()}\nAnswer:"
@@ -54,7 +53,7 @@ def _last_word(row: Row) -> Row:
     return {"context": _text(row, "context"), "target": " " + _text(row, "continuation").lstrip()}
 
 
-# As lm-eval asks them: an answer follows its question after one space, acc_norm divides by an answer's characters.
+# As in lm-eval, one space precedes an answer, and acc_norm divides by the number of an answer's characters.
 FORMATS = (
     Format(
         "which of several answers follows a question (HellaSwag, ARC, PIQA, OpenBookQA, COPA)",
@@ -69,19 +68,19 @@ FORMATS = (
         },
     ),
     Format(
-        "after which of several beginnings an end is likelier (Winogrande)",
+        "after which of several beginnings a continuation is most likely (Winogrande)",
         ("context_options", "continuation", "gold"),
         _contexts,
         {
             "output_type": "multiple_choice",
-            "doc_to_text": "gold",  # a number: lm-eval then takes the choices for contexts
+            "doc_to_text": "gold",  # a number, for which lm-eval uses the choices as contexts
             "doc_to_choice": "contexts",
             "doc_to_target": "continuation",
             "metric_list": _metrics(acc=True),
         },
     ),
     Format(
-        "which of two sentences is likelier (BLiMP)",
+        "which of two sentences is more likely (BLiMP)",
         ("sentence_good", "sentence_bad"),
         _minimal_pair,
         {
@@ -93,7 +92,7 @@ FORMATS = (
         },
     ),
     Format(
-        "whether the next word is foreseen (LAMBADA)",
+        "whether the next word is predicted (LAMBADA)",
         ("context", "continuation"),
         _last_word,
         {
@@ -106,32 +105,36 @@ FORMATS = (
 )
 
 
-def is_file(task: str) -> bool:
-    """Whether a task is meant as a path; else it is a name that lm-eval may know."""
+def is_question_path(task: str) -> bool:
+    """Whether a task is written as a path. Any other is a name for lm-eval."""
     return task.endswith((".jsonl", ".json")) or "/" in task or "\\" in task or Path(task).exists()
 
 
 def question_files(tasks: Sequence[str]) -> dict[str, Path]:
-    """Name of the task -> file, of the tasks that are paths; a folder stands for its .jsonl files. UserError: no such
-    file, two of one name."""
+    """{name of the task: file} of the tasks that are paths. A folder stands for its .jsonl files. Raises UserError for
+    a missing file, and for two files with the same name."""
     found: dict[str, Path] = {}
-    for task in filter(is_file, tasks):
+    for task in filter(is_question_path, tasks):
         path = Path(task)
         if not path.exists():
-            raise UserError(f"{task}: no such file of questions; give a .jsonl, a folder of them, or lm-eval's name")
+            raise UserError(
+                f"{task}: no such file of questions; give a .jsonl file, a folder of them, or an lm-eval task"
+            )
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{task}: has no .jsonl; give a folder of question files, or a file")
         for file in files:
             if file.name in found:
-                raise UserError(f"{file}: {found[file.name]} has the same name; results go by it, so rename one")
+                raise UserError(
+                    f"{file}: {found[file.name]} has the same name; rename one, as results are listed by name"
+                )
             found[file.name] = file
     return found
 
 
 def read_questions(path: Path) -> tuple[Format, list[Row]]:
-    """The format of a file and its questions as lm-eval is to see them. UserError: not JSON lines, keys of no known
-    format, an answer that is none of the choices; with the line."""
+    """The format of a file and its questions as lm-eval needs them. Raises UserError, with the line, for a line that is
+    not JSON, keys of no known format, or an answer that is not among the choices."""
     lines = [(n, line) for n, line in enumerate(_decoded(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"{path}: holds no questions; give a file of one JSON object per line")
@@ -144,15 +147,15 @@ def read_questions(path: Path) -> tuple[Format, list[Row]]:
     rows = []
     for n, line in parsed:
         try:
-            rows.append(format.row(line))
+            rows.append(format.convert(line))
         except (KeyError, ValueError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{path}: line {n} {reason}; mend or remove it") from error
+            raise UserError(f"{path}: line {n} {reason}; correct or remove it") from error
     return format, rows
 
 
 def local_task(name: str, path: Path) -> dict[str, Any]:
-    """The file as the description of an lm-eval task. Its questions stay in memory: no cache is written."""
+    """The file as the description of an lm-eval task. Its questions stay in memory, so no cache is written."""
     format, rows = read_questions(path)
 
     def questions(**_: Any) -> dict[str, Any]:
@@ -175,14 +178,14 @@ def _parse(path: Path, number: int, line: str) -> Row:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         reason = getattr(error, "msg", str(error))
-        raise UserError(f"{path}: line {number} is no JSON ({reason}); give one JSON object per line") from error
+        raise UserError(f"{path}: line {number} is not JSON ({reason}); give one JSON object per line") from error
     if not isinstance(row, dict):
-        raise UserError(f"{path}: line {number} is no JSON object; give one per line")
+        raise UserError(f"{path}: line {number} is not a JSON object; give one per line")
     return row
 
 
 def _is_text(value: object) -> bool:
-    """Half a surrogate pair, which JSON can escape, is no text: UTF-8 has no bytes for it."""
+    """JSON can hold half a surrogate pair, which is no text: UTF-8 has no bytes for it."""
     return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 

@@ -439,3 +439,23 @@ def test_a_folder_of_something_else_is_left_alone(donors: Path, corpus: Path, tm
     with pytest.raises(UserError, match="holds no comparison"):
         compare(out=tmp_path, **settings(donors, corpus))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_names_of_runs_stay_so_that_older_comparisons_continue() -> None:
+    from headstart.compare.trials import Trial, TrialSettings, run_path
+
+    labels = {"default": {}, "normal:rescale=none": {"rescale": "none"}, "weight-selection": {}}
+    shared = TrialSettings(
+        target={"model_type": "llama", "hidden_size": 16}, zoo="z", donor="d", model="m", tokenizer=None, text="t",
+        settings=labels, steps=12, batch_size=4, sequence=32, windows=8, device="cpu", threads=1, tokens="x",
+        runs="runs", fingerprint={"tokens": "a", "zoo": "b", "model": "c"},
+    )  # fmt: skip
+    names = [
+        run_path(shared, Trial(label, 1, scale, (1e-3,)), 1e-3).name
+        for label, scale in (("default", 2.0), ("normal:rescale=none", 1.0), ("weight-selection", 1.0))
+    ]
+    assert names == [
+        "default-s1-lr0.001-7134b67f7f638afa.json",
+        "normal-s1-lr0.001-ba1f39d8ccb956ea.json",
+        "weight-selection-s1-lr0.001-7c04a7760de4cb9e.json",
+    ]

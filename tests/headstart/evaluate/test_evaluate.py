@@ -247,8 +247,8 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
         ({"peft_type": "NOPE"}, "unknown peft_type in .* 'NOPE'"),
         ({"peft_type": ["LORA"]}, "unknown peft_type in "),
         ({"task_type": "NOPE"}, "PEFT refuses it .*NOPE.*; correct it"),
-        ({"r": "x"}, "rank x: give a whole number"),
-        ({"r": -1}, "rank -1: give a whole number"),
+        ({"r": "x"}, "rank is x; give a whole number"),
+        ({"r": -1}, "rank is -1; give a whole number"),
         ({"target_modules": "(("}, "PEFT refuses it .*; correct it"),
         ({"target_modules": 3}, "PEFT refuses it .*; correct it"),
         ({"lora_alpha": "x"}, "PEFT refuses it .*; correct it"),
@@ -323,13 +323,13 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_run(
     [
         ('{"question": "a", "answers": []}\n', "has the keys answers, question; known are {query, choices, gold};"),
         ("", "holds no questions"),
-        ("{]\n", "line 1 is no JSON"),
-        ("[1]\n", "line 1 is no JSON object"),
+        ("{]\n", "line 1 is not JSON"),
+        ("[1]\n", "line 1 is not a JSON object"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}\n', "line 1 has 2 as gold, not a number from 0 to 1"),
         ('{"query": "a", "choices": ["b"], "gold": 0}\n', "line 1 has .* as choices, not a list of texts"),
         ('\n{"sentence_good": "a", "sentence_bad": "b"}\n{"sentence_good": "a"}\n', "line 3 has no 'sentence_bad'"),
-        pytest.param("[" * 100_000, "line 1 is no JSON .*recursion", id="brackets"),
-        pytest.param('{"gold": ' + "9" * 10_000 + "}", "line 1 is no JSON", id="digits"),
+        pytest.param("[" * 100_000, "line 1 is not JSON .*recursion", id="brackets"),
+        pytest.param('{"gold": ' + "9" * 10_000 + "}", "line 1 is not JSON", id="digits"),
         (r'{"context": "a \ud800 b", "continuation": "c"}', "line 1 has .* as context, not a text"),
         (r'{"query": "a", "choices": ["b", "\udfff"], "gold": 0}', "line 1 has .* as choices, not a list of texts"),
     ],
@@ -439,10 +439,10 @@ for task in ("gpqa_diamond_zeroshot", "piqa"):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     gated, gone = result.stdout.splitlines()
     assert gated == (
-        "gpqa_diamond_zeroshot: its data are gated; accept their terms on "
+        "gpqa_diamond_zeroshot: its data are gated; accept the terms on "
         "https://huggingface.co/datasets/Idavidrein/gpqa and log in with `hf auth login`"
     )
-    assert gone.startswith("piqa: its data cannot be had (") and "baber/piqa" in gone and result.stderr == ""
+    assert gone.startswith("piqa: its data cannot be downloaded (") and "baber/piqa" in gone and result.stderr == ""
 
 
 def test_a_table_for_people(tmp_path: Path) -> None:
