@@ -1,4 +1,4 @@
-"""The law of each tensor chosen among families by the likelihood of values that were held out."""
+"""Chooses the family of distributions for each tensor by the likelihood of held-out values."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HELD_OUT_SHARE = 0.25  # of the values
-MAX_VALUES = 1 << 20  # values that decide; the law that was chosen is fitted to all
+HELD_OUT_SHARE = 0.25  # share of the values
+MAX_VALUES = 1 << 20  # values used for the choice; the chosen family is fitted to all
 
 
 @dataclass(kw_only=True)
 class AutoFit(Parametric):
-    """Fits every family to three quarters of a group's values and scores the rest. The first of `families` that is
-    within two standard errors of the best mean log-likelihood is taken, so that a law with more parameters has to
-    earn them, and fitted to all values. Constant groups, and those of fewer than 64 values, get the first family.
-    The choice is logged, and kept beside each law with the scores (`family`, `scores` in nats per value)."""
+    """Fits every family to three quarters of a group's values and scores the rest (2405.03103).
+
+    It takes the first of `families` whose mean log-likelihood is within two standard errors of the best, so that
+    families with more parameters are taken only where they fit better. That family is fitted to all values. Constant
+    groups, and those of fewer than 64 values, get the first family. The choice is logged, and saved with the scores in
+    nats per value.
+    """
 
     name: ClassVar[str] = "auto-fit"
-    summary: ClassVar[str] = "per tensor the law of highest held-out likelihood among six families"
+    summary: ClassVar[str] = "per tensor the distribution of highest held-out likelihood among six families"
     reference: ClassVar[str] = "2405.03103"
 
-    families: str = option(",".join(FAMILIES), "laws to choose from, comma-separated; of equals the first is taken")
+    families: str = option(",".join(FAMILIES), "families to choose from, comma-separated; of equals the first")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +51,7 @@ class AutoFit(Parametric):
             if family not in FAMILIES:
                 raise unknown(f"family of {self.name}", family, FAMILIES)
         if not self._families:
-            raise UserError(f"families of {self.name} is empty: give some of {', '.join(FAMILIES)}")
+            raise UserError(f"{self.name}: families is empty; give some of {', '.join(FAMILIES)}")
 
     @property
     def _families(self) -> list[str]:
@@ -71,8 +74,10 @@ class AutoFit(Parametric):
 
 
 def held_out_log_probs(values: Tensor, families: list[str]) -> dict[str, Tensor]:
-    """values [n] -> family -> log density of a fixed random quarter of them [~ n / 4] float64 under the law that the
-    others give. Empty for values that say nothing: constant ones, and fewer than 64."""
+    """family -> log density, float64, of a fixed random quarter of the values under the family fitted to the others.
+
+    Empty for constant values and for fewer than 64.
+    """
     is_test = (torch.rand(len(values), generator=stream(0, "auto-fit/held-out")) < HELD_OUT_SHARE).to(values.device)
     train, test = values[~is_test], values[is_test]
     if len(values) < 64 or moments(train)[2]:
@@ -84,7 +89,7 @@ def simplest_family(scores: dict[str, Tensor]) -> str:
     """The first family whose mean is within two standard errors (of the paired difference) of the best."""
     best = max(scores.values(), key=lambda score: score.mean().item())
     for name, score in scores.items():
-        behind = best - score
-        if behind.mean() <= 2 * behind.std(correction=0) / math.sqrt(len(behind)):
+        gap = best - score
+        if gap.mean() <= 2 * gap.std(correction=0) / math.sqrt(len(gap)):
             return name
-    raise AssertionError("the best is within any distance of itself")
+    raise AssertionError("the best family is never behind itself")

@@ -1,4 +1,4 @@
-"""Non-parametric fits: tensors drawn from what donors' values are, not from a formula for them."""
+"""Non-parametric fits: tensors drawn from donors' values themselves, not from a formula for them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Histogram(Statistical):
-    """Inverse transform sampling from a table of quantiles, linear in between: evenly spaced probabilities from .01
-    to .99, and log-spaced ones to 1e-7 on either side. With even spacing alone the last bins would smear the few
-    extreme values over the tails and multiply the kurtosis."""
+    """Inverse transform sampling from a table of quantiles, with linear interpolation (Devroye 1986).
+
+    Quantiles are evenly spaced from probability .01 to .99 and log-spaced to 1e-7 on either side. With even spacing
+    alone the last bins would spread the few extreme values over the tails and multiply the kurtosis.
+    """
 
     name: ClassVar[str] = "histogram"
     family: ClassVar[str] = "empirical"
-    summary: ClassVar[str] = "independent draws from a table of a donor's quantiles, tails log-spaced"
+    summary: ClassVar[str] = "independent draws from a table of a donor's quantiles, log-spaced in the tails"
     reference: ClassVar[str] = "Devroye 1986"
 
     points: int = option(2048, "quantiles in the table; half of them in the tails", least=16, most=1 << 20)
@@ -65,7 +67,7 @@ class Histogram(Statistical):
 
 
 def quantile_levels(points: int) -> Tensor:
-    """[points] float64, ascending: where a table of that many quantiles has them."""
+    """[points] float64, ascending: the probabilities of a table of that many quantiles."""
     tail = torch.logspace(-7, -2, points // 4, dtype=torch.float64)
     body = torch.linspace(0.01, 0.99, points - 2 * len(tail) + 2, dtype=torch.float64)
     return torch.cat([tail, body[1:-1], 1 - tail.flip(0)])
@@ -73,17 +75,19 @@ def quantile_levels(points: int) -> Tensor:
 
 @dataclass(kw_only=True)
 class KDE(Statistical):
-    """The smoothed bootstrap: a random datum plus h N(0, 1), shrunk towards the mean so that the variance stays that
-    of the data. h is Silverman's rule, 0.9 min(std, IQR / 1.34) n^(-1/5), times `bandwidth`: made for one mode, and
-    too wide for several narrow ones. Of large groups `data` points are kept: the extreme values, and means of
-    neighbours that are drawn as often as they stand for values."""
+    """The smoothed bootstrap: a random value of the donors plus h N(0, 1) (Silverman 1986).
+
+    Draws are shrunk towards the mean so that the variance stays. h is Silverman's rule,
+    0.9 min(std, IQR / 1.34) n^(-1/5), times `bandwidth`. The rule assumes one mode and is too wide for several narrow
+    ones. Of large groups `data` points are kept: the extreme values, and means of neighbours, weighted by their counts.
+    """
 
     name: ClassVar[str] = "kde"
     family: ClassVar[str] = "empirical"
     summary: ClassVar[str] = "a donor's values drawn at random and smoothed, mean and variance kept"
     reference: ClassVar[str] = "Silverman 1986"
 
-    bandwidth: float = option(1.0, "multiplies the width of the kernel; 0 draws the points that are kept", least=0.0)
+    bandwidth: float = option(1.0, "factor of the kernel's width; 0 draws the points themselves", least=0.0)
     data: int = option(8192, "points kept per group", least=64, most=1 << 24)
 
     def fit_values(self, values: Tensor) -> Fit:
@@ -105,28 +109,28 @@ class KDE(Statistical):
 
 @dataclass(kw_only=True)
 class Permuted(Sampler):
-    """One donor's weights in random order within each matrix, bias or gain: the same values, no structure. The
-    control that tells what a marginal law is worth at best.
+    """Shuffles one donor's weights within each matrix, bias or gain: the same values without structure.
 
-    Where a shape differs from the donor's, values of the donor's tensor of the same role and nearest relative depth
-    (of several, the same expert or the nearest in size) are drawn without replacement as long as they last, so that
-    every value comes equally often, give or take one. The weights are read while sampling.
+    It is the control that shows the most that a marginal distribution can give. Values come from the donor's tensor of
+    the same role at the nearest relative depth (of several, from the same expert or the nearest in size). Where shapes
+    differ, values are drawn without replacement, again and again, so that the counts of values differ by one at most.
+    The weights are read while sampling.
     """
 
     name: ClassVar[str] = "permuted"
     family: ClassVar[str] = "empirical"
-    summary: ClassVar[str] = "a donor's weights shuffled within each tensor: its marginals without structure"
+    summary: ClassVar[str] = "a donor's weights shuffled within each tensor: no structure, the same marginals"
     reference: ClassVar[str] = "1902.07208"
     needs: ClassVar[tuple[str, ...]] = ("donor",)
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"rescale": ("fan-in", "none")}
 
     donor: str | None = option(None, "name of the donor; none: the nearest in size of those that have the roles")
-    rescale: str = option("fan-in", "of the spread when the input axis changes: fan-in (1 / sqrt) or none")
+    rescale: str = option("fan-in", "scaling of the spread with the size of the input axis: fan-in (1 / sqrt) or none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._source: Donor | None = None
-        self._members: tuple[Blueprint, dict[tuple[str, ...], list[Member]]] | None = None  # of the last target
+        self._members: tuple[Blueprint, dict[tuple[str, ...], list[Member]]] | None = None  # of the latest target
 
     @property
     def donors(self) -> tuple[str, ...]:
@@ -148,7 +152,7 @@ class Permuted(Sampler):
                 yield spec.name, tensor
 
     def tensor(self, blueprint: Blueprint, spec: TensorSpec, seed: int) -> Tensor | None:
-        """The tensor of one spec, None where the donor has nothing for it."""
+        """The tensor of one spec, None where the donor has no counterpart."""
         generator = stream(seed, f"{self.name}/{spec.name}")
         parts = {}
         for part in spec.parts:
@@ -160,9 +164,7 @@ class Permuted(Sampler):
             values = split_parts(own, donor.read(own.name, torch.float32))[matrix.role].flatten()
             size, rounds = math.prod(part.shape), math.ceil(math.prod(part.shape) / len(values))
             order = torch.cat([torch.randperm(len(values), generator=generator) for _ in range(rounds)])[:size]
-            scale = fan_in_factor(own, matrix, self.rescale) / fan_in_factor(
-                spec, part, self.rescale
-            )  # 1 for equal shapes, exactly
+            scale = fan_in_factor(own, matrix, self.rescale) / fan_in_factor(spec, part, self.rescale)
             shift = donor.blueprint.offset(own) - blueprint.offset(spec)
             parts[part.role] = values[order].view(part.shape) * scale + shift
         return join_parts(spec, parts)
@@ -187,6 +189,6 @@ class Permuted(Sampler):
 
 
 def _distance_to_member(spec: TensorSpec, part: Part, member: Member) -> tuple[bool, float]:
-    """Of a donor's part from a target's: another expert, another size."""
+    """How far a donor's part is from a target's: (whether it is another expert, difference of log sizes)."""
     _, own, matrix = member
     return own.expert != spec.expert, abs(math.log(math.prod(matrix.shape) / math.prod(part.shape)))

@@ -1,8 +1,8 @@
-"""Laws of weights: how each family is fitted to a tensor's values, drawn from and scored. The families are in LAWS.
+"""Families of distributions for weights: how each is fitted to values, sampled and scored. FAMILIES lists them.
 
-A law is a dict of floats that goes to JSON as it is. Fits sort the values once and work on a summary of them, so that
-a million values take a fraction of a second; values that are constant, or too few to show a shape, give a law
-without spread or the member of the family that is nearest to the normal law.
+A fitted distribution is a dict of floats, which JSON holds unchanged. Fits sort the values once and work on a summary,
+so that a million values take a fraction of a second. Constant values, or too few to show a shape, give a distribution
+without spread or the member of the family that is nearest to the normal distribution.
 """
 
 from __future__ import annotations
@@ -66,13 +66,15 @@ def log_prob_laplace(law: Params, values: Tensor) -> Tensor:
     return -(values.double() - law["loc"]).abs() / law["scale"] - math.log(2 * law["scale"])
 
 
-NU_RANGE = (1.0, 1e4)  # below 1 only spikes are left; at 1e4 the law is normal
+NU_RANGE = (1.0, 1e4)  # below 1 only spikes are left; at 1e4 the distribution is normal
 
 
 def fit_student_t(values: Tensor) -> Params:
-    """Maximum likelihood by ECME (Liu & Rubin 1994): EM steps for location and scale, with the parameter expansion of
-    Liu, Rubin & Wu (1998), and a one-dimensional search of the likelihood over nu. `low` and `high` are the extreme
-    values that were seen: draws are clipped there, because a tensor that is all spike has a nu of infinite variance.
+    """Maximum likelihood by ECME (Liu & Rubin 1994).
+
+    EM steps for location and scale, with the parameter expansion of Liu, Rubin & Wu (1998), alternate with a
+    one-dimensional search over nu. `low` and `high` are the extreme values. Draws are clipped there, because a tensor
+    that is nearly all spike has a nu of infinite variance.
     """
     mean, std, is_plain = moments(values)
     if is_plain:
@@ -101,7 +103,7 @@ def fit_student_t(values: Tensor) -> Params:
 
 
 def sample_student_t(law: Params, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """By Bailey's polar method (1994), clipped to what the donors had."""
+    """Draws by Bailey's polar method (1994), clipped to the donors' range."""
     u, v = torch.rand((2, *shape), generator=generator, dtype=torch.float64)
     size = (law["nu"] * torch.expm1(-2 / law["nu"] * torch.log1p(-u))).sqrt()
     draws = law["loc"] + law["scale"] * size * torch.cos(2 * math.pi * v)
@@ -109,18 +111,20 @@ def sample_student_t(law: Params, shape: tuple[int, ...], generator: torch.Gener
 
 
 def log_prob_student_t(law: Params, values: Tensor) -> Tensor:
-    """Of the law without the clipping."""
+    """Log density of the distribution without the clipping."""
     nu, z = law["nu"], (values.double() - law["loc"]) / law["scale"]
     norm = math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - math.log(nu * math.pi) / 2 - math.log(law["scale"])
     return norm - (nu + 1) / 2 * torch.log1p(z.square() / nu)
 
 
-SHAPE_RANGE = (0.3, 20.0)  # of the generalised normal law: 1 is Laplace, 2 normal, more is nearly uniform
+SHAPE_RANGE = (0.3, 20.0)  # of the generalised normal: 1 is Laplace, 2 normal, large values nearly uniform
 
 
 def fit_generalized_normal(values: Tensor) -> Params:
-    """Maximum likelihood of shape and location in turn (they are orthogonal), the scale in closed form. The location
-    is the median where the shape is 1 or less: there the likelihood has a cusp at every value."""
+    """Maximum likelihood of shape and location in turn (they are orthogonal), with the scale in closed form.
+
+    The location is the median where the shape is 1 or less, because the likelihood then has a cusp at every value.
+    """
     mean, std, is_plain = moments(values)
     if is_plain:
         return {"shape": 2.0, "loc": mean, "scale": math.sqrt(2) * std}
@@ -129,7 +133,7 @@ def fit_generalized_normal(values: Tensor) -> Params:
     loc, shape, scale = median, 2.0, 1.0
 
     def size(shape: float, loc: float) -> float:
-        """The scale that maximises the likelihood."""
+        """The scale of maximum likelihood."""
         return (shape * float(share @ np.abs(x - loc) ** shape)) ** (1 / shape)
 
     def loss(log_shape: float) -> float:
@@ -162,8 +166,10 @@ def log_prob_generalized_normal(law: Params, values: Tensor) -> Tensor:
 
 
 def fit_mixture(values: Tensor, components: int = 3) -> Params:
-    """A mixture of normal laws by EM, from two starts: slices of the sorted values, and one centre with several
-    spreads (which is what weights look like). The likelier after 45 steps goes on to the end."""
+    """A mixture of normal distributions by EM, from the better of two starts after 45 steps.
+
+    The starts are slices of the sorted values, and one centre with several spreads, which is typical of weights.
+    """
     mean, std, is_plain = moments(values)
     if is_plain:
         return {"weight0": 1.0, "mean0": mean, "std0": std}
@@ -194,11 +200,11 @@ def log_prob_mixture(law: Params, values: Tensor) -> Tensor:
 
 
 def _fit_em(x: Array, share: Array, start: Array, leaps: int) -> tuple[Array, float]:
-    """EM with the squared extrapolation of Varadhan & Roland (2008): two steps, then a leap along their line that is
-    taken back where the likelihood falls. Overlapping components would need thousands of plain steps.
+    """EM with the squared extrapolation of Varadhan & Roland (2008).
 
-    x [n], share [n] of the whole, start [3, k] (log weights, means, log stds) -> [3, k], mean log-likelihood
-    less a constant.
+    After two steps it extrapolates along their line, and undoes that where the likelihood falls. Overlapping components
+    would need thousands of plain steps. x [n], share [n] of the whole, start [3, k] (log weights, means, log stds).
+    Returns [3, k] and the mean log-likelihood less a constant.
     """
     powers = np.stack([np.ones_like(x), x, x * x])
     at, last, longest = start, -math.inf, 4.0
@@ -217,8 +223,10 @@ def _fit_em(x: Array, share: Array, start: Array, leaps: int) -> tuple[Array, fl
 
 
 def _em_step(powers: Array, share: Array, at: Array) -> tuple[Array, float]:
-    """powers [3, n] of the values -> the next [3, k], and the likelihood of `at`. The log density of a component is a
-    parabola, so that a step is two products of matrices."""
+    """One EM step: the next parameters [3, k], and the likelihood of `at`. powers: [3, n] of the values.
+
+    The log density of a component is a parabola, so that a step is two matrix products.
+    """
     log_weights, means, precisions = _log_softmax(at[0]), at[1], np.exp(-2 * at[2])
     constant = log_weights - at[2] - means * means * precisions / 2
     joint = np.stack([constant, means * precisions, -precisions / 2], axis=1) @ powers  # [k, n]
@@ -240,8 +248,10 @@ def _log_softmax(x: Array) -> Array:
 
 
 def _weighted_points(values: Tensor, most: int = 4096) -> tuple[Array, Array]:
-    """The points of `summary` and the share of the whole that each stands for. In numpy: fits make hundreds of passes
-    over a few thousand numbers, where torch takes several times as long to start an operation as to do it."""
+    """The points of `weighted_points`, and the share of all values behind each, in numpy.
+
+    Fits make hundreds of passes over a few thousand numbers, where numpy has much less overhead than torch.
+    """
     x, count = weighted_points(values, most)
     return x.numpy(), (count / count.sum()).numpy()
 

@@ -1,4 +1,4 @@
-"""Between actual values and a law: a mixture of the two, with noise."""
+"""A mixture of a donor's values and draws from a fitted distribution, with noise."""
 
 from __future__ import annotations
 
@@ -30,24 +30,26 @@ LAW_METHODS: dict[str, type[Parametric]] = {
 
 @dataclass(kw_only=True)
 class Hybrid(Sampler):
-    """Actual values of a donor, of which a share `mix` comes from a fitted law, plus relative noise. Published text
-    leaves open what mixing means [R], so `mixing` says it:
+    """Values of a donor, mixed with a share `mix` of draws from a fitted distribution, plus noise (1902.07208).
 
-    entries  each entry is, with probability `mix` and independently of all others, the law's draw instead of the
-             value. The entries' law is (1 - mix) values + mix law: mean and variance stay where the two agree on them,
-             and so does everything else that they agree on, tails included. The default for that reason.
-    linear   m + sqrt(1 - mix) (value - mean) + sqrt(mix) (draw - mean), m the mix of both means: for independent
-             entries the variance is the mix of both variances, where mix itself as the factor would lose up to half
-             of it. Every entry keeps a trace of its value, but sums of two heavy-tailed numbers have lighter tails.
+    Our choice: the published text leaves open what mixing means, so that the option `mixing` decides it.
 
-    Noise is added after that: N(0, (noise * std)^2), std being that of the matrix, bias or gain that it is added to,
-    so that the variance grows by a factor 1 + noise^2. The values are those of the method `values` and the draws those
-    of the method `law` for the same seed: with mixing=entries and noise=0, mix=0 is the one and mix=1 the other.
+    entries  Each entry is, with probability `mix` and independently, the draw instead of the value. The distribution of
+             the entries is (1 - mix) values + mix draws. Whatever both have in common stays: mean, variance, tails.
+             This is why it is the default.
+    linear   m + sqrt(1 - mix) (value - mean) + sqrt(mix) (draw - mean), where m is the mix of both means. For
+    independent
+             entries the variance is the mix of both variances; factors 1 - mix and mix would lose up to half of it.
+             Every entry keeps a part of its value, but sums of heavy-tailed numbers have lighter tails.
+
+    Noise N(0, (noise * std)^2) is added last, where std is that of the matrix, bias or gain. The variance grows by the
+    factor 1 + noise^2. Values and draws are those of the methods `values` and `law` with the same seed. With
+    mixing=entries and noise=0, mix=0 therefore equals the one method and mix=1 the other.
     """
 
     name: ClassVar[str] = "hybrid"
     family: ClassVar[str] = "empirical"
-    summary: ClassVar[str] = "a donor's values mixed with draws from a fitted law, with relative noise"
+    summary: ClassVar[str] = "a donor's values mixed with draws from a fitted distribution, with relative noise"
     reference: ClassVar[str] = "1902.07208"
     needs: ClassVar[tuple[str, ...]] = ("donors",)
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -55,21 +57,21 @@ class Hybrid(Sampler):
         "granularity": ("layer", "role", "global"), "rescale": ("fan-in", "none"),
     }  # fmt: skip
 
-    donor: str | None = option(None, "name of the donor; none: as `values` chooses")
-    values: str = option("histogram", "where values come from: histogram, kde or permuted")
-    law: str = option("student-t", "the law: any of the parametric methods, or auto-fit")
-    mix: float = option(0.5, "share of the law, from 0 to 1", least=0.0, most=1.0)
-    mixing: str = option("entries", "the law's draw replaces a share of the entries, or is added to all (linear)")
-    noise: float = option(0.0, "standard deviation of added normal noise, relative to that of the tensor", least=0.0)
+    donor: str | None = option(None, "name of the donor; none: as the method of `values` chooses")
+    values: str = option("histogram", "method that gives the values: histogram, kde or permuted")
+    law: str = option("student-t", "method that gives the draws: any parametric one, or auto-fit")
+    mix: float = option(0.5, "share of the draws, from 0 to 1", least=0.0, most=1.0)
+    mixing: str = option("entries", "entries (draws replace a share of them) or linear (weighted sum in all entries)")
+    noise: float = option(0.0, "standard deviation of added normal noise, relative to the tensor's own", least=0.0)
     granularity: str = option("layer", "one fit per tensor (layer), per role, or for all matrices (global)")
-    rescale: str = option("fan-in", "of the spread when the input axis changes: fan-in (1 / sqrt) or none")
+    rescale: str = option("fan-in", "scaling of the spread with the size of the input axis: fan-in (1 / sqrt) or none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         shared: dict[str, Any] = {"donor": self.donor, "rescale": self.rescale, "device": self.device}
-        of_fits: dict[str, Any] = {"granularity": self.granularity}
-        self._values = VALUE_METHODS[self.values](**shared, **({} if self.values == "permuted" else of_fits))
-        self._law = LAW_METHODS[self.law](**shared, **of_fits)
+        grouping: dict[str, Any] = {"granularity": self.granularity}
+        self._values = VALUE_METHODS[self.values](**shared, **({} if self.values == "permuted" else grouping))
+        self._law = LAW_METHODS[self.law](**shared, **grouping)
 
     @property
     def donors(self) -> tuple[str, ...]:
@@ -80,7 +82,7 @@ class Hybrid(Sampler):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         self._values.fit(zoo, blueprint)
-        if self.values == "permuted":  # one donor's values: the law is fitted to the same
+        if self.values == "permuted":  # one donor's values: the distribution is fitted to the same donor
             self._law.donor = self._values.donors[0]
         self._law.fit(zoo, blueprint)
         return self
@@ -90,7 +92,7 @@ class Hybrid(Sampler):
             values = self._values.tensor(blueprint, spec, seed)
             draws = self._law.tensor(blueprint, spec, seed)
             if values is not None and draws is not None:
-                yield spec.name, self._mixed(spec, values, draws, stream(seed, f"{self.name}/{spec.name}"))
+                yield spec.name, self._mix(spec, values, draws, stream(seed, f"{self.name}/{spec.name}"))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = self._values.state()
@@ -105,7 +107,7 @@ class Hybrid(Sampler):
             own = {name.removeprefix(f"{key}/"): t for name, t in tensors.items() if name.startswith(f"{key}/")}
             sampler.restore(values[key], own)
 
-    def _mixed(self, spec: TensorSpec, values: Tensor, draws: Tensor, generator: torch.Generator) -> Tensor:
+    def _mix(self, spec: TensorSpec, values: Tensor, draws: Tensor, generator: torch.Generator) -> Tensor:
         parts = {}
         drawn = split_parts(spec, draws)
         for role, value in split_parts(spec, values).items():

@@ -1,4 +1,4 @@
-"""The matrix normal law W = M + A Z Bᵀ: covariance U = A Aᵀ between rows and V = B Bᵀ between columns.
+"""The matrix normal distribution W = M + A Z Bᵀ: covariance U = A Aᵀ of rows and V = B Bᵀ of columns.
 
 Letters: n samples, p rows, q columns.
 """
@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-MAX_FULL_SIDE = 4096  # a side that is longer has a diagonal covariance: a full one would take more memory than a model
-MIN_RELATIVE_VARIANCE = 1e-8  # of the mean variance: what a coordinate without any has, so that it can be divided by
+MAX_FULL_SIDE = 4096  # a longer side has a diagonal covariance: a full one would need more memory than a model
+MIN_RELATIVE_VARIANCE = 1e-8  # smallest variance of a coordinate, relative to the mean variance, so that division works
 
-Samples = Callable[[], Iterable[Tensor]]  # goes through the samples [p, q], mean removed, as often as it is called
+Samples = Callable[[], Iterable[Tensor]]  # each call iterates over the samples [p, q], with the mean removed
 
 
 def shrink_covariance(covariance: Tensor, n: float, toward: str = "diagonal", amount: float | None = None) -> Tensor:
-    """[p, p] or [p], the sample covariance of n vectors -> (1 - amount) of it and `amount` of its diagonal, or of the
-    multiple of the identity with its trace. None: the amount that is best for normal vectors (oracle approximating
-    shrinkage, 0907.4698), for the diagonal computed from correlations. A diagonal covariance [p] stays."""
+    """Shrinks the sample covariance of n vectors, [p, p], toward its diagonal or toward a multiple of the identity.
+
+    amount: the weight of the shrinkage target; None for the optimum of normal vectors (oracle approximating shrinkage,
+    0907.4698), for the diagonal computed from correlations. A diagonal covariance [p] keeps its values.
+    """
     variance = covariance.diagonal() if covariance.ndim == 2 else covariance
     variance = variance.clamp_min(MIN_RELATIVE_VARIANCE * float(variance.mean()))
     if covariance.ndim == 1:
@@ -28,8 +30,8 @@ def shrink_covariance(covariance: Tensor, n: float, toward: str = "diagonal", am
     unit = covariance / spread / spread[:, None]
     p, trace, square = len(unit), float(unit.trace()), float(unit.square().sum())
     if amount is None:
-        beyond = (n + 1 - 2 / p) * (square - trace**2 / p)
-        amount = 1.0 if beyond <= 0 else min(1.0, ((1 - 2 / p) * square + trace**2) / beyond)
+        denominator = (n + 1 - 2 / p) * (square - trace**2 / p)
+        amount = 1.0 if denominator <= 0 else min(1.0, ((1 - 2 / p) * square + trace**2) / denominator)
     eye = torch.eye(p, dtype=unit.dtype, device=unit.device)
     return ((1 - amount) * unit + max(amount, MIN_RELATIVE_VARIANCE) * eye) * spread * spread[:, None]
 
@@ -59,12 +61,12 @@ def flip_flop(
     tolerance: float = 1e-4,
     diagonal_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(U, V) of maximal likelihood by alternation, U = Σ x V⁻¹ xᵀ / (n q) and V = Σ xᵀ U⁻¹ x / (n p), each shrunk, with
-    tr U = p. float64; [p, p] and [q, q], or the diagonals of what is longer than FULL.
+    """Maximum likelihood (U, V) by alternation: U = Σ x V⁻¹ xᵀ / (n q), V = Σ xᵀ U⁻¹ x / (n p), each shrunk, tr U = p.
 
-    counts [p]: how many samples each row is known in (less one where a mean was removed; 0: the row gets the mean
-    variance); a row that is not known is zero. diagonal_rows: U is diagonal whatever p is, which rows that are not all
-    known require."""
+    Returns float64 [p, p] and [q, q], or the diagonal of a side longer than MAX_FULL_SIDE. counts [p]: in how many
+    samples each row is known (less one where a mean was removed). An unknown row of a sample is zero, and a row with
+    count 0 gets the mean variance. diagonal_rows: make U diagonal, which is required where rows are unknown.
+    """
     counts = counts.double()
     p, known = len(counts), counts > 0
     n = float(counts.max())
@@ -95,9 +97,11 @@ def flip_flop(
 
 
 def rescale_to_unit_rms(row: Tensor, column: Tensor, counts: Tensor) -> Tensor:
-    """V times the number that gives draws a mean square of one in the known rows, as samples divided by their RMS have
-    it. The likelihood finds that for many normal samples; few, or rows of very different directions (frequent tokens
-    and such as never occur), can leave it wrong by orders of magnitude."""
+    """V, scaled so that draws have a mean square of one in the known rows, like samples divided by their RMS.
+
+    For many normal samples the likelihood already gives that. With few samples, or rows of very different directions
+    (frequent tokens and tokens that never occur), it can be wrong by orders of magnitude.
+    """
     variances = [c.diagonal() if c.ndim == 2 else c for c in (row, column)]
     weights = counts.double()
     return column / ((weights * variances[0]).sum() / weights.sum() * variances[1].mean())

@@ -39,7 +39,7 @@ from zoo.units.units import ROLES, require_unit_target, units_to_decoder
 
 log = logging.getLogger(__name__)
 
-MIN_RMS = 1e-12  # the RMS of samples that are all alike
+MIN_RMS = 1e-12  # the RMS of samples that are all equal
 CHOICES = {
     "basis": ("auto", "canonical", "stored"),
     "mean": ("pooled", "zero"),
@@ -50,27 +50,29 @@ CHOICES = {
 
 @dataclass(kw_only=True)
 class MatrixNormal(Sampler):
-    """W = M + A Z B^T with Z of independent normals: A A^T is the covariance of rows, B B^T that of columns, both
-    fitted by the flip-flop of maximum likelihood with shrinkage; their size is the samples'.
+    """Matrix normal draws: W = M + A Z B^T with independent normal Z.
 
-    canonical   Covariances mean something in the donor's own residual basis only, so donors are brought into canonical
-                form, aligned to the widest by their tokens (`zoo.units.aligned`) and resized to the target
-                (`zoo.units.resizing.resize_units`): first coordinates, most important units. One law per kind of unit
-                [R]: rows are a layer's neurons, query planes, or components, in their order of importance; columns
-                are the residual vectors of a unit side by side (gate, up and down of a neuron), so that what a unit
-                reads and writes stays coupled. Tokens, matched by string, are independent rows with variances of
-                their own; one that no donor knows gets the mean row. Of heads that share keys and values, the first
-                one's count.
-    stored      Tensors as they lie on disk, of modules of any kind: from donors' tensors of the same name and shape,
-                with a law each; what has one axis is set to the donors' mean. Covariances of independently trained
-                donors average out in these coordinates: it is for donors that share them.
+    A A^T is the covariance of rows and B B^T that of columns. Both are fitted by the flip-flop algorithm of maximum
+    likelihood (Dutilleul 1999) with shrinkage. Their scale is that of the samples.
 
-    A layer's law comes from the nearest relative depth of every donor; `granularity=role` fits one covariance to all
-    layers of a kind, each scaled to unit RMS and back. With `mean=pooled` a single donor has no spread: it is then
-    taken as the spread around zero; a block that is constant, or that one donor alone has, is its mean. A side longer
-    than 4096 has a diagonal covariance. While fitting, the donors' units lie in a temporary folder; means (a whole
-    target with `mean=pooled`) and covariances are in memory, as are one donor at a time in float64, a few times over,
-    and one target while sampling.
+    basis=canonical   Covariances carry over only in a common residual basis. Donors are brought into canonical form,
+                      aligned to the widest by their tokens (`zoo.units.aligned`), and resized to the target
+                      (`zoo.units.resizing.resize_units`). Our choice: one covariance per kind of unit. Rows are the
+                      units of a layer in their order of importance, columns the residual vectors of a unit side by
+                      side (gate, up and down of a neuron), so that what a unit reads and writes stays coupled. Tokens
+                      are matched by string and are independent rows with variances of their own. A token that no donor
+                      knows gets the mean row. Of heads that share keys and values the first one counts.
+    basis=stored      Tensors as they are on disk, of modules of any kind, from donors' tensors of the same name and
+                      shape, each with its own covariances. Vectors are set to the donors' mean. Use it for donors that
+                      share coordinates: covariances of independently trained donors average out.
+
+    Each layer uses the nearest relative depth of every donor. `granularity=role` fits one covariance to all layers of a
+    kind, each scaled to unit RMS. With `mean=pooled` a single donor has no spread, so that the spread around zero is
+    used. A block that is constant, or that only one donor has, is set to its mean. A side longer than 4096 has a
+    diagonal covariance.
+
+    Memory: means (a whole target with `mean=pooled`), covariances, one donor at a time in float64 a few times over, and
+    one target while sampling. While fitting, the donors' units are in a temporary folder.
     """
 
     name: ClassVar[str] = "matrix-normal"
@@ -80,13 +82,13 @@ class MatrixNormal(Sampler):
     needs: ClassVar[tuple[str, ...]] = ("donors",)
     choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
 
-    donor: str | None = option(None, "name of the donor; none: all that fit together")
+    donor: str | None = option(None, "name of the donor; none: all donors that fit")
     tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
     basis: str = option("auto", "canonical, or stored (same names and shapes); auto: stored where there is no config")
-    mean: str = option("pooled", "M: pooled (the donors' mean) or zero")
+    mean: str = option("pooled", "the mean M: pooled (the donors' mean) or zero")
     granularity: str = option("role", "one covariance for all layers (role), or one for each (layer)")
     shrinkage: float | None = option(
-        None, "of the covariances, 0 to 1; none: estimated (0907.4698)", least=0.0, most=1.0
+        None, "shrinkage of covariances, 0 to 1; none: estimated (0907.4698)", least=0.0, most=1.0
     )
     toward: str = option("diagonal", "what covariances are shrunk to: their diagonal, or a multiple of the identity")
 
@@ -94,8 +96,8 @@ class MatrixNormal(Sampler):
         super().__post_init__()
         self._donors: tuple[str, ...] = ()
         self._scales: dict[str, float] = {}  # by block: a layer of a kind, or a tensor
-        self._group: dict[str, str] = {}  # block -> the law that it has
-        self._tensors: dict[str, Tensor] = {}  # mean/BLOCK, rows/LAW and columns/LAW (factors), float32
+        self._group: dict[str, str] = {}  # block -> the covariances that it uses
+        self._tensors: dict[str, Tensor] = {}  # mean/BLOCK, rows/GROUP and columns/GROUP (factors), float32
 
     @property
     def donors(self) -> tuple[str, ...]:
@@ -111,7 +113,7 @@ class MatrixNormal(Sampler):
         self._scales, self._group, self._tensors = {}, {}, {}
         pooled = self.mean == "pooled" and len(pool.names) > 1
         if self.mean == "pooled" and not pooled:
-            log.info("%s: one donor has no spread around its mean: the mean is taken to be zero", self.name)
+            log.info("%s: one donor has no spread around its mean, so that the mean is taken to be zero", self.name)
         with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
             canonical = self._canonical(blueprint)
             blocks = BlockStore(Path(folder), self.device, pooled, frozenset({"vocab 0"} if canonical else ()))
@@ -129,18 +131,19 @@ class MatrixNormal(Sampler):
         return self
 
     def _learn(self, blocks: BlockStore, by_kind: bool) -> None:
-        laws: dict[str, list[str]] = {}
+        """Fits means, scales and covariances. by_kind: one pair of covariances for all layers of a kind."""
+        groups: dict[str, list[str]] = {}
         for name, mean in blocks.means().items():
             self._tensors |= {f"mean/{name}": mean} if blocks.pooled or mean.ndim == 1 else {}
             if mean.ndim == 2:
                 self._group[name] = name.partition(" ")[0] if by_kind else name
                 self._scales[name] = blocks.scale(name)
                 if self._scales[name] > MIN_RMS and float(blocks.counts(name).sum()):
-                    laws.setdefault(self._group[name], []).append(name)
-                else:  # constant, or one donor's alone: what there is of it is its mean
+                    groups.setdefault(self._group[name], []).append(name)
+                else:  # constant, or only one donor has it
                     self._tensors[f"mean/{name}"] = mean
                     self._scales[name] = 0.0
-        for law, names in laws.items():
+        for group, names in groups.items():
             counts = torch.stack([blocks.counts(name) for name in names]).sum(0)
             rows, columns = flip_flop(
                 lambda names=names: (x for name in names for x in blocks.samples(name, self._scales[name])),  # type: ignore[misc]
@@ -153,8 +156,8 @@ class MatrixNormal(Sampler):
             columns = rescale_to_unit_rms(rows, columns, counts)
             for side, covariance in (("rows", rows), ("columns", columns)):
                 if covariance.ndim == 1 and len(covariance) > MAX_FULL_SIDE:
-                    log.info("%s: the %d %s of %s have a diagonal covariance", self.name, len(covariance), side, law)
-                self._tensors[f"{side}/{law}"] = covariance_factor(covariance).float().cpu()
+                    log.info("%s: the %d %s of %s have a diagonal covariance", self.name, len(covariance), side, group)
+                self._tensors[f"{side}/{group}"] = covariance_factor(covariance).float().cpu()
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if not self._canonical(blueprint):
@@ -172,7 +175,7 @@ class MatrixNormal(Sampler):
         yield from write_decoder(tie_head(decoder) if target.tied else decoder, blueprint)
 
     def _draw(self, name: str, seed: int) -> Tensor:
-        """One block, [p, q] float32, or the mean of what has one axis."""
+        """One block, [p, q] float32, or the mean of a vector."""
         mean = self._tensors.get(f"mean/{name}")
         if name not in self._group:
             assert mean is not None
@@ -196,8 +199,10 @@ class MatrixNormal(Sampler):
         return self.basis == "canonical" or (self.basis == "auto" and blueprint.metadata is not None)
 
     def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Zoo:
-        """The donors that fit; of these, in canonical form, those as wide as the target if there are any. Raises
-        UserError with the reason where none does, or not the one that is asked for. Reads configs only."""
+        """The donors that fit; in canonical form only those at least as wide as the target, if there are any.
+
+        Raises UserError with the reason where none fits, or not the one that is asked for. Reads configs only.
+        """
         if zoo is None or not zoo.donors:
             raise UserError(f"{self.name} needs donors: give --zoo DIR, or --donor FOLDER")
         target = None
@@ -214,17 +219,17 @@ class MatrixNormal(Sampler):
             else:
                 refused.append((*dissimilarity(donor, blueprint), f"{donor.name!r}: {problem}"))
         if not fitting:
-            raise UserError(f"{self.name}: no donor fits the target; nearest {min(refused)[-1]}")
+            raise UserError(f"{self.name}: no donor fits the target; the nearest is {min(refused)[-1]}")
         if target is not None:
             wide = [d for d in fitting if d.blueprint.metadata and d.blueprint.metadata.width >= target.width]
             fitting = wide or fitting
         return Zoo.of_donors(fitting, zoo.path)
 
     def _problem(self, donor: Donor, blueprint: Blueprint, target: Metadata | None) -> str | None:
-        """Why a donor says nothing about a target, or None."""
+        """Why a donor cannot be used for a target, or None."""
         if target is None:
             shared = [s for s in blueprint.specs if len(s.shape) >= 2 and _has_tensor(donor, s.name, s.shape)]
-            return None if shared else "it has no matrix of the same name and shape as one of the target's"
+            return None if shared else "it has no matrix with the name and shape of one of the target's"
         try:
             source = require_unit_target(donor.blueprint, donor.name)
             vocabulary_rows(donor, blueprint, self.tokenizer)
@@ -239,15 +244,14 @@ class BlockStore:
     """The donors' matrices by name, in a folder: one file for each donor, one block in memory at a time."""
 
     def __init__(self, folder: Path, device: str, pooled: bool, partial: frozenset[str]) -> None:
-        """pooled: samples are what is left when their mean is taken away; partial: blocks whose rows of zeros are not
-        known."""
+        """pooled: the mean of the samples is subtracted; partial: blocks where a row of zeros is unknown."""
         self.folder, self.device, self.pooled, self.partial = folder, device, pooled, partial
         self.files: list[Path] = []
         self.members: dict[str, list[Path]] = {}  # block -> the files that hold it
         self._means: dict[str, Tensor] = {}
 
     def add(self, blocks: dict[str, Tensor]) -> None:
-        """One donor's: [p, q] or [p], float32."""
+        """Adds the blocks of one donor: [p, q] or [p], float32."""
         path = self.folder / f"{len(self.files)}.safetensors"
         save_file(blocks, path)
         self.files.append(path)
@@ -260,11 +264,11 @@ class BlockStore:
                 yield f.get_tensor(name)
 
     def _known(self, name: str, x: Tensor) -> Tensor:
-        """[p] float32: 1 for rows that a donor has."""
+        """[p] float32: 1 for rows that the donor knows."""
         return (x != 0).any(1).float() if name in self.partial else torch.ones(len(x))
 
     def means(self) -> dict[str, Tensor]:
-        """Block -> its mean over the donors that know a row, [p, q] or [p]; the mean row where none does."""
+        """Block -> mean [p, q] or [p] over the donors that know a row; the mean row where no donor does."""
         for name in self.members:
             first = next(self._read(name))
             total = torch.zeros_like(first)
@@ -283,18 +287,18 @@ class BlockStore:
         return rows, columns
 
     def counts(self, name: str) -> Tensor:
-        """[p]: how many samples each row of a block is known in, less one for the mean; never below zero."""
+        """[p]: in how many samples each row is known, less one if the mean is subtracted; at least zero."""
         known = sum(self._known(name, x).double() for x in self._read(name)) - (1.0 if self.pooled else 0.0)
         return torch.as_tensor(known).clamp_min(0).to(self.device)
 
     def samples(self, name: str, scale: float = 1.0) -> Iterable[Tensor]:
-        """[p, q] float64 on the device, divided by `scale`, without the mean where that is pooled."""
+        """The samples of a block, [p, q] float64 on the device, less the mean where pooled, divided by `scale`."""
         for x in self._read(name):
             left = (x - self._means[name]) * self._known(name, x)[:, None] if self.pooled else x
             yield left.to(self.device).double() / scale
 
     def scale(self, name: str) -> float:
-        """The RMS of a block's samples; a tiny number where all are alike."""
+        """The RMS of a block's samples, at least MIN_RMS."""
         squares = sum(float(x.square().sum()) for x in self.samples(name))
         return max(math.sqrt(squares / max(1.0, float(self.counts(name).sum()) * self.shape(name)[1])), MIN_RMS)
 
@@ -304,7 +308,7 @@ def _has_tensor(donor: Donor, name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _stored_blocks(donor: Donor, blueprint: Blueprint) -> dict[str, Tensor]:
-    """Tensors of the target's names and shapes, the axes after the first flattened."""
+    """The donor's tensors with names and shapes of the target, with all axes but the first flattened."""
     return {
         s.name: (x.flatten(1) if x.ndim > 1 else x).contiguous()
         for s in blueprint.specs

@@ -1,4 +1,4 @@
-"""Parametric fits: every tensor drawn from the law that a donor's tensors of the same role and depth follow."""
+"""Parametric fits: every tensor drawn from the distribution of donors' tensors of the same role and depth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zoo.options import option
 
 @dataclass(kw_only=True)
 class Parametric(Statistical):
-    """A law of a few numbers for the values of each group of tensors: the one that LAWS has under the method's name."""
+    """Fits the family of FAMILIES that has the method's name to the values of each group of tensors."""
 
     family: ClassVar[str] = "parametric"
 
@@ -30,7 +30,7 @@ class Parametric(Statistical):
 
 @dataclass(kw_only=True)
 class Normal(Parametric):
-    """A normal law with the donors' mean and standard deviation."""
+    """Normal draws with the donors' mean and standard deviation."""
 
     name: ClassVar[str] = "normal"
     summary: ClassVar[str] = "independent normal draws with a donor's mean and spread, per role and depth"
@@ -39,7 +39,7 @@ class Normal(Parametric):
 
 @dataclass(kw_only=True)
 class Laplace(Parametric):
-    """A Laplace law at the donors' median, with their mean distance from it."""
+    """Laplace draws at the donors' median, with their mean distance from it."""
 
     name: ClassVar[str] = "laplace"
     summary: ClassVar[str] = "independent Laplace draws with a donor's median and spread, per role and depth"
@@ -48,7 +48,7 @@ class Laplace(Parametric):
 
 @dataclass(kw_only=True)
 class StudentT(Parametric):
-    """Student's t, which most tensors of language models follow; draws end where the donors' values do."""
+    """Student's t, which fits most tensors of language models (2405.03103). Draws are clipped to the donors' range."""
 
     name: ClassVar[str] = "student-t"
     summary: ClassVar[str] = "independent Student-t draws with a donor's tails, per role and depth"
@@ -57,7 +57,7 @@ class StudentT(Parametric):
 
 @dataclass(kw_only=True)
 class GeneralizedNormal(Parametric):
-    """Density exp(-|x|^shape): from spikes through Laplace (1) and normal (2) to nearly uniform."""
+    """Density exp(-|x|^shape): a spike for small shapes, Laplace at 1, normal at 2, nearly uniform for large ones."""
 
     name: ClassVar[str] = "generalized-normal"
     summary: ClassVar[str] = "independent draws of density exp(-|x|^shape), shape fitted per role and depth"
@@ -66,14 +66,17 @@ class GeneralizedNormal(Parametric):
 
 @dataclass(kw_only=True)
 class Stable(Parametric):
-    """An alpha-stable law, clipped to the donors' quantiles `clip` and 1 - `clip` and rescaled to their mean and
-    spread, because the law itself has no variance. Which quantile is left open in the literature [R]."""
+    """Alpha-stable draws, clipped to the donors' quantiles `clip` and 1 - `clip`, rescaled to their mean and spread.
+
+    A stable distribution has no variance, hence the clipping. Our choice: the quantile, which the literature leaves
+    open.
+    """
 
     name: ClassVar[str] = "stable"
     summary: ClassVar[str] = "independent alpha-stable draws, clipped and rescaled to a donor's range and spread"
     reference: ClassVar[str] = "Koutrouvelis 1980; Kogon & Williams 1998"
 
-    clip: float = option(1e-4, "quantile of the donors' values at which draws are clipped on either side", least=0.0)
+    clip: float = option(1e-4, "quantile at which draws are clipped on either side, below 0.25", least=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,13 +89,13 @@ class Stable(Parametric):
 
 @dataclass(kw_only=True)
 class Mixture(Parametric):
-    """A mixture of normal laws."""
+    """A mixture of normal distributions."""
 
     name: ClassVar[str] = "mixture"
     summary: ClassVar[str] = "independent draws from a Gaussian mixture fitted per role and depth"
     reference: ClassVar[str] = "Dempster, Laird & Rubin 1977"
 
-    components: int = option(3, "normal laws in the mixture", least=1, most=64)
+    components: int = option(3, "normal components of the mixture", least=1, most=64)
 
     def fit_values(self, values: Tensor) -> Fit:
         return fit_mixture(values, self.components)

@@ -1,6 +1,8 @@
-"""The alpha-stable law: fitted by its characteristic function, drawn by Chambers, Mallows and Stuck, scored by
-quadrature. Parameters are Nolan's S0 (continuous at alpha = 1):
-log E exp(itx) = -|st|^a (1 + i b sign(t) tan(pi a / 2) (|st|^(1 - a) - 1)) + i t loc,   with scale s."""
+"""The alpha-stable distribution, fitted by its characteristic function.
+
+Draws use the method of Chambers, Mallows and Stuck, densities a quadrature. Parameters are Nolan's S0, which is
+continuous at alpha = 1: log E exp(itx) = -|st|^a (1 + i b sign(t) tan(pi a / 2) (|st|^(1 - a) - 1)) + i t loc, scale s.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,22 @@ from torch import Tensor
 
 from baselines.distributions.summary import moments, sort_values, weighted_points
 
-ALPHA_RANGE = (0.7, 2.0)  # trained weights lie in 1.5 to 2
-SYMMETRIC_FROM = 1.95  # from this alpha on beta cannot be seen and is 0
-CF_POINTS = torch.arange(1, 11, dtype=torch.float64) / 10  # where the characteristic function is looked at
-TABLE_RANGE = 20.0  # the density is integrated as far as this many scales and a power law beyond
+ALPHA_RANGE = (0.7, 2.0)  # range of the fit; trained weights are between 1.5 and 2
+SYMMETRIC_FROM = 1.95  # from this alpha on beta cannot be estimated and is 0
+CF_POINTS = torch.arange(1, 11, dtype=torch.float64) / 10  # points where the characteristic function is evaluated
+TABLE_RANGE = 20.0  # the density has a table up to this many scales and a power law beyond
 
 
 def fit_stable(values: Tensor, clip: float = 1e-4) -> dict[str, float]:
-    """Regression of log(-log |phi(t)|) on log t gives alpha and the scale, of the phase on t the location and beta
-    (Koutrouvelis 1980, in the form of Kogon & Williams 1998); the values are standardised by what was found and the
-    regression is repeated, twice.
+    """Fits an alpha-stable distribution (Koutrouvelis 1980, in the form of Kogon & Williams 1998).
 
-    A stable law has no variance, so draws are clipped to the values' own quantiles `clip` and 1 - `clip` (`low`,
-    `high`), and then moved and scaled from the mean and spread of the clipped law (`center`, `spread`) to those of the
-    values (`mean`, `std`)."""
+    Regression of log(-log |phi(t)|) on log t gives alpha and the scale, regression of the phase on t the location and
+    beta. The values are standardised by the result and the regression is repeated twice.
+
+    A stable distribution has no variance. Draws are clipped to the values' quantiles `clip` and 1 - `clip` (`low`,
+    `high`), then moved and scaled from the mean and spread of the clipped distribution (`center`, `spread`) to those of
+    the values (`mean`, `std`).
+    """
     mean, std, is_plain = moments(values)
     if is_plain:
         law = {"alpha": 2.0, "beta": 0.0, "loc": mean, "scale": std / math.sqrt(2)}
@@ -34,7 +38,7 @@ def fit_stable(values: Tensor, clip: float = 1e-4) -> dict[str, float]:
     share = count / count.sum()
     quartiles = x[torch.searchsorted(share.cumsum(0), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))].tolist()
     alpha, beta, loc = 2.0, 0.0, quartiles[1]
-    scale = (quartiles[2] - quartiles[0]) / 1.908 or std  # exact for the normal law
+    scale = (quartiles[2] - quartiles[0]) / 1.908 or std  # exact for the normal distribution
     for _ in range(3):
         z = CF_POINTS[:, None] * (x - loc) / scale
         real, imaginary = (share * z.cos()).sum(1), (share * z.sin()).sum(1)
@@ -50,7 +54,7 @@ def fit_stable(values: Tensor, clip: float = 1e-4) -> dict[str, float]:
     ends = [round(q * (len(sorted_values) - 1)) for q in (clip, 1 - clip)]
     low, high = (sorted_values[i].item() for i in ends)
     law = {"alpha": alpha, "beta": beta, "loc": loc, "scale": scale, "low": low, "high": high}
-    k = torch.arange(1 << 16, dtype=torch.float64) + 1  # evenly spread over the square: no seed in a fit
+    k = torch.arange(1 << 16, dtype=torch.float64) + 1  # even points, so that a fit needs no seed
     even = _clipped_draws(law, (k * 0.7548776662466927) % 1, (k * 0.5698402909980532) % 1)
     spread, center = torch.std_mean(even, correction=0)
     return law | {"center": center.item(), "spread": spread.item() or 1.0, "mean": mean, "std": std}
@@ -63,7 +67,7 @@ def sample_stable(law: dict[str, float], shape: tuple[int, ...], generator: torc
 
 
 def log_prob_stable(law: dict[str, float], values: Tensor) -> Tensor:
-    """Of the stable law itself, not clipped or scaled: interpolated in a table of its density."""
+    """Log density of the stable distribution itself, without clipping and scaling, interpolated in a table."""
     table = _log_density(law["alpha"], law["beta"]).to(values.device)
     z = (values.double() - law["loc"]) / law["scale"]
     inside = z.clamp(-TABLE_RANGE, TABLE_RANGE)
@@ -116,9 +120,9 @@ def _stack_columns(*columns: Tensor) -> Tensor:
 
 
 def _log_density(alpha: float, beta: float) -> Tensor:
-    """[513] float64 of scale 1 and location 0, at points evenly spaced in asinh(x) from -REACH to REACH."""
+    """[513] float64, for scale 1 and location 0, at points evenly spaced in asinh(x) within TABLE_RANGE."""
     x = torch.linspace(-math.asinh(TABLE_RANGE), math.asinh(TABLE_RANGE), 513, dtype=torch.float64).sinh()
-    t = torch.arange(0, 25 ** (1 / alpha), 0.02, dtype=torch.float64)  # so images of the density lie 314 away
+    t = torch.arange(0, 25 ** (1 / alpha), 0.02, dtype=torch.float64)  # puts periodic images of the density 314 away
     step = torch.full_like(t, 0.02)
     step[0] /= 2
     density = (step * (-t.pow(alpha)).exp() * torch.cos(x[:, None] * t + beta * _skew_term(t, alpha))).sum(1) / math.pi

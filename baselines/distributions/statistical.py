@@ -1,4 +1,4 @@
-"""Statistics of donors' tensors: which tensors a target's tensor takes after, and the base of methods that fit them."""
+"""The base of methods that fit a distribution to donors' values: which tensors of the donors belong to which fit."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ log = logging.getLogger(__name__)
 CHOICES = {"granularity": ("layer", "role", "global"), "rescale": ("fan-in", "none")}
 MAX_FIT_VALUES = 1 << 22  # values of one fit; larger groups are thinned evenly
 DRAW_CHUNK = 1 << 22  # values that are drawn at a time
-Group = tuple[str, ...]  # what tensors that share a fit have in common
+Group = tuple[str, ...]  # the properties that tensors of one fit share
 Member = tuple["Donor", TensorSpec, Part]
 Fit = dict[str, Any]  # JSON values and tensors
 
 
 @dataclass(kw_only=True)
 class Statistical(Sampler):
-    """Draws the entries of a tensor independently from what is fitted to donors' values. A method is `fit_values` and
-    `draw`. What no donor has is left out.
+    """Draws the entries of a tensor independently from a distribution fitted to donors' values.
 
-    Values are fitted after multiplication by sqrt(fan-in) and divided by the target's when drawn (`rescale=fan-in`),
-    so that a donor of another width says something. A target's layer takes after the layers at the nearest relative
-    depth of every donor. Gains and shifts of norms are set to the donors' mean. Embeddings have fits of their own
-    whatever the granularity, because nothing is summed over their rows.
+    A subclass implements `fit_values` and `draw`. A tensor that no donor has a counterpart for is left out.
 
-    A plain module, which no config describes, takes after the donors' tensors of the same name where its role is not
-    known, and otherwise after all their tensors with as many axes: matrices after matrices, biases after biases,
-    gains after gains. So donors may be other modules (zoo.donors.memory.zoo_of) or language models.
+    Each layer of the target uses the layers at the nearest relative depth of every donor. With `rescale=fan-in` values
+    are multiplied by sqrt(fan-in) before the fit, and draws divided by the target's, so that donors of other widths can
+    be used. Gains and shifts of norms are set to the donors' mean. Embeddings have fits of their own at every
+    granularity, because no matrix product sums over their rows.
+
+    A plain module without a config uses the donors' tensors of the same name. Where there are none, it uses all their
+    tensors of the same kind with as many axes: weights for weights, biases for biases. Donors may be modules
+    (zoo.donors.memory.zoo_of) or language models.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("donors",)
@@ -55,7 +56,7 @@ class Statistical(Sampler):
 
     donor: str | None = option(None, "name of the donor; none: all donors together, where they have the role")
     granularity: str = option("layer", "one fit per tensor (layer), per role, or for all matrices (global)")
-    rescale: str = option("fan-in", "of the spread when the input axis changes: fan-in (1 / sqrt) or none")
+    rescale: str = option("fan-in", "scaling of the spread with the size of the input axis: fan-in (1 / sqrt) or none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,11 +65,11 @@ class Statistical(Sampler):
 
     @abstractmethod
     def fit_values(self, values: Tensor) -> Fit:
-        """values [n] float32 on self.device -> JSON values, and tensors on the CPU."""
+        """Fits values [n] float32 on self.device. Returns JSON values, and tensors on the CPU."""
 
     @abstractmethod
     def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Independent draws, float32 on the CPU."""
+        """Draws independent values of a fit, float32 on the CPU."""
 
     @property
     def donors(self) -> tuple[str, ...]:
@@ -83,13 +84,13 @@ class Statistical(Sampler):
         if self.donor is None:
             log.info("%s: fitted to %d donors: %s", self.name, len(chosen), ", ".join(self._donors))
         found = collect_members(chosen, blueprint, self.granularity)
-        wanted = {
+        needed = {
             group: found[group]
             for spec in blueprint.specs
             for part in spec.parts
             if (group := first_found(candidate_groups(blueprint, spec, part, self.granularity), found)) is not None
         }
-        for group, own in wanted.items():
+        for group, own in needed.items():
             share = max(1, MAX_FIT_VALUES // len(own))
             pooled = torch.cat([thin_values(standardized_values(member, self.rescale), share) for member in own])
             is_norm = group[0] == "norm"
@@ -104,7 +105,7 @@ class Statistical(Sampler):
                 yield spec.name, tensor
 
     def tensor(self, blueprint: Blueprint, spec: TensorSpec, seed: int) -> Tensor | None:
-        """The tensor of one spec, None where no donor had anything for it."""
+        """The tensor of one spec, None where no donor has a counterpart."""
         generator = stream(seed, f"{self.name}/{spec.name}")
         parts = {}
         for part in spec.parts:
@@ -136,34 +137,39 @@ class Statistical(Sampler):
             self._fits[group][key] = tensor
 
 
-def choose_donors(zoo: Zoo | None, blueprint: Blueprint, name: str | None, who: str) -> tuple[Donor, ...]:
-    """The donor called `name`, or all that have every role of the target's matrices, or the most of them; for a plain
-    module all that have the most of its tensors, by name or role before number of axes. UserError: there is none."""
+def choose_donors(zoo: Zoo | None, blueprint: Blueprint, name: str | None, method: str) -> tuple[Donor, ...]:
+    """The donor called `name`, or all donors that share the most roles of matrices with the target.
+
+    For a plain module it is the donors that have the most of its tensors, by name or role before number of axes. Raises
+    UserError where no donor has any.
+    """
     if zoo is None or not zoo.donors:
-        raise UserError(f"{who} needs donors: give --zoo DIR, or --donor FOLDER")
+        raise UserError(f"{method} needs donors: give --zoo DIR, or --donor FOLDER")
     if blueprint.metadata is None:
         has = {donor: _count_matches(donor, blueprint) for donor in zoo.donors}
-        lacking = "tensor of the target's names or with as many axes"
+        lacking = "tensor with a name of the target or with as many axes"
     else:
         wanted = _matrix_roles(blueprint)
         if not wanted:
-            raise UserError(f"{who}: no tensor of the target has a known role")
+            raise UserError(f"{method}: no tensor of the target has a known role")
         has = {donor: (len(wanted & _matrix_roles(donor.blueprint)), 0) for donor in zoo.donors}
-        lacking = f"of the target's roles {', '.join(sorted(wanted))}"
+        lacking = f"matrix of the target's roles ({', '.join(sorted(wanted))})"
     if name is not None:
         donor = zoo.donor(name)
         if has[donor] == (0, 0):
-            raise UserError(f"{who}: donor {donor.name!r} has not any {lacking}")
+            raise UserError(f"{method}: donor {donor.name!r} has no {lacking}; choose another donor")
         return (donor,)
     most = max(has.values())
     if most == (0, 0):
-        raise UserError(f"{who}: no donor has any {lacking}")
+        raise UserError(f"{method}: no donor has a {lacking}; add one to the zoo")
     return tuple(donor for donor, count in has.items() if count == most)
 
 
 def candidate_groups(blueprint: Blueprint, spec: TensorSpec, part: Part, granularity: str) -> list[Group]:
-    """The groups that a target's part may take after, the best first: its role, and for plain modules its name, then
-    its number of axes. Biases, norms and embeddings always have groups of their own."""
+    """The groups whose fit a target's part may use, the best first: by role; in plain modules by name, then by axes.
+
+    Biases, norms and embeddings always have groups of their own.
+    """
     is_plain = blueprint.metadata is None
     if len(part.axes) >= 2 and part.role != "embed" and granularity == "global" and (is_plain or part.role != "other"):
         return [("all",)]
@@ -173,8 +179,7 @@ def candidate_groups(blueprint: Blueprint, spec: TensorSpec, part: Part, granula
 
 
 def collect_members(donors: Sequence[Donor], blueprint: Blueprint, granularity: str) -> dict[Group, list[Member]]:
-    """The donors' parts of every group that the target's parts may take after. A donor's layer belongs to the target's
-    layers that lie nearest to it in relative depth."""
+    """Group -> the donors' parts in it. A donor's layer belongs to the target's layers nearest in relative depth."""
     is_plain, layers = blueprint.metadata is None, count_layers(blueprint)
     found: dict[Group, list[Member]] = defaultdict(list)
     for donor in donors:
@@ -200,21 +205,23 @@ def first_found(candidates: Sequence[Group], found: Collection[Group]) -> Group 
 
 
 def standardized_values(member: Member, rescale: str) -> Tensor:
-    """[n] float32: the values of a donor's part, brought to fan-in 1; gains as what they multiply by."""
+    """[n] float32: the values of a donor's part, scaled to fan-in 1; gains as the factor that they multiply by."""
     donor, spec, part = member
     values = split_parts(spec, donor.read(spec.name, torch.float32))[part.role].flatten()
     return values * fan_in_factor(spec, part, rescale) + donor.blueprint.offset(spec)
 
 
 def fan_in_factor(spec: TensorSpec, part: Part, rescale: str) -> float:
-    """sqrt(fan-in) of what reads an axis, 1 for the rest and for rescale=none."""
+    """sqrt(fan-in) for a matrix that reads an axis; 1 for other parts and for rescale=none."""
     reads = len(part.axes) >= 2 and part.role != "embed" and rescale == "fan-in"
     return math.sqrt(math.prod(part.shape[1:])) if reads else 1.0
 
 
 def thin_values(values: Tensor, most: int) -> Tensor:
-    """At most `most` of the values: one at random of each run of neighbours, always the same. A regular stride would
-    see some columns of a matrix and never the others."""
+    """At most `most` of the values: one at random of each run of neighbours, the same in every call.
+
+    A regular stride would take some columns of a matrix and never the others.
+    """
     if len(values) <= most:
         return values
     run = math.ceil(len(values) / most)
@@ -224,21 +231,21 @@ def thin_values(values: Tensor, most: int) -> Tensor:
 
 
 def count_layers(blueprint: Blueprint) -> int:
-    """How many layers a model has; of a plain module what its names count."""
+    """The number of layers of a model; for a plain module by the numbers in its tensors' names."""
     if blueprint.metadata is not None:
         return blueprint.metadata.layers
     return 1 + max((spec.layer for spec in blueprint.specs if spec.layer is not None), default=0)
 
 
 def nearest_layers(layer: int, donor_layers: int, layers: int) -> Iterator[int]:
-    """The target's layers that lie nearest to a donor's layer in relative depth."""
+    """The layers of the target that are nearest to a donor's layer in relative depth."""
     for target in range(layers):
         if round(target / max(1, layers - 1) * (donor_layers - 1)) == layer:
             yield target
 
 
 def _kind_groups(spec: TensorSpec, part: Part, is_plain: bool) -> list[Group]:
-    """What a part is whatever its layer: by its role, or by its name where that says nothing."""
+    """The groups of a part without its layer: by its role, or by its name in a plain module without roles."""
     if is_plain and part.role in ("conv", "other"):
         return [("name", parse_name(spec.name)[0], spec.kind, str(len(part.axes)))]
     table = spec.site or (part.axes[0] if part.role == "embed" else "")
@@ -250,7 +257,7 @@ def _axes_group(spec: TensorSpec, part: Part) -> Group:
 
 
 def _count_matches(donor: Donor, blueprint: Blueprint) -> tuple[int, int]:
-    """How many tensors of a plain module a donor serves by name or role, and how many at all."""
+    """(tensors of a plain module that a donor matches by name or role, tensors that it matches at all)."""
     found = collect_members([donor], blueprint, "layer")
     keys = [
         first_found(candidate_groups(blueprint, s, part, "layer"), found) for s in blueprint.specs for part in s.parts

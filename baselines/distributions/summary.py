@@ -1,4 +1,4 @@
-"""What fits need to know of many values: their order, their moments, and a few thousand points that stand for all."""
+"""Summaries of many values for fits: sorted values, moments, and a few thousand weighted points."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MIN_VALUES = 16  # values that show no shape
+MIN_VALUES = 16  # with fewer values the shape of a distribution cannot be fitted
 
 
 def sort_values(values: Tensor) -> Tensor:
@@ -15,16 +15,18 @@ def sort_values(values: Tensor) -> Tensor:
 
 
 def moments(values: Tensor) -> tuple[float, float, bool]:
-    """Mean, standard deviation (exactly 0 for constants), and whether there is no shape to fit: constant, or few."""
+    """(mean, standard deviation, whether no shape can be fitted). The deviation of constant values is exactly 0."""
     std, mean = torch.std_mean(values.double(), correction=0)
     is_constant = bool(values.max() == values.min())
     return mean.item(), 0.0 if is_constant else std.item(), is_constant or len(values) < MIN_VALUES
 
 
 def weighted_points(values: Tensor, most: int = 4096) -> tuple[Tensor, Tensor]:
-    """values [n] -> points [m] ascending and how many values each stands for [m]; float64 on the CPU, m <= most.
-    The extreme eighths of the points are the extreme values themselves, those between are means of neighbours, so
-    that tails are exact and averages of smooth functions are as good as over all values."""
+    """Points [m], ascending, that stand for values [n], and the count of values behind each point [m].
+
+    m <= most, float64 on the CPU. The extreme eighths of the points are the extreme values themselves, and the points
+    between are means of neighbours. Tails are exact, and averages of smooth functions are as good as over all values.
+    """
     x = sort_values(values).double()
     n = len(x)
     if n <= most:

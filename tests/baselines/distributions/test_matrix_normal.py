@@ -248,7 +248,7 @@ def test_refusals(tmp_path: Path) -> None:
         "LayerNorm.*basis=stored": Blueprint.from_pretrained_config(GPT2Config(n_embd=32, n_layer=1, n_head=4)),
         "head_dim 8 is not the target's 16": Blueprint.from_config({**own, "head_dim": 16}),
         "vocab 48 is not the target's 50": Blueprint.from_config({**own, "vocab_size": 50}),
-        "no matrix of the same name": Blueprint.from_module(nn.Linear(3, 3)),
+        "no matrix with the name and shape": Blueprint.from_module(nn.Linear(3, 3)),
     }
     for message, blueprint in targets.items():
         for work in (MatrixNormal().fit, MatrixNormal().reads):

@@ -163,7 +163,7 @@ def test_options_of_the_families_are_checked() -> None:
     for clip in (0.25, 0.5):
         with pytest.raises(UserError, match=f"stable: clip is {clip}; give less than 0.25"):
             Stable(clip=clip)
-    with pytest.raises(UserError, match="stable: clip is -0.1; give at least 0"):
+    with pytest.raises(UserError, match=r"stable: clip is -0\.1; give at least 0"):
         Stable(clip=-0.1)
 
 
@@ -233,7 +233,7 @@ def test_a_zoo_of_language_models_serves_a_module(tmp_path: Path) -> None:
     pooled = torch.cat([matrix.flatten() * math.sqrt(matrix.shape[1]) for matrix in matrices])
     assert abs(got["4.weight"].std() * math.sqrt(8 * 36) / pooled.std() - 1) < 0.03
     convolutions = Blueprint.from_module(nn.Conv2d(3, 4, 3, bias=False))
-    with pytest.raises(UserError, match="no donor has any tensor of the target's names or with as many axes"):
+    with pytest.raises(UserError, match="no donor has a tensor with a name of the target or with as many axes"):
         Normal().reads(zoo, convolutions)
 
 

@@ -173,7 +173,7 @@ REFUSED: list[tuple[str, dict[str, int], dict[str, str], str]] = [
     ("llama-mha", {"num_hidden_layers": 1}, {}, "layers 2 would shrink to 1"),
     ("llama-mha", {"num_key_value_heads": 2}, {}, "kv_heads 4 would shrink to 2"),
     ("llama-mha", {"head_dim": 4}, {}, "head_dim 8 would shrink to 4"),
-    ("llama-mha", {"head_dim": 16}, {}, "head_dim 8 must be a whole multiple of the target's 16; use more heads of 8 instead"),
+    ("llama-mha", {"head_dim": 16}, {}, "must be a whole multiple of the target's 16; use more heads"),
     ("gpt2", {"hidden_size": 48}, {"residual": "copy"}, "width 32 -> 48: with LayerNorm, residual=copy takes a mult"),
     ("gemma2", {"num_hidden_layers": 4}, {}, r"layer 1 \(full_attention\) would be the target's layer 2 .*depth=stack"),
 ]  # fmt: skip
@@ -199,9 +199,9 @@ def test_norms_on_the_stream_itself_allow_copies_only() -> None:
     zoo = zoo_of({"donor": donor})
     assert moved(Net2Wider(), donor, resized("opt", hidden_size=64, intermediate_size=60) | POST_NORM) < 1e-9
     for sizes, options, reason in [
-        ({"hidden_size": 48}, {}, "width 32 -> 48: LayerNorms act on the residual stream, which needs residual=copy and a multiple of 32"),
+        ({"hidden_size": 48}, {}, "width 32 -> 48: LayerNorms act on the residual stream, which needs residual=copy"),
         ({"hidden_size": 64}, {"residual": "pad"}, "width 32 -> 64: LayerNorms act on the residual stream"),
-        ({"num_hidden_layers": 3}, {}, "layers 2 -> 3: its norms stand on the stream itself"),
+        ({"num_hidden_layers": 3}, {}, "layers 2 -> 3: its norms act on the residual stream"),
     ]:
         with pytest.raises(UserError, match=reason):
             Net2Wider(**options).fit(zoo, Blueprint.from_config(resized("opt", **sizes) | POST_NORM))
@@ -213,7 +213,7 @@ def test_norms_on_the_stream_itself_allow_copies_only() -> None:
 
 def test_routers_are_refused() -> None:
     config = resized("mistral") | {"model_type": "mixtral", "num_local_experts": 2}
-    with pytest.raises(UserError, match=r"2 tensors of the target have no known role .*loses the donor's function: use row-column"):
+    with pytest.raises(UserError, match=r"2 tensors .* no known role .*loses the donor's function: use row-column"):
         Net2Wider().fit(zoo_of({"donor": random_model(config)}), Blueprint.from_config(config))
 
 

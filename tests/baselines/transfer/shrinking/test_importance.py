@@ -115,7 +115,7 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="9 tokens are too few for calibration; give at least 32"):
         calibration_windows(tmp_path / "short.txt", bytewise, None, 64, "x")
     wordwise = donor(tmp_path / "words", CONFIGS["llama"]).donors[0]
-    with pytest.raises(UserError, match=r"has no tokenizer\.json and its vocabulary of 60"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json and its 60 tokens are not bytes"):
         calibration_windows(good, wordwise, None, 64, "x")
     from tests.baselines.transfer.test_transfer import save_tokenizer
 
