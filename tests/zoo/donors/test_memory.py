@@ -8,7 +8,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from tests.support.tiny import config
-from zoo.donors.memory import load_into, zoo_of
+from zoo.donors.donor import provenance
+from zoo.donors.memory import ModuleDonor, load_into, zoo_of
 from zoo.errors import UserError
 
 
@@ -55,3 +56,19 @@ def test_loading_into_a_module() -> None:
         load_into(module, [("5.bias", torch.zeros(10))])
     with pytest.raises(UserError, match="does not fit"):
         load_into(module, [("3.bias", torch.zeros(11))])
+
+
+def test_weights_on_the_meta_device_are_refused() -> None:
+    with torch.device("meta"):
+        module = nn.Linear(2, 3)
+    donor = ModuleDonor(module, "m", source="m", revision="memory", sha256="")
+    with pytest.raises(UserError, match="weight is on the meta device; load the weights first"):
+        donor.read("weight")
+
+
+def test_a_module_has_neither_config_nor_facts_nor_vocabulary() -> None:
+    donor = zoo_of({"a": net()}).donor("a")
+    assert (donor.config, donor.facts, donor.vocabulary()) == ({}, {}, None)
+    assert provenance(donor) == {
+        "name": "a", "revision": f"sha256:{donor.sha256}", "sha256": donor.sha256, "license": "unknown",
+    }  # fmt: skip
