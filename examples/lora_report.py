@@ -1,4 +1,4 @@
-"""What the runs of lora_inits.py say: paired tests over seeds, the table beside the published one, one sentence."""
+"""Report of lora_inits.py: paired tests over seeds, the table beside the published one, and a verdict."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from headstart.compare.scores import interval
+from headstart.report.scores import interval
 
-PEFT = "peft-default"  # what all others are compared with
+PEFT = "peft-default"  # all others are compared with it
 PUBLISHED = {
     "source": "2509.00046",
     "what": "SmolLM2-135M on GPQA-Diamond, the reference of pareto LLaMA3-8B",
@@ -19,7 +19,7 @@ PUBLISHED = {
 }
 
 
-def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+def paired_test(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     """values - others, seed by seed: {mean, std, ci95} by Student's t, the two-sided p of the paired t test, Cohen's d
     of the differences."""
     from scipy.special import stdtr
@@ -42,22 +42,22 @@ def holm(ps: dict[str, float | None]) -> dict[str, float | None]:
     return corrected
 
 
-def against(entries: dict[str, Any], groups: Sequence[str]) -> None:
-    """Adds to every entry but PEFT's default what tells it from that: paired over seeds, Holm over initialisations."""
+def add_tests(entries: dict[str, Any], groups: Sequence[str]) -> None:
+    """Adds paired tests against PEFT's default to every other entry, with Holm's correction over initialisations."""
     own = entries[PEFT]
     others = [init for init, entry in entries.items() if init != PEFT and entry["losses"] and own["losses"]]
     for init in others:
         entry = entries[init]
-        entry["difference"] = paired(entry["losses"], own["losses"])
-        entry["gains"] = {g: paired(entry["accuracies"][g], own["accuracies"][g]) for g in groups}
+        entry["difference"] = paired_test(entry["losses"], own["losses"])
+        entry["gains"] = {g: paired_test(entry["accuracies"][g], own["accuracies"][g]) for g in groups}
     for find in (lambda e: e["difference"], *(lambda e, g=g: e["gains"][g] for g in groups)):
         corrected = holm({init: find(entries[init])["p"] for init in others})
         for init, p in corrected.items():
             find(entries[init])["holm"] = p
 
 
-def published() -> dict[str, Any]:
-    """The published table, with what chance says of it."""
+def published_result() -> dict[str, Any]:
+    """The published table with two tests against chance."""
     from scipy.stats import binomtest, fisher_exact
 
     n, rows = PUBLISHED["questions"], PUBLISHED["rows"]
@@ -68,7 +68,7 @@ def published() -> dict[str, Any]:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """One sentence, from the figures alone, on whether reshaping helps here."""
+    """One sentence on whether reshaping helps here, from the numbers alone."""
     entries = {name: e for name, e in found["inits"].items() if e["method"] == "pareto" and "difference" in e}
     if not entries:
         return "Nothing was compared: no pareto run ended beside PEFT's default."
@@ -92,15 +92,16 @@ def verdict(found: dict[str, Any]) -> str:
     p = "" if d["holm"] is None else f", p = {d['holm']:.2g} after Holm"
     nearest = f"the best of them, {best}, differs by {d['mean']:+.4f} nats ({d['mean'] / default:+.2%}{bounds}{p})"
     if lower:
-        start = f"The effect is there in the held-out loss of {_list(lower)}: over {seeds} seeds {nearest}"
+        start = f"The effect is there in the held-out loss of {_join_names(lower)}: over {seeds} seeds {nearest}"
     else:
         start = (
             f"No effect is seen: over {seeds} seeds no pareto strategy ends significantly below PEFT's default, each "
         )
         start += f"at its own learning rate; {nearest}"
-        start += f", so that a gain of more than {largest_gain(list(entries.values()), seeds):.4f} nats is unlikely"
-    worse = f", and {_list(higher)} {'ends' if len(higher) == 1 else 'end'} above it" if higher else ""
-    tasks = f"accuracy moves in {_list(moved)}" if moved else "none of its accuracies differs significantly"
+        gain = largest_plausible_gain(list(entries.values()), seeds)
+        start += f", so that a gain of more than {gain:.4f} nats is unlikely"
+    worse = f", and {_join_names(higher)} {'ends' if len(higher) == 1 else 'end'} above it" if higher else ""
+    tasks = f"accuracy moves in {_join_names(moved)}" if moved else "none of its accuracies differs significantly"
     peers = {name: e["loss"]["mean"] for name, e in found["inits"].items() if e["loss"] is not None}
     spread = (max(peers.values()) - min(peers.values())) / default
     return (
@@ -109,9 +110,9 @@ def verdict(found: dict[str, Any]) -> str:
     )
 
 
-def largest_gain(entries: Sequence[dict[str, Any]], seeds: int) -> float:
-    """The loss that the best of several strategies may save at most: the farthest end of their 95 % intervals over
-    seeds, widened by Bonferroni because it is the best of them that is looked at. Infinite for one seed."""
+def largest_plausible_gain(entries: Sequence[dict[str, Any]], seeds: int) -> float:
+    """The largest gain of the best of several strategies that the data allow: the lowest end of their 95 % intervals
+    over seeds, widened by Bonferroni because the best is selected. Infinite for one seed."""
     from scipy.special import stdtrit
 
     intervals = [(e["difference"]["mean"], e["difference"]["ci95"]) for e in entries]
@@ -121,12 +122,12 @@ def largest_gain(entries: Sequence[dict[str, Any]], seeds: int) -> float:
     return max(0.0, *(wider * (mean - bounds[0]) - mean for mean, bounds in intervals))
 
 
-def _list(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def table(found: dict[str, Any]) -> str:
-    """The markdown of examples/README.md: settings, figures, what was published, the sentence."""
+    """The Markdown of examples/README.md: settings, table, published table, verdict."""
     groups = list(found["settings"]["tasks"])
     lines = [
         f"| init | lr | loss on text B | against PEFT's default | p (Holm) | d | {' | '.join(groups)} |",
@@ -134,25 +135,25 @@ def table(found: dict[str, Any]) -> str:
     ]
     base = found["base"]
     cells = " | ".join(f"{base['accuracy'][g]:.3f}" for g in groups)
-    lines.append(f"| none: the base as it is | – | {base['loss']:.3f} | – | – | – | {cells} |")
+    lines.append(f"| base without adapter | – | {base['loss']:.3f} | – | – | – | {cells} |")
     for name, entry in found["inits"].items():
         if entry["loss"] is None:
             lines.append(f"| {name} | – | diverged | – | – | – | {' | '.join('–' for _ in groups)} |")
             continue
         d = entry.get("difference")
-        cells = " | ".join(_accuracy(entry, g) for g in groups)
+        cells = " | ".join(_accuracy_cell(entry, g) for g in groups)
         tests = (
             "– | – | –"
             if d is None
-            else f"{_interval(d, '+.4f')} | {_number(d['holm'], '.2g')} | {_number(d['d'], '+.1f')}"
+            else f"{_interval_cell(d, '+.4f')} | {_number_cell(d['holm'], '.2g')} | {_number_cell(d['d'], '+.1f')}"
         )
         rate = f"{entry['lr']:g}{' (edge)' if entry['edge'] else ''}"
-        lines.append(f"| {name} | {rate} | {_interval(entry['loss'], '.4f')} | {tests} | {cells} |")
+        lines.append(f"| {name} | {rate} | {_interval_cell(entry['loss'], '.4f')} | {tests} | {cells} |")
     p = found["published"]
     rows = [f"| {name} | {row['accuracy']:.4f} | {row['right']} |" for name, row in p["rows"].items()]
     chances = f"Fisher's exact p = {p['fisher_p']:.2f}; the better one against chance ({p['chance']:g}): p = "
     blocks = [
-        _settings(found),
+        _settings_text(found),
         "\n".join(lines),
         f"Published ({p['source']}; {p['what']}):",
         "\n".join([f"| | accuracy | right of {p['questions']} |", "|---|---|---|", *rows]),
@@ -162,8 +163,8 @@ def table(found: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def _settings(found: dict[str, Any]) -> str:
-    """What was done, in words."""
+def _settings_text(found: dict[str, Any]) -> str:
+    """One paragraph on the settings."""
     s, model, reference = found["settings"], found["model"], found["reference"]
     lrs = ", ".join(f"{lr:g}" for lr in s["lrs"])
     questions = sum(n for n in found["samples"].values() if n is not None)
@@ -175,27 +176,27 @@ def _settings(found: dict[str, Any]) -> str:
         f"seeds (Student's t); p is that of paired t "
         f"tests with Holm's correction over the {len(found['inits']) - 1} other inits, d Cohen's; accuracies on the "
         f"first {s['limit']} questions of each file ({questions} in all), * where they differ from PEFT's default at "
-        f"p < .05 likewise. Reference of pareto: {reference['name']} ({_grouping(reference)})."
+        f"p < .05 likewise. Reference of pareto: {reference['name']} ({_grouping_text(reference)})."
     )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def _interval(cell: dict[str, Any], form: str) -> str:
+def _interval_cell(cell: dict[str, Any], form: str) -> str:
     return f"{cell['mean']:{form}}" + (f" [{cell['ci95'][0]:{form}}, {cell['ci95'][1]:{form}}]" if cell["ci95"] else "")
 
 
-def _number(value: float | None, form: str) -> str:
+def _number_cell(value: float | None, form: str) -> str:
     return "–" if value is None else f"{value:{form}}"
 
 
-def _accuracy(entry: dict[str, Any], group: str) -> str:
+def _accuracy_cell(entry: dict[str, Any], group: str) -> str:
     cell, gain = entry["accuracy"][group], entry.get("gains", {}).get(group)
     half = f" ± {(cell['ci95'][1] - cell['ci95'][0]) / 2:.3f}" if cell["ci95"] else ""
     return f"{cell['mean']:.3f}{half}" + ("*" if gain and gain["holm"] is not None and gain["holm"] < 0.05 else "")
 
 
-def _grouping(reference: dict[str, Any]) -> str:
+def _grouping_text(reference: dict[str, Any]) -> str:
     found = reference["grouping"]
     if found["undifferentiated"]:
         return "undifferentiated"
-    return f"reference weight {found['reference']}, Gaussian counts for {_list(found['gaussian'])}"
+    return f"reference weight {found['reference']}, Gaussian counts for {_join_names(found['gaussian'])}"

@@ -1,7 +1,7 @@
 """Networks of any width from one trained MLP: the experiment behind row-column sampling (2408.08681).
 
-A small MLP is trained once. Networks of other widths are then made of its rows and columns, without any training, and
-their accuracy is measured; a few are trained on, beside the same networks under the default initialisation.
+A small MLP is trained once. Networks of other widths are made of its rows and columns, and their accuracy is measured
+without training. A few are then trained, beside networks of the same width from the default initialisation.
 
     python examples/mean_field_mlp.py --mnist mnist.npz      (or a folder of the four IDX files)
     python examples/mean_field_mlp.py                        (scikit-learn's digits)
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "iid, 1/multiplicity": {"sampling": "iid", "scale": "1/multiplicity"},
     "uncoupled": {"sampling": "balanced", "scale": "n/N", "coupling": "uncoupled"},
 }
-IDX = {
+IDX_FILES = {
     "x_train": "train-images-idx3",
     "y_train": "train-labels-idx1",
     "x_test": "t10k-images-idx3",
@@ -56,27 +56,29 @@ class Data:
 
 
 def load_mnist(path: Path) -> Data:
-    """path: a .npz with x_train, y_train, x_test and y_test, or a folder of the IDX files, gzipped or not. UserError
-    for anything else."""
-    arrays = {key: _read_idx(path, stem) for key, stem in IDX.items()} if path.is_dir() else _read_npz(path)
+    """path: an .npz with x_train, y_train, x_test and y_test, or a folder of the four IDX files, gzipped or not.
+    UserError for anything else."""
+    arrays = {key: _read_idx(path, stem) for key, stem in IDX_FILES.items()} if path.is_dir() else _read_npz(path)
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.ndim < 2 or y.ndim != 1 or len(x) != len(y) or not len(y) or y.max() > 9:
-            raise UserError(f"{path}: {x.shape} images and {y.shape} labels of x_{part} and y_{part} are no MNIST")
+            raise UserError(
+                f"{path}: {part} has {x.shape} images and {y.shape} labels; give one label of 0 to 9 per image"
+            )
     images = [torch.from_numpy(arrays[key]).flatten(1).float() / 255 for key in ("x_train", "x_test")]
     labels = [torch.from_numpy(arrays[key]).long() for key in ("y_train", "y_test")]
     return Data("MNIST", images[0], labels[0], images[1], labels[1])
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    wanted = f"give an .npz with {', '.join(IDX)}, or a folder of the IDX files"
+    wanted = f"give an .npz with {', '.join(IDX_FILES)}, or a folder of the IDX files"
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: {'is no .npz' if path.exists() else 'does not exist'}; {wanted}")
+        raise UserError(f"{path}: {'is not an .npz file' if path.exists() else 'does not exist'}; {wanted}")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if missing := [key for key in IDX if key not in archive.files]:
+            if missing := [key for key in IDX_FILES if key not in archive.files]:
                 raise UserError(f"{path}: has no {', '.join(missing)}; {wanted}")
-            return {key: archive[key] for key in IDX}
+            return {key: archive[key] for key in IDX_FILES}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error}); {wanted}") from error
 
@@ -118,7 +120,8 @@ def accuracy(model: nn.Module, data: Data) -> float:
 
 
 def train(model: nn.Module, data: Data, steps: int, seed: int, until: float = 2.0) -> int | None:
-    """Adam on batches of 128. Returns the step at which the accuracy reached `until`, looked at 20 times, or None."""
+    """Trains with Adam on batches of 128. Returns the step at which the accuracy reached `until`, or None. Measures it
+    20 times."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     order = stream(seed, "batches")
     every = max(1, steps // 20)
@@ -132,8 +135,8 @@ def train(model: nn.Module, data: Data, steps: int, seed: int, until: float = 2.
     return None
 
 
-def sampled(zoo: Zoo, data: Data, width: int, seed: int, noise: float = 0.0, **options: Any) -> nn.Sequential:
-    """A network of that width made of the rows and columns of the zoo's donor."""
+def sampled_network(zoo: Zoo, data: Data, width: int, seed: int, noise: float = 0.0, **options: Any) -> nn.Sequential:
+    """A network of this width, made of the rows and columns of the zoo's donor."""
     model = mlp(data.x_train.shape[1], width)
     blueprint = Blueprint.from_module(model)
     load_into(model, RowColumn(noise=noise, **options).fit(zoo, blueprint).sample(blueprint, seed))
@@ -141,17 +144,17 @@ def sampled(zoo: Zoo, data: Data, width: int, seed: int, noise: float = 0.0, **o
 
 
 def table(zoo: Zoo, data: Data, source: float, args: argparse.Namespace) -> list[str]:
-    """The lines of the Markdown table: one per width."""
+    """The lines of the Markdown table, one per width."""
     columns = ["hidden N", *VARIANTS, "steps from row-column", "steps from default"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for width in args.widths:
         cells = [str(width)]
         for options in VARIANTS.values():
-            found = [accuracy(sampled(zoo, data, width, seed, **options), data) for seed in range(args.draws)]
+            found = [accuracy(sampled_network(zoo, data, width, seed, **options), data) for seed in range(args.draws)]
             cells.append(f"{sum(found) / len(found):.3f}")
         if width in args.retrain:
             starts = (
-                lambda seed, width=width: sampled(zoo, data, width, seed, noise=0.01, scale="n/N"),
+                lambda seed, width=width: sampled_network(zoo, data, width, seed, noise=0.01, scale="n/N"),
                 lambda seed, width=width: mlp(data.x_train.shape[1], width, 1 + seed),
             )
             for start in starts:
@@ -163,8 +166,8 @@ def table(zoo: Zoo, data: Data, source: float, args: argparse.Namespace) -> list
     return lines
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on, or ValueError."""
+def positive_int(text: str) -> int:
+    """A positive whole number. ValueError for anything else."""
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
@@ -172,15 +175,17 @@ def positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    several: dict[str, Any] = {"type": positive, "nargs": "+", "metavar": "N"}
+    several: dict[str, Any] = {"type": positive_int, "nargs": "+", "metavar": "N"}
     parser.add_argument("--mnist", type=Path, help="mnist.npz or a folder of IDX files; none: scikit-learn's digits")
-    parser.add_argument("--steps", type=positive, default=1000, help="of the source's training, and at most of others")
-    parser.add_argument("--hidden", type=positive, default=128, help="width of the source")
-    parser.add_argument("--widths", default=[64, 128, 256, 512], help="of the sampled networks", **several)
     parser.add_argument(
-        "--retrain", default=[64, 256], help="those of the widths that are trained on", **several | {"nargs": "*"}
+        "--steps", type=positive_int, default=1000, help="steps of the source's training; the most for others"
     )
-    parser.add_argument("--draws", type=positive, default=3, help="networks per accuracy")
+    parser.add_argument("--hidden", type=positive_int, default=128, help="width of the source")
+    parser.add_argument("--widths", default=[64, 128, 256, 512], help="widths of the sampled networks", **several)
+    parser.add_argument(
+        "--retrain", default=[64, 256], help="the widths that are also trained", **several | {"nargs": "*"}
+    )
+    parser.add_argument("--draws", type=positive_int, default=3, help="networks per accuracy")
     args = parser.parse_args(argv)
     try:
         data = load_mnist(args.mnist) if args.mnist else load_digits()

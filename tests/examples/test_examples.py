@@ -76,7 +76,7 @@ def test_mean_field_mlp_on_mnist(shared_data: Path, capsys: pytest.CaptureFixtur
     assert float(table[32]["balanced, n/N"]) == source_accuracy(output) > float(table[32]["uncoupled"]) + 0.3
 
 
-def test_an_archive_and_the_idx_files_are_the_same_data(tmp_path: Path) -> None:
+def test_npz_and_idx_files_give_the_same_data(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     arrays = {
         "train-images-idx3": draws.integers(0, 256, (7, 28, 28), dtype=np.uint8),
@@ -100,7 +100,7 @@ def test_an_archive_and_the_idx_files_are_the_same_data(tmp_path: Path) -> None:
             np.testing.assert_allclose(getattr(data, key).numpy(), expected, rtol=1e-6)
 
 
-def test_what_is_no_mnist_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_files_than_mnist_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, archive, folder = tmp_path / "notes.txt", tmp_path / "other.npz", tmp_path / "folder"
     text.write_text("nothing")
     np.savez(archive, x_train=np.zeros((2, 28, 28), np.uint8), y_train=np.zeros(2, np.uint8))
@@ -108,7 +108,7 @@ def test_what_is_no_mnist_is_refused_in_a_line(tmp_path: Path, capsys: pytest.Ca
     cut = folder / "train-images-idx3-ubyte"
     cut.write_bytes(struct.pack(">BBBB3I", 0, 0, 8, 3, 60000, 28, 28))
     for path, reason in {
-        text: "is no .npz",
+        text: "is not an .npz file",
         archive: "has no x_test, y_test",
         tmp_path / "missing.npz": "does not exist",
         folder: "is not in the IDX format, or cut off",
@@ -158,17 +158,17 @@ def test_lora_inits_statistics() -> None:
     example = script(REPORT)
     draws = np.random.default_rng(0)
     ours, theirs = draws.normal(size=5) - 0.5, draws.normal(size=5)
-    cell = example.paired(ours, theirs)
+    cell = example.paired_test(ours, theirs)
     reference = ttest_rel(ours, theirs)
     assert cell["p"] == pytest.approx(reference.pvalue)
     assert cell["ci95"] == pytest.approx(list(reference.confidence_interval()))
     assert cell["d"] == pytest.approx(reference.statistic / np.sqrt(5))
-    assert example.paired([1.0], [2.0])["p"] is None and example.paired([1.0, 1.0], [1.0, 1.0])["p"] == 1.0
+    assert example.paired_test([1.0], [2.0])["p"] is None and example.paired_test([1.0, 1.0], [1.0, 1.0])["p"] == 1.0
     # Holm (1979): smallest times 4, next times 3, …, never decreasing
     corrected = example.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
     assert corrected == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
     assert example.holm({"a": 0.02, "b": None}) == {"a": 0.04, "b": None}
-    table = example.published()
+    table = example.published_result()
     assert round(table["fisher_p"], 2) == 0.17
     for row in table["rows"].values():
         assert round(row["right"] / table["questions"], 4) == row["accuracy"]
@@ -187,11 +187,11 @@ def figures(shift: float, noise: float) -> dict[str, Any]:
             "loss": example.interval(losses), "accuracies": {"PIQA": [0.5] * 5},
             "accuracy": {"PIQA": example.interval([0.5] * 5)},
         }  # fmt: skip
-    example.against(entries, ["PIQA"])
+    example.add_tests(entries, ["PIQA"])
     return {"inits": entries, "settings": {"seeds": [0, 1, 2, 3, 4]}}
 
 
-def test_lora_inits_says_what_its_figures_say() -> None:
+def test_verdict_of_lora_inits() -> None:
     verdict = script(REPORT).verdict
     assert verdict(figures(-0.1, 0.01)).startswith("The effect is there in the held-out loss of pareto, A_only")
     none = verdict(figures(0.0, 0.01))
@@ -200,20 +200,20 @@ def test_lora_inits_says_what_its_figures_say() -> None:
     assert worse.startswith("No effect is seen") and "pareto, A_only ends above it" in worse
 
 
-def test_the_largest_gain_is_that_of_the_best_of_all() -> None:
-    largest_gain = script(REPORT).largest_gain
+def test_largest_plausible_gain_of_several_strategies() -> None:
+    largest_plausible_gain = script(REPORT).largest_plausible_gain
     # five differences of mean -0.01 and sd 0.02: t(0.975, 4) = 2.7764, and for one of two t(0.9875, 4) = 3.4954
     half = 2.7764 * 0.02 / 5**0.5
     one = {"difference": {"mean": -0.01, "ci95": [-0.01 - half, -0.01 + half]}}
     other = {"difference": {"mean": 0.05, "ci95": [0.05 - half, 0.05 + half]}}
-    assert largest_gain([one], 5) == pytest.approx(0.01 + half)
-    assert largest_gain([one, other], 5) == pytest.approx(0.01 + 3.4954 * 0.02 / 5**0.5, rel=1e-3)
-    assert largest_gain([other], 5) == 0.0
+    assert largest_plausible_gain([one], 5) == pytest.approx(0.01 + half)
+    assert largest_plausible_gain([one, other], 5) == pytest.approx(0.01 + 3.4954 * 0.02 / 5**0.5, rel=1e-3)
+    assert largest_plausible_gain([other], 5) == 0.0
 
 
-def test_lora_inits_table_is_that_of_its_figures() -> None:
+def test_committed_lora_table_matches_its_results() -> None:
     example = script(LORA)
     found = json.loads(example.RESULTS.read_text())
     text = example.README.read_text()
-    assert example.place(text, example.table(found)) == text
+    assert example.fill_mark(text, example.table(found)) == text
     assert example.verdict(found) == found["verdict"]
