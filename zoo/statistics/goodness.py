@@ -1,9 +1,8 @@
-"""Is one sample of distances between layers a power law? The protocol of Clauset, Shalizi & Newman (0706.1062), with
-layers as the units that chance draws.
+"""Tests whether distances between layers follow a power law: the protocol of Clauset, Shalizi & Newman (0706.1062).
 
-A distance d_lm belongs to two layers, and distances that share a layer are not independent: L layers say as much as
-L observations, not as L². Everything here that is a p-value therefore exists twice, for layers and, as published, for
-pairs as if they were independent."""
+A distance belongs to two layers, and distances that share a layer are not independent. So L layers hold about as much
+information as L observations, not as L². Every p-value exists twice: with layers as the sampled units, and with pairs
+as if they were independent, as published (`p_pairs`)."""
 
 from __future__ import annotations
 
@@ -19,53 +18,58 @@ from zoo.statistics.tails import ALTERNATIVES, NESTING, power_law
 
 Array = NDArray[np.float64]
 
-XMIN_CANDIDATES = 60  # of xmin, in the replicates and in the fit that they are compared with
-REJECTION_LEVEL = 0.1  # a power law is rejected at or below this p, as published
-ALTERNATIVE_LEVEL = 0.05  # and so it is where another law's likelihood is higher at this p (Holm over the laws)
-VALUES_PER_CHUNK = 1 << 15  # values of replicates that are worked on at a time
-MIN_TAIL = 50  # fewer values above xmin could hardly reject anything [R]
-MIN_TAIL_SHARE = 0.25  # a power law of a smaller share of the values says nothing of the sample [R]
+XMIN_CANDIDATES = 60  # values of xmin to try, in the replicates and in the fit they are compared with
+REJECTION_LEVEL = 0.1  # a power law is rejected if p is at most this, as published
+ALTERNATIVE_LEVEL = 0.05  # or if another law fits better, with a p below this after Holm's correction
+VALUES_PER_CHUNK = 1 << 15  # values of replicates in memory
+MIN_TAIL = 50  # Our choice: fewer values above xmin can hardly reject anything.
+MIN_TAIL_SHARE = 0.25  # Our choice: a smaller share of the values does not describe the sample.
 
 
 @dataclass(frozen=True)
 class DistanceSample:
-    """Distances in ascending order, and the two layers of each. In a sample of one projection with itself, or of two
-    projections of the same layers, both columns count the same layers; else their numbers do not overlap."""
+    """Distances in ascending order, and the two layers of each.
+
+    Both columns of `pairs` number the same layers if the distances are within one projection, or between two
+    projections of the same layers. Else their numbers do not overlap."""
 
     values: Array  # [n]
     pairs: NDArray[np.int64]  # [n, 2]
 
     @classmethod
     def from_unsorted(cls, values: Array, pairs: NDArray[np.int64]) -> DistanceSample:
+        """Sorts distances [n] and their pairs of layers [n, 2]."""
         order = np.argsort(values, kind="stable")
         return cls(values[order], pairs[order])
 
     @property
     def layers(self) -> int:
+        """How many layers occur."""
         return len(np.unique(self.pairs))
 
 
 def assess_power_law(sample: DistanceSample, bootstraps: int, rng: np.random.Generator) -> dict[str, Any]:
-    """{alpha, xmin, tail, distance, p, p_pairs, worth, alpha_ci95, ratios, verdict, why} of a sample of at least LEAST
-    distinct values.
+    """Assesses a sample of at least MIN_DISTINCT_VALUES distinct values.
 
-    p is the share of replicates that lie at least as far (Kolmogorov-Smirnov) from the power law fitted to them, xmin
-    and alpha anew, as the sample lies from its own; replicates are independent values, from the law with the share of
-    the tail, else from the values below xmin. `p_pairs` draws as many values as there are distances, as published; `p`
-    draws `effective_sample_size` of them, as many as would let distribution functions vary as they do when layers, not pairs, are
-    left to chance (see `effective_sample_size`). alpha_ci95 is that of random weights per layer and pair, xmin anew in each.
+    Returns {alpha, xmin, tail, distance, p, p_pairs, worth, alpha_ci95, ratios, verdict, why}. p is the share of
+    replicates that are at least as far (Kolmogorov-Smirnov) from their own fit as the sample is. A replicate is a
+    sample of independent values: with the probability of the tail from the fitted law, else from the values below
+    xmin. It is fitted anew. `p_pairs` uses as many values as there are distances, as published. `p` uses `worth`
+    values, the `effective_sample_size` with layers as the sampled units. alpha_ci95 comes from random weights per
+    layer and pair, with a new xmin each time.
 
-    Known by simulation (tests/zoo/statistics/test_goodness.py repeats some), with 60 trials each: `p` rejected a true
-    power law in at most 0.12 of trials of 5, 8 and 16 layers, whether distances share nothing, or both sides' vectors,
-    or one side's alone, where `p_pairs` rejected 0.3 to 1.0 of them; where both sides decide it hardly ever rejects.
-    alpha_ci95 held alpha in 0.9 to 0.97 of trials of 16 layers, 0.6 to 0.9 of 5. Power is low: half-normal distances
-    of 30 layers that share nothing were rejected in half of trials, lognormal ones in a third, by either p, because
-    xmin retreats into the tail, and of 5 layers hardly anything can be. So a high p says little by itself, and `tail`,
-    `effective_sample_size` and `likelihood_ratios` are to be read beside it.
+    What simulations of 60 trials showed (tests/zoo/statistics/test_goodness.py repeats some):
+    - Level. `p` rejected true power laws in at most 12 % of trials, for 5, 8 and 16 layers, whether distances share
+      nothing, both vectors, or one side's vectors. In the last case `p_pairs` rejected 30 to 100 %. If both sides
+      determine the distance, `p` hardly ever rejects.
+    - Coverage. alpha_ci95 contained alpha in 90 to 97 % of trials with 16 layers, and in 60 to 90 % with 5.
+    - Power is low, because xmin moves into the tail. With 30 layers, either p rejected half-normal distances in half
+      of the trials and lognormal ones in a third. With 5 layers hardly anything is rejected.
+    So a high p alone is weak evidence; read `tail`, `worth` and `ratios` as well.
 
-    Other ways were tried. The bias-corrected bootstrap of Babu & Rao (2004) over layers rejected nothing at all,
-    whatever the distances, since its replicates do not gain from the search for the nearest law as the sample does;
-    layers resampled after the values were moved onto the law rejected half of true ones where one side decides."""
+    Alternatives that failed: the bias-corrected bootstrap of Babu & Rao (2004) over layers never rejected, because
+    its replicates do not search for the nearest law. Resampling layers after moving the values onto the law rejected
+    half of the true laws in which one side determines the distance."""
     law = fit_power_law(sample.values)
     found: dict[str, Any] = {"alpha": law.alpha, "xmin": law.xmin, "tail": law.tail, "distance": law.distance}
     independent = max(MIN_DISTINCT_VALUES // 2, round(effective_sample_size(sample.pairs)))
@@ -79,9 +83,11 @@ def assess_power_law(sample: DistanceSample, bootstraps: int, rng: np.random.Gen
 
 
 def verdict(found: dict[str, Any], n: int) -> tuple[str, str]:
-    """(verdict, why) by p, ratios and tail of `assess_power_law` of n values. Undecided: nothing speaks against a power law,
-    but it could not: fewer than TAIL values lie above xmin, or they are less than COVERED of all. Without that last
-    rule [R] normal distances far from 0 would be power laws, of their largest tenth and with exponents above 10."""
+    """(verdict, reason) from the p, ratios and tail that `assess_power_law` found in n values.
+
+    Undecided means that nothing contradicts a power law, but little could: fewer than MIN_TAIL values lie above
+    xmin, or less than MIN_TAIL_SHARE of all. Our choice: the second rule. Without it, normal distances far from 0
+    would be power laws of their largest tenth, with exponents above 10."""
     if found["p"] <= REJECTION_LEVEL:
         return "not a power law", f"the fit is rejected (p = {found['p']:.2g})"
     better = _significant_after_holm({name: r["p"] for name, r in found["ratios"].items() if r["R"] < 0})
@@ -108,18 +114,20 @@ def verdict(found: dict[str, Any], n: int) -> tuple[str, str]:
 
 
 def likelihood_ratios(sample: DistanceSample, alpha: float, xmin: float) -> dict[str, dict[str, float]]:
-    """{law: {R, p, p_pairs}} above xmin. R: log likelihood of the power law less that of the other, fitted to the same
-    values; positive speaks for the power law. p: Vuong's test, with the variance of R over layers, never below that
-    over pairs, and as many degrees of freedom as layers less one; for laws that contain the power law chi-squared with
-    one degree of freedom, R divided by the same ratio of variances (Rao & Scott 1981). p_pairs: the same with pairs as
-    if independent, as `powerlaw` has it."""
+    """Compares the power law with other laws above xmin: {law: {R, p, p_pairs}}.
+
+    R is the log-likelihood of the power law minus that of the other law, fitted to the same values; a positive R
+    favours the power law. p is Vuong's test, with the variance of R over layers (at least that over pairs) and one
+    degree of freedom less than there are layers. For laws that contain the power law it is chi-squared with one
+    degree of freedom, and R is divided by the same ratio of variances (Rao & Scott 1981). p_pairs treats pairs as
+    independent, as `powerlaw` does."""
     above = sample.values >= xmin
     x, pairs = sample.values[above] / xmin, sample.pairs[above]
-    ours = power_law(x, alpha)
+    power_law_density = power_law(x, alpha)
     layers = len(np.unique(pairs))
     found = {}
     for name, fit in ALTERNATIVES.items():
-        difference = ours - fit(x)
+        difference = power_law_density - fit(x)
         ratio = float(difference.sum())
         centred = (difference - difference.mean())[:, None]
         independent = float((centred**2).sum())
@@ -130,16 +138,17 @@ def likelihood_ratios(sample: DistanceSample, alpha: float, xmin: float) -> dict
             z = abs(ratio) / np.sqrt(independent)
             p = float(2 * stats.t.sf(z / np.sqrt(effect), max(layers - 1, 1)))
             p_pairs = float(2 * stats.norm.sf(z))
-        else:  # the other law has become the power law
+        else:  # the fitted alternative is the power law itself
             p = p_pairs = 1.0
         found[name] = {"R": ratio, "p": p, "p_pairs": p_pairs}
     return found
 
 
 def variance_over_layers(terms: Array, pairs: NDArray[np.int64]) -> float:
-    """Variance of the sum of centred terms [n, k] of pairs of layers [n, 2], where terms that share a layer are
-    dependent, summed over k: the jackknife's that leaves out one layer after the other, less what it counts twice
-    (Efron & Stein 1981)."""
+    """Variance of the sum of centred terms [n, k] of pairs of layers [n, 2], summed over k.
+
+    Terms that share a layer are dependent. This is the jackknife that leaves out one layer at a time, less what it
+    counts twice (Efron & Stein 1981)."""
     names, index = np.unique(pairs, return_inverse=True)
     sums, counts = _sums_by_layer(terms, index.reshape(pairs.shape), len(names))
     n, layers = len(terms), len(names)
@@ -148,22 +157,23 @@ def variance_over_layers(terms: Array, pairs: NDArray[np.int64]) -> float:
 
 
 def effective_sample_size(pairs: NDArray[np.int64]) -> float:
-    """How many independent values distances are worth, at most as many as they are: their number over the ratio of the
-    variances of their empirical distribution function, over layers and over pairs (the design effect of Rao & Scott
-    1981, at 20 shares). pairs [n, 2] are in the order of their values."""
-    steps = _indicators(len(pairs))
-    return len(pairs) / max(1.0, variance_over_layers(steps, pairs) / float((steps**2).sum()))
+    """How many independent values hold as much information as the distances, at most their number.
+
+    It is their number divided by the design effect (Rao & Scott 1981): the variance of their empirical distribution
+    function over layers, relative to that over pairs, at 20 levels. pairs [n, 2] are in the order of their values."""
+    indicators = _indicators(len(pairs))
+    return len(pairs) / max(1.0, variance_over_layers(indicators, pairs) / float((indicators**2).sum()))
 
 
-def _indicators(n: int, shares: int = 20) -> Array:
-    """[n, shares]: whether each of n values in ascending order is among a share of them, less that share."""
-    levels = (np.arange(shares) + 0.5) / shares
+def _indicators(n: int, n_levels: int = 20) -> Array:
+    """For n values in ascending order, whether each is below a quantile, centred: [n, levels]."""
+    levels = (np.arange(n_levels) + 0.5) / n_levels
     below = (np.arange(n)[:, None] + 0.5) / n <= levels
     return below - below.mean(0)
 
 
 def _sums_by_layer(terms: Array, index: NDArray[np.int64], layers: int) -> tuple[Array, Array]:
-    """(sums of the terms of every layer [layers, k], how many they are [layers])."""
+    """The sum of the terms of each layer, [layers, k], and their number, [layers]."""
     first, second = index.T
     other = first != second
     sums, counts = np.zeros((layers, terms.shape[1])), np.bincount(first, minlength=layers)
@@ -173,30 +183,32 @@ def _sums_by_layer(terms: Array, index: NDArray[np.int64], layers: int) -> tuple
 
 
 def _bootstrap_p_value(sample: DistanceSample, size: int, bootstraps: int, rng: np.random.Generator) -> float:
-    """The share of samples of `size` independent values, drawn as the fitted law has it, that lie at least as far from
-    the law fitted to them as the sample from its own."""
+    """The share of replicates that are at least as far from their own fit as the sample is. size: values in a
+    replicate."""
     logs, n = np.log(sample.values)[None], len(sample.values)
-    (alpha,), (distance,), (start,) = _fit_samples(logs, np.ones((1, n)), both=True)
+    (alpha,), (distance,), (start,) = _fit_samples(logs, np.ones((1, n)), two_sided=True)
     farther = []
     for b in _chunk_sizes(bootstraps, size):
         drawn = logs[0, start] + rng.exponential(1 / (alpha - 1), (b, size))
         if start:
             below = logs[0, rng.integers(0, start, (b, size))]
             drawn = np.where(rng.random((b, size)) < 1 - start / n, drawn, below)
-        farther.append(_fit_samples(np.sort(drawn), np.ones((b, size)), both=True)[1] >= distance)
+        farther.append(_fit_samples(np.sort(drawn), np.ones((b, size)), two_sided=True)[1] >= distance)
     return float(np.concatenate(farther).mean())
 
 
 def _alpha_interval(sample: DistanceSample, bootstraps: int, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % of the exponents of the sample with random weights: u_l u_m v_lm for the distance of layers l and m, u Gamma
-    of mean 1 per layer and v exponential per pair; u varies so much that distribution functions do as over layers."""
+    """The central 95 % of the exponents of the sample under random weights.
+
+    The distance of layers l and m has the weight u_l u_m v_lm. u is Gamma with mean 1, per layer; v is exponential, per
+    pair. The variance of u makes distribution functions vary as much as they do over layers."""
     logs, n = np.log(sample.values)[None], len(sample.values)
     names, index = np.unique(sample.pairs, return_inverse=True)
     index = index.reshape(sample.pairs.shape)
     first, second = index.T
-    steps = _indicators(n)
-    alone, apart = float((steps**2).sum()), variance_over_layers(steps, sample.pairs)
-    variance = (apart - alone) / float((_sums_by_layer(steps, index, len(names))[0] ** 2).sum())
+    indicators = _indicators(n)
+    over_pairs, over_layers = float((indicators**2).sum()), variance_over_layers(indicators, sample.pairs)
+    variance = (over_layers - over_pairs) / float((_sums_by_layer(indicators, index, len(names))[0] ** 2).sum())
     alphas = []
     for b in _chunk_sizes(bootstraps, n):
         shape = (b, len(names))
@@ -208,20 +220,21 @@ def _alpha_interval(sample: DistanceSample, bootstraps: int, rng: np.random.Gene
 
 
 def _chunk_sizes(bootstraps: int, size: int) -> list[int]:
+    """Numbers of replicates that are computed together, in sum `bootstraps`."""
     most = max(1, VALUES_PER_CHUNK // size)
     return [most] * (bootstraps // most) + [bootstraps % most] * (bootstraps % most > 0)
 
 
-def _fit_samples(logs: Array, weights: Array, both: bool = False) -> tuple[Array, Array, NDArray[np.int64]]:
-    """(alpha [b], distance [b], index of xmin [b]) of weighted samples; logs [b, n] or [1, n] ascending."""
-    alphas, distances, starts = fit_every_xmin(logs, weights, XMIN_CANDIDATES, both)
+def _fit_samples(logs: Array, weights: Array, two_sided: bool = False) -> tuple[Array, Array, NDArray[np.int64]]:
+    """Fits weighted samples: (alpha [b], distance [b], index of xmin [b]). logs [b, n] or [1, n], ascending."""
+    alphas, distances, starts = fit_every_xmin(logs, weights, XMIN_CANDIDATES, two_sided)
     best = select_best_fit(alphas, distances)
     rows = np.arange(len(best))
     return alphas[rows, best], distances[rows, best], starts[best]
 
 
 def _significant_after_holm(p: dict[str, float]) -> dict[str, float]:
-    """Those whose p, adjusted for how many laws were compared, stays below BETTER."""
+    """The laws whose p, corrected by Holm for the number of alternatives, is below ALTERNATIVE_LEVEL."""
     adjusted, worst = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.__getitem__)):
         worst = max(worst, min(1.0, p[name] * (len(ALTERNATIVES) - i)))

@@ -1,8 +1,7 @@
-"""Is this donor worth learning from? A check of its weights alone: no text, no forward pass.
+"""Checks from its weights alone whether a donor is worth learning from: no text, no forward pass.
 
-Trained matrices have structure: rows and columns of unequal energy, singular values that noise does not have. Where a
-model has none of it, it was never trained, or its values were put in random places.
-"""
+Trained matrices have structure: rows and columns of unequal energy, and singular values above those of noise. A
+model without any of it was never trained, or its values were put in random places."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ from zoo.statistics.row_column import random_submatrix
 from zoo.streams import stream
 from zoo.tensors import TensorSpec, split_parts
 
-STRUCTURE_P_VALUE = 1e-8  # p-value from which a matrix counts as structured: no false one among thousands of tests
-MAX_EDGE_EXCESS = 8.0  # Tracy-Widom units above the edge, for the largest squared singular value: p about 1e-7
-MIN_SIDE = 8  # rows and columns: smaller matrices say nothing
-DEAD_SHARE = 0.01  # of its siblings' output: a block that writes less is dead
-UNIFORM_KURTOSIS, NORMAL_KURTOSIS = 1.8, 3.0  # kurtoses of the laws that weights are initialised by lie between these
+STRUCTURE_P_VALUE = 1e-8  # below this a matrix has structure: no false positive in thousands of tests
+MAX_EDGE_EXCESS = 8.0  # Tracy-Widom units of the largest squared singular value above the edge: p about 1e-7
+MIN_SIDE = 8  # rows and columns: smaller matrices cannot be tested
+DEAD_SHARE = 0.01  # a block is dead if its output is at most this share of the same block in other layers
+UNIFORM_KURTOSIS, NORMAL_KURTOSIS = 1.8, 3.0  # initialisations lie between these
 
-# What a block's output is a product of: (roles, sites of norms).
+# The factors of a block's output: (roles, sites of norms).
 BLOCK_FACTORS = {
     "attention": (("attn.v", "attn.o"), ("attn", "attn.out")),
     "MLP": (("mlp.gate", "mlp.up", "mlp.down"), ("mlp", "mlp.out")),
@@ -37,10 +36,12 @@ BLOCK_FACTORS = {
 
 @dataclass(frozen=True)
 class Finding:
+    """One thing that is wrong with a donor."""
+
     kind: str  # untrained | permuted | dead | constant | non-finite
     tensors: tuple[str, ...]  # names on disk
     text: str  # one line
-    whole: bool = False  # it is about all matrices of the model
+    whole: bool = False  # it concerns all matrices of the model
 
 
 def check_health(
@@ -50,38 +51,38 @@ def check_health(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Finding]:
-    """What is wrong with a donor, nothing where it is healthy:
+    """Returns what is wrong with a donor; nothing if it is healthy. The kinds of finding:
 
-    untrained   no matrix, of the model or of a whole layer, is anything but noise, and its values are distributed as
-                initialisations draw them: kurtosis from 1.8 (uniform) over truncated normals and orthogonal matrices
-                to 3 (normal), every gain the same. Matrices of zeros (o and down in some schemes) belong to it
-    permuted    the same noise, but values or gains of training: heavier tails than a normal, gains that differ. So look
-                entries that were shuffled, and entries that were drawn one by one from laws fitted to a trained model
-    dead        a block, attention or MLP, that writes less than 1 % of what its siblings in other layers write (by the
-                product of the RMS of its matrices and gains): it passes its input on. Siblings of an MLP with experts
-                are the others with experts; the RMS of its experts' matrices is their mean
-    constant    matrices whose values are all the same
-    non-finite  tensors with NaN or infinity
+    untrained   all matrices of the model, or of a whole layer, are noise with the values of an initialisation, and
+                every gain is the same. Kurtosis: from 1.8 for uniform to 3 for normal entries. Matrices of zeros (o
+                and down in some schemes) belong to it
+    permuted    the same noise, but trained values or gains: heavier tails than a normal, or gains that differ. Causes:
+                shuffled entries, or entries drawn independently from distributions fitted to a trained model
+    dead        an attention or MLP block that writes less than 1 % of what the same block writes in other layers, by
+                the product of the RMS of its matrices and gains. MLPs with experts are compared with each other; the
+                RMS of their experts' matrices is averaged
+    constant    a matrix whose values are all the same
+    non-finite  a tensor with NaN or infinity
 
-    A matrix is structured where, in at most `most` of its rows and columns (random ones), the shares of large entries
-    (above the median of |w|) differ between rows or between columns (chi-square against random places, p < 1e-8), or
-    where its largest singular value lies beyond the Marchenko-Pastur edge by more than 8 units of Tracy-Widom's law.
-    For that the entries are replaced by normal scores first, so that noise of any law has the same edge. Rows and
-    columns of zeros (padding) are left out, learned positions and matrices below 8 x 8 too.
+    A matrix has structure if one of two tests says so, on at most `most` random rows and columns. First: the shares
+    of large entries (above the median of |w|) differ between rows or between columns (chi-square, p < 1e-8). Second:
+    its largest singular value is more than 8 units of Tracy-Widom's law above the Marchenko-Pastur edge. For the
+    second, the entries are replaced by normal scores, so noise of any distribution has the same edge. Rows and
+    columns of zeros (padding), learned positions, and matrices smaller than 8 x 8 are skipped.
 
-    Limits. Models whose initialisation has structure (mimetic, identity, fixed sinusoids as matrices) pass; so do
-    those that were trained where it is hardly seen but in one matrix of every layer. Shuffled entries of a model whose
-    gains are all one and whose values have no more kurtosis than a normal are called untrained: nothing tells them
-    apart. Embedding and head are judged with the model as a whole only: small ones can stay noise in good models.
+    Limits. Models with a structured initialisation pass (mimetic, identity, fixed sinusoids). So do models whose
+    training shows in a single matrix per layer. Shuffled entries are called untrained if all gains are 1 and the
+    kurtosis is at most that of a normal. Embedding and head count only for the whole model: in good models, small
+    ones can stay noise.
 
-    Every tensor is read once, one in memory at a time; those of layers that look like noise twice. progress is called
-    with the number of values of each tensor."""
+    Every tensor is read once, one in memory at a time; those of layers that look like noise, twice. progress is
+    called with the number of values of each tensor."""
     tally = _Tally()
     for spec in donor.blueprint.specs:
         tally.add(donor, spec, device, most, seed)
         if progress is not None:
             progress(spec.numel)
-    noise = {layer: found for layer, found in tally.of_layer.items() if not any(m.structured for m in found)}
+    noise = {layer: found for layer, found in tally.matrices.items() if not any(m.structured for m in found)}
     for found in noise.values():
         for matrix in found:
             scores = normal_scores(_read_entries(donor, matrix.spec, matrix.role, device, most, seed))
@@ -90,9 +91,9 @@ def check_health(
                 break
     noise = {layer: found for layer, found in noise.items() if not any(m.structured for m in found)}
     structureless, whole = _structureless_findings(tally, noise)
-    drawn_zero = tally.constant_zero if whole and structureless[0].kind == "untrained" else set()
-    dead = [] if drawn_zero else _dead_blocks(tally)
-    constant = tuple(sorted(tally.constant - drawn_zero - {name for f in dead for name in f.tensors}))
+    initial_zeros = tally.constant_zero if whole and structureless[0].kind == "untrained" else set()
+    dead = [] if initial_zeros else _dead_blocks(tally)
+    constant = tuple(sorted(tally.constant - initial_zeros - {name for f in dead for name in f.tensors}))
     findings = []
     if tally.not_finite:
         findings.append(
@@ -104,35 +105,38 @@ def check_health(
 
 
 def summarise_findings(findings: Iterable[Finding]) -> str:
-    """`fine`, or the kinds that were found; `untrained layers` where the rest of the model was trained."""
-    of_layers = ("untrained", "permuted")
-    kinds = (f"{f.kind} layers" if f.kind in of_layers and not f.whole else f.kind for f in findings)
+    """`fine`, or the kinds of the findings; `untrained layers` if the rest of the model was trained."""
+    by_layer = ("untrained", "permuted")
+    kinds = (f"{f.kind} layers" if f.kind in by_layer and not f.whole else f.kind for f in findings)
     return ", ".join(dict.fromkeys(kinds)) or "fine"
 
 
 @dataclass
 class _Matrix:
+    """The noise tests of one matrix."""
+
     spec: TensorSpec
     role: str
     structured: bool
     kurtosis: float
-    margin: float  # what noise adds to the kurtosis of that many values
+    margin: float  # how much the kurtosis of so many noise values varies
 
 
 @dataclass
 class _Tally:
-    """What one pass over a donor has seen."""
+    """What one pass over a donor collects."""
 
-    of_layer: dict[int | None, list[_Matrix]] = field(default_factory=dict)
+    matrices: dict[int | None, list[_Matrix]] = field(default_factory=dict)
     trained_gains: set[int | None] = field(default_factory=set)  # layers with a norm whose gains differ
-    outputs: dict[tuple[int, str], list[float]] = field(default_factory=dict)  # layer, factor -> RMS of each tensor
-    named: dict[tuple[int, str], str] = field(default_factory=dict)  # layer, factor -> the first of these tensors
+    outputs: dict[tuple[int, str], list[float]] = field(default_factory=dict)  # (layer, factor) -> RMS of each tensor
+    named: dict[tuple[int, str], str] = field(default_factory=dict)  # (layer, factor) -> first tensor
     mixtures: set[int] = field(default_factory=set)  # layers with experts
     constant: set[str] = field(default_factory=set)
     constant_zero: set[str] = field(default_factory=set)
     not_finite: list[str] = field(default_factory=list)
 
     def add(self, donor: Donor | ModelCheckpoint, spec: TensorSpec, device: str, most: int, seed: int) -> None:
+        """Reads one tensor and adds its measurements."""
         if not spec.numel or not spec.dtype.is_floating_point:
             return
         try:
@@ -154,12 +158,12 @@ class _Tally:
                     structured = min(unevenness_p_value(matrix), unevenness_p_value(matrix.mT)) < STRUCTURE_P_VALUE
                     margin = 6 * (24 / matrix.numel()) ** 0.5
                     found = _Matrix(spec, role, structured, kurtosis(matrix), margin)
-                    self.of_layer.setdefault(spec.layer, []).append(found)
+                    self.matrices.setdefault(spec.layer, []).append(found)
         if spec.role == "norm" and spec.kind == "weight" and tensor.min() < tensor.max():
             self.trained_gains.add(spec.layer)
 
     def _count(self, spec: TensorSpec, role: str, values: Tensor, offset: float) -> None:
-        """The RMS of what a block's output is a product of; that of a layer's experts is their mean."""
+        """Adds the RMS of a factor of a block's output."""
         if spec.layer is None or spec.kind != "weight":
             return
         factor = f"norm@{spec.site}" if role == "norm" else role
@@ -171,19 +175,21 @@ class _Tally:
             self.mixtures.add(spec.layer)
 
     def rms(self, layer: int, factor: str) -> float:
+        """RMS of a factor of a layer's block; over experts, the mean."""
         return statistics.fmean(self.outputs[layer, factor])
 
 
 def _read_entries(
     donor: Donor | ModelCheckpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int
 ) -> Tensor:
+    """Reads the entries of a matrix that are tested, float64 [m, n]."""
     tensor = donor.read(spec.name)
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return _select_entries(split_parts(spec, tensor)[role], spec, role, device, most, seed)
 
 
 def _select_entries(values: Tensor, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
-    """float64 [m, n]: random rows and columns of a matrix, without those of zeros."""
+    """Random rows and columns of a matrix, without those of zeros: float64 [m, n]."""
     matrix = random_submatrix(values.flatten(1), most, stream(seed, f"health/{spec.name}/{role}")).to(
         device, torch.float64
     )
@@ -192,16 +198,16 @@ def _select_entries(values: Tensor, spec: TensorSpec, role: str, device: str, mo
 
 
 def _structureless_findings(tally: _Tally, noise: dict[int | None, list[_Matrix]]) -> tuple[list[Finding], bool]:
-    """The findings `untrained` and `permuted`, and whether they are about the whole model."""
+    """The findings `untrained` and `permuted`, and whether they concern the whole model."""
     if not noise:
         return [], False
-    whole = len(noise) == len(tally.of_layer)
+    whole = len(noise) == len(tally.matrices)
     if whole:
         groups: list[list[int | None]] = [list(noise)]
     else:
         layers = [layer for layer in noise if layer is not None]
-        marked: list[int | None] = [layer for layer in layers if _marked_by_training(tally, noise[layer], {layer})]
-        groups = [marked, [layer for layer in layers if layer not in marked]]
+        trained: list[int | None] = [layer for layer in layers if _marked_by_training(tally, noise[layer], {layer})]
+        groups = [trained, [layer for layer in layers if layer not in trained]]
     findings = []
     for group in filter(None, groups):
         found = [m for layer in group for m in noise[layer]]
@@ -211,9 +217,9 @@ def _structureless_findings(tally: _Tally, noise: dict[int | None, list[_Matrix]
         what = f"all {len(found)} matrices" if whole else f"{_layer_numbers(group)}: {len(found)} matrices"
         about = f"spectra inside the Marchenko-Pastur edge, kurtosis {span}"
         text = (
-            f"structure gone: {what} are noise of other than initial values ({about}), as if shuffled or drawn anew"
+            f"structure lost: {what} are noise with trained values ({about}), as if shuffled or drawn independently"
             if marked_by_training
-            else f"never trained: {what} are noise as an initialisation draws it ({about})"
+            else f"never trained: {what} are noise as in an initialisation ({about})"
         )
         names = dict.fromkeys(m.spec.name for m in found)
         findings.append(Finding("permuted" if marked_by_training else "untrained", tuple(names), text, whole))
@@ -221,12 +227,13 @@ def _structureless_findings(tally: _Tally, noise: dict[int | None, list[_Matrix]
 
 
 def _marked_by_training(tally: _Tally, found: list[_Matrix], layers: set[int | None]) -> bool:
-    """Whether values or gains are other than those that initialisations give."""
-    beyond = any(not UNIFORM_KURTOSIS - m.margin <= m.kurtosis <= NORMAL_KURTOSIS + m.margin for m in found)
-    return beyond or bool(layers & tally.trained_gains)
+    """Whether values or gains differ from those of an initialisation."""
+    unusual_values = any(not UNIFORM_KURTOSIS - m.margin <= m.kurtosis <= NORMAL_KURTOSIS + m.margin for m in found)
+    return unusual_values or bool(layers & tally.trained_gains)
 
 
 def _dead_blocks(tally: _Tally) -> list[Finding]:
+    """The findings `dead`."""
     findings = []
     layers = {layer for layer, _ in tally.outputs}
     for block, (roles, sites) in BLOCK_FACTORS.items():
@@ -244,14 +251,15 @@ def _dead_blocks(tally: _Tally) -> list[Finding]:
                 if o <= DEAD_SHARE * typical:
                     names = _smallest_tensors(tally, layer, factors, writing)
                     text = (
-                        f"layer {layer}: its {block} writes {o / typical:.1g} of what others do: {_join_names(names)}"
+                        f"layer {layer}: the output of its {block} is {o / typical:.1g} of that in other layers: "
+                        f"{_join_names(names)}"
                     )
                     findings.append(Finding("dead", names, text))
     return sorted(findings, key=lambda f: f.text)
 
 
 def _smallest_tensors(tally: _Tally, layer: int, factors: list[str], siblings: list[int]) -> tuple[str, ...]:
-    """Of a block that writes too little, the tensors that are the smallest beside their siblings."""
+    """Names of the tensors of a dead block that are small relative to the same tensors of other layers."""
     ratio = {}
     for factor in factors:
         if (layer, factor) in tally.outputs:
@@ -263,6 +271,7 @@ def _smallest_tensors(tally: _Tally, layer: int, factors: list[str], siblings: l
 
 
 def _join_names(names: Iterable[str], most: int = 3) -> str:
+    """The first `most` names, and how many more there are."""
     names = list(names)
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 

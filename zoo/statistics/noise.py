@@ -1,5 +1,5 @@
-"""Is a matrix noise, whatever its entries' law? Tests that ask about places only, and the kurtosis, which asks about
-the law only."""
+"""Tests whether the entries of a matrix are in random places, whatever their distribution; and the kurtosis, which
+depends on the distribution only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from zoo.statistics.spectra import marchenko_pastur, top_singular_values
 
 
 def unevenness_p_value(matrix: Tensor) -> float:
-    """[m, n] -> p-value of the rows' shares of large entries (above the median of |w|), were all entries in random
-    places: chi-square of m counts, in which the law of the entries plays no part."""
+    """p-value of the rows' shares of large entries (above the median of |w|) of a matrix [m, n], if places are random.
+
+    Chi-square of m counts. The distribution of the entries does not matter."""
     m, n = matrix.shape
     large = matrix.abs() > matrix.abs().median()
     share = large.double().mean().item()
@@ -24,8 +25,9 @@ def unevenness_p_value(matrix: Tensor) -> float:
 
 
 def edge_excess(matrix: Tensor) -> float:
-    """How far the largest squared singular value of a matrix of standard normal entries, or of what is tested for
-    being one, lies above the Marchenko-Pastur edge, in units of Tracy-Widom's law (mean -1.2, deviation 1.3)."""
+    """How far the largest squared singular value lies above the Marchenko-Pastur edge of standard normal entries.
+
+    In units of Tracy-Widom's law, which has mean -1.2 and standard deviation 1.3."""
     m, n = matrix.shape
     edge = marchenko_pastur(m, n, 1.0)[1]
     unit = edge * (m**-0.5 + n**-0.5) ** (1 / 3)
@@ -33,8 +35,9 @@ def edge_excess(matrix: Tensor) -> float:
 
 
 def normal_scores(matrix: Tensor) -> Tensor:
-    """float64: every value replaced by the normal quantile of its rank, and equal values by the same. Of entries in
-    random places that makes standard normal noise, however heavy their tails were."""
+    """Replaces every value by the normal quantile of its rank, float64; equal values get the same score.
+
+    Entries in random places become standard normal noise, however heavy their tails were."""
     values = matrix.flatten()
     ordered = values.sort().values
     rank = (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2
@@ -43,6 +46,6 @@ def normal_scores(matrix: Tensor) -> Tensor:
 
 
 def kurtosis(matrix: Tensor) -> float:
-    """The plain one, 3 for a normal."""
+    """Kurtosis of all entries: 3 for a normal distribution."""
     square = (matrix - matrix.mean()).square()
     return (square.square().mean() / square.mean() ** 2).item()

@@ -1,9 +1,8 @@
-"""Do the places of the weights matter? Row-column statistics of a checkpoint, with permutation p-values (2408.08681).
+"""Tests whether the places of the weights matter: row-column statistics with permutation p-values (2408.08681).
 
-In the mean-field picture unit i of a hidden space has a latent of its own, which the row that writes it and the column
-that reads it share: W_ij = f(xi_i, xi_j, noise). Then rows differ in energy, rows are correlated, and what writes a
-unit strongly is read strongly. Entries in random places, as an initialisation draws them, know none of this.
-"""
+In the mean-field picture, unit i of a hidden space has a latent variable, shared by the row that writes it and the
+column that reads it: W_ij = f(xi_i, xi_j, noise). Then rows differ in energy, rows are correlated, and units that
+are written strongly are read strongly. Entries in random places, as in an initialisation, show none of this."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ EnergyTable = dict[tuple[str, int | None, int | None], tuple[Tensor, Tensor]]  #
 
 READER_ROLES = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 WRITER_ROLES = ("attn.o", "mlp.down")
-ENERGY_FLOOR = 1e-12  # of the mean energy: rows of zeros have a logarithm too
+ENERGY_FLOOR = 1e-12  # times the mean energy, so that rows of zeros have a logarithm
 ENTRIES_PER_BATCH = 1 << 20  # entries that are shuffled at once
 
 
@@ -34,29 +33,29 @@ def row_column_study(
     most: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """{"tensors": one per matrix, "couplings": one per hidden space}; JSON throughout.
+    """Studies all matrices of a donor: {"tensors": one per matrix, "couplings": one per hidden space}, in JSON values.
 
-    tensors    {tensor, role, layer, expert, row_spread, row_spread_null, row_spread_p, column_spread, ..., and
-               row_correlation, ...}: the standard deviation of the log energy (sum of squares) of rows and of columns,
-               and the mean |correlation| of two rows. `_null` is the mean of the same number, and `_p` its p-value,
-               over shuffles of all entries. Of a matrix with more than `most` rows or columns, that many at random are
-               looked at: the numbers depend on the size (the spread of n normal entries is about sqrt(2 / n)), so
-               compare them with their null. Kernels of convolutions count as [out, in * size]
-    couplings  {layer, expert, space, a, b, correlation, p}: the correlation, over the units of a space, of the norm of
-               what writes a unit and the norm of what reads it; p over permutations of the units, two-sided. All
-               units count. Spaces: `ffn`; `value` (o's columns of the query heads of a KV group together);
-               `query-key` (rows of k, and of q of its group together); `residual` (what a layer, or the embedding,
-               writes, and what the next layer, or the head, reads; `layer` is the reader's, None for the head; gains
-               of norms are not counted in); `hidden`, for modules without a config: two matrices that follow each
-               other and fit
+    tensors    {tensor, role, layer, expert, row_spread, row_spread_null, row_spread_p, column_spread, …,
+               row_correlation, …}: the standard deviation of the log-energy (sum of squares) of rows and columns, and
+               the mean |correlation| of two rows. `_null` is the mean of the same number over shuffles of all entries,
+               `_p` its p-value. The numbers depend on the size of the matrix, so compare them with their null. At most
+               `most` random rows and columns count. Kernels of convolutions are [out, in * size]
+    couplings  {layer, expert, space, a, b, correlation, p}: the correlation, over all units of a space, between the
+               norm of what writes a unit and the norm of what reads it; p over permutations of the units, two-sided
 
-    p = (1 + how many are at least as large) / (1 + permutations): under the null it is at most u with probability at
-    most u. A constant matrix has nothing to shuffle, and a side of equal norms nothing to correlate: they are left
-    out. One tensor is in memory at a time. progress is called with 1 for every tensor. Raises UserError for NaN and
-    infinity."""
+    ffn          space of a block's neurons
+    value        components of a KV head; the columns of o are added up over its query heads
+    query-key    components of a KV head; the rows of q are added up over its query heads
+    residual     what a layer or the embedding writes, and the next layer or the head reads; `layer` is the reader's,
+                 None for the head; gains of norms do not count
+    hidden       two consecutive matrices whose sizes match, for modules without a config
+
+    p = (1 + number of shuffles that are at least as large) / (1 + permutations). Constant matrices and sides with
+    equal norms are left out. One tensor is in memory at a time. progress is called with 1 for every tensor. Raises
+    UserError for NaN and infinity."""
     tensors: list[dict[str, Any]] = []
     energies: EnergyTable = {}
-    line: list[tuple[str, Tensor, Tensor]] = []  # of a module without config: its matrices in order
+    line: list[tuple[str, Tensor, Tensor]] = []  # the matrices in order, for a module without a config
     for spec, part, matrix in iterate_matrices(donor, progress):
         rows, columns = (torch.linalg.vector_norm(matrix, dim=d, dtype=torch.float64) ** 2 for d in (1, 0))
         if "position" not in part.axes:
@@ -80,8 +79,9 @@ def row_column_study(
 def iterate_matrices(
     donor: Donor, progress: Callable[[int], None] | None = None
 ) -> Iterator[tuple[TensorSpec, Part, Tensor]]:
-    """Every matrix of a donor, in torch's orientation and the dtype on disk (float32 for one of 8 bits); kernels
-    flattened, fused tensors split and read once. Integers are no weights and left out."""
+    """Yields every matrix of a donor in torch's orientation and its dtype on disk, float32 if that has 8 bits.
+
+    Kernels are flattened, fused tensors are split and read once. Integer tensors are not weights and are skipped."""
     for spec in donor.blueprint.specs:
         if len(spec.shape) > 1 and spec.numel and spec.dtype.is_floating_point:
             tensor = donor.read(spec.name)
@@ -118,16 +118,16 @@ def row_column_statistics(matrices: Tensor) -> Tensor:
 def permutation_test(matrix: Tensor, permutations: int, generator: torch.Generator) -> dict[str, float]:
     """The three statistics of a matrix [m, n], their means over shuffles of its entries, and p-values.
 
-    The shuffles are drawn from the rotations of one random order of all entries. That is a subgroup of all shuffles,
-    which is all that an exact test needs, and a rotation costs much less than a shuffle from scratch."""
+    The shuffles are rotations of one random order of all entries. They form a subgroup of all shuffles, which is
+    enough for an exact test, and a rotation is much cheaper than a new shuffle."""
     observed = row_column_statistics(matrix[None])[0]
     order = torch.randperm(matrix.numel(), generator=generator)
-    turns = torch.randint(matrix.numel(), (permutations,), generator=generator).tolist()
+    rotations = torch.randint(matrix.numel(), (permutations,), generator=generator).tolist()
     place = order.argsort().to(matrix.device)
     line = matrix.flatten()[order.to(matrix.device)]
     size = max(1, ENTRIES_PER_BATCH // matrix.numel())
     null = torch.cat([
-        row_column_statistics(torch.stack([line.roll(t)[place].view_as(matrix) for t in turns[i : i + size]]))
+        row_column_statistics(torch.stack([line.roll(t)[place].view_as(matrix) for t in rotations[i : i + size]]))
         for i in range(0, permutations, size)
     ])  # fmt: skip
     p = (1 + (null >= observed).sum(0)) / (1 + permutations)
@@ -141,8 +141,10 @@ def permutation_test(matrix: Tensor, permutations: int, generator: torch.Generat
 def coupling_test(
     writes: Tensor, reads: Tensor, permutations: int, generator: torch.Generator
 ) -> tuple[float, float] | None:
-    """Two vectors [n] of a number per unit -> their correlation and its two-sided p-value over permutations of the
-    units. None where one of them has no spread."""
+    """Correlation of two vectors [n] with one number per unit, and its two-sided p-value over permutations of the
+    units.
+
+    None if one of them is constant."""
     a, b = (v.double() - v.double().mean() for v in (writes, reads))
     if not len(a) > 2 or a.norm() <= 1e-9 * writes.norm() or b.norm() <= 1e-9 * reads.norm():
         return None
@@ -153,11 +155,12 @@ def coupling_test(
     return observed.item(), p
 
 
-# layer, expert, space, what writes, what reads, and their energies per unit
+# (layer, expert, space, writing role, reading role, energy written per unit, energy read per unit)
 HiddenSpace = tuple[int | None, int | None, str, str, str, Tensor, Tensor]
 
 
 def _hidden_spaces(donor: Donor, energies: EnergyTable) -> Iterator[HiddenSpace]:
+    """The hidden spaces of a model with a config."""
     metadata = donor.blueprint.metadata
     assert metadata is not None
     for role, layer, expert in energies:
@@ -169,33 +172,35 @@ def _hidden_spaces(donor: Donor, energies: EnergyTable) -> Iterator[HiddenSpace]
         key = ("attn.k" if role == "attn.q" else "attn.v", layer, expert)
         if role in ("attn.q", "attn.o") and key in energies:
             shared = energies[key][0]
-            of_head = energies[role, layer, expert][0 if role == "attn.q" else 1]
-            # The query heads of a KV group lie next to each other: [groups, heads of a group, head_dim].
-            grouped = of_head.view(metadata.kv_heads, -1, metadata.head_dim).sum(1).flatten()
+            per_head = energies[role, layer, expert][0 if role == "attn.q" else 1]
+            # The query heads of a KV group are adjacent: [groups, heads of a group, head_dim].
+            grouped = per_head.view(metadata.kv_heads, -1, metadata.head_dim).sum(1).flatten()
             space = "query-key" if role == "attn.q" else "value"
             yield layer, expert, space, key[0], role, shared, grouped
     yield from _residual_spaces(metadata, energies)
 
 
 def _residual_spaces(metadata: Metadata, energies: EnergyTable) -> Iterator[HiddenSpace]:
-    """Place 0 of the stream is what the embedding writes and layer 0 reads, place l what layer l - 1 writes."""
+    """The residual stream before each layer and before the head.
+
+    Position 0 is written by the embedding and read by layer 0; position l is written by layer l - 1."""
     written: dict[int, dict[str, Tensor]] = {}
     read: dict[int, dict[str, Tensor]] = {}
 
-    def count(place: dict[int, dict[str, Tensor]], at: int, role: str, energy: Tensor) -> None:
-        if len(energy) == metadata.width:  # an embedding may have a width of its own
-            found = place.setdefault(at, {})
-            found[role] = found[role] + energy if role in found else energy
+    def add(side: dict[int, dict[str, Tensor]], position: int, role: str, energy: Tensor) -> None:
+        if len(energy) == metadata.width:  # an embedding may have another width
+            roles = side.setdefault(position, {})
+            roles[role] = roles[role] + energy if role in roles else energy
 
     for (role, layer, _), (rows, columns) in energies.items():
         if role == "embed":
-            count(written, 0, role, columns)
+            add(written, 0, role, columns)
         if role == "head" or (role == "embed" and metadata.tied):
-            count(read, metadata.layers, "head", columns)
+            add(read, metadata.layers, "head", columns)
         if role in WRITER_ROLES and layer is not None:
-            count(written, layer + 1, role, rows)
+            add(written, layer + 1, role, rows)
         if role in READER_ROLES and layer is not None:
-            count(read, layer, role, columns)
+            add(read, layer, role, columns)
     for place in sorted(written.keys() & read.keys()):
         (a, writes), (b, reads) = (
             (" + ".join(roles), torch.stack(list(roles.values())).sum(0)) for roles in (written[place], read[place])
@@ -204,6 +209,7 @@ def _residual_spaces(metadata: Metadata, energies: EnergyTable) -> Iterator[Hidd
 
 
 def _adjacent_pairs(line: list[tuple[str, Tensor, Tensor]]) -> Iterator[HiddenSpace]:
+    """Consecutive matrices whose sizes match, for a module without a config."""
     for (a, rows, _), (b, _, columns) in itertools.pairwise(line):
         if len(rows) == len(columns):
             yield None, None, "hidden", a, b, rows, columns

@@ -1,5 +1,5 @@
-"""Signatures that tell families of models apart (arXiv 2509.19122): seven standard deviations, and which layers'
-spectra cluster together. The paper does not say how it normalises, nor how many clusters it takes: [R] marks ours."""
+"""Signatures that distinguish families of models (arXiv 2509.19122): seven standard deviations, and which layers'
+spectra cluster together. The paper states neither its normalisation nor its number of clusters."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from zoo.tensors import split_parts
 
 Signature = Mapping[str, Any]  # projection -> float, or list of floats
 
-RESTARTS = 20  # of K-means; the tightest clusters count
+RESTARTS = 20  # of K-means; the result with the least spread counts
 
 
 def std_vector(donor: Donor) -> dict[str, float]:
-    """projection -> standard deviation of all its weights in all layers (experts left out, fused tensors split),
-    divided by the sum over projections [R]: the scale of a model says more about its width than about its family.
-    Projections that the architecture lacks are missing. One tensor is read at a time. Raises UserError for a donor
-    with no recognisable projections, or only constant ones."""
+    """projection -> standard deviation of all its weights in all layers, divided by the sum over projections.
+
+    Our choice: the division, because the scale of a model depends more on its width than on its family. Experts are
+    skipped, fused tensors are split, and projections that the architecture lacks are missing. One tensor is read at
+    a time. Raises UserError for a donor without recognisable projections, or with constant ones only."""
     counts, sums, squares = ({role: 0.0 for role in PROJECTIONS} for _ in range(3))
     for spec in donor.blueprint.specs:
         if spec.kind != "weight" or spec.expert is not None or not any(p.role in PROJECTIONS for p in spec.parts):
@@ -38,7 +39,7 @@ def std_vector(donor: Donor) -> dict[str, float]:
                 sums[role] += matrix.sum(dtype=torch.float64).item()
                 squares[role] += matrix.double().square().sum().item()
     if not any(counts.values()):
-        raise UserError(f"{donor.name}: has no recognisable projections; signatures are for transformers")
+        raise UserError(f"{donor.name}: has no recognisable projections; use a transformer")
     found = {role: math.sqrt(max(squares[role] / n - (sums[role] / n) ** 2, 0)) for role, n in counts.items() if n}
     total = sum(found.values())
     if total == 0:
@@ -47,30 +48,31 @@ def std_vector(donor: Donor) -> dict[str, float]:
 
 
 def clustering_vector(stacks: Mapping[str, Tensor], clusters: int = 3, seed: int = 0) -> dict[str, list[float]]:
-    """stacks: projection -> singular values [layers, r] of one model (`zoo.statistics.similarity.singular_value_stacks`). K-means of
-    all these vectors together; the result is projection -> share of its layers in each cluster [clusters]. Clusters
-    are numbered by the norm of their centre [R], smallest first, so that those of two models can be compared; a scale
-    common to all vectors changes nothing. Three clusters [R] told the most models apart, of two to seven, where that
-    was tried: on some small models of four to five layers.
+    """Clusters the spectra of all layers and projections of a model: projection -> share of its layers in each cluster.
 
-    Raises UserError where there are fewer vectors than clusters."""
+    stacks: projection -> singular values [layers, r] (`zoo.statistics.similarity.singular_value_stacks`). K-means on
+    all these vectors; a common scale changes nothing. Our choice: clusters are numbered by the norm of their centre,
+    smallest first, so that models can be compared. Our choice: three clusters, which separated the most models out
+    of two to seven, on some small models of four to five layers.
+
+    Raises UserError if there are fewer vectors than clusters."""
     roles = [role for role in PROJECTIONS if role in stacks]
     rows = [stacks[role].double() for role in roles]
     vectors = torch.cat(rows).numpy() if rows else np.empty((0, 1))
     if len(np.unique(vectors, axis=0)) < clusters:
         raise UserError(
-            f"{len(vectors)} layers and projections are too few for {clusters} clusters: give fewer clusters"
+            f"{len(vectors)} layers and projections are too few for {clusters} clusters; use fewer clusters"
         )
     rng = np.random.default_rng(stream_seed(seed, "signature/clusters"))
     best, labels = math.inf, np.zeros(len(vectors), dtype=int)
     for _ in range(RESTARTS):
         try:
-            centres, given = kmeans2(vectors, clusters, iter=100, minit="++", missing="raise", seed=rng)
+            centres, assigned = kmeans2(vectors, clusters, iter=100, minit="++", missing="raise", seed=rng)
         except ClusterError:  # a cluster lost its last member
             continue
-        spread = float(((vectors - centres[given]) ** 2).sum())
+        spread = float(((vectors - centres[assigned]) ** 2).sum())
         if spread < best:
-            best, labels = spread, np.argsort(np.argsort(np.linalg.norm(centres, axis=1)))[given]
+            best, labels = spread, np.argsort(np.argsort(np.linalg.norm(centres, axis=1)))[assigned]
     parts = np.split(labels, np.cumsum([len(r) for r in rows])[:-1])
     return {
         role: (np.bincount(part, minlength=clusters) / len(part)).tolist()
@@ -79,8 +81,10 @@ def clustering_vector(stacks: Mapping[str, Tensor], clusters: int = 3, seed: int
 
 
 def signature_distances(signatures: Mapping[str, Signature]) -> dict[str, Any]:
-    """model -> std_vector or clustering_vector; -> {models: names, distances: [models][models] cosine distances}, over
-    the projections that both have (GPT-2 has no gate); None where they have none in common."""
+    """Cosine distances between models: {models: names, distances: [models][models]}.
+
+    signatures: model -> std_vector or clustering_vector. Distances use the projections that both models have (GPT-2
+    has no gate), and are None if there are none."""
     names = list(signatures)
     table = [[_cosine_distance(signatures[a], signatures[b]) for b in names] for a in names]
     return {"models": names, "distances": table}
@@ -92,6 +96,6 @@ def _cosine_distance(a: Signature, b: Signature) -> float | None:
         return None
     x, y = (np.concatenate([np.atleast_1d(s[role]) for role in common]) for s in (a, b))
     if len(x) != len(y):
-        raise UserError("clustering vectors of unlike numbers of clusters cannot be compared; take the same number")
+        raise UserError("clustering vectors with different numbers of clusters cannot be compared; use the same number")
     # Half the squared distance of unit vectors is 1 - cos, without its cancellation.
     return float(np.square(x / np.linalg.norm(x) - y / np.linalg.norm(y)).sum() / 2)

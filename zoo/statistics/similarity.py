@@ -1,7 +1,7 @@
-"""How alike the layers of a donor are: cosine distances between singular values (arXiv 2509.00046).
+"""Similarity of the layers of a donor: cosine distances between their singular values (arXiv 2509.00046).
 
-SV: the largest r singular values of one projection in one layer, descending. MSV: those of all layers, [L, r].
-DSV: 1 - cos of all pairs of layers, of one projection or of two."""
+SV: the largest r singular values of a projection in one layer, descending. MSV: those of all layers, [L, r]. DSV:
+1 - cos of all pairs of layers, of one projection or of two."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ from zoo.streams import stream, stream_seed
 from zoo.tensors import TensorSpec, split_parts
 
 PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-MIN_LAYERS = 3  # layers
-MIN_DISTANCE = 1e-12  # distances below are those of a layer to itself [R]
-SPIKE_EXPONENT = 0.78  # Pareto exponent of how many spikes a matrix of the null model has: that of the published fit
+MIN_LAYERS = 3
+MIN_DISTANCE = 1e-12  # Our choice: smaller distances are those of a layer to itself.
+SPIKE_EXPONENT = 0.78  # Pareto exponent of the number of spikes in a matrix of the null model, as published
 
 
 def singular_value_stacks(
     donor: Donor, ranks: Sequence[int], device: str = "cpu", progress: Callable[[int], None] | None = None
 ) -> dict[str, Tensor]:
-    """projection -> MSV [L, r] float64 on the CPU, layers in ascending order; r is the largest of `ranks`, or the
-    smallest side of any of these matrices where that is less (singular value vectors of unlike length have no cosine).
-    Projections that the architecture lacks are missing, and so are experts and whatever fewer than three layers have.
-    One tensor is read at a time; fused ones are split. `progress` is told of every tensor.
+    """projection -> MSV [L, r], float64 on the CPU, layers in ascending order.
 
-    Raises UserError for a donor with no recognisable projections or fewer than three layers, before anything is read,
-    and for a constant or non-finite matrix."""
+    r is the largest of `ranks`, or the smallest side of any of these matrices if that is smaller, because vectors of
+    different length have no cosine. Missing are experts, projections that the architecture lacks, and those in fewer
+    than three layers. One tensor is read at a time; fused ones are split. progress is called with 1 for every
+    tensor.
+
+    Raises UserError for a donor without recognisable projections or with fewer than three layers, before anything is
+    read, and for a constant or non-finite matrix."""
     specs = _projection_tensors(donor)
     rank = min(max(ranks), *(min(p.shape) for spec in specs for p in spec.parts if p.role in PROJECTIONS))
     found: dict[str, list[Tensor]] = {role: [] for role in PROJECTIONS}
@@ -55,13 +57,12 @@ def singular_value_stacks(
 
 
 def null_model_stacks(shapes: dict[str, list[tuple[int, int]]], rank: int, kind: str, seed: int) -> dict[str, Tensor]:
-    """What `singular_value_stacks` gives, for random matrices of the shapes [rows, columns] of each projection's layers, all drawn
-    independently: no learning at all.
+    """What `singular_value_stacks` gives for independent random matrices: a null model without learning.
 
-    kind gaussian: independent normal entries (drawn as the bidiagonal matrix of chi variables that has the same
-    singular values, Silverstein 1985, so that no matrix is made). kind spikes: such a matrix with k spikes of rank one
-    in random directions, k = floor(U^(-1/0.78)) at most the smaller side, each U(1, 4) times sqrt(rows) +
-    sqrt(columns), the edge of the noise."""
+    shapes: projection -> [rows, columns] of each layer. kind `gaussian`: independent normal entries; the singular
+    values come from a bidiagonal matrix of chi variables that has the same distribution (Silverstein 1985). kind
+    `spikes`: such a matrix plus k spikes of rank one in random directions, k = floor(U^(-1/0.78)) and at most the
+    smaller side. Each spike has strength U(1, 4) times sqrt(rows) + sqrt(columns), the edge of the noise."""
     if kind not in NULL_MODELS:
         raise unknown("kind of random matrices", kind, NULL_MODELS)
     found = {}
@@ -73,8 +74,9 @@ def null_model_stacks(shapes: dict[str, list[tuple[int, int]]], rank: int, kind:
 
 
 def layer_distances(a: Tensor, b: Tensor | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """DSV of a [L, r] with b [M, r]: (values [n], pairs [n, 2] of rows). b None: of a with itself, l < m. Distances
-    below 1e-12 are dropped [R]."""
+    """DSV of a [L, r] with b [M, r], or of a with itself (l < m): (values [n], pairs [n, 2] of layers).
+
+    Our choice: distances below 1e-12 are dropped."""
     x = a / a.norm(dim=1, keepdim=True)
     y = x if b is None else b / b.norm(dim=1, keepdim=True)
     # Half the squared distance of unit vectors is 1 - cos, without its cancellation.
@@ -92,20 +94,22 @@ def compare_projections(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per unordered pair of projections, in the order of PROJECTIONS, of the distances of their first `rank`
-    singular values: {a, b, n, skewness, ccdf, histogram} and what `zoo.statistics.goodness` says of a power law:
-    {alpha, xmin, tail, distance, p, p_pairs, worth, alpha_ci95, ratios, verdict, why}; all but the last two are None
-    (ratios: empty) where there are fewer than ten distinct distances.
+    """Compares all unordered pairs of projections by their first `rank` singular values, in the order of PROJECTIONS.
 
-    ccdf: at most 60 [x, share of distances >= x]; histogram: [left, right, count]. Nothing is corrected for the number
-    of pairs: of 28 true power laws, one to three may be rejected at p <= 0.1. `progress` is told of every pair."""
+    One row per pair: {a, b, n, skewness, ccdf, histogram} and the result of
+    `zoo.statistics.goodness.assess_power_law`: {alpha, xmin, tail, distance, p, p_pairs, worth, alpha_ci95, ratios,
+    verdict, why}. With fewer than ten distinct distances, all but the last two are None, and `ratios` is empty.
+    ccdf: at most 60 of [x, share of distances >= x]. histogram: [left, right, count].
+
+    There is no correction for the number of pairs: of 28 true power laws, one to three may be rejected at p <= 0.1.
+    progress is called with 1 for every pair."""
     known = [role for role in PROJECTIONS if role in stacks]
     rows = []
     for i, a in enumerate(known):
         for b in known[i:]:
             one, other = stacks[a][:, :rank], stacks[b][:, :rank]
             values, pairs = layer_distances(one, None if a == b else other)
-            if len(one) != len(other):  # then rows of the two are not the same layers
+            if len(one) != len(other):  # then the rows are not the same layers
                 pairs = pairs + np.array([0, len(one)])
             rng = np.random.default_rng(stream_seed(seed, f"similarity/{a}/{b}/{rank}"))
             rows.append({"a": a, "b": b} | _compare_pair(DistanceSample.from_unsorted(values, pairs), bootstraps, rng))
@@ -115,14 +119,15 @@ def compare_projections(
 
 
 def _compare_pair(sample: DistanceSample, bootstraps: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The statistics of one pair's distances."""
     x, n = sample.values, len(sample.values)
     row: dict[str, Any] = {"n": n, "skewness": float(skew(x)) if n > 2 and x[0] < x[-1] else None}
-    shown = np.unique(np.geomspace(1, n, min(n, 60)).astype(int)) if n else np.array([], int)
-    row["ccdf"] = [[float(x[n - k]), k / n] for k in shown[::-1]]  # dense in the tail
+    ccdf_points = np.unique(np.geomspace(1, n, min(n, 60)).astype(int)) if n else np.array([], int)
+    row["ccdf"] = [[float(x[n - k]), k / n] for k in ccdf_points[::-1]]  # most points in the tail
     row["histogram"] = _histogram(x) if n else []
     if len(np.unique(x)) < MIN_DISTINCT_VALUES:
         nothing = dict.fromkeys(("alpha", "xmin", "tail", "distance", "p", "p_pairs", "worth", "alpha_ci95"))
-        why = f"{n} distances of {sample.layers} layers are too few to fit anything"
+        why = f"{n} distances between {sample.layers} layers are too few for a fit"
         return row | nothing | {"ratios": {}, "verdict": "undecided", "why": why}
     return row | assess_power_law(sample, bootstraps, rng)
 
@@ -133,7 +138,7 @@ def _histogram(x: NDArray[np.float64]) -> list[list[float]]:
 
 
 def _projection_tensors(donor: Donor) -> list[TensorSpec]:
-    """Tensors that hold projections, by layer."""
+    """The tensors that hold projections, by layer. Raises UserError if there are none or too few layers."""
     found = [
         spec
         for spec in donor.blueprint.specs
@@ -151,6 +156,7 @@ def _projection_tensors(donor: Donor) -> list[TensorSpec]:
 
 
 def _gaussian_spectrum(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:
+    """The largest singular values of a matrix of independent normal entries."""
     rng = np.random.default_rng(stream_seed(seed, name))
     long, short = max(rows, columns), min(rows, columns)
     diagonal = np.sqrt(rng.chisquare(long - np.arange(short)))
@@ -163,6 +169,7 @@ def _gaussian_spectrum(rows: int, columns: int, rank: int, seed: int, name: str)
 
 
 def _spiked_spectrum(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:
+    """The same with random spikes of rank one added."""
     generator = stream(seed, name)
     uniform = 1 - torch.rand(1, generator=generator, dtype=torch.float64).item()
     count = int(min(uniform ** (-1 / SPIKE_EXPONENT), rows, columns))

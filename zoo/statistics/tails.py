@@ -1,7 +1,7 @@
-"""What a tail may be besides a power law: densities on x >= 1, fitted by maximum likelihood.
+"""Alternatives to a power law: densities on x >= 1, fitted by maximum likelihood.
 
-`powerlaw` has three of them, but its lognormal gains likelihood by rounding where it comes near a power law, its
-truncated power law loses some where the cut-off is far, and it has no normal; elsewhere both agree."""
+`powerlaw` has three of them. But its lognormal gains likelihood by rounding where it approaches a power law, its
+truncated power law loses some where the cut-off is far, and it has no normal. Elsewhere both agree."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
 
 
 def power_law(x: Array, alpha: float) -> Array:
-    """Log densities [n] of (alpha - 1) x^-alpha."""
+    """Log-densities [n] of (alpha - 1) x^-alpha."""
     return np.log(alpha - 1) - alpha * np.log(x)
 
 
 def lognormal(x: Array) -> Array:
+    """Log-densities [n] of the lognormal law fitted to x."""
     y = np.log(x)
     return _half_normal_fit(y) - y
 
 
 def exponential(x: Array) -> Array:
+    """Log-densities [n] of the exponential law fitted to x."""
     mean = (x - 1).mean()
     return -np.log(mean) - (x - 1) / mean
 
 
 def normal(x: Array) -> Array:
+    """Log-densities [n] of the normal law, truncated at 1, fitted to x."""
     return _half_normal_fit(x - 1)
 
 
 def truncated_power_law(x: Array) -> Array:
-    """x^-a exp(-rate x) with a >= 0: falls everywhere, as a power law with a cut-off does."""
+    """Log-densities [n] of x^-a exp(-rate x) with a >= 0, fitted to x: a power law with a cut-off."""
     logs, mean_log, mean = np.log(x), np.log(x).mean(), x.mean()
 
     def cost(p: Array) -> float:
@@ -51,18 +54,18 @@ def truncated_power_law(x: Array) -> Array:
     return -a * logs - rate * x - _log_mass(a, rate)
 
 
-# Names as in `powerlaw`, whose `normal` is missing. x [n] >= 1 -> log densities [n] at the most likely parameters.
+# Names as in `powerlaw`, which has no `normal`. x [n] >= 1 -> log-densities [n] at the most likely parameters.
 ALTERNATIVES: dict[str, Callable[[Array], Array]] = {
     "lognormal": lognormal,
     "exponential": exponential,
     "truncated_power_law": truncated_power_law,
     "normal": normal,
 }
-NESTING = ("truncated_power_law",)  # contain the power law, so that they can only be better
+NESTING = ("truncated_power_law",)  # these contain the power law, so they fit at least as well
 
 
 def _half_normal_fit(y: Array) -> Array:
-    """exp(-a y - b y²) on y >= 0 with b >= 0: a normal cut at 0, wherever its mean lies; an exponential where b = 0."""
+    """Log-densities of exp(-a y - b y²) on y >= 0 with b >= 0, fitted to y: a normal law truncated at 0."""
     scale = y.mean()
     y = y / scale
     mean, square = y.mean(), (y**2).mean()
@@ -91,7 +94,7 @@ def _log_mass(a: float, rate: float) -> float:
 
 
 def _minimise(cost: Callable[[Array], float], start: tuple[float, float]) -> Array:
-    bounds = [(-1e6, 1e6), (-25.0, 25.0)]  # the second is a logarithm; further out nothing changes
+    bounds = [(-1e6, 1e6), (-25.0, 25.0)]  # the second parameter is a logarithm; beyond the bounds nothing changes
     return minimize(
         cost, start, method="Nelder-Mead", bounds=bounds, options={"xatol": 1e-4, "fatol": 1e-9, "maxiter": 1000}
     ).x

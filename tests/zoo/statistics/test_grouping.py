@@ -52,8 +52,8 @@ def test_projections_that_a_model_lacks_are_in_no_group():
 def test_what_is_undecided_is_counted_and_said():
     few = group_projections(rows(*combinations_with_replacement(PROJECTIONS[1:], 2), verdict="undecided"), 16)
     assert few.undifferentiated and few.undecided == 21 and few.n_pairs == 28
-    assert "to tell (21 of 28 pairs of projections undecided)" in few.description
-    assert "none is shown to be other than a power law (0 of 28" in group_projections(rows(), 16).description
+    assert "too little data (21 of 28 pairs of projections undecided)" in few.description
+    assert "no pair is shown to differ from a power law (0 of 28" in group_projections(rows(), 16).description
     assert "undecided" not in group_projections(rows(("attn.v", "mlp.gate")), 16).description
 
 
@@ -92,7 +92,7 @@ def test_reads_the_grouping_of_an_analysis(tmp_path):
     path = analysis(tmp_path / "analysis.json", {"a": both, "b": {"grouping": {"why": "has 2 layers"}}})
     assert read_grouping(path, "a") == one
     for model, rank, message in (
-        (None, None, "holds 2 models; name one as .*#NAME: a, b"),
+        (None, None, "contains 2 models; choose one as .*#NAME: a, b"),
         ("c", None, "unknown model .*'c'"),
         ("b", None, "b could not be grouped: has 2 layers"),
         ("a", 32, "unknown rank .*'32'"),
@@ -110,7 +110,7 @@ def test_refuses_what_is_no_analysis(tmp_path):
         with pytest.raises(UserError, match=r"other\.json"):
             read_grouping(path)
     for model in ({}, 3, {"grouping": {"16": {"rank": 16}}}, {"grouping": {"x": {}}}):
-        with pytest.raises(UserError, match="analyze it again"):
+        with pytest.raises(UserError, match="run `headstart analyze` again"):
             read_grouping(analysis(path, {"a": model}))
 
 
@@ -131,7 +131,7 @@ def test_refuses_a_damaged_grouping(tmp_path, change):
     good = group_projections(rows(("attn.v", "mlp.gate"), ("attn.q", "mlp.gate")), 16)
     assert good.reference == "mlp.gate"
     path = analysis(tmp_path / "a.json", {"a": {"grouping": {"16": good.to_json() | change}}})
-    with pytest.raises(UserError, match=r"damaged .*analyze it again") as error:
+    with pytest.raises(UserError, match=r"damaged .*run `headstart analyze` again") as error:
         read_grouping(path)
     assert "\n" not in str(error.value)
 

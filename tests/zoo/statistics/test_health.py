@@ -96,7 +96,7 @@ def shuffle(tensor: Tensor) -> Tensor:
 def test_shuffled_entries_are_told_from_initial_ones(shared_data: Path, tmp_path: Path, name: str) -> None:
     source = shared_data / "models" / name
     (whole,) = changed(source, tmp_path / "a", lambda n, t: shuffle(t) if t.ndim > 1 else t)
-    assert whole.kind == "permuted" and whole.text.startswith("structure gone: all ")
+    assert whole.kind == "permuted" and whole.text.startswith("structure lost: all ")
     (layer,) = changed(source, tmp_path / "b", lambda n, t: shuffle(t) if t.ndim > 1 and ".1." in n else t)
     assert layer.kind == "permuted" and "layer 1:" in layer.text
     assert layer.tensors and all(".1." in n for n in layer.tensors)
@@ -113,7 +113,7 @@ def test_noise_of_trained_values_is_no_initialisation(mark: str) -> None:
     else:
         model.model.layers[1].mlp.up_proj.weight.copy_(torch.distributions.Laplace(0, 0.02).sample((96, 48)))
     (finding,) = check_health(zoo_of({"x": model}).donors[0])
-    assert finding.kind == "permuted" and finding.text.startswith("structure gone: all 23 matrices")
+    assert finding.kind == "permuted" and finding.text.startswith("structure lost: all 23 matrices")
 
 
 def test_one_structured_matrix_is_enough(shared_data: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ DEAD: dict[str, tuple[Change, str, str]] = {
 def test_a_dead_block_is_found(shared_data: Path, tmp_path: Path, how: str) -> None:
     change, block, culprit = DEAD[how]
     (finding,) = changed(shared_data / "models" / "stories260K", tmp_path / "a", change)
-    assert finding.kind == "dead" and f"layer 3: its {block} writes" in finding.text
+    assert finding.kind == "dead" and f"layer 3: the output of its {block} is" in finding.text
     assert any(culprit in name for name in finding.tensors) and all(".3." in name for name in finding.tensors)
 
 
@@ -168,7 +168,7 @@ def test_dense_layers_and_layers_of_experts_are_compared_with_their_like(kill: i
     if kill is not None:
         model.model.layers[kill].mlp.down_proj.weight.mul_(1e-3)
     found = check_health(zoo_of({"x": model}).donors[0])
-    assert [f.text.partition(" writes")[0] for f in found] == [f"layer {kill}: its MLP"] * (kill is not None)
+    assert [f.text.partition(" is")[0] for f in found] == [f"layer {kill}: the output of its MLP"] * (kill is not None)
 
 
 def test_faults_side_by_side(shared_data: Path, tmp_path: Path) -> None:
