@@ -73,9 +73,8 @@ TASKS = {
     "PIQA": ("piqa.jsonl",),
     "BLiMP": tuple(f"blimp/{name}.jsonl" for name in BLIMP),
 }
-PUBLISHED_REFERENCE = (
-    "published"  # value of --reference; the paper reports that V-gate, gate-up and gate-down are no power laws
-)
+# The value of --reference for the paper's example: it reports that V-gate, gate-up and gate-down are no power laws.
+PUBLISHED_REFERENCE = "published"
 PUBLISHED_GROUPING = Grouping(16, "mlp.gate", ("attn.v", "mlp.up", "mlp.down"), ("attn.q", "attn.k", "attn.o"), False)
 
 

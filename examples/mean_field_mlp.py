@@ -71,16 +71,16 @@ def load_mnist(path: Path) -> Data:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    wanted = f"give an .npz with {', '.join(IDX_FILES)}, or a folder of the IDX files"
+    advice = f"give an .npz with {', '.join(IDX_FILES)}, or a folder of the IDX files"
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: {'is not an .npz file' if path.exists() else 'does not exist'}; {wanted}")
+        raise UserError(f"{path}: {'is not an .npz file' if path.exists() else 'does not exist'}; {advice}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             if missing := [key for key in IDX_FILES if key not in archive.files]:
-                raise UserError(f"{path}: has no {', '.join(missing)}; {wanted}")
+                raise UserError(f"{path}: has no {', '.join(missing)}; {advice}")
             return {key: archive[key] for key in IDX_FILES}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {wanted}") from error
+        raise UserError(f"{path}: cannot be read ({error}); {advice}") from error
 
 
 def _read_idx(folder: Path, stem: str) -> np.ndarray:

@@ -73,7 +73,7 @@ class AuditInputs:
 
 
 def audit_inputs(zoo: Path, model: Path, peers: Path, corpus: Path, folder: Path) -> AuditInputs:
-    """The name of the folder of finished samples is a hash of everything that they depend on."""
+    """The inputs, with a folder whose name is a hash of everything that the samples depend on."""
     settings = [RATES, SHAPES, tasks.BUDGETS["short"], tasks.BATCH_SIZE, tasks.SEQUENCE, tasks.WINDOWS]
     found = [hash_model(peers), hashlib.sha256(corpus.read_bytes()).hexdigest(), json.dumps(settings)]
     name = hashlib.sha256(" ".join([content_hash(zoo, model), *found]).encode()).hexdigest()[:16]
@@ -87,6 +87,8 @@ def content_hash(zoo: Path, model: Path) -> str:
 
 @dataclass(frozen=True)
 class Sample:
+    """One sample of the audit; `file` holds its measurements."""
+
     shape: str  # of SHAPES
     label: str  # a method, or one of CONTROLS
     seed: int
@@ -168,7 +170,7 @@ def loss_after_training(model: nn.Module, rate: float, seed: int, learned: Tenso
 
 @cache
 def _load_inputs(inputs: AuditInputs) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """(zoo, its frames, each donor's predictions, the true tokens, text to learn, text held out), once a process."""
+    """(zoo, its frames, each donor's predictions, the true tokens, training text, held-out text), once a process."""
     zoo = Zoo.open(inputs.zoo)
     tokens = encode_corpus(inputs.corpus, None, 256)
     learned, held = tokens[: training_token_count(tokens)], tokens[training_token_count(tokens) :]
@@ -193,8 +195,8 @@ def _fitted_sampler(inputs: AuditInputs, shape: str, label: str) -> Sampler:
 
 
 def donor_distances(inputs: AuditInputs) -> dict[str, Any]:
-    """{median, by_donor, mosaic, iou, expected, same}: distance of every donor to its nearest other, to all others
-    together; of its mispredicted tokens, the largest overlap with another's. Medians over donors."""
+    """{median, by_donor, mosaic, iou, expected, same}: the distance of every donor to the nearest other and to all
+    others together, and the largest overlap of its mispredicted tokens with another donor's. Medians over donors."""
     path = Path(inputs.folder) / "donors.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -213,11 +215,13 @@ def donor_distances(inputs: AuditInputs) -> dict[str, Any]:
 
 
 def count_novel(found: Mapping[str, Any], label: str, shape: str, ready: float, trains: float) -> dict[str, Any]:
-    """Of one label's samples, {n, distinct, loss, rate, trained, distance, mosaic, size, iou, expected, same, ready,
-    performant, novel: {tau: n}, both: {tau: n}, beyond: n}. ready: of a loss at or below `ready` as they are; rate:
-    that of the lower mean loss after the short training; performant: at or below `trains` after it; both: novel and
-    performant; beyond: performant, and farther from all donors together than donors are from the others. A loss that
-    is not finite is neither."""
+    """Counts and means over the samples of one label at one shape.
+
+    Returns {n, distinct, loss, rate, trained, distance, mosaic, size, iou, expected, same, ready, performant,
+    novel: {tau: n}, both: {tau: n}, beyond: n}. ready: loss before training at most `ready`. rate: the learning rate of
+    the lower mean loss after training. performant: loss after training at most `trains`. both: novel and performant.
+    beyond: performant, and farther from all donors together than donors are. A loss that is not finite passes no bar.
+    """
     rows = [s for s in found["samples"] if (s["label"], s["shape"]) == (label, shape)]
     apart = found["donors"]["median"]
 

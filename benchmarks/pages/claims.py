@@ -1,4 +1,4 @@
-"""The five claims of BENCHMARKS.md, every number of which is computed from the rows and facts."""
+"""The five claims of BENCHMARKS.md. Every number in them is computed from the rows and facts."""
 
 from __future__ import annotations
 

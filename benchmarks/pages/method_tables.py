@@ -81,9 +81,9 @@ def _convolution_row(targets: int) -> list[str]:
     own, untuned, tuned = (
         measured["methods"][key]["mean"] for key in ("conv-covariance", "default, scale 1", "default")
     )
-    told = f"on digits: loss {own:.3f}, default {untuned:.3f}, with its scale tuned {tuned:.3f}"
+    result = f"on digits: loss {own:.3f}, default {untuned:.3f}, with its scale tuned {tuned:.3f}"
     return [
-        "conv-covariance", needs_cell("conv-covariance"), *_cost_cells(measured["cost"]), told, *[""] * (targets - 1)
+        "conv-covariance", needs_cell("conv-covariance"), *_cost_cells(measured["cost"]), result, *[""] * (targets - 1)
     ]  # fmt: skip
 
 

@@ -114,9 +114,9 @@ def _mixed(sampler: Any, donors: Any, seed: int) -> torch.Tensor:
 
 def sample(distance: float, trained: float | None, loss: float = 3.0, digest: str = "a", **more: Any) -> dict[str, Any]:
     errors = {"error_iou": 0.5, "error_same": 0.2, "error_expected": 0.3, "mosaic": distance / 2}
-    told = {"shape": "seen", "label": "x", "sizes": {"vocab": 1.0, "qk": 0.5}, "digest": digest}
+    known = {"shape": "seen", "label": "x", "sizes": {"vocab": 1.0, "qk": 0.5}, "digest": digest}
     ends = {"0.002": trained, "0.006": None}
-    return told | errors | {"distance": distance, "trained": ends, "loss": loss} | more
+    return known | errors | {"distance": distance, "trained": ends, "loss": loss} | more
 
 
 def test_novel_and_performant_are_counted() -> None:

@@ -123,8 +123,8 @@ def test_memory_of_a_command_excludes_its_parent() -> None:
     small = costs.process_usage([sys.executable, "-S", "-c", "pass"])
     large = costs.process_usage([sys.executable, "-S", "-c", "x = bytearray(100 << 20)"])
     assert small["mib"] < 60 and 90 < large["mib"] - small["mib"] < 130 and len(held)
-    told = costs.process_usage([sys.executable, "-S", "-c", "import sys; print('no', file=sys.stderr); sys.exit(2)"])
-    assert told == {"refused": "no"}
+    refusal = costs.process_usage([sys.executable, "-S", "-c", "import sys; print('no', file=sys.stderr); sys.exit(2)"])
+    assert refusal == {"refused": "no"}
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         costs.process_usage([sys.executable, "-S", "-c", "1 / 0"])
 
