@@ -23,7 +23,7 @@ from baselines.lora.pareto_generator import (
 )
 from zoo.donors.folder import StandaloneDonor, donor_ref, open_ref
 from zoo.errors import UserError
-from zoo.lora.adapters import LoraSampler, base_donor, change_norm, pairs_of
+from zoo.lora.adapters import LoraSampler, base_donor, change_norm, lora_pairs
 from zoo.options import option
 from zoo.statistics.grouping import Grouping, group_donor, read_grouping
 from zoo.streams import stream
@@ -42,28 +42,27 @@ REFERENCE, OTHERS = "reference", "others"  # the two templates
 
 @dataclass(kw_only=True)
 class Pareto(LoraSampler):
-    """A and B are members of a template, perturbed at Pareto- or Gaussian-distributed numbers of places, by what the
-    reference model's singular values say of the projection that they adapt (`zoo.statistics.grouping`).
+    """Draws A and B as perturbed copies of templates, grouped as a reference model's weights are (2509.00046).
 
-    Of the reference model only this characterisation is used: which projection is its reference weight, and which are
-    the partners whose distances to it are no power law. It may be of any family, width and depth, and `fit` needs no
-    weights at all where `reference_model` is an analysis.json. That gives what the model itself gives if the analysis
-    was made with this rank, number of bootstraps and seed 0, but for borderline pairs of large matrices, whose
-    singular values are approximated along with those of other ranks.
+    A copy differs from its template at a Pareto- or Gaussian-distributed number of places. Which of the two applies
+    to a projection follows from the singular values of the reference model (`zoo.statistics.grouping`): which
+    projection is its reference weight, and which are partners, whose distances to it follow no power law. Nothing
+    else of the reference is used, so that it may be of any family, width and depth. `reference_model` may be an
+    analysis.json, which needs no weights. It gives the same result as the model if it was made with the same rank,
+    bootstraps and seed 0, but for borderline pairs of large matrices, whose singular values are approximated together
+    with those of other ranks.
 
-    Which template, which counts [R]: the pairs of the reference weight and of its partners share one template, all
-    others another. Partners have Gaussian counts, the reference weight and all others Pareto counts. A fused
-    projection goes by its first part (q of GPT-2's c_attn, gate of Phi-3's gate_up_proj); what is none of the seven
-    projections (heads, embeddings) is one of the others. Where nothing differs (`undifferentiated`) all pairs are
-    members of one template with Pareto counts.
+    Our choice, templates: the reference weight and its partners share one template, all other projections another.
+    Partners have Gaussian counts, the others Pareto counts. A fused projection goes by its first part (q of GPT-2's
+    c_attn, gate of Phi-3's gate_up_proj). Heads and embeddings are others. Where nothing differs (`undifferentiated`),
+    all pairs share one template with Pareto counts.
 
-    From arrays to pairs [R]: a template is as long as the largest A or B; every A and every B is a member of its own,
-    of the template's first values, row by row, shifted to mean 0 and scaled to `std`. Mean and deviation of the
-    template cancel in that. The members of (seed, name) do not depend on order.
+    Our choice, matrices: a template is as long as the largest A or B. Each A and each B is a copy of its own, made from
+    the template's first values, row by row, shifted to mean 0 and scaled to `std`. Copies do not depend on their order.
 
-    Strategies: `A_only`: B is zero, the base's function is untouched. `both_small`: B is drawn too, and made smaller
-    where ||s B A||_F / ||W||_F would exceed `cap`. `both_compensated`: B is drawn too, and belongs to the base with
-    W - s B A for W. Whichever it is, the change at step 0 is logged.
+    Strategies: `A_only` leaves B zero and the base's function unchanged. `both_small` also draws B, made smaller
+    where ||s B A||_F / ||W||_F would exceed `cap`. `both_compensated` also draws B, and the base must hold W - s B A
+    instead of W. The change at step 0 is logged.
     """
 
     name: ClassVar[str] = "pareto"
@@ -78,21 +77,21 @@ class Pareto(LoraSampler):
 
     # `reference` is the paper's; the command line calls this option --reference.
     reference_model: str | None = option(
-        None, "whose distribution is followed: folder, hub id, donor or analysis.json[#MODEL]; none: the base"
+        None, "reference model: folder, hub id, donor or analysis.json[#MODEL]; none: the base"
     )
-    reference_rank: int = option(16, "how many singular values are compared: 16, 64 or 256 in the paper", least=2)
-    bootstraps: int = option(
-        500, "replicates behind each test, of as many independent values as the layers are worth", least=1
-    )
+    reference_rank: int = option(16, "number of singular values that are compared: 16, 64 or 256 in the paper", least=2)
+    bootstraps: int = option(500, "bootstrap replicates of each test", least=1)
     strategy: str = option("A_only", "A_only, both_small or both_compensated")
-    std: float | None = option(None, "deviation of A and B; none: that of PEFT's own A, (3 in)^-1/2", above=0.0)
-    cap: float = option(0.01, "of both_small: the most that ||s B A|| / ||W|| may be [R]", above=0.0)
+    std: float | None = option(
+        None, "standard deviation of A and B; none: that of PEFT's own A, (3 in)^-1/2", above=0.0
+    )
+    cap: float = option(0.01, "both_small: largest ||s B A|| / ||W|| (our choice)", above=0.0)
     template: str = option("normal", "normal or gaussian-process (RBF kernel)")
-    length: float = option(1.0, "of the Gaussian process: length scale, in entries [R]", above=0.0)
-    mode: str = option("replace", "what happens to the entries drawn: replace or add [R]")
-    strength: float = option(1.0, "deviation of what replaces or is added, the template's being 1", above=0.0)
-    exponent: float = option(0.78, "b of the Pareto counts floor(nmin U^(-1/b))", above=0.0)
-    nmin: int | None = option(None, "the least Pareto count; none: 1/384 of an array's entries [R]", least=1)
+    length: float = option(1.0, "gaussian-process: length scale in entries (our choice)", above=0.0)
+    mode: str = option("replace", "how places are changed: replace or add (our choice)")
+    strength: float = option(1.0, "standard deviation of the changes; the template has 1", above=0.0)
+    exponent: float = option(0.78, "exponent b of the Pareto counts floor(nmin U^(-1/b))", above=0.0)
+    nmin: int | None = option(None, "smallest Pareto count; none: 1/384 of the entries (our choice)", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +146,7 @@ class Pareto(LoraSampler):
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        pairs = pairs_of(blueprint, self.name)
+        pairs = lora_pairs(blueprint, self.name)
         groups = {pair.module: template_and_counts(projection_role(blueprint, pair), self.grouping) for pair in pairs}
         size = largest_size(pairs)
         templates = {name: self._template(name, size, seed) for name in {name for name, _ in groups.values()}}
@@ -171,13 +170,15 @@ class Pareto(LoraSampler):
         self._log_change(changes)
 
     def _check_sizes(self, blueprint: Blueprint) -> None:
-        pairs = pairs_of(blueprint, self.name)
+        pairs = lora_pairs(blueprint, self.name)
         for pair in pairs:
             entries = pair.rank * (pair.columns if self.strategy == "A_only" else min(pair.rows, pair.columns))
             if entries < 2:
                 raise UserError(f"{self.name}: {pair.module}: a matrix of one entry has no spread; raise the rank")
         if self.template == "gaussian-process" and self.length > (size := largest_size(pairs)):
-            raise UserError(f"{self.name}: length {self.length:g}: above the {size} entries of the largest matrix")
+            raise UserError(
+                f"{self.name}: length is {self.length:g}; give at most {size}, the largest matrix's entries"
+            )
 
     def _template(self, name: str, size: int, seed: int) -> Tensor:
         generator = stream(seed, f"{self.name}/template/{name}")

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# The least Pareto count, as a share of an array's entries [R]. The largest possible distance is then 384 times the
-# least one, which gives distances between members the skewness of about 4.4 that is reported for the generator.
+# The smallest Pareto count, as a share of an array's entries. Our choice: the largest possible distance is then 384
+# times the smallest, which gives distances between copies the skewness of about 4.4 that the paper reports.
 LEAST_SHARE = 1 / 384
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.donors.folder import donor_ref, open_ref
 from zoo.errors import UserError
-from zoo.lora.adapters import LoraSampler, base_donor, base_weight, pairs_of
+from zoo.lora.adapters import LoraSampler, base_donor, base_weight, lora_pairs
 from zoo.options import option
 from zoo.streams import stream_seed
 from zoo.targets.adapters import Pair, require_peft
@@ -41,7 +41,7 @@ class PeftInit(LoraSampler):
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        for pair in pairs_of(blueprint, self.name):
+        for pair in lora_pairs(blueprint, self.name):
             a, b = initialize_pair(self.init, pair, self.weight(pair), stream_seed(seed, f"{self.name}/{pair.module}"))
             yield pair.a, a
             yield pair.b, b

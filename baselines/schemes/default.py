@@ -1,4 +1,4 @@
-"""The architecture's own initialisation, one block at a time: the honest default, and the filler of every method."""
+"""The architecture's own initialisation, one block at a time. It also fills what other methods leave out."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Default(Sampler):
-    """transformers' own `_init_weights` for the target's class, or torch's `reset_parameters` for a plain module, whose
-    bare parameters, which only its constructor sets, are left out.
+    """transformers' `_init_weights` for a language model, torch's `reset_parameters` for a plain module.
 
-    Each block (a decoder layer, an embedding, a final norm, a head) is materialised alone on the CPU, in float32,
-    and initialised under the stream (seed, block): the distribution is that of
-    `AutoModelForCausalLM.from_config`, the memory that of a block, and the bytes do not depend on the order.
+    Parameters of a plain module that only its constructor sets are left out. Each block (a decoder layer, an embedding,
+    a final norm, a head) is built alone on the CPU in float32 and initialised under the stream (seed, block). The
+    distribution is that of `AutoModelForCausalLM.from_config`, and the bytes do not depend on the order of blocks.
     """
 
     name: ClassVar[str] = "default"
@@ -39,7 +38,7 @@ class Default(Sampler):
     summary: ClassVar[str] = "the architecture's own random initialisation under a seed"
     reference: ClassVar[str] = "huggingface/transformers"
 
-    scale: float = option(1.0, "multiplies the weights of two and more dimensions")
+    scale: float = option(1.0, "multiplies weights with two or more dimensions")
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         return self
@@ -48,7 +47,7 @@ class Default(Sampler):
         yield from self.fill(blueprint, blueprint.names, seed)
 
     def fill(self, blueprint: Blueprint, names: Collection[str], seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        """`sample`, for `names` only: blocks that hold none of them are never materialised."""
+        """`sample` for some tensors only. Blocks that hold none of them are not built."""
         wanted = set(names)
         if not wanted:
             return
@@ -64,10 +63,10 @@ class Default(Sampler):
         if wanted and hasattr(model, "save_pretrained"):
             raise RuntimeError(f"no block of {type(model).__name__} holds {sorted(wanted)[:3]}")
         if wanted:
-            log.info("only a constructor sets %s: what the module holds there stays", ", ".join(sorted(wanted)))
+            log.info("only the constructor sets %s: the module's values stay", ", ".join(sorted(wanted)))
 
     def multiplier(self, spec: TensorSpec) -> float:
-        """What the default's draw of a tensor is multiplied by."""
+        """The factor of the default's draw of a tensor."""
         return self.scale if len(spec.shape) >= 2 else 1.0
 
 
@@ -80,9 +79,11 @@ def empty_model(blueprint: Blueprint) -> nn.Module:
 
 
 def model_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(prefix, block, owner): the parts that a model is initialised in, in the model's order. A block is an entry of a
-    list of modules, a module without such a list inside, or a module that owns parameters beside its list; `owner` is
-    the innermost enclosing model, whose `_init_weights` applies."""
+    """(prefix, block, owner) of the blocks that are initialised one by one, in the model's order.
+
+    A block is an entry of a list of modules, a module without such a list inside, or a module with parameters beside
+    its list. The owner is the innermost enclosing model, whose `_init_weights` applies.
+    """
 
     def walk(module: nn.Module, prefix: str, owner: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
         if hasattr(module, "_init_weights"):
@@ -110,7 +111,7 @@ def _without_children(module: nn.Module) -> nn.Module:
 
 
 def initialize_block(model: nn.Module, block: nn.Module, owner: nn.Module, name: str, seed: int) -> dict[str, Tensor]:
-    """A copy of `block` on the CPU in float32, initialised under the stream (seed, name) -> its persistent tensors."""
+    """The persistent tensors of a block, float32 on the CPU, initialised under the stream (seed, name)."""
     twin = copy.deepcopy(block)
     twin = twin.float().to_empty(device="cpu")
     for seen in (*twin.modules(), *twin.parameters()):  # transformers skips what it has initialised before
@@ -126,8 +127,8 @@ def initialize_block(model: nn.Module, block: nn.Module, owner: nn.Module, name:
     if bare and not hasattr(model, "save_pretrained"):
         return {k: v for k, v in state.items() if k not in bare}  # a plain module's constructor cannot be run again
     if bare:
-        # Set in a constructor and nowhere else: the constructor has to run, for the whole model.
-        log.info("%s%s is initialised by its constructor only: building the whole model for it", name, bare[0])
+        # Only a constructor sets these, and it has to run for the whole model.
+        log.info("%s%s is initialised only by its constructor, so that the whole model is built", name, bare[0])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "default/"))
             whole = type(model)(copy.deepcopy(model.config)).float().state_dict()  # type: ignore[call-arg]
@@ -136,7 +137,7 @@ def initialize_block(model: nn.Module, block: nn.Module, owner: nn.Module, name:
 
 
 def _initialize_module(module: nn.Module, owner: nn.Module) -> None:
-    """Children first, then the module, as transformers does it: a parent rescales what its children drew (GPT-2)."""
+    """Initialises children first, as transformers does, because a parent may rescale its children's draws (GPT-2)."""
     owner = module if hasattr(module, "_init_weights") else owner
     for child in module.children():
         _initialize_module(child, owner)
@@ -149,7 +150,7 @@ def _initialize_module(module: nn.Module, owner: nn.Module) -> None:
 
 
 def disk_state(model: nn.Module, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names and tensors of a block in memory -> as on disk (Mixtral's experts are fused in memory only)."""
+    """A block's tensors with their names and shapes on disk (Mixtral's experts are fused in memory only)."""
     full = {prefix + name: tensor for name, tensor in state.items()}
     return to_disk(model, full) if hasattr(model, "save_pretrained") else full  # type: ignore[arg-type]
 

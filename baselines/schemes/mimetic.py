@@ -1,4 +1,4 @@
-"""Mimetic initialisation: attention whose products look like those of trained models, from no donor at all."""
+"""Mimetic initialisation: attention whose products resemble those of trained models, without a donor."""
 
 from __future__ import annotations
 
@@ -39,22 +39,23 @@ class AttentionBlock:
 
 @dataclass(kw_only=True)
 class Mimetic(Sampler):
-    """W_Q W_K^T = qk_alpha Z + qk_beta I per head, W_V W_O = vo_alpha Z + vo_beta I per layer, with Var Z = 1 / width
-    (2305.09828; x W_Q is the query of a row x, so q.weight = W_Q^T). MLPs, embeddings, norms and biases keep their
-    default.
+    """Attention whose products resemble those of trained models (2305.09828).
+
+    W_Q W_K^T = qk_alpha Z + qk_beta I per head and W_V W_O = vo_alpha Z + vo_beta I per layer, with Var Z = 1 / width.
+    A row x has the query x W_Q, so that q.weight = W_Q^T. MLPs, embeddings, norms and biases keep their default.
 
     A head holds the best approximation of rank head_dim of its product. Where query heads share keys, the keys are
-    those of the group's first head and the others are the best that these keys allow, M K (K^T K)^-1. V and O are one
-    product for the whole layer, of rank kv_heads head_dim; query heads that share values get equal shares of their O.
+    those of the group's first head, and the other queries are the best for these keys, M K (K^T K)^-1. V and O are
+    one product for the whole layer, of rank kv_heads head_dim; query heads that share values get equal shares of
+    their O.
 
-    Under rotary embeddings W_Q W_K^T is the product between equal positions; at other distances a rotation stands
-    between the two. Where queries and keys are normalised (Qwen 3) the direction of the products is kept, not their
-    size. The published position embeddings, sinusoids, belong to models that have a table of positions and are left
-    to the default.
+    With rotary embeddings W_Q W_K^T is the product between equal positions; elsewhere a rotation stands between the
+    two. Where queries and keys are normalised (Qwen 3) the direction of the products stays, but not their size. The
+    paper's sinusoidal position embeddings are left out.
 
-    Cost: an eigendecomposition [width, width] per KV head and one for V and O, in each layer: 0.16 s each at width
-    1024 on one CPU core (the SVD takes 0.57 s), growing with the cube; for wide targets set `device`. The spectrum of
-    Z + I has no gap, so that nothing cheaper is accurate.
+    Cost: an eigendecomposition [width, width] per KV head and one for V and O, in each layer. It takes 0.16 s each at
+    width 1024 on one CPU core and grows with the cube; set `device` for wide targets. Nothing cheaper is accurate,
+    because the spectrum of Z + I has no gap.
     """
 
     name: ClassVar[str] = "mimetic"
@@ -63,11 +64,11 @@ class Mimetic(Sampler):
     reference: ClassVar[str] = "2305.09828"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"vo_depth": ("constant", "flip")}
 
-    qk_alpha: float = option(0.7, "of the noise in W_Q W_K^T")
-    qk_beta: float = option(0.7, "of the identity in W_Q W_K^T")
-    vo_alpha: float = option(0.4, "of the noise in W_V W_O")
-    vo_beta: float = option(-0.4, "of the identity in W_V W_O; its sign is disputed: language models differ from ViTs")
-    vo_depth: str = option("constant", "vo_beta in every layer, or flip: linearly to its opposite in the last [R]")
+    qk_alpha: float = option(0.7, "factor of the noise in W_Q W_K^T")
+    qk_beta: float = option(0.7, "factor of the identity in W_Q W_K^T")
+    vo_alpha: float = option(0.4, "factor of the noise in W_V W_O")
+    vo_beta: float = option(-0.4, "factor of the identity in W_V W_O; language models and ViTs differ in its sign")
+    vo_depth: str = option("constant", "vo_beta in all layers, or flip: linear to -vo_beta in the last (our choice)")
     heads: int | None = option(
         None, "query heads, for a plain module whose attention is not nn.MultiheadAttention", least=1
     )
@@ -122,8 +123,10 @@ class Mimetic(Sampler):
 
 
 def right_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """matrix [n, n] -> its leading right singular vectors [n, r] and values [r], descending, r = min(rank, n). With
-    B the vectors, matrix B B^T is the best approximation of rank r, exactly the matrix for r = n."""
+    """The leading right singular vectors [n, r] and values [r] of a matrix [n, n], descending, r = min(rank, n).
+
+    With B the vectors, matrix B B^T is the best approximation of rank r, and the matrix itself for r = n.
+    """
     squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
     rank = min(rank, len(matrix))
     floor = torch.finfo(matrix.dtype).eps * squares[-1]
@@ -133,15 +136,18 @@ def right_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal_rows(rank: int, size: int, generator: torch.Generator) -> Tensor:
-    """[rank, size] with orthonormal rows: the identity, or, where heads hold more than the product's rank, random, so
-    that no row of theirs is zero. It cancels in the product."""
+    """[rank, size] with orthonormal rows, which cancel in the product.
+
+    The identity where size equals rank. Where heads are larger than the product's rank it is random, so that no row of
+    theirs is zero.
+    """
     if size == rank:
         return torch.eye(rank)
     return torch.linalg.qr(torch.randn(size, rank, generator=generator)).Q.mT
 
 
 def find_attention(sampler: Mimetic, blueprint: Blueprint) -> list[AttentionBlock]:
-    """The attention blocks of a target. UserError: there is none, or a plain module does not say its heads."""
+    """The attention blocks of a target. Raises UserError where there is none, or a plain module has no head count."""
     blocks: dict[str, list[TensorSpec]] = defaultdict(list)
     owners: dict[str, nn.MultiheadAttention] = {}
     for spec, owner in tensors_of_known_kind(blueprint):
@@ -162,7 +168,7 @@ def find_attention(sampler: Mimetic, blueprint: Blueprint) -> list[AttentionBloc
         metadata, owner = blueprint.metadata, owners.get(name)
         heads = metadata.heads if metadata else owner.num_heads if owner else sampler.heads
         if heads is None:
-            raise UserError(f"mimetic: nothing says how many heads {name} has; set heads=N")
+            raise UserError(f"mimetic: the number of heads of {name} is unknown; set heads=N")
         found.append(_describe_attention(name, specs, heads, i / last))
     return found
 
@@ -179,7 +185,7 @@ def _part_shapes(specs: list[TensorSpec]) -> dict[str, tuple[int, ...]]:
 
 
 def _describe_attention(name: str, specs: list[TensorSpec], heads: int, depth: float) -> AttentionBlock:
-    """UserError: the four matrices are not those of `heads` heads that read and write one stream."""
+    """One attention block. Raises UserError where its matrices are not those of `heads` heads on one stream."""
     shapes = _part_shapes(specs)
     queries, width = shapes["attn.q"]
     keys, head_dim = shapes["attn.k"][0], queries // heads

@@ -1,4 +1,4 @@
-"""The initialisations that people write down instead of learning: rules from a tensor's role to its law."""
+"""Initialisations by rule: the distribution of a matrix follows from its role and sizes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ from zoo.tensors import Part, TensorSpec, join_parts
 if TYPE_CHECKING:
     from zoo.donors.zoo import Zoo
 
-RESIDUAL_WRITERS = ("attn.o", "mlp.down")  # what a residual block adds to the stream
+RESIDUAL_WRITERS = ("attn.o", "mlp.down")  # matrices that write to the residual stream
 NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 AFFINE_LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class MatrixSlot:
-    """One matrix to be filled, and what the rules ask about it. `role` is `other` for a plain module's matrices whose
-    names say nothing."""
+    """A matrix to fill, with all that the rules need. `role` is `other` where a plain module's names do not tell it."""
 
     role: str
     shape: tuple[int, ...]  # logical: [out, in], [out, in / groups, ...] for a convolution
@@ -48,23 +47,25 @@ class MatrixSlot:
 
 @dataclass(kw_only=True)
 class Scheme(Sampler):
-    """Fills the matrices by a rule, gains with what multiplies by one, biases and shifts with zero.
+    """Fills matrices by a rule. Gains multiply by one, biases and shifts are zero.
 
     A language model's tensors of unknown role (routers, state-space parameters) keep their default. In a plain module
-    kinds are seen from the modules that own the parameters: linear, convolution, embedding, attention and norm
-    layers are filled, anything else (recurrent layers, bare parameters) keeps its default. Which matrices write to a
-    residual stream is known by name only (`layers.0.attn.out_proj`); the others follow the rule of the readers.
+    the kind of a tensor follows from its layer: linear, convolution, embedding, attention and norm layers are filled,
+    others (recurrent layers, bare parameters) keep their default. Matrices that write to a residual stream are known by
+    name only (`layers.0.attn.out_proj`); all others follow the rule for matrices that read it.
     """
 
     family: ClassVar[str] = "scheme"
 
     @abstractmethod
     def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor | None:
-        """A float32 tensor of `slot.shape`; None leaves it to the default."""
+        """A float32 tensor of `slot.shape`, or None for the architecture's default."""
 
     def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         if not any(True for _ in tensors_of_known_kind(blueprint)):
-            raise UserError(f"{self.name}: knows none of the target's {len(blueprint.specs)} tensors; use default")
+            raise UserError(
+                f"{self.name}: has a rule for none of the target's {len(blueprint.specs)} tensors; use default"
+            )
         return ()
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
@@ -96,8 +97,10 @@ class Scheme(Sampler):
 
 
 def tensors_of_known_kind(blueprint: Blueprint) -> Iterator[tuple[TensorSpec, nn.Module | None]]:
-    """(spec, owner): the tensors of known kind, with the roles that the modules which own them tell (`norm`, `embed`,
-    the three parts of torch's fused attention). The owner is None for a language model."""
+    """(spec, owner) of the tensors of known kind; the owner is None for a language model.
+
+    In a plain module the module that owns a tensor gives its role: norm, embed, the parts of torch's fused attention.
+    """
     module = blueprint.module
     if module is None or hasattr(module, "save_pretrained"):
         yield from ((spec, None) for spec in blueprint.specs if spec.role not in ("other", "conv"))
@@ -121,13 +124,13 @@ def tensors_of_known_kind(blueprint: Blueprint) -> Iterator[tuple[TensorSpec, nn
 
 @dataclass(kw_only=True)
 class GPT2(Scheme):
-    """GPT-2's: N(0, 0.02), residual writers with 0.02 / sqrt(2 L), which keeps the stream's variance at L layers."""
+    """GPT-2's rule: N(0, 0.02), and 0.02 / sqrt(2 L) for what writes to the residual stream of L layers."""
 
     name: ClassVar[str] = "gpt2"
-    summary: ClassVar[str] = "N(0, 0.02), what writes to the residual stream divided by sqrt(2 layers)"
+    summary: ClassVar[str] = "N(0, 0.02), divided by sqrt(2 layers) for what writes to the residual stream"
     reference: ClassVar[str] = "karpathy/nanoGPT"
 
-    std: float = option(0.02, "standard deviation of everything that does not write to the residual stream", above=0.0)
+    std: float = option(0.02, "standard deviation of what does not write to the residual stream", above=0.0)
 
     def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor:
         std = self.std / math.sqrt(2 * slot.layers) if slot.role in RESIDUAL_WRITERS else self.std
@@ -135,9 +138,12 @@ class GPT2(Scheme):
 
 
 def torchtitan_std(slot: MatrixSlot, std: float) -> tuple[float, float]:
-    """(standard deviation, bound): std with absolute bounds of 2, which do not bind; writers, and the ungated half of a
-    gated MLP, divided by sqrt(2 (layer + 1)); head d^-1/2 within 3 deviations; embeddings N(0, 1), but the head's law
-    where the two are tied. Positions as embeddings [R]."""
+    """(standard deviation, bound) of torchtitan.
+
+    std with absolute bounds of 2, which have no effect in practice. Residual writers, and the ungated half of a gated
+    MLP, are divided by sqrt(2 (layer + 1)). The head has d^-1/2 within 3 deviations. Embeddings are N(0, 1), or like
+    the head where the two are tied. Our choice: positions like embeddings.
+    """
     if slot.role == "head" or slot.tied:
         return slot.width**-0.5, 3 * slot.width**-0.5
     if slot.role == "embed":
@@ -147,15 +153,17 @@ def torchtitan_std(slot: MatrixSlot, std: float) -> tuple[float, float]:
 
 
 def olmo_std(slot: MatrixSlot, std: float) -> tuple[float, float]:
-    """OLMo's `mitchell`: d^-1/2, cut at 3 deviations; output projections of attention (2 d (layer + 1))^-1/2, of the
-    MLP (2 ffn (layer + 1))^-1/2."""
+    """(standard deviation, bound) of OLMo's `mitchell`: d^-1/2, cut at 3 deviations.
+
+    Output projections have (2 d (layer + 1))^-1/2 in attention and (2 ffn (layer + 1))^-1/2 in the MLP.
+    """
     fan_in = slot.shape[1] if slot.role == "mlp.down" else slot.width
     std = (fan_in * (2 * (slot.layer + 1) if slot.role in RESIDUAL_WRITERS else 1)) ** -0.5
     return std, 3 * std
 
 
 def olmo2_std(slot: MatrixSlot, std: float) -> tuple[float, float]:
-    """OLMo 2's, `normal` of OLMo-core: one deviation for everything, cut at 3 of it."""
+    """(standard deviation, bound) of OLMo 2 (`normal` of OLMo-core): one deviation for all, cut at 3 deviations."""
     return std, 3 * std
 
 
@@ -164,15 +172,15 @@ RECIPES = {"torchtitan": torchtitan_std, "olmo": olmo_std, "olmo2": olmo2_std}
 
 @dataclass(kw_only=True)
 class TruncatedNormal(Scheme):
-    """Truncated normals as in three open pre-training codes: `torchtitan`, `olmo` (its `mitchell`) and `olmo2`."""
+    """Truncated normals as in three open training codes: `torchtitan`, `olmo` (its `mitchell`) and `olmo2`."""
 
     name: ClassVar[str] = "truncated-normal"
     summary: ClassVar[str] = "truncated normals of torchtitan, OLMo or OLMo 2, scaled by depth"
     reference: ClassVar[str] = "pytorch/torchtitan, allenai/OLMo"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"recipe": tuple(RECIPES)}
 
-    recipe: str = option("torchtitan", "torchtitan, olmo or olmo2")
-    std: float = option(0.02, "of matrices before the scaling by depth; the recipe olmo has d^-1/2 instead", above=0.0)
+    recipe: str = option("torchtitan", "whose rule: torchtitan, olmo or olmo2")
+    std: float = option(0.02, "standard deviation before the scaling by depth; olmo has d^-1/2 instead", above=0.0)
 
     def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor:
         std, bound = RECIPES[self.recipe](slot, self.std)
@@ -183,15 +191,17 @@ class TruncatedNormal(Scheme):
 
 @dataclass(kw_only=True)
 class ScaledDefault(Default):
-    """The default's own draws times a scale, which is worth sweeping: smaller than the usual is often better
-    (2606.17945). `Default.scale` is the global one; here tables of tokens and positions and the head have their own."""
+    """The architecture's own draws times a scale; smaller than the default is often better (2606.17945).
+
+    Token and position tables and the head may have a scale of their own.
+    """
 
     name: ClassVar[str] = "scaled-default"
     summary: ClassVar[str] = "the architecture's own draws times a scale, embeddings and head times another"
     reference: ClassVar[str] = "2606.17945"
 
-    scale: float = option(0.5, "multiplies the weights of two and more dimensions")
-    embeddings: float | None = option(None, "multiplies embeddings and head; none: as scale")
+    scale: float = option(0.5, "multiplies weights with two or more dimensions")
+    embeddings: float | None = option(None, "multiplies embeddings and head; none: same as scale")
 
     def multiplier(self, spec: TensorSpec) -> float:
         is_table = spec.kind == "weight" and spec.role in ("embed", "head")
@@ -200,29 +210,32 @@ class ScaledDefault(Default):
 
 @dataclass(kw_only=True)
 class Identity(Scheme):
-    """Residual blocks that start silent: what writes to the stream is zero (`idinit`: `epsilon`), so that the model
-    starts as its embedding, norm and head.
+    """Residual blocks that add nothing at first: what writes to the stream is zero (`idinit`: `epsilon`).
+
+    The model then starts as its embedding, norm and head.
 
     zero      ZerO (2110.12661): partial identities, and Hadamard matrices where the dimension grows
-    idinit    IDInit (2503.04626): identities repeated along the longer axis ([R] where that is the input),
-              convolutions as matrices over patches [R], `noise` on all, without which repeated units stay copies [R]
-    nanochat  karpathy/nanochat: uniform with deviation d^-1/2, embeddings N(0, 1), head N(0, 0.001); a tied table,
-              which it does not have, gets N(0, d^-1/2) [R]
+    idinit    IDInit (2503.04626): identities repeated along the longer axis, and `noise` on all matrices
+    nanochat  karpathy/nanochat: uniform with deviation d^-1/2, embeddings N(0, 1), head N(0, 0.001)
 
-    Embeddings and head of `zero` and `idinit` keep their default: as identities they would give tokens the same vector
-    [R]. Published as is, `zero` gives FFN neurons that are copies of each other, because rows of a Hadamard matrix cut
-    to d columns repeat, and whose writer is zero: they stay copies when trained. Give it `noise` to break the tie.
+    Our choice: in `idinit` identities also repeat along a longer input, convolutions are matrices over patches, and
+    noise is on, because repeated units would stay equal. In `nanochat`, which has no tied table, a tied one is N(0,
+    d^-1/2). Embeddings and head of `zero` and `idinit` keep their default: as identities they would give tokens the
+    same vector.
+
+    As published, `zero` gives FFN neurons that are copies of each other, because rows of a Hadamard matrix that is
+    cut to d columns repeat, and their writer is zero. They stay copies in training. Set `noise` to separate them.
     """
 
     name: ClassVar[str] = "identity"
-    summary: ClassVar[str] = "residual blocks that start silent: IDInit, ZerO, or nanochat's zero projections"
+    summary: ClassVar[str] = "residual blocks that add nothing at first: IDInit, ZerO, or nanochat's zero projections"
     reference: ClassVar[str] = "2503.04626, 2110.12661, karpathy/nanochat"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"scheme": ("idinit", "zero", "nanochat")}
 
     scheme: str = option("idinit", "idinit, zero or nanochat")
-    epsilon: float = option(1e-6, "of idinit: the entries of what writes to the residual stream", least=0.0)
+    epsilon: float = option(1e-6, "idinit: the diagonal of what writes to the residual stream", least=0.0)
     noise: float | None = option(
-        None, "deviation of the noise on identities; none: 1e-6 for idinit, 0 for zero", least=0.0
+        None, "standard deviation of noise on identities; none: 1e-6 for idinit, 0 for zero", least=0.0
     )
 
     def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor | None:
@@ -269,7 +282,7 @@ def _identity_convolution(slot: MatrixSlot, scheme: str) -> Tensor:
 
 
 def repeated_identity(rows: int, columns: int) -> Tensor:
-    """[rows, columns] float32: identities one after the other along the longer axis, the last one cut (IDInit)."""
+    """[rows, columns] float32: identities repeated along the longer axis, the last one cut (IDInit)."""
     longest = torch.arange(max(rows, columns))
     matrix = torch.zeros(rows, columns)
     matrix[longest % rows, longest % columns] = 1.0

@@ -251,7 +251,7 @@ def test_without_a_reference_the_base_is_its_own_and_that_is_said(
 
 def test_what_cannot_be_drawn_is_refused(bases: dict[str, Zoo], tmp_path: Path) -> None:
     reference = saved(tmp_path, ALIKE)
-    with pytest.raises(UserError, match=r"length 1e.09: above the [0-9]+ entries"):
+    with pytest.raises(UserError, match=r"length is 1e.09; give at most [0-9]+, the largest matrix's entries"):
         Pareto(reference_model=reference, template="gaussian-process", length=1e9).fit(None, adapter(bases["llama"]))
 
 

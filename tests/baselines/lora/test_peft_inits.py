@@ -18,7 +18,7 @@ from tests.support.architectures import LISTED
 from zoo.donors.memory import zoo_of
 from zoo.donors.zoo import open_standalone
 from zoo.errors import UserError
-from zoo.lora.adapters import LoraSampler, base_weight, compensation
+from zoo.lora.adapters import LoraSampler, base_weight, compensated_weight
 from zoo.streams import stream_seed
 from zoo.targets.adapters import Pair
 from zoo.targets.blueprint import Blueprint
@@ -65,7 +65,7 @@ def test_pairs_and_changed_base_are_those_of_peft_on_the_whole_model(name: str, 
     for pair in blueprint.adapter.pairs:
         torch.testing.assert_close(found[pair.a], state[pair.a])
         torch.testing.assert_close(found[pair.b], state[pair.b])
-        ours = compensation(before[f"{pair.module}.weight"].detach(), pair, found[pair.a], found[pair.b])
+        ours = compensated_weight(before[f"{pair.module}.weight"].detach(), pair, found[pair.a], found[pair.b])
         torch.testing.assert_close(ours, after[f"{pair.module}.base_layer.weight"].detach())
         assert not torch.allclose(ours, before[f"{pair.module}.weight"])
 
