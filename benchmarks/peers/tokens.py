@@ -112,7 +112,7 @@ def random_permutation(weights: Weights, rng: torch.Generator) -> dict[str, Tens
 
 def halo_windows(count: int, content: int, halo: int) -> list[tuple[int, int, int, int]]:
     """(start, stop, first, last) for every window of a sequence: the model reads tokens start..stop, and the
-    results of first..last are kept. The content has `halo` neighbours on either side; at the ends all are on one side."""
+    results of first..last are kept. Content has `halo` neighbours on either side; at the ends all are on one side."""
     length = min(content + 2 * halo, count)
     found = []
     for first in range(0, count, content):
