@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from headstart import samplers
 from headstart.cli import main
@@ -38,6 +40,7 @@ def headstart(*arguments: object, stdout: int | None = None, interrupt: Callable
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
+            tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared across fork: an interrupt could leave it held
             os.dup2(stdout or out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
