@@ -102,9 +102,13 @@ def read_decoder(
         spec, part = found[0]
         return split_parts(spec, read(spec.name).to(dtype))[part.role]
 
-    def norm(layer: int | None, site: str) -> tuple[Tensor | None, Tensor | None]:
-        gain = get("norm", layer, "weight", site)
-        return (None if gain is None else gain + offset), get("norm", layer, "bias", site)
+    def norms(layer: int | None, sites: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        gains = {site: get("norm", layer, "weight", site) for site in sites}
+        shifts = {site: get("norm", layer, "bias", site) for site in sites}
+        return (
+            {site: gain + offset for site, gain in gains.items() if gain is not None},
+            {site: shift for site, shift in shifts.items() if shift is not None},
+        )
 
     heads = {"q": meta.heads, "k": meta.kv_heads, "v": meta.kv_heads, "o": meta.heads}
     layers = []
@@ -118,21 +122,9 @@ def read_decoder(
                 weights[short] = w.unflatten(0, (heads[short], -1)) if short in heads else w
             if b is not None:
                 bias[short] = b.unflatten(0, (heads[short], -1)) if short in ("q", "k", "v") else b
-        gain, shift = {}, {}
-        for site in ("attn", "mlp", "attn.out", "mlp.out", "q", "k"):
-            g, s = norm(index, site)
-            if g is not None:
-                gain[site] = g
-            if s is not None:
-                shift[site] = s
+        gain, shift = norms(index, ("attn", "mlp", "attn.out", "mlp.out", "q", "k"))
         layers.append(Layer(**weights, bias=bias, gain=gain, shift=shift))
-    outer_gain, outer_shift = {}, {}
-    for site in ("final", "embed"):
-        g, s = norm(None, site)
-        if g is not None:
-            outer_gain[site] = g
-        if s is not None:
-            outer_shift[site] = s
+    outer_gain, outer_shift = norms(None, ("final", "embed"))
     tables = {
         part.axes[0]: split_parts(spec, read(spec.name).to(dtype))[part.role] for spec, part in blueprint.find("embed")
     }
