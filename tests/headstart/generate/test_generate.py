@@ -258,7 +258,7 @@ def test_a_config_of_no_language_model_is_written_as_one(
               "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 60}  # fmt: skip
     generate(masked, "default", tmp_path / "masked")
     assert json.loads((tmp_path / "masked" / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
-    with pytest.raises(UserError, match="no language model"):
+    with pytest.raises(UserError, match="is not a language model"):
         generate(masked | {"model_type": "vit", "architectures": ["ViTModel"]}, "default", tmp_path / "vit")
 
 
