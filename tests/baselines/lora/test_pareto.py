@@ -301,8 +301,8 @@ def test_unsuitable_references_and_bases_are_refused(
         assert "\n" not in str(error.value)
 
     refused("headstart lora", bases["llama"], bases["llama"].donors[0].blueprint)
-    refused("holds the base")
-    refused("holds the base", strategy="both_small", reference_model=str(bases["llama"].path))
+    refused("a zoo that contains the base")
+    refused("a zoo that contains the base", strategy="both_small", reference_model=str(bases["llama"].path))
     refused("not the base of this adapter", bases["gpt2"], strategy="both_small")
     refused("layers", reference_model=str(tiny_llama(tmp_path / "shallow", num_hidden_layers=2)))
     constant = tiny_llama(tmp_path / "constant", num_hidden_layers=3)

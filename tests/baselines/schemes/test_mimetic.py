@@ -193,7 +193,7 @@ def test_torchs_attention_and_plain_projections() -> None:
     assert torch.linalg.matrix_rank(first.detach(), rtol=1e-4) == 16 and first.diagonal().mean() > 0.15
     vision = Blueprint.from_module(Vision())
     assert len(dict(Mimetic(heads=3).fit(None, vision).sample(vision))) == 8
-    with pytest.raises(UserError, match=r"how many heads blocks\.0\.attn has; set heads=N"):
+    with pytest.raises(UserError, match=r"the number of heads of blocks\.0\.attn is unknown; set heads=N"):
         Mimetic().reads(None, vision)
     with pytest.raises(UserError, match="not attention of 5 heads"):
         Mimetic(heads=5).fit(None, vision)

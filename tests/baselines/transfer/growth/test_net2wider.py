@@ -206,7 +206,7 @@ def test_norms_on_the_stream_itself_allow_copies_only() -> None:
         with pytest.raises(UserError, match=reason):
             Net2Wider(**options).fit(zoo, Blueprint.from_config(resized("opt", **sizes) | POST_NORM))
     tied = POST_NORM | {"tie_word_embeddings": True}
-    with pytest.raises(UserError, match="its head is tied and no norm before it takes its scale"):
+    with pytest.raises(UserError, match="its head is tied and has no norm before it to take the scale"):
         zoo = zoo_of({"donor": random_model(CONFIGS["opt"] | tied)})
         Net2Wider().fit(zoo, Blueprint.from_config(resized("opt", hidden_size=64) | tied))
 
