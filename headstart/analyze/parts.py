@@ -22,7 +22,7 @@ from zoo.statistics.signature import clustering_vector, std_vector
 from zoo.statistics.similarity import PROJECTIONS, compare_projections, null_model_stacks, singular_value_stacks
 from zoo.statistics.spectra import spectrum_summary
 from zoo.streams import stream
-from zoo.tensors import split
+from zoo.tensors import split_parts
 
 NULL_MODELS = ("gaussian", "spikes")  # random matrices that the similarity of layers is compared with
 
@@ -175,7 +175,7 @@ def donor_tensors(task: AnalysisTask, progress: Progress) -> Iterator[tuple[str,
             logical: dict[str, Tensor] = {}
             why = {}
             try:
-                logical = split(spec, task.donor.read(spec.name, torch.float32).to(task.device))
+                logical = split_parts(spec, task.donor.read(spec.name, torch.float32).to(task.device))
             except NotFinite:
                 why = {"why": "NaN or infinity"}
             for part in spec.parts:
