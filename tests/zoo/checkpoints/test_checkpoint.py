@@ -185,7 +185,7 @@ def test_an_index_and_its_shards_must_agree(tmp_path: Path, tiny_llama: Make) ->
     name = next(iter(index["weight_map"]))
     other = next(f for f in index["weight_map"].values() if f != index["weight_map"][name])
     (folder / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | {name: other}}))
-    with pytest.raises(UserError, match="lacks .*; download both again"):
+    with pytest.raises(UserError, match=r"lacks .*; download both again"):
         Checkpoint.open(folder)
     (folder / INDEX).write_text(json.dumps(index))
     (folder / other).unlink()
