@@ -63,18 +63,18 @@ def test_the_network_starts_at_zero_and_units_are_independent() -> None:
     features, family = torch.randn(5, FEATURES), torch.ones(5, dtype=torch.int64)
     x, sigma, context = torch.randn(5, 6), torch.rand(5), torch.randn(5, 2)
     plain = tiny(None)
-    told = plain.condition_embedding("neuron", features, family, context, None)
-    assert not plain("neuron", x, sigma, told).any()
+    condition = plain.condition_embedding("neuron", features, family, context, None)
+    assert not plain("neuron", x, sigma, condition).any()
     mixed = tiny(0.2)
     tokens, log_prior = torch.randn(7, 6), torch.randn(5, 7)
-    whole = mixed("neuron", x, sigma, told, Candidates(tokens, log_prior))
+    whole = mixed("neuron", x, sigma, condition, Candidates(tokens, log_prior))
     assert torch.allclose(whole, mixture_velocity(x, sigma, tokens, log_prior, 0.2))
     with torch.no_grad():
         for p in mixed.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    whole = mixed("neuron", x, sigma, told, Candidates(tokens, log_prior))
+    whole = mixed("neuron", x, sigma, condition, Candidates(tokens, log_prior))
     rows = [slice(i, i + 1) for i in range(5)]
-    alone = [mixed("neuron", x[r], sigma[r], told[r], Candidates(tokens, log_prior[r])) for r in rows]
+    alone = [mixed("neuron", x[r], sigma[r], condition[r], Candidates(tokens, log_prior[r])) for r in rows]
     assert torch.allclose(whole, torch.cat(alone), atol=1e-5)
 
 

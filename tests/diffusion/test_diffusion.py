@@ -170,10 +170,10 @@ def test_tokens_are_donors_tokens_of_the_same_string(pipeline: WeightDiffusionPi
     names = (*reversed(known[:30]), "nowhere", *known[40:])
     shape = metadata(vocab=len(names))
     request = Request(shape, tokens=names, steps=8)
-    told = pipeline._unit_features(request, "vocab", unit_addresses(shape)["vocab"], "vocab")
+    features = pipeline._unit_features(request, "vocab", unit_addresses(shape)["vocab"], "vocab")
     strings = memory.rows(names)
     bank, context = memory.bank("vocab"), pipeline._context(request)
-    made = pipeline._solve(request, "vocab", "vocab", told, context, memory.lookup(strings), bank, strings)
+    made = pipeline._solve(request, "vocab", "vocab", features, context, memory.lookup(strings), bank, strings)
     assert bank.group is not None and len(bank.tokens) > len(known)
     apart = torch.cdist(made, bank.tokens).masked_fill(strings[:, None] != bank.group, torch.inf)
     own = apart.min(1).values / made.norm(dim=1)
@@ -242,10 +242,10 @@ def test_token_scale_round_trip() -> None:
 def test_features_tell_addresses_apart() -> None:
     shape = metadata(heads=4, kv_heads=2)
     for kind in ("neuron", "qk", "vo"):
-        told = unit_features(kind, unit_addresses(shape)[kind], shape, 2.0)
-        assert told.shape[1] == FEATURES and len(torch.unique(told, dim=0)) == len(told)
+        found = unit_features(kind, unit_addresses(shape)[kind], shape, 2.0)
+        assert found.shape[1] == FEATURES and len(torch.unique(found, dim=0)) == len(found)
     vocab = unit_features("vocab", unit_addresses(shape)["vocab"], shape, None)
-    assert len(torch.unique(vocab, dim=0)) == 1  # tokens are told apart by their partner
+    assert len(torch.unique(vocab, dim=0)) == 1  # the partner distinguishes tokens
 
 
 def test_views_stay_near_the_donor() -> None:
@@ -285,7 +285,7 @@ def test_training_resumes_to_the_same_bytes(zoo: Zoo, autoencoder: Path, tmp_pat
     def cut(*arguments: Any) -> Iterator[Any]:
         for i, item in enumerate(real(*arguments)):
             if i == 11:
-                os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step, as far as training can tell
+                os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
             yield item
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Health of donors: real checkpoints are fine; planted faults are found, named, and told apart."""
+"""Health of donors: real checkpoints are fine; planted faults are found, named and distinguished."""
 
 from __future__ import annotations
 

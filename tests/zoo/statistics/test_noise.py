@@ -29,7 +29,7 @@ def test_noise_of_any_law_is_even(law: str) -> None:
 
 
 def test_equal_values_do_not_lend_structure_to_noise() -> None:
-    """Half of the entries zero, the others of two values: ranks that were told apart by place would be structure."""
+    """Half of the entries zero, the others of two values: ranks that depend on the place would be structure."""
     draws = torch.rand(96, 96, generator=torch.Generator().manual_seed(0))
     matrix = torch.where(draws < 0.5, 0.0, torch.where(draws < 0.8, 1.0, -2.0)).double()
     scores = normal_scores(matrix)
