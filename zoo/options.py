@@ -15,6 +15,11 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **bounds: float) 
     return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
+def type_name(field: dataclasses.Field[Any]) -> str:
+    """The type of a field as it is written in code ("float", "int | None"), with postponed annotations or without."""
+    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
+
+
 def bounds_problem(field: dataclasses.Field[Any], value: Any) -> str | None:
     """What the value of a field should be ("at least 1"), None where it is within the field's bounds."""
     if isinstance(value, tuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
-from zoo.options import bounds_problem
+from zoo.options import bounds_problem, type_name
 from zoo.targets.blueprint import Blueprint
 
 
@@ -111,7 +111,7 @@ class Sampler(ABC):
     def option_table(cls) -> list[dict[str, Any]]:
         """[{name, type, default, help}] of the options, for `headstart methods` and the README."""
         return [
-            {"name": f.name, "type": str(f.type), "default": f.default, "help": f.metadata["help"]}
+            {"name": f.name, "type": type_name(f), "default": f.default, "help": f.metadata["help"]}
             for f in dataclasses.fields(cls)
             if "help" in f.metadata
         ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo.checkpoints.hub import with_retries
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
+from zoo.options import type_name
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.configs import with_language_head
 from zoo.words import shortened_list
@@ -39,7 +40,7 @@ def build_sampler(cls: type[Sampler], settings: Mapping[str, str] | None = None,
     for key, value in (settings or {}).items():
         if key not in fields:
             raise unknown(f"option of {cls.name}", key, fields)
-        options[key] = _parse_setting(cls.name, key, value, str(fields[key].type))
+        options[key] = _parse_setting(cls.name, key, value, type_name(fields[key]))
     return cls(**options)
 
 
