@@ -44,9 +44,7 @@ class DonorRecipe:
     seed: int = 0
     head_dim: int = 16
     lr: float = 4e-3
-    init: float = (
-        0.8  # std of the initial matrices times sqrt(width); 0.02 is too small for narrow models
-    )
+    init: float = 0.8  # std of the initial matrices times sqrt(width); 0.02 is too small for narrow models
     batch_size: int = 4
     sequence: int = 64
 
