@@ -54,7 +54,7 @@ class AutoencoderSampler(Sampler):
     def donors(self) -> tuple[str, ...]:
         return () if self._source is None else (self._source.name,)
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         return tuple(d.name for d in zoo.donors) if zoo is not None else ()
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ class Sampler(ABC):
         """[{name, revision, sha256, license}] of the donors that it uses, for cards and `headstart.json`."""
         return [provenance(zoo.donor(name)) for name in self.donors] if zoo is not None else []
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         """The names of the donors whose weights `fit` or `sample` would read, for `--plan`. Reads no weight itself."""
         return tuple(d.name for d in zoo.donors) if zoo is not None and "donors" in self.needs else ()
 

@@ -68,7 +68,7 @@ class ConvCovariance(Sampler):
     def donors(self) -> tuple[str, ...]:
         return self._donors
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         return tuple(donor.name for donor in self._choose(zoo, blueprint))
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:

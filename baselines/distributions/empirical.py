@@ -136,7 +136,7 @@ class Permuted(Sampler):
     def donors(self) -> tuple[str, ...]:
         return () if self._source is None else (self._source.name,)
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         return (self._choose(zoo, blueprint).name,)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:

@@ -77,8 +77,8 @@ class Hybrid(Sampler):
     def donors(self) -> tuple[str, ...]:
         return self._values.donors
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
-        return self._values.reads(zoo, blueprint)
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+        return self._values.planned_donors(zoo, blueprint)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         self._values.fit(zoo, blueprint)

@@ -103,7 +103,7 @@ class MatrixNormal(Sampler):
     def donors(self) -> tuple[str, ...]:
         return self._donors
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         return self._choose(zoo, blueprint).names
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:

@@ -75,7 +75,7 @@ class Statistical(Sampler):
     def donors(self) -> tuple[str, ...]:
         return self._donors
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         return tuple(donor.name for donor in choose_donors(zoo, blueprint, self.donor, self.name))
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:

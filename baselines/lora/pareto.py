@@ -123,7 +123,7 @@ class Pareto(LoraSampler):
         known, source = super().provenance(zoo), self.grouping.source
         return known if not source or any(d["sha256"] == source["sha256"] for d in known) else [*known, source]
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         self.check(blueprint)
         names = []
         if self.reference_model is None or self.strategy == "both_small":
@@ -137,7 +137,7 @@ class Pareto(LoraSampler):
         reference that cannot be read or characterised (no recognisable projections, fewer than three layers, constant
         or non-finite matrices); a matrix to draw that has one entry; a length scale above the largest matrix."""
         self._check_sizes(blueprint)
-        self._used = self.reads(zoo, blueprint)
+        self._used = self.planned_donors(zoo, blueprint)
         self._base = base_donor(zoo, self.base, self.name) if self.strategy == "both_small" else None
         if self._base is not None:
             _check_base(self._base, blueprint)

@@ -119,7 +119,7 @@ class BaseDecomposition(PeftInit):
         self._base = base_donor(zoo, self.base, self.name)
         return self
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         return (base_donor(zoo, self.base, self.name).name,)
 
     def weight(self, pair: Pair) -> Tensor:

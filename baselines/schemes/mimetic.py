@@ -73,12 +73,12 @@ class Mimetic(Sampler):
         None, "query heads, for a plain module whose attention is not nn.MultiheadAttention", least=1
     )
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         find_attention(self, blueprint)
         return ()
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        self.reads(zoo, blueprint)
+        self.planned_donors(zoo, blueprint)
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -61,7 +61,7 @@ class Scheme(Sampler):
     def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor | None:
         """A float32 tensor of `slot.shape`, or None for the architecture's default."""
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         if not any(True for _ in tensors_of_known_kind(blueprint)):
             raise UserError(
                 f"{self.name}: has a rule for none of the target's {len(blueprint.specs)} tensors; use default"
@@ -69,7 +69,7 @@ class Scheme(Sampler):
         return ()
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        self.reads(zoo, blueprint)
+        self.planned_donors(zoo, blueprint)
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:

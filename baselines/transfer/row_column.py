@@ -93,10 +93,10 @@ class RowColumn(Transfer):
             return (self._chain.name,)
         return super().donors
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         if blueprint.metadata is None:
             return (chains.choose_chain_donor(zoo, blueprint, self.donor, self.name)[0].name,)
-        return super().reads(zoo, blueprint)
+        return super().planned_donors(zoo, blueprint)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         self._source, self._chain = None, None

@@ -157,7 +157,7 @@ def _hub_ids(donors: Sequence[FolderDonor]) -> list[str]:
 
 
 def _planned_donors(job: GenerateJob, zoo: Zoo | None) -> list[dict[str, Any]]:
-    donors = _folder_donors(zoo, job.sampler.reads(zoo, job.blueprint))
+    donors = _folder_donors(zoo, job.sampler.planned_donors(zoo, job.blueprint))
     return [
         {"name": d.name, "tensors": len(d.names), "bytes": sum(entry.nbytes for entry in d.entries.values())}
         for d in donors

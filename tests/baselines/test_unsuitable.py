@@ -40,11 +40,11 @@ def test_a_donor_without_heads_stands_in_nobodys_way(name: str) -> None:
     llama = model("llama", **SMALL, num_key_value_heads=4)
     target = Blueprint.from_module(llama)
     sampler = samplers.get(name)()
-    assert sampler.reads(zoo_of({"llama": llama, "mamba": mamba()}), target) == ("llama",)
+    assert sampler.planned_donors(zoo_of({"llama": llama, "mamba": mamba()}), target) == ("llama",)
     with pytest.raises(UserError, match="has no attention heads"):
-        sampler.reads(zoo_of({"mamba": mamba()}), target)
+        sampler.planned_donors(zoo_of({"mamba": mamba()}), target)
     with pytest.raises(UserError, match=r"the target \(mamba\) has no attention heads|the donor has|the target has"):
-        sampler.reads(zoo_of({"llama": llama}), Blueprint.from_module(mamba()))
+        sampler.planned_donors(zoo_of({"llama": llama}), Blueprint.from_module(mamba()))
 
 
 def test_layers_of_several_kinds_are_refused() -> None:
@@ -52,15 +52,15 @@ def test_layers_of_several_kinds_are_refused() -> None:
     donor = model("qwen2_moe", **SMALL, **moe, num_key_value_heads=4, mlp_only_layers=[0])
     for name in ("weight-selection", "row-column", "pruning", "subcloning"):
         with pytest.raises(UserError, match="has layers of several kinds; index maps need one kind"):
-            samplers.get(name)().reads(zoo_of({"moe": donor}), Blueprint.from_module(donor))
+            samplers.get(name)().planned_donors(zoo_of({"moe": donor}), Blueprint.from_module(donor))
 
 
 def test_importance_needs_known_attention() -> None:
     falcon = model("falcon", **SMALL)
-    assert samplers.get("weight-selection")().reads(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
+    assert samplers.get("weight-selection")().planned_donors(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
     for name in ("pruning", "subcloning"):
         with pytest.raises(UserError, match=r"attn\.q.* are unknown, and importance needs them: use weight-selection"):
-            samplers.get(name)().reads(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
+            samplers.get(name)().planned_donors(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
 
 
 def test_experts_are_subcloned() -> None:

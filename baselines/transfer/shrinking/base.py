@@ -113,7 +113,7 @@ class Shrinking(Transfer):
             return [f"{sizes}: {self.name} only shrinks; use row-column or stacking"]
         return []
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         donor = self._choose(zoo, blueprint)
         self._calibration(donor)
         return (donor.name,)

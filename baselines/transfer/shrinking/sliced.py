@@ -77,7 +77,7 @@ class Sliced(Transfer):
         super().__post_init__()
         self._basis: Tensor | None = None  # [d, d], for the axes of the activations
 
-    def reads(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         donor = self._choose(zoo, blueprint)
         self._calibration(donor)
         return (donor.name,)

@@ -116,10 +116,10 @@ def test_refusals() -> None:
         (ConvCovariance(), Blueprint.from_module(chain([2, 2], 1)), "no convolution of more than one tap"),
     ]
     for sampler, blueprint, message in cases:
-        for work in (sampler.fit, sampler.reads):
+        for work in (sampler.fit, sampler.planned_donors):
             with pytest.raises(UserError, match=message):
                 work(zoo, blueprint)
-    assert ConvCovariance().reads(zoo, three) == ("three",)
+    assert ConvCovariance().planned_donors(zoo, three) == ("three",)
 
 
 # --- digits -----------------------------------------------------------------------------------------------------

@@ -124,10 +124,10 @@ def test_permuted_to_another_shape_uses_every_value_equally_often(tmp_path: Path
 def test_permuted_takes_the_donor_nearest_in_size_and_says_what_it_needs() -> None:
     big, small = nn.Linear(90, 90), nn.Linear(30, 30)
     blueprint = Blueprint.from_module(nn.Linear(32, 32))
-    assert Permuted().reads(zoo_of({"big": big, "small": small}), blueprint) == ("small",)
-    assert Permuted(donor="big").reads(zoo_of({"big": big, "small": small}), blueprint) == ("big",)
+    assert Permuted().planned_donors(zoo_of({"big": big, "small": small}), blueprint) == ("small",)
+    assert Permuted(donor="big").planned_donors(zoo_of({"big": big, "small": small}), blueprint) == ("big",)
     with pytest.raises(UserError, match="permuted needs donors"):
-        Permuted().reads(None, blueprint)
+        Permuted().planned_donors(None, blueprint)
     with pytest.raises(UserError, match="histogram: points is 3; give at least 16"):
         Histogram(points=3)
 

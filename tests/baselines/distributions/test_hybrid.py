@@ -65,7 +65,7 @@ def test_a_saved_fit_gives_the_same_bytes(tmp_path: Path, values: str) -> None:
     loaded = Hybrid.load(tmp_path / "saved")
     assert set(expected) == set(blueprint.names) and loaded.donors == ("donor",)
     assert all(torch.equal(expected[name], tensor) for name, tensor in loaded.sample(blueprint, seed=2))
-    assert sampler.reads(zoo, blueprint) == ("donor",)
+    assert sampler.planned_donors(zoo, blueprint) == ("donor",)
 
 
 def test_permuted_values_and_the_law_are_of_one_donor() -> None:

@@ -189,7 +189,9 @@ def test_a_zoo_in_canonical_form(tmp_path: Path) -> None:
     zoo = make_zoo(tmp_path)
     blueprint = Blueprint.from_pretrained_config(config(hidden_size=28, kv=4, layers=3))
     sampler = MatrixNormal(mean="zero").fit(zoo, blueprint)
-    assert len(sampler.donors) == 2 and sampler.reads(zoo, blueprint) == sampler.donors  # those that are wide enough
+    assert (
+        len(sampler.donors) == 2 and sampler.planned_donors(zoo, blueprint) == sampler.donors
+    )  # those that are wide enough
     tensors = dict(sampler.sample(blueprint, 1))
     assert set(tensors) == set(blueprint.names)
     assert all(t.dtype == torch.float32 and t.shape == blueprint[name].shape for name, t in tensors.items())
@@ -251,7 +253,7 @@ def test_refusals(tmp_path: Path) -> None:
         "no matrix with the name and shape": Blueprint.from_module(nn.Linear(3, 3)),
     }
     for message, blueprint in targets.items():
-        for work in (MatrixNormal().fit, MatrixNormal().reads):
+        for work in (MatrixNormal().fit, MatrixNormal().planned_donors):
             with pytest.raises(UserError, match=message):
                 work(zoo, blueprint)
     with pytest.raises(UserError, match="needs donors"):

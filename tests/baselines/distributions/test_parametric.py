@@ -234,13 +234,13 @@ def test_a_zoo_of_language_models_serves_a_module(tmp_path: Path) -> None:
     assert abs(got["4.weight"].std() * math.sqrt(8 * 36) / pooled.std() - 1) < 0.03
     convolutions = Blueprint.from_module(nn.Conv2d(3, 4, 3, bias=False))
     with pytest.raises(UserError, match="no donor has a tensor with a name of the target or with as many axes"):
-        Normal().reads(zoo, convolutions)
+        Normal().planned_donors(zoo, convolutions)
 
 
 def test_donors_with_more_of_a_modules_names_are_preferred() -> None:
     zoo = zoo_of({"cnn": trained(0), "mlp": nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))})
-    assert Normal().reads(zoo, Blueprint.from_module(cnn(16))) == ("cnn",)
-    assert Normal(donor="mlp").reads(zoo, Blueprint.from_module(cnn(16))) == ("mlp",)
+    assert Normal().planned_donors(zoo, Blueprint.from_module(cnn(16))) == ("cnn",)
+    assert Normal(donor="mlp").planned_donors(zoo, Blueprint.from_module(cnn(16))) == ("mlp",)
 
 
 def test_layers_of_modules_follow_relative_depth() -> None:

@@ -234,9 +234,12 @@ def test_a_reference_of_another_family_width_and_depth(
     assert all(tensors[name].shape == blueprint[name].shape for name in blueprint.names)
     zoo = replace(bases["gpt2"], members=(*bases["gpt2"].members, StandaloneDonor.open(reference, quiet=True)))
     named = Pareto(reference_model="reference", **options)
-    assert named.reads(zoo, blueprint) == ("reference",)
+    assert named.planned_donors(zoo, blueprint) == ("reference",)
     assert same(drawn(named.fit(zoo, blueprint), blueprint), tensors)
-    assert Pareto(reference_model="reference", strategy="both_small").reads(zoo, blueprint) == ("gpt2", "reference")
+    assert Pareto(reference_model="reference", strategy="both_small").planned_donors(zoo, blueprint) == (
+        "gpt2",
+        "reference",
+    )
 
 
 def test_without_a_reference_the_base_is_its_own_and_that_is_said(

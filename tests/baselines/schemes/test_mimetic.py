@@ -194,7 +194,7 @@ def test_torchs_attention_and_plain_projections() -> None:
     vision = Blueprint.from_module(Vision())
     assert len(dict(Mimetic(heads=3).fit(None, vision).sample(vision))) == 8
     with pytest.raises(UserError, match=r"the number of heads of blocks\.0\.attn is unknown; set heads=N"):
-        Mimetic().reads(None, vision)
+        Mimetic().planned_donors(None, vision)
     with pytest.raises(UserError, match="not attention of 5 heads"):
         Mimetic(heads=5).fit(None, vision)
 
@@ -202,4 +202,4 @@ def test_torchs_attention_and_plain_projections() -> None:
 def test_a_target_without_attention_is_refused() -> None:
     for module in (nn.Sequential(nn.Linear(4, 4)), nn.MultiheadAttention(8, 2, kdim=4, vdim=4)):
         with pytest.raises(UserError, match="no attention of the target"):
-            Mimetic().reads(None, Blueprint.from_module(module))
+            Mimetic().planned_donors(None, Blueprint.from_module(module))

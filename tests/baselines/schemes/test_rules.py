@@ -193,6 +193,6 @@ def test_a_target_of_unknown_tensors_is_refused() -> None:
     blueprint = Blueprint.from_module(nn.LSTM(4, 4))
     for sampler in (GPT2(), Identity()):
         with pytest.raises(UserError, match="has a rule for none of the target's 4 tensors; use default"):
-            sampler.reads(None, blueprint)
+            sampler.planned_donors(None, blueprint)
     with pytest.raises(UserError, match="unknown recipe of truncated-normal 'olm'"):
         TruncatedNormal(recipe="olm")

@@ -111,7 +111,7 @@ BROKEN: list[tuple[nn.Module, str]] = [
 )
 def test_what_is_no_chain_is_refused_with_the_reason(module: nn.Module, reason: str) -> None:
     blueprint, zoo = Blueprint.from_module(module), zoo_of({"source": named(8)})
-    for use in (RowColumn().fit, RowColumn().reads):
+    for use in (RowColumn().fit, RowColumn().planned_donors):
         with pytest.raises(UserError, match=f"target: .*{reason}"):
             use(zoo, blueprint)
     with pytest.raises(UserError, match=f"row-column: source: .*{reason}"):
@@ -134,7 +134,7 @@ MISFIT: list[tuple[nn.Module, str]] = [
 @pytest.mark.parametrize(("module", "reason"), MISFIT)
 def test_a_donor_that_does_not_fit_is_refused_with_both_sizes(module: nn.Module, reason: str) -> None:
     with pytest.raises(UserError, match=f"donor 'source' does not fit the target: .*{reason}"):
-        RowColumn().reads(zoo_of({"source": named(8)}), Blueprint.from_module(module))
+        RowColumn().planned_donors(zoo_of({"source": named(8)}), Blueprint.from_module(module))
 
 
 @pytest.mark.parametrize("scale", ["1/multiplicity", "n/N"])
@@ -187,20 +187,20 @@ def test_uncoupled_draws_every_axis_of_every_tensor_apart() -> None:
 def test_the_nearest_donor_in_size_or_the_one_that_is_named() -> None:
     zoo = zoo_of({"small": named(6), "large": named(40), "other": nn.Sequential(nn.Conv2d(1, 1, 3))})
     blueprint = Blueprint.from_module(Named(10))
-    assert RowColumn().reads(zoo, blueprint) == RowColumn().fit(zoo, blueprint).donors == ("small",)
+    assert RowColumn().planned_donors(zoo, blueprint) == RowColumn().fit(zoo, blueprint).donors == ("small",)
     assert RowColumn(donor="large").fit(zoo, blueprint).donors == ("large",)
     with pytest.raises(UserError, match="unknown donor"):
-        RowColumn(donor="huge").reads(zoo, blueprint)
+        RowColumn(donor="huge").planned_donors(zoo, blueprint)
     with pytest.raises(UserError, match="0 is a Conv2d"):
-        RowColumn(donor="other").reads(zoo, blueprint)
+        RowColumn(donor="other").planned_donors(zoo, blueprint)
 
 
 def test_language_models_and_chains_do_not_mix(tmp_path: Path) -> None:
     llama = donor(tmp_path / "llama", CONFIGS["llama"])
     with pytest.raises(UserError, match="neither a config nor a module in memory"):
-        RowColumn().reads(llama, Blueprint.from_module(Named(8)))
+        RowColumn().planned_donors(llama, Blueprint.from_module(Named(8)))
     with pytest.raises(UserError, match="must both have a config"):
-        RowColumn().reads(zoo_of({"mlp": named(8)}), Blueprint.from_config(CONFIGS["llama"]))
+        RowColumn().planned_donors(zoo_of({"mlp": named(8)}), Blueprint.from_config(CONFIGS["llama"]))
 
 
 def test_a_module_donor_is_saved_with_its_tensors(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ REFUSED = [
 def test_what_is_no_whole_factor_is_refused_with_what_would_do(sizes: dict[str, int], reason: str) -> None:
     zoo = zoo_of({"donor": random_model(CONFIGS["llama-gqa-tied"])})
     blueprint = Blueprint.from_config(resized("llama-gqa-tied", **sizes))
-    for act in (HyperCloning().fit, HyperCloning().reads):
+    for act in (HyperCloning().fit, HyperCloning().planned_donors):
         with pytest.raises(UserError, match=reason):
             act(zoo, blueprint)
 

@@ -185,7 +185,7 @@ def test_what_cannot_be_exact_is_refused(
 ) -> None:
     donor = random_model(CONFIGS[name])
     blueprint = Blueprint.from_config(resized(name, **sizes))
-    for act in (Net2Wider(**options).fit, Net2Wider(**options).reads):
+    for act in (Net2Wider(**options).fit, Net2Wider(**options).planned_donors):
         with pytest.raises(UserError, match=reason):
             act(zoo_of({"donor": donor}), blueprint)
 

@@ -89,7 +89,7 @@ def test_kinds_of_layers_stay_in_their_places(caplog: pytest.LogCaptureFixture) 
 def test_any_other_difference_is_refused(sizes: dict[str, int], reason: str) -> None:
     zoo = zoo_of({"donor": random_model(CONFIGS[SHALLOW])})
     blueprint = Blueprint.from_config(resized(SHALLOW, **{"num_hidden_layers": 4, **sizes}))
-    for act in (Stacking().fit, Stacking().reads):
+    for act in (Stacking().fit, Stacking().planned_donors):
         with pytest.raises(UserError, match=reason):
             act(zoo, blueprint)
 

@@ -237,7 +237,7 @@ def test_without_a_text_only_bytes_have_one(caplog: pytest.LogCaptureFixture) ->
     LearnedPruning(steps=1, windows=4).fit(zoo_of({"d": build(config("llama"))}), blueprint)
     assert "masks are trained on Python's language reference" in caplog.text
     zoo, words = zoo_of({"d": build(CONFIGS["llama"])}), Blueprint.from_config(CONFIGS["llama"])
-    for act in (LearnedPruning().reads, LearnedPruning().fit):
+    for act in (LearnedPruning().planned_donors, LearnedPruning().fit):
         with pytest.raises(UserError, match="learned-pruning needs a text to train masks on: give a UTF-8 file"):
             act(zoo, words)
 
@@ -260,8 +260,8 @@ def test_the_same_shape_is_the_donor(tmp_path: Path, trained: Zoo, text: str) ->
 )
 def test_refusals_come_before_any_work(name: str, changes: dict[str, Any], reason: str) -> None:
     zoo, blueprint = zoo_of({"d": build(config(name))}), Blueprint.from_config(config(name, **changes))
-    for act in (LearnedPruning().reads, LearnedPruning().fit):
+    for act in (LearnedPruning().planned_donors, LearnedPruning().fit):
         with pytest.raises(UserError, match=reason):
             act(zoo, blueprint)
     with pytest.raises(UserError, match="steps is 0"):
-        LearnedPruning(steps=0).reads(zoo, blueprint)
+        LearnedPruning(steps=0).planned_donors(zoo, blueprint)

@@ -194,14 +194,14 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "options", "reason"), REFUSED)
 def test_refusals_come_before_any_work(changes: dict[str, Any], options: dict[str, Any], reason: str) -> None:
     zoo, blueprint = zoo_of({"d": build(config("llama"))}), Blueprint.from_config(config("llama", **changes))
-    for act in ("reads", "fit"):
+    for act in ("planned_donors", "fit"):
         with pytest.raises(UserError, match=reason):
             getattr(Pruning(**options), act)(zoo, blueprint)
 
 
 def test_a_donor_that_is_deep_enough_is_chosen() -> None:
     zoo = zoo_of({"near": build(config("llama")), "deep": build(config("llama", num_hidden_layers=6))})
-    assert Pruning().reads(zoo, Blueprint.from_config(config("llama", num_hidden_layers=4))) == ("deep",)
+    assert Pruning().planned_donors(zoo, Blueprint.from_config(config("llama", num_hidden_layers=4))) == ("deep",)
 
 
 def test_importance_beats_every_nth_neuron_of_a_trained_model(shared_data: Path) -> None:

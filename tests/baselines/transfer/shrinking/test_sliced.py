@@ -228,7 +228,7 @@ def test_refusals(tmp_path: Path, name: str, changed: dict[str, Any], message: s
     if name == "gpt2":
         config["tie_word_embeddings"] = False
     blueprint = Blueprint.from_config(config)
-    for work in (Sliced().fit, Sliced().reads):
+    for work in (Sliced().fit, Sliced().planned_donors):
         with pytest.raises(UserError, match=message):
             work(zoo, blueprint)
 
@@ -254,7 +254,7 @@ def test_activations_need_a_text(tmp_path: Path) -> None:
         (Sliced(axes="activations"), "needs a text"),
         (Sliced(text=str(tmp_path / "none")), "no such file"),
     ):
-        for work in (sampler.fit, sampler.reads):
+        for work in (sampler.fit, sampler.planned_donors):
             with pytest.raises(UserError, match=message):
                 work(zoo, blueprint)
     with pytest.raises(UserError, match="sliced: windows is 0; give at least 1"):

@@ -89,7 +89,7 @@ def test_a_fitted_sampler_is_saved_and_loaded(tmp_path: Path, text: str) -> None
 )
 def test_refusals_come_before_any_work(changes: dict[str, Any], options: dict[str, Any], reason: str) -> None:
     zoo, blueprint = zoo_of({"d": build(config("llama"))}), Blueprint.from_config(config("llama", **changes))
-    for act in (Subcloning(**options).reads, Subcloning(**options).fit):
+    for act in (Subcloning(**options).planned_donors, Subcloning(**options).fit):
         with pytest.raises(UserError, match=reason):
             act(zoo, blueprint)
 
