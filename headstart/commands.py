@@ -175,7 +175,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
 
 
 def _zoo_train(config: ZooTrainConfig, invocation: Invocation) -> None:
-    from zoo.training.nursery import train_zoo
+    from zoo.training.embedded_zoo import train_zoo
 
     train_zoo(config.zoo, preset=config.preset, seed=config.seed, quiet=invocation.quiet)
 

@@ -166,7 +166,7 @@ def _write_target(folders: DemoFolders) -> None:
 
 
 def _train_zoo(plan: Plan, folders: DemoFolders, seed: int, quiet: bool) -> None:
-    from zoo.training.nursery import train_zoo
+    from zoo.training.embedded_zoo import train_zoo
 
     train_zoo(folders.zoo, plan.preset, seed=seed, quiet=quiet)
 

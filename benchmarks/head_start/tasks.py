@@ -18,7 +18,7 @@ from typing import Any
 from headstart import samplers
 from zoo.checkpoints.writer import replace_file
 from zoo.training.corpora import reference_corpus
-from zoo.training.nursery import DonorRecipe, bench_recipes
+from zoo.training.embedded_zoo import DonorRecipe, bench_recipes
 from zoo.vocabulary import save_byte_tokenizer
 
 SEEDS = (0, 1, 2)
@@ -209,7 +209,7 @@ def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = 1500) -
     from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
     from diffusion.training import DiffusionTrainConfig, train_diffusion
     from zoo.add import add
-    from zoo.training.nursery import train_zoo
+    from zoo.training.embedded_zoo import train_zoo
 
     to = work_paths(work, zoo, steps)
     if zoo == "embedded":

@@ -13,8 +13,8 @@ from headstart.config import DemoConfig
 from headstart.demo import TARGET, Plan, demo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.training import nursery
-from zoo.training.nursery import DonorRecipe
+from zoo.training import embedded_zoo
+from zoo.training.embedded_zoo import DonorRecipe
 
 
 def micro() -> list[DonorRecipe]:
@@ -37,8 +37,8 @@ MICRO = Plan(
 def test_the_demo_runs_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(nursery.PRESETS, "micro", micro)
-    # Workers import everything anew, which takes longer than all stages; they are tested with nursery and compare.
+    monkeypatch.setitem(embedded_zoo.PRESETS, "micro", micro)
+    # Workers import everything anew, which takes longer than all stages; they are tested in test_embedded_zoo.py and test_compare.py.
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     out = tmp_path / "demo"
     took = demo(DemoConfig(out=str(out)), plan=MICRO, quiet=True)
@@ -66,7 +66,7 @@ def test_the_target_is_in_no_preset() -> None:
     target = Blueprint.from_config(TARGET).metadata
     assert target is not None
     shape = (target.width, target.layers, target.heads, target.kv_heads, target.ffn)
-    for preset in nursery.PRESETS.values():
+    for preset in embedded_zoo.PRESETS.values():
         assert shape not in {(r.width, r.layers, r.heads, r.kv_heads, r.ffn) for r in preset()}
 
 

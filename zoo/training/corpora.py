@@ -31,9 +31,9 @@ def split_held_out(data: bytes, block: int = 4096, every: int = 9) -> tuple[byte
 
 
 def reference_corpus() -> bytes:
-    """Python's language reference, with the nursery's held-out text at the end.
+    """Python's language reference, with the embedded zoo's held-out text at the end.
 
-    That is more than a tenth, so no donor of the nursery has seen the last tenth of this text."""
+    That is more than a tenth, so no donor of the embedded zoo has seen the last tenth of this text."""
     return b"".join(split_held_out(python_reference()))
 
 

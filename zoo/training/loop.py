@@ -76,7 +76,7 @@ def evaluate(
 ) -> float:
     """Held-out loss in nats per token on a text int64 [N], in consecutive windows of S+1 tokens.
 
-    limit: at most so many windows, evenly spread. The result is NaN or infinite if the model's output is."""
+    limit: the largest number of windows, evenly spread. The result is NaN or infinite if the model's output is."""
     was_training = model.training
     model.eval()
     windows = tokens.unfold(0, sequence + 1, sequence)  # [windows, S+1]

@@ -19,7 +19,7 @@ from zoo.donors.zoo import Zoo, open_standalone
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import python_reference
-from zoo.training.nursery import DonorRecipe, train_zoo
+from zoo.training.embedded_zoo import DonorRecipe, train_zoo
 
 TARGET = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""The training loop that the nursery and the comparison share."""
+"""The training loop that the embedded zoo and the comparison share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nursery: trains the embedded zoo, tiny Llama-like models on the text that every Python ships.
+"""Trains the embedded zoo: tiny Llama-like models on text that comes with Python.
 
 Each donor is trained in one thread from its own random stream. Its bytes depend on its recipe only, not on the number
 of processes. A donor that is already in the zoo is kept; an interrupted one is trained from the beginning.
@@ -133,13 +133,13 @@ def train_zoo(
     staging.mkdir(parents=True, exist_ok=True)
     total = sum(r.steps for r in recipes)
     with tqdm(total=total, initial=total - sum(r.steps for r in todo), unit="step", disable=quiet) as bar:
-        bar.set_description(f"nursery: {len(recipes) - len(todo)}/{len(recipes)} donors")
+        bar.set_description(f"training donors: {len(recipes) - len(todo)}/{len(recipes)} finished")
         n_trained = len(recipes) - len(todo)
 
         def on_finish(recipe: DonorRecipe) -> None:
             nonlocal n_trained
             n_trained += 1
-            bar.set_description(f"nursery: {n_trained}/{len(recipes)} donors")
+            bar.set_description(f"training donors: {n_trained}/{len(recipes)} finished")
 
         run_jobs(partial(_train_into, staging), todo, workers or default_workers(), bar.update, on_finish)
     if missing:

@@ -1,4 +1,4 @@
-"""The nursery: donors that depend on their recipe alone."""
+"""The embedded zoo: donors that depend on their recipe alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from zoo.donors.verify import verify
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
-from zoo.training import nursery
-from zoo.training.nursery import PRESETS, DonorRecipe, train_zoo
+from zoo.training import embedded_zoo
+from zoo.training.embedded_zoo import PRESETS, DonorRecipe, train_zoo
 
 MICRO = [DonorRecipe(16, 1, heads=2, kv_heads=1, head_dim=8, ffn=32, steps=12, seed=seed) for seed in (0, 1)]
 FILES = ("config.json", "facts.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -24,7 +24,7 @@ def contents(zoo: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("nursery") / "zoo"
+    path = tmp_path_factory.mktemp("embedded") / "zoo"
     assert train_zoo(path, MICRO, workers=1, quiet=True) == [r.name for r in MICRO]
     return path
 
@@ -35,7 +35,7 @@ def test_donors_are_checkpoints_of_the_zoo(zoo: Path) -> None:
     opened = Zoo.open(zoo)
     assert [d.name for d in opened.donors] == ["nursery-w16-l1-h2-kv1-s0", "nursery-w16-l1-h2-kv1-s1"]
     assert verify(zoo) == []
-    assert not (zoo / nursery.STAGING).exists()
+    assert not (zoo / embedded_zoo.STAGING).exists()
     for donor in opened.donors:
         assert donor.license == "mit" and donor.facts["tokens"] == 12 * 4 * 64
         model, info = AutoModelForCausalLM.from_pretrained(donor.folder, output_loading_info=True)
@@ -61,10 +61,8 @@ def test_the_number_of_processes_changes_no_byte(zoo: Path, tmp_path: Path) -> N
     assert contents(tmp_path / "zoo") == contents(zoo)
 
 
-def test_an_interrupted_nursery_ends_where_an_uninterrupted_one_does(
-    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = nursery.train_steps, []
+def test_an_interrupted_run_gives_the_same_donors(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = embedded_zoo.train_steps, []
 
     def interrupted(*args: object) -> object:
         for step in real(*args):  # type: ignore[arg-type]
@@ -73,18 +71,18 @@ def test_an_interrupted_nursery_ends_where_an_uninterrupted_one_does(
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr(nursery, "train_steps", interrupted)
+    monkeypatch.setattr(embedded_zoo, "train_steps", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_zoo(tmp_path / "zoo", MICRO, workers=1, quiet=True)
     train_zoo(tmp_path / "zoo", MICRO, workers=1, quiet=True)
     assert len(calls) == 17 + 12, "the donor that was complete is not trained again"
     assert contents(tmp_path / "zoo") == contents(zoo)
-    assert not (tmp_path / "zoo" / nursery.STAGING).exists()
+    assert not (tmp_path / "zoo" / embedded_zoo.STAGING).exists()
 
 
 def test_a_zoo_that_is_complete_is_left_alone(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(zoo)
-    monkeypatch.setattr(nursery, "train_donor", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(embedded_zoo, "train_donor", lambda *_: pytest.fail("trained again"))
     train_zoo(zoo, MICRO, workers=1, quiet=True)
     assert contents(zoo) == before
 
