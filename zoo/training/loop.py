@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LinearLR, SequentialLR
 
 from zoo.streams import stream
 
@@ -49,13 +50,15 @@ class StepResult:
     grad_norm: float  # before clipping
 
 
-def learning_rate(training: TrainingConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0: linear warm-up, then a cosine to `final_lr` times the peak."""
+def lr_schedule(optimizer: torch.optim.Optimizer, training: TrainingConfig) -> SequentialLR:
+    """Linear warm-up to the peak, then a cosine that reaches `final_lr` times the peak at the last step."""
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
     n_warmup = max(1, round(training.warmup * training.steps))
-    if step < n_warmup:
-        return training.lr * (step + 1) / n_warmup
-    phase = (step - n_warmup) / max(1, training.steps - 1 - n_warmup)
-    return training.lr * (training.final_lr + (1 - training.final_lr) * 0.5 * (1 + math.cos(math.pi * phase)))
+    n_decay = max(1, training.steps - 1 - n_warmup)
+    warmup = LinearLR(optimizer, 1 / n_warmup, total_iters=max(1, n_warmup - 1))
+    decay = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 0, n_decay, min_lr_rate=training.final_lr)
+    return SequentialLR(optimizer, [warmup, decay], [n_warmup])
 
 
 def sample_windows(tokens: Tensor, batch_size: int, sequence: int, seed: int, step: int) -> Tensor:
@@ -116,9 +119,8 @@ def train_steps(model: nn.Module, tokens: Tensor, training: TrainingConfig) -> I
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=training.betas, fused=True)
+    schedule = lr_schedule(optimizer, training)
     for step in range(training.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, step)
         window = sample_windows(tokens, training.batch_size, training.sequence, training.seed, step).to(device)
         loss = next_token_loss(model, window)
         optimizer.zero_grad()
@@ -129,6 +131,7 @@ def train_steps(model: nn.Module, tokens: Tensor, training: TrainingConfig) -> I
             yield result
             return
         optimizer.step()
+        schedule.step()
         yield result
 
 

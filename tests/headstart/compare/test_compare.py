@@ -43,12 +43,12 @@ def run(
 
 def test_crossing_is_interpolated_and_the_first() -> None:
     steps = [0, 10, 20, 30]
-    assert scores.crossing(steps, [5.0, 3.0, 1.0, 0.5], 2.0) == 15.0
-    assert scores.crossing(steps, [5.0, 3.0, 2.0, 0.5], 2.0) == 20.0
-    assert scores.crossing(steps, [5.0, 1.0, 3.0, 1.0], 2.0) == 7.5
-    assert scores.crossing(steps, [1.9, 3.0, 3.0, 1.0], 2.0) == 0.0
-    assert scores.crossing(steps, [5.0, 4.0, 3.0, 2.1], 2.0) is None
-    assert scores.crossing(steps, [5.0, 4.0, 3.0, 2.1], None) is None
+    assert scores.step_reaching(steps, [5.0, 3.0, 1.0, 0.5], 2.0) == 15.0
+    assert scores.step_reaching(steps, [5.0, 3.0, 2.0, 0.5], 2.0) == 20.0
+    assert scores.step_reaching(steps, [5.0, 1.0, 3.0, 1.0], 2.0) == 7.5
+    assert scores.step_reaching(steps, [1.9, 3.0, 3.0, 1.0], 2.0) == 0.0
+    assert scores.step_reaching(steps, [5.0, 4.0, 3.0, 2.1], 2.0) is None
+    assert scores.step_reaching(steps, [5.0, 4.0, 3.0, 2.1], None) is None
 
 
 def test_interval_is_students_t() -> None:
@@ -148,9 +148,11 @@ def test_tuned_on_the_first_seeds() -> None:
 
 def test_spikes_stand_out_of_the_steps_before() -> None:
     norms = [1.0] * 30 + [5.0] + [1.0] * 30 + [2.9] + [1.0] * 10
-    assert scores.spikes(norms) == 1
-    assert scores.spikes([2.0**i for i in range(15)]) == 0, "too few steps to say"
-    assert scores.spikes([1.0] * 20 + [4.0] * 40) == 10, "a new level is one no longer once it fills half the window"
+    assert scores.count_gradient_spikes(norms) == 1
+    assert scores.count_gradient_spikes([2.0**i for i in range(15)]) == 0, "too few steps to say"
+    assert scores.count_gradient_spikes([1.0] * 20 + [4.0] * 40) == 10, (
+        "a new level is one no longer once it fills half the window"
+    )
 
 
 def test_everything_diverged() -> None:
@@ -224,7 +226,7 @@ def test_the_run_is_what_a_user_would_do(compared: Path, donors: Path, corpus: P
     from zoo.streams import stream_seed
     from zoo.training.corpora import byte_tokens
     from zoo.training.loop import TrainingConfig as T
-    from zoo.training.loop import evaluate, learning_rate, sample_windows
+    from zoo.training.loop import evaluate, sample_windows
 
     generate(TARGET, "default", tmp_path / "init", seed=1, dtype="float32", quiet=True)
     tokens = byte_tokens(corpus.read_bytes())
@@ -240,7 +242,7 @@ def test_the_run_is_what_a_user_would_do(compared: Path, donors: Path, corpus: P
     )
     for step in range(12):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, step)
+            group["lr"] = 1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0, step - 1) / 10)))
         window = sample_windows(learned, 4, 32, training.seed, step)
         # transformers shifts the labels itself: this is the loss of the tokens 1 to 32
         optimizer.zero_grad()
@@ -447,7 +449,7 @@ def test_the_names_of_runs_stay_so_that_older_comparisons_continue() -> None:
     labels = {"default": {}, "normal:rescale=none": {"rescale": "none"}, "weight-selection": {}}
     shared = TrialSettings(
         target={"model_type": "llama", "hidden_size": 16}, zoo="z", donor="d", model="m", tokenizer=None, text="t",
-        settings=labels, steps=12, batch_size=4, sequence=32, windows=8, device="cpu", threads=1, tokens="x",
+        method_options=labels, steps=12, batch_size=4, sequence=32, windows=8, device="cpu", threads=1, tokens="x",
         runs="runs", fingerprint={"tokens": "a", "zoo": "b", "model": "c"},
     )  # fmt: skip
     names = [

@@ -13,7 +13,7 @@ from zoo.training.loop import (
     TrainingConfig,
     activation_rms,
     evaluate,
-    learning_rate,
+    lr_schedule,
     next_token_loss,
     reproducible,
     sample_windows,
@@ -49,13 +49,32 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     assert short.min() == 0 and short.max() == 19
 
 
+def learning_rates(training: TrainingConfig) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.lr)
+    schedule, rates = lr_schedule(optimizer, training), []
+    for _ in range(training.steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8, 50, 150, 1000])
+def test_the_learning_rate_is_the_closed_form(steps: int) -> None:
+    n_warmup = max(1, round(0.05 * steps))
+    for step, rate in enumerate(learning_rates(TrainingConfig(steps, lr=4e-3))):
+        phase = (step - n_warmup) / max(1, steps - 1 - n_warmup)
+        decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * phase))
+        assert rate == pytest.approx(4e-3 * (min(1, (step + 1) / n_warmup) if step < n_warmup else decay), rel=1e-12)
+
+
 def test_learning_rate_warms_up_and_decays() -> None:
     training = TrainingConfig(steps=100, lr=1.0, warmup=0.1, final_lr=0.1)
-    rates = [learning_rate(training, step) for step in range(100)]
+    rates = learning_rates(training)
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[9:]))
-    assert math.isfinite(learning_rate(TrainingConfig(steps=1, lr=1.0), 0))
+    assert learning_rates(TrainingConfig(steps=1, lr=1.0)) == [1.0]
 
 
 def test_losses_are_nats() -> None:
