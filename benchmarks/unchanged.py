@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -64,7 +63,6 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (zoo, config)
     "gpt2-deep": ("gpt2", GPT2 | {"n_layer": 8}),
 }  # fmt: skip
 QUICK = {"learned-pruning": ["--set", "steps=4"]}  # options that keep a method short
-LORA = ("pareto", "peft-default", "pissa", "olora", "orthogonal", "gaussian")
 
 
 def main(work: Path) -> None:
@@ -74,12 +72,12 @@ def main(work: Path) -> None:
     run("zoo", "add", *_gpt2_donors(work / "sources"), "--zoo", work / "gpt2")
     for zoo in ("llama", "gpt2"):
         for donor in sorted((work / zoo / "models").iterdir()):
-            say(f"zoo {zoo} {donor.name}", tensors(donor))
+            print_hash(f"zoo {zoo} {donor.name}", tensors(donor))
     run("train", "autoencoder", "--zoo", work / "llama", "--out", work / "autoencoder", "--steps", 20)
-    say("train autoencoder", tensors(work / "autoencoder"))
+    print_hash("train autoencoder", tensors(work / "autoencoder"))
     run("train", "diffusion", "--zoo", work / "llama", "--autoencoder", work / "autoencoder",
         "--out", work / "pipeline", "--steps", 30)  # fmt: skip
-    say("train diffusion", tensors(work / "pipeline"))
+    print_hash("train diffusion", tensors(work / "pipeline"))
     for target in TARGETS:
         _generate_all(work, target, corpus)
     _convolutions()
@@ -87,7 +85,7 @@ def main(work: Path) -> None:
         out = work / f"analysis-{donor}"
         run("analyze", "--zoo", work / donor, "--out", out, "--ranks", "4,8", "--bootstraps", 20)
         found = json.loads((out / "analysis.json").read_text())
-        say(f"analyze {donor}", numbers([found["models"], found["signatures"]]))
+        print_hash(f"analyze {donor}", numbers([found["models"], found["signatures"]]))
     _lora_all(work)
     _compare(work, corpus)
 
@@ -96,14 +94,15 @@ def run(*words: object) -> int:
     """A command of the program in this process; returns its exit code."""
     from headstart.cli import app
 
-    with contextlib.redirect_stdout(sys.stderr):  # what a command prints is no result
+    with contextlib.redirect_stdout(sys.stderr):  # stdout holds the hashes only
         try:
             return int(app([str(word) for word in words] + ["--quiet"], standalone_mode=False) or 0)
         except SystemExit as stop:
             return int(stop.code or 0)
 
 
-def say(name: str, values: Iterator[bytes]) -> None:
+def print_hash(name: str, values: Iterator[bytes]) -> None:
+    """Prints the name of a result and the hash of its bytes."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(value)
@@ -111,7 +110,7 @@ def say(name: str, values: Iterator[bytes]) -> None:
 
 
 def tensors(folder: Path) -> Iterator[bytes]:
-    """Names, shapes and bytes of every tensor below a folder."""
+    """Names, shapes and bytes of every tensor in the safetensors files of a folder and its subfolders."""
     for path in sorted(folder.rglob("*.safetensors")):
         with safe_open(path, framework="pt") as f:
             for name in sorted(f.keys()):
@@ -121,7 +120,7 @@ def tensors(folder: Path) -> Iterator[bytes]:
 
 
 def numbers(value: Any) -> Iterator[bytes]:
-    """Every number below a JSON value, sorted, so that a renamed key changes nothing."""
+    """Every number in a JSON value, sorted, so that a renamed key changes nothing."""
     yield " ".join(sorted(_numbers(value))).encode()
 
 
@@ -143,7 +142,7 @@ def _generate_all(work: Path, target: str, corpus: Path) -> None:
     zoo, config = TARGETS[target]
     path = work / f"{target}.json"
     path.write_text(json.dumps(config))
-    known = [name for name in samplers.METHODS if name not in LORA]
+    known = [name for name in samplers.METHODS if name not in samplers.LORA_METHODS]
     for method in known:
         options = {field["name"] for field in samplers.get(method).option_table()}
         extra: list[object] = list(QUICK.get(method, []))
@@ -158,14 +157,13 @@ def _generate_all(work: Path, target: str, corpus: Path) -> None:
             if code:
                 print(f"refused ({code})      generate {target} {method} seed {seed}", flush=True)
             else:
-                say(f"generate {target} {method} seed {seed}", tensors(out))
+                print_hash(f"generate {target} {method} seed {seed}", tensors(out))
 
 
 def _convolutions() -> None:
-    """The one method for plain modules, through Python."""
+    """Samples of conv-covariance, the only method for convolutions, through the Python API."""
     from headstart import Blueprint, samplers
-
-    zoo_of = _first("zoo.modules", "zoo.donors.memory", name="zoo_of")
+    from zoo.donors.memory import zoo_of
 
     def network(seed: int, width: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -176,18 +174,20 @@ def _convolutions() -> None:
     sampler = samplers.get("conv-covariance")().fit(zoo_of(donors), blueprint)
     for seed in SEEDS:
         found = sorted(sampler.sample(blueprint, seed=seed))
-        say(f"sample conv-covariance seed {seed}", (t.contiguous().numpy().tobytes() for _, t in found))
+        print_hash(f"sample conv-covariance seed {seed}", (t.contiguous().numpy().tobytes() for _, t in found))
 
 
 def _lora_all(work: Path) -> None:
+    from headstart import samplers
+
     donors = sorted((work / "llama" / "models").glob("*-w96-*"))
     base, reference = donors[0], donors[1]
-    for method in LORA:
+    for method in samplers.LORA_METHODS:
         extra: list[object] = ["--reference", reference] if method == "pareto" else []
         for seed in SEEDS:
             out = work / "lora" / f"{method}{seed}"
             run("lora", "--base", base, "--method", method, "--rank", 4, "--out", out, "--seed", seed, *extra)
-            say(f"lora {method} seed {seed}", tensors(out))
+            print_hash(f"lora {method} seed {seed}", tensors(out))
 
 
 def _compare(work: Path, corpus: Path) -> None:
@@ -197,8 +197,8 @@ def _compare(work: Path, corpus: Path) -> None:
         "--lrs", "1e-3,4e-3", "--workers", 1)  # fmt: skip
     found = json.loads((out / "results.json").read_text())
     for method, entry in sorted(found["methods"].items()):
-        say(f"compare {method}", numbers(entry))
-    say("compare all", numbers([found["threshold"], found["parameters"], found["grid"]]))
+        print_hash(f"compare {method}", numbers(entry))
+    print_hash("compare all", numbers([found["threshold"], found["parameters"], found["grid"]]))
 
 
 def _corpus(path: Path) -> Path:
@@ -222,16 +222,6 @@ def _gpt2_donors(folder: Path) -> list[Path]:
                     parameter.mul_(torch.rand(parameter.shape[0], 1) + 0.5).mul_(torch.rand(parameter.shape[1]) + 0.5)
         model.save_pretrained(folder / f"gpt2-{i}")
     return [folder / f"gpt2-{i}" for i in range(len(shapes))]
-
-
-def _first(*modules: str, name: str) -> Any:
-    """An attribute of the first of these modules that exists: where it lived before, and where it lives now."""
-    for module in modules:
-        try:
-            return getattr(importlib.import_module(module), name)
-        except ModuleNotFoundError:
-            continue
-    raise ModuleNotFoundError(f"{name} is in none of {', '.join(modules)}")
 
 
 if __name__ == "__main__":

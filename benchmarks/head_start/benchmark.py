@@ -1,6 +1,6 @@
 """Runs the comparisons and the audits of the benchmark, and keeps what they measured.
 
-Every comparison is a call of `headstart compare`, whose page stands in WORK/comparisons.
+Every comparison is a call of `headstart compare`, whose page is written to WORK/comparisons.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.head_start import rows as run_rows
 from benchmarks.head_start import tasks
 from benchmarks.head_start.tasks import Comparison
-from headstart.report.scores import REFERENCE, crossings, interval, score, speedup
+from headstart.report.scores import REFERENCE, interval, score, speedup, steps_reaching
 
 Rows = Sequence[dict[str, Any]]
 Facts = Mapping[str, Any]
@@ -34,7 +34,7 @@ class BenchmarkResults:
         }
         return cls(rows, current, {c: score_comparison(rows, c) for c in complete_comparisons(rows, facts)})
 
-    def of(self, task: str, text: str, budget: str) -> dict[Comparison, Entries]:
+    def comparisons_of(self, task: str, text: str, budget: str) -> dict[Comparison, Entries]:
         """The comparisons of all methods on one task, text and budget."""
         return {
             c: e
@@ -100,8 +100,8 @@ def paired_speedup(entry: Mapping[str, Any], other: Mapping[str, Any]) -> dict[s
     if not entry["curves"] or not other["curves"]:
         return {}
     ends = [curve["losses"][-1] for curve in other["curves"]]
-    steps = crossings(entry["curves"], ends)
-    return {"steps": steps, "ratio": speedup(crossings(other["curves"], ends), steps)}
+    steps = steps_reaching(entry["curves"], ends)
+    return {"steps": steps, "ratio": speedup(steps_reaching(other["curves"], ends), steps)}
 
 
 def half_width(stats: Mapping[str, Any]) -> float:

@@ -1,8 +1,7 @@
-"""Is what is generated new? After 2506.07998.
+"""Measures what the novelty audit needs: how far samples are from the donors, their errors, and how they train.
 
-A sample is novel if it is farther from every donor than tau times the distance between donors (the median over donors
-of the distance to the nearest other donor, in canonical coordinates). It is performant if it trains as a head start
-should. It counts if it is both. The overlap of mispredicted tokens is compared with that of independent donors.
+Each sample is compared with every donor and trained with the short budget. The overlap of mispredicted tokens is
+compared with that of independent donors. `verdict.py` decides from these numbers what is novel.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,8 +18,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.head_start import tasks
-from benchmarks.novelty import distance as novelty
 from benchmarks.novelty.controls import Average, Interpolation, Noise, PerDimension
+from benchmarks.novelty.distance import (
+    Frame,
+    donor_frame,
+    error_overlap,
+    leave_one_out,
+    nearest_and_combined_distance,
+    predictions,
+)
 from benchmarks.peers import d2nwg, sane
 from benchmarks.peers.scoring import build_model
 from benchmarks.peers.weights import stored_tensors
@@ -40,11 +45,10 @@ from zoo.units.aligned import token_strings
 from zoo.units.decoder import read_decoder
 
 SEEDS = tuple(range(10))
-TAUS = (1.0, 2.0, 3.0, 4.0)
-RATES = tasks.LRS["long"][1:3]  # learning rates of the test training; the better one of a label counts
+LRS = tasks.LRS["long"][1:3]  # learning rates of the test training; the better one of a label counts
 SHAPES = {"seen": tasks.SEEN_TARGET, "unseen": tasks.UNSEEN_TARGETS[tasks.MAIN_TARGET]}
-# Methods that generate from what they know of donors; the autoencoder encodes and decodes one. `default` knows none:
-# its distance to donors is that of models that have nothing in common.
+# Methods that generate from what they learned from donors; the autoencoder encodes and decodes one. `default` uses no
+# donor: its distance to the donors is that of unrelated models.
 GENERATING_METHODS = ("diffusion", "autoencoder", "row-column", "matrix-normal", "normal", "default")
 # Methods that draw entries one by one; they differ in the distribution alone, so they are sampled at one shape.
 MARGINAL_METHODS = (
@@ -74,7 +78,7 @@ class AuditInputs:
 
 def audit_inputs(zoo: Path, model: Path, peers: Path, corpus: Path, folder: Path) -> AuditInputs:
     """The inputs, with a folder whose name is a hash of everything that the samples depend on."""
-    settings = [RATES, SHAPES, tasks.BUDGETS["short"], tasks.BATCH_SIZE, tasks.SEQUENCE, tasks.WINDOWS]
+    settings = [LRS, SHAPES, tasks.BUDGETS["short"], tasks.BATCH_SIZE, tasks.SEQUENCE, tasks.WINDOWS]
     found = [hash_model(peers), hashlib.sha256(corpus.read_bytes()).hexdigest(), json.dumps(settings)]
     name = hashlib.sha256(" ".join([content_hash(zoo, model), *found]).encode()).hexdigest()[:16]
     return AuditInputs(str(zoo), str(model), str(peers), str(corpus), str(folder / name))
@@ -117,7 +121,7 @@ def run_audit(inputs: AuditInputs, quiet: bool = False) -> dict[str, Any]:
     with tqdm(total=len(missing), desc="novelty", unit="sample", disable=quiet) as bar:
         run_jobs(partial(measure_sample, inputs), missing, default_workers(), bar.update)
     found = [json.loads((Path(inputs.folder) / s.file).read_text()) for s in all_samples()]
-    return {"donors": donor_distances(inputs), "samples": found, "rates": RATES, "steps": tasks.BUDGETS["short"]}
+    return {"donors": donor_distances(inputs), "samples": found, "rates": LRS, "steps": tasks.BUDGETS["short"]}
 
 
 def measure_sample(inputs: AuditInputs, sample: Sample, report: ReportProgress) -> None:
@@ -133,15 +137,14 @@ def measure_sample(inputs: AuditInputs, sample: Sample, report: ReportProgress) 
             )
         }
         decoder = read_decoder(blueprint, lambda name: tensors[name].double(), where=sample.label)
-        near, mosaic = novelty.nearest_and_mosaic(decoder, token_strings(zoo.donors[0]), frames)
+        near, combined = nearest_and_combined_distance(decoder, token_strings(zoo.donors[0]), frames)
         model = build_model(config, tensors)
         start = evaluate(model, held, tasks.SEQUENCE, limit=tasks.WINDOWS)
-        own, _ = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
-        overlaps = {name: novelty.error_overlap(own, other, truth) for name, other in guesses.items()}
+        own, _ = predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
+        overlaps = {name: error_overlap(own, other, truth) for name, other in guesses.items()}
         alike = max(overlaps, key=lambda name: overlaps[name]["iou"])
         ends = {
-            f"{rate:g}": loss_after_training(build_model(config, tensors), rate, sample.seed, learned, held)
-            for rate in RATES
+            f"{lr:g}": loss_after_training(build_model(config, tensors), lr, sample.seed, learned, held) for lr in LRS
         }
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -149,17 +152,17 @@ def measure_sample(inputs: AuditInputs, sample: Sample, report: ReportProgress) 
     found = {
         "shape": sample.shape, "label": sample.label, "seed": sample.seed, "digest": digest.hexdigest()[:16],
         "loss": start if math.isfinite(start) else None, "trained": ends,
-        "distance": near.total, "mosaic": mosaic, "kinds": dict(near.kinds), "sizes": dict(near.sizes),
+        "distance": near.total, "mosaic": combined, "kinds": dict(near.kinds), "sizes": dict(near.sizes),
         "nearest": near.donor, "alike": alike, **{f"error_{key}": value for key, value in overlaps[alike].items()},
     }  # fmt: skip
     replace_file(Path(inputs.folder) / sample.file, (json.dumps(found) + "\n").encode())
     report(1)
 
 
-def loss_after_training(model: nn.Module, rate: float, seed: int, learned: Tensor, held: Tensor) -> float | None:
+def loss_after_training(model: nn.Module, lr: float, seed: int, learned: Tensor, held: Tensor) -> float | None:
     """Held-out loss after the short budget; None if training diverged."""
     training = TrainingConfig(
-        tasks.BUDGETS["short"], rate, tasks.BATCH_SIZE, tasks.SEQUENCE, seed=stream_seed(seed, "compare")
+        tasks.BUDGETS["short"], lr, tasks.BATCH_SIZE, tasks.SEQUENCE, seed=stream_seed(seed, "compare")
     )
     for step in train_steps(model, learned, training):
         if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
@@ -169,7 +172,7 @@ def loss_after_training(model: nn.Module, rate: float, seed: int, learned: Tenso
 
 
 @cache
-def _load_inputs(inputs: AuditInputs) -> tuple[Zoo, list[novelty.Frame], dict[str, Tensor], Tensor, Tensor, Tensor]:
+def _load_inputs(inputs: AuditInputs) -> tuple[Zoo, list[Frame], dict[str, Tensor], Tensor, Tensor, Tensor]:
     """(zoo, its frames, each donor's predictions, the true tokens, training text, held-out text), once a process."""
     zoo = Zoo.open(inputs.zoo)
     tokens = encode_corpus(inputs.corpus, None, 256)
@@ -177,8 +180,8 @@ def _load_inputs(inputs: AuditInputs) -> tuple[Zoo, list[novelty.Frame], dict[st
     guesses, truth = {}, held
     for donor in zoo.donors:
         model = build_model(donor.config, stored_tensors(donor))
-        guesses[donor.name], truth = novelty.predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
-    return zoo, [novelty.donor_frame(d) for d in zoo.donors], guesses, truth, learned, held
+        guesses[donor.name], truth = predictions(model, held, tasks.SEQUENCE, tasks.WINDOWS)
+    return zoo, [donor_frame(d) for d in zoo.donors], guesses, truth, learned, held
 
 
 @cache
@@ -201,53 +204,14 @@ def donor_distances(inputs: AuditInputs) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     zoo, frames, guesses, truth, _, _ = _load_inputs(inputs)
-    apart = novelty.leave_one_out(zoo.donors, frames)
+    apart = leave_one_out(zoo.donors, frames)
     overlaps = []
     for name, own in guesses.items():
-        others = [novelty.error_overlap(own, o, truth) for other, o in guesses.items() if other != name]
+        others = [error_overlap(own, o, truth) for other, o in guesses.items() if other != name]
         overlaps.append(max(others, key=lambda o: o["iou"]))
     by_donor = {name: near.total for name, (near, _) in apart.items()}
     found = {"median": statistics.median(by_donor.values()), "by_donor": by_donor}
-    found["mosaic"] = statistics.median(mosaic for _, mosaic in apart.values())
+    found["mosaic"] = statistics.median(combined for _, combined in apart.values())
     found |= {key: statistics.median(o[key] for o in overlaps) for key in ("iou", "expected", "same")}
     replace_file(path, (json.dumps(found) + "\n").encode())
     return found
-
-
-def count_novel(found: Mapping[str, Any], label: str, shape: str, ready: float, trains: float) -> dict[str, Any]:
-    """Counts and means over the samples of one label at one shape.
-
-    Returns {n, distinct, loss, rate, trained, distance, mosaic, size, iou, expected, same, ready, performant,
-    novel: {tau: n}, both: {tau: n}, beyond: n}. ready: loss before training at most `ready`. rate: the learning rate of
-    the lower mean loss after training. performant: loss after training at most `trains`. both: novel and performant.
-    beyond: performant, and farther from all donors together than donors are. A loss that is not finite passes no bar.
-    """
-    rows = [s for s in found["samples"] if (s["label"], s["shape"]) == (label, shape)]
-    apart = found["donors"]["median"]
-
-    def at(rate: str) -> float:
-        ends = [s["trained"][rate] for s in rows]
-        return math.inf if None in ends else statistics.fmean(ends)
-
-    rate = min(rows[0]["trained"], key=at)
-    rows = [s | {"trained": s["trained"][rate]} for s in rows]
-    performs = [s["trained"] is not None and s["trained"] <= trains for s in rows]
-    far = [s["mosaic"] > found["donors"]["mosaic"] for s in rows]
-    novel = {f"{tau:g}": [s["distance"] > tau * apart for s in rows] for tau in TAUS}
-
-    def mean(key: str) -> float | None:
-        return None if any(s[key] is None for s in rows) else statistics.fmean(s[key] for s in rows)
-
-    return {
-        "n": len(rows),
-        "distinct": len({s["digest"] for s in rows}),
-        "rate": rate,
-        **{key: mean(key) for key in ("loss", "trained", "distance", "mosaic")},
-        "size": statistics.fmean(statistics.fmean(s["sizes"].values()) for s in rows),
-        **{key: mean(f"error_{key}") for key in ("iou", "expected", "same")},
-        "ready": sum(s["loss"] is not None and s["loss"] <= ready for s in rows),
-        "performant": sum(performs),
-        "novel": {tau: sum(flags) for tau, flags in novel.items()},
-        "both": {tau: sum(a and b for a, b in zip(flags, performs, strict=True)) for tau, flags in novel.items()},
-        "beyond": sum(a and b for a, b in zip(far, performs, strict=True)),
-    }

@@ -1,7 +1,7 @@
-"""Distance of a model to every donor, in coordinates that do not depend on how either was written down.
+"""Distance of a model to every donor, in coordinates that do not depend on how their weights are stored.
 
-Two models that compute the same function may have nothing in common as stored; 2506.07998 measures distances after
-such symmetries are removed. So the model is put into canonical form, and its residual stream is rotated onto the
+Two models that compute the same function can have unrelated weights; 2506.07998 measures distances after such
+symmetries are removed. So the model is put into canonical form, and its residual stream is rotated onto the
 donor's by the token strings that both have (`zoo.units.canonical`). Each unit is then compared with the donor's units
 of the same kind, because heads and neurons have no order and other shapes have other numbers of them.
 """
@@ -41,11 +41,15 @@ class Frame:
 
 @dataclass(frozen=True)
 class Distance:
-    """Relative distance to one donor: over each kind of unit, the root of sum |u - nearest|^2 / sum |u|^2, of the
-    units as they are or brought to the size of the donor's, whichever is nearer: weights written too small or too large
-    are not far for that. `total` is the root mean square over the kinds. 0 is a copy; units that have nothing to do
-    with the donor's are sqrt(2) from any one of them, and less from the nearest of many. `sizes`: root mean square of
-    the units over the donor's."""
+    """Relative distance of a model to one donor.
+
+    kinds: by kind of unit, the root of sum |u - nearest|^2 / sum |u|^2, where `nearest` is the donor's unit nearest to
+           u. It is computed with the units as they are and with the units brought to the size of the donor's. The
+           smaller value counts, so a copy with scaled units is near.
+    total: root mean square over the kinds. 0 is a copy. A unit unrelated to the donor's has distance sqrt(2) from each
+           of them, and less from the nearest of many.
+    sizes: by kind, the root mean square of the units divided by that of the donor's units.
+    """
 
     donor: str
     total: float
@@ -63,25 +67,29 @@ def donor_frame(donor: Donor) -> Frame:
 def distance(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> Distance:
     """Relative distance of a decoder of any shape to a donor.
 
-    decoder: as `read_donor_decoder` reads it (float64); tokens: the strings of its vocabulary's rows. UserError if the
-    two share no token string: then nothing says how their residual streams correspond.
+    decoder: as `read_donor_decoder` returns it (float64); tokens: the strings of its vocabulary's rows. UserError if
+    the two share no token string, because their residual streams cannot be aligned then.
     """
     return _to_distance(to, *_unit_shares(decoder, tokens, to))
 
 
-def mosaic(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> float:
-    """The `total` of the distance to all donors together: every unit is compared with the nearest unit of any donor, so
-    a model put together from units of several donors is near. Leaves out rows of the vocabulary that no donor has."""
-    return nearest_and_mosaic(decoder, tokens, frames)[1]
+def distance_to_all_donors(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> float:
+    """Relative distance to the units of all donors together.
+
+    Every unit is compared with the nearest unit of any donor, so a model assembled from units of several donors is
+    near. Vocabulary rows whose token no donor has are left out."""
+    return nearest_and_combined_distance(decoder, tokens, frames)[1]
 
 
-def nearest(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> Distance:
+def nearest_donor_distance(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> Distance:
     """The distance to the donor that is nearest in total."""
-    return nearest_and_mosaic(decoder, tokens, frames)[0]
+    return nearest_and_combined_distance(decoder, tokens, frames)[0]
 
 
-def nearest_and_mosaic(decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]) -> tuple[Distance, float]:
-    """Both, at the cost of one: the model is brought into each donor's coordinates once."""
+def nearest_and_combined_distance(
+    decoder: Decoder, tokens: tuple[str, ...], frames: Iterable[Frame]
+) -> tuple[Distance, float]:
+    """(distance to the nearest donor, distance to all donors together), with one alignment to each donor."""
     found = [(to, *_unit_shares(decoder, tokens, to)) for to in frames]
     near = min((_to_distance(*one) for one in found), key=lambda d: (d.total, d.donor))
     kinds = found[0][1]
@@ -103,13 +111,15 @@ def _mean_over_kinds(kinds: Mapping[str, float]) -> float:
 
 
 def _unit_shares(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(by kind [2, N]: each unit's part of sum |u - nearest|^2 / sum |u|^2, as the units are and brought to the size of
-    the donor's, infinite for tokens that the donor does not have; by kind the sizes)"""
+    """(shares, sizes), each by kind of unit. `sizes` is that of `Distance`.
+
+    shares: [2, N], each unit's part of sum |u - nearest|^2 / sum |u|^2: in the first row with the units as they are, in
+    the second with the units brought to the size of the donor's. Infinite for tokens that the donor lacks."""
     if set(tokens).isdisjoint(to.anchor.tokens):
         raise UserError(f"{to.name}: shares no token string with the model, so their coordinates cannot be compared")
     own = _unit_vectors(canonicalise(decoder, tokens, to.anchor).decoder)
-    place = {token: i for i, token in enumerate(to.anchor.tokens)}
-    shared = [(i, place[token]) for i, token in enumerate(tokens) if token in place]
+    row_of = {token: i for i, token in enumerate(to.anchor.tokens)}
+    shared = [(i, row_of[token]) for i, token in enumerate(tokens) if token in row_of]
     mine, theirs = (torch.tensor(rows) for rows in zip(*shared, strict=True))
     pairs = {kind: (own[kind], to.units[kind]) for kind in ("neuron", "qk", "vo")}
     pairs["vocab"] = (own["vocab"][mine], to.units["vocab"][theirs])
@@ -123,13 +133,14 @@ def _unit_shares(decoder: Decoder, tokens: tuple[str, ...], to: Frame) -> tuple[
 
 
 def leave_one_out(donors: Sequence[Donor], frames: Sequence[Frame]) -> dict[str, tuple[Distance, float]]:
-    """For every donor (the distance to its nearest other donor, `mosaic` to the others): the distance between
-    independent training runs."""
+    """For every donor, its distance to the nearest other donor and to all others together.
+
+    They are the distances between independent training runs."""
     found = {}
     for donor in donors:
         others = [f for f in frames if f.name != donor.name]
         if others:
-            found[donor.name] = nearest_and_mosaic(read_donor_decoder(donor), token_strings(donor), others)
+            found[donor.name] = nearest_and_combined_distance(read_donor_decoder(donor), token_strings(donor), others)
     return found
 
 
@@ -164,8 +175,8 @@ def _unit_size(units: Tensor) -> float:
 
 
 def _relative_squares(units: Tensor, others: Tensor, kind: str | None) -> Tensor:
-    """units [N, P, d], others [M, P, e] -> [N]: |u - u'|^2 / sum |u|^2, where u' is the other of the same place (kind
-    None, N = M) or the nearest one, up to the signs that are free."""
+    """units [N, P, d], others [M, P, e] -> [N]: |u - u'|^2 / sum |u|^2, where u' is the other unit at the same index
+    (if kind is None; then N = M) or the nearest one. Signs in FREE_SIGNS may differ."""
     width = max(units.shape[-1], others.shape[-1])
     units, others = to_width(units, width), to_width(others, width)
     size, other_size = units.square().sum((1, 2)), others.square().sum((1, 2))

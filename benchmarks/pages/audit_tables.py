@@ -6,7 +6,8 @@ from typing import Any
 
 from benchmarks.head_start import tasks
 from benchmarks.head_start.results import BenchmarkResults, paired_difference
-from benchmarks.novelty.audits import SHAPES, TAUS, count_novel, sample_labels
+from benchmarks.novelty.audits import SHAPES, sample_labels
+from benchmarks.novelty.verdict import TAUS, count_novel
 from benchmarks.pages import cells
 from benchmarks.pages.comparison_tables import GENERATOR
 from benchmarks.peers.measure import format_table as format_peers_table

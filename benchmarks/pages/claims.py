@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.head_start import tasks
 from benchmarks.head_start.results import BenchmarkResults, Entries, format_interval, paired_difference
-from benchmarks.novelty.audits import SHAPES, count_novel, sample_labels
+from benchmarks.novelty.audits import SHAPES, sample_labels
+from benchmarks.novelty.verdict import count_novel
 from benchmarks.pages import cells
 from benchmarks.pages.audit_tables import default_losses
 from benchmarks.pages.comparison_tables import GENERATOR
@@ -80,11 +81,11 @@ def diffusion_against_best(comparisons: Iterable[Entries]) -> Differences:
 
 def claims(results: BenchmarkResults) -> str:
     """Five numbered paragraphs with their evidence; "" before all comparisons are there."""
-    if any(not results.of(task, text, budget) for task, text in TEXTS for budget in tasks.BUDGETS):
+    if any(not results.comparisons_of(task, text, budget) for task, text in TEXTS for budget in tasks.BUDGETS):
         return ""
     makers = (_donors_claim, _diffusion_claim, _real_donors_claim, _statistics_claim, _novelty_claim)
     paragraphs = [make(results) for make in makers]
-    table = _shapes_table(results.of("A", "reference", "long"))
+    table = _shapes_table(results.comparisons_of("A", "reference", "long"))
     numbered = [_wrap(f"{i}. {text}") for i, text in enumerate(paragraphs, 1)]
     return "\n\n".join([*numbered[:2], table, *numbered[2:]])
 
@@ -96,7 +97,7 @@ def _wrap(text: str) -> str:
 
 
 def _of_text(results: BenchmarkResults, text: tuple[str, str], budget: str) -> list[Entries]:
-    return list(results.of(*text, budget).values())
+    return list(results.comparisons_of(*text, budget).values())
 
 
 def _donors_claim(results: BenchmarkResults) -> str:
@@ -108,7 +109,9 @@ def _donors_claim(results: BenchmarkResults) -> str:
     own, source, shakespeare = (long[text] for text in TEXTS)
     facts = results.facts
     heads = next(
-        facts["comparisons"][c.name] for c in results.of("A", "reference", "long") if c.target == tasks.MAIN_TARGET
+        facts["comparisons"][c.name]
+        for c in results.comparisons_of("A", "reference", "long")
+        if c.target == tasks.MAIN_TARGET
     )
     spent = 6 * heads["parameters"] * heads["steps"] * heads["batch_size"] * heads["sequence"]
     all_donors = sum(6 * d["parameters"] * d["tokens"] for d in facts["zoos"]["embedded"])
@@ -154,7 +157,7 @@ def _better_shapes(results: BenchmarkResults) -> str:
         c.target
         for text in TEXTS
         for budget in tasks.BUDGETS
-        for c, e in results.of(*text, budget).items()
+        for c, e in results.comparisons_of(*text, budget).items()
         if diffusion_against_best([e]).below
     )
     return " and ".join(f"`{target}` ({n})" for target, n in found.most_common())
@@ -187,7 +190,7 @@ def _shapes_table(done: dict[tasks.Comparison, Entries]) -> str:
 
 
 def _real_donors_claim(results: BenchmarkResults) -> str:
-    done = {c.target: e for c, e in results.of("C", "stories", "long").items()}
+    done = {c.target: e for c, e in results.comparisons_of("C", "stories", "long").items()}
     labels = [*(label for zoo in ("embedded", "real") for label in tasks.method_labels(zoo) if is_transfer(label))]
 
     def gains(*targets: str) -> Differences:

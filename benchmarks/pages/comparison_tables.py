@@ -90,7 +90,7 @@ def head_start_table(task: str, text: str, budget: str) -> Callable[[BenchmarkRe
     """Makes a table with a row per method and a column per target."""
 
     def make(results: BenchmarkResults) -> str:
-        chosen = results.of(task, text, budget)
+        chosen = results.comparisons_of(task, text, budget)
         about = {c: results.facts["comparisons"][c.name] for c in chosen}
         if not chosen:
             return ""

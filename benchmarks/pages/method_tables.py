@@ -28,7 +28,7 @@ def all_methods_table(results: BenchmarkResults) -> str:
 
 def gains_table(results: BenchmarkResults) -> str:
     """Cost and gain of every method on the unseen shapes of A, long budget; conv-covariance on its own task."""
-    done = results.of("A", "reference", "long")
+    done = results.comparisons_of("A", "reference", "long")
     if not done:
         return ""
     cost = results.facts.get("cost", {}).get("methods", {})
@@ -44,7 +44,7 @@ def gains_table(results: BenchmarkResults) -> str:
 
 def readme_table(results: BenchmarkResults) -> str:
     """The gains of eight methods."""
-    done = results.of("A", "reference", "long")
+    done = results.comparisons_of("A", "reference", "long")
     if not done:
         return ""
     rows = [
@@ -59,7 +59,7 @@ def _gain_cells(name: str, done: Mapping[tasks.Comparison, Entries]) -> list[str
 
 
 def _gain_cell(entries: Entries, name: str, digits: int = 3) -> str:
-    """The default's final loss with so many digits; of another method, its final loss minus the default's."""
+    """For the default its final loss, with `digits` digits; for another method its final loss minus the default's."""
     if name not in entries:
         return cells.MISSING
     stats = entries[name]["final_loss" if name == REFERENCE else "difference"]
@@ -69,7 +69,7 @@ def _gain_cell(entries: Entries, name: str, digits: int = 3) -> str:
 
 
 def _cost_cells(cost: Mapping[str, Any]) -> Sequence[str]:
-    """What fitting and sampling cost."""
+    """Cells of the time that fitting takes and of the speed of sampling."""
     if "fit_seconds" not in cost:
         return cells.MISSING, cells.MISSING
     rate = f"{cost['parameters_per_second'] / 1e6:.2g} ({cost['of_randn']:.2g})"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.loading import load_autoencoder
-from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
+from autoencoder.model import UnitAutoencoder, error_weights, set_linear_part_to_pca
 from benchmarks.novelty import distance as novelty
 from benchmarks.peers import d2nwg, sane
 from benchmarks.peers.scoring import WINDOWS, donor_loss, finite_loss
@@ -57,7 +57,7 @@ OURS = "diffusion"
 
 @dataclass(frozen=True)
 class Variant:
-    """A peer under some settings of its training and options of its sampler; `description` stands in the table."""
+    """A peer under some settings of its training and options of its sampler; `description` is shown in the table."""
 
     peer: str
     description: str
@@ -176,7 +176,9 @@ def our_reconstructions(setup: PeerMeasurement) -> Iterator[tuple[str, Reconstru
     linear = UnitAutoencoder(coder.width, dict(coder.config["latent"]), hidden=0)
     weigh = error_weights([d.units for d in donors], coder.width)
     for kind in ROLES:
-        fit_pca(linear, kind, torch.cat([to_width(d.units[kind], coder.width) for d in donors]), weigh[kind])
+        set_linear_part_to_pca(
+            linear, kind, torch.cat([to_width(d.units[kind], coder.width) for d in donors]), weigh[kind]
+        )
     for donor in donors[: setup.rebuilds]:
         width, source = donor.metadata.width, setup.zoo.donor(donor.name)
         numbers = sum(len(u) * (coder.latent_size(k) + len(ROLES[k])) for k, u in donor.units.items())
@@ -248,7 +250,7 @@ def _nearest_donor(setup: PeerMeasurement, target: Blueprint, tensors: Mapping[s
     """The nearest donor of a model that has the zoo's vocabulary."""
     decoder = read_decoder(target, lambda name: tensors[name].double(), where="sample")
     tokens = token_strings(setup.zoo.donors[0])
-    found = novelty.nearest(decoder, tokens, setup.frames)
+    found = novelty.nearest_donor_distance(decoder, tokens, setup.frames)
     return {"donor": found.donor, "total": found.total, **found.kinds}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.head_start import rows, tasks
 from benchmarks.head_start.results import BenchmarkResults
-from benchmarks.novelty import audits, controls
+from benchmarks.novelty import audits, controls, verdict
 from benchmarks.pages import audit_tables
 from benchmarks.peers.scoring import held_out_loss
 from benchmarks.peers.weights import Weights, stored_tensors
@@ -123,11 +123,11 @@ def test_novel_and_performant_are_counted() -> None:
     drawn = [sample(0.5, 1.0), sample(1.5, 1.0, 1.0), sample(2.5, None, digest="b"), sample(4.5, 1.9)]
     others = [sample(9, 1, label="y"), sample(9, 1, shape="unseen")]
     found = {"donors": {"median": 1.0, "mosaic": 1.0}, "samples": [*drawn, *others]}
-    s = audits.count_novel(found, "x", "seen", ready=2.5, trains=2.0)
+    s = verdict.count_novel(found, "x", "seen", ready=2.5, trains=2.0)
     assert (s["n"], s["distinct"], s["ready"], s["performant"]) == (4, 2, 1, 3)
     assert s["distance"] == pytest.approx(2.25) and s["size"] == 0.75 and s["trained"] is None
     both = [sample(1.5, 3.0) | {"trained": {"0.002": 3.0, "0.006": end}} for end in (1.0, 2.0)]
-    better = audits.count_novel(found | {"samples": both}, "x", "seen", ready=2.5, trains=2.0)
+    better = verdict.count_novel(found | {"samples": both}, "x", "seen", ready=2.5, trains=2.0)
     assert (better["rate"], better["trained"], better["performant"]) == ("0.006", 1.5, 2)
     assert s["mosaic"] == pytest.approx(1.125) and s["beyond"] == 1
     assert s["novel"] == {"1": 3, "2": 2, "3": 1, "4": 1} and s["both"] == {"1": 2, "2": 1, "3": 1, "4": 1}

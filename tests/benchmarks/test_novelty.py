@@ -10,11 +10,11 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.novelty.distance import (
     distance,
+    distance_to_all_donors,
     donor_frame,
     error_overlap,
     leave_one_out,
-    mosaic,
-    nearest,
+    nearest_donor_distance,
     predictions,
 )
 from tests.support.tiny import config
@@ -117,7 +117,7 @@ def test_a_model_that_is_part_of_a_donor_is_near_it() -> None:
     part.load_state_dict({k: v for k, v in large.state_dict().items() if ".layers.1." not in k})
     others = [donor_frame(donor("other", model(1))), donor_frame(donor("large", large))]
     made = donor("part", part)
-    found = nearest(read_donor_decoder(made), token_strings(made), others)
+    found = nearest_donor_distance(read_donor_decoder(made), token_strings(made), others)
     assert found.donor == "large" and found.total < 1e-2
 
 
@@ -139,10 +139,10 @@ def test_copies_put_together_from_two_donors_are_far_from_each_and_near_to_both(
     pieced.model.layers[1].load_state_dict(other.model.layers[1].state_dict())
     frames = [donor_frame(donor("one", one)), donor_frame(donor("other", other))]
     made = donor("pieced", pieced)
-    assert nearest(read_donor_decoder(made), token_strings(made), frames).total > 0.2
-    assert mosaic(read_donor_decoder(made), token_strings(made), frames) < 1e-2
+    assert nearest_donor_distance(read_donor_decoder(made), token_strings(made), frames).total > 0.2
+    assert distance_to_all_donors(read_donor_decoder(made), token_strings(made), frames) < 1e-2
     far = donor("far", model(2, layers=2))
-    assert mosaic(read_donor_decoder(far), token_strings(far), frames) > 0.4
+    assert distance_to_all_donors(read_donor_decoder(far), token_strings(far), frames) > 0.4
 
 
 def test_overlap_of_errors() -> None:

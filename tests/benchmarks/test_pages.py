@@ -14,7 +14,7 @@ from benchmarks.pages import cells, claims, figures, training_tables, write
 from benchmarks.pages.marks import fill_mark
 from benchmarks.paths import ROOT
 from headstart.report import scores
-from headstart.samplers import LORA, METHODS
+from headstart.samplers import LORA_METHODS, METHODS
 from tests.headstart.compare.test_compare import run
 
 
@@ -134,7 +134,7 @@ def test_the_tables_name_every_method() -> None:
 
     page = write.TABLES.read_text()
     gains = page.partition("## Every method in one line")[2].partition("\n## ")[0]
-    assert first_cells(gains) == set(METHODS) - set(LORA)
+    assert first_cells(gains) == set(METHODS) - set(LORA_METHODS)
     readme = (ROOT / "baselines" / "README.md").read_text()
     assert first_cells(readme.partition("<!-- methods -->")[2].partition("<!-- /methods -->")[0]) == set(METHODS)
 
@@ -143,7 +143,7 @@ def test_the_claims_say_what_the_runs_say(results: BenchmarkResults) -> None:
     """The words around the numbers, which are computed: each statement of direction is checked here."""
     text = claims.claims(results)
     assert text.count("\n\n") == 5 and max(map(len, text.splitlines())) <= 100
-    everywhere = {b: [e for t in claims.TEXTS for e in results.of(*t, b).values()] for b in tasks.BUDGETS}
+    everywhere = {b: [e for t in claims.TEXTS for e in results.comparisons_of(*t, b).values()] for b in tasks.BUDGETS}
     both = everywhere["short"] + everywhere["long"]
     transfer = claims.to_default(both, [label for label in tasks.method_labels() if claims.is_transfer(label)])
     assert transfer.above == 0 and transfer.unresolved == 1, "every shape and text but for one case"
@@ -152,14 +152,14 @@ def test_the_claims_say_what_the_runs_say(results: BenchmarkResults) -> None:
     rivals = claims.diffusion_against_best(both)
     assert rivals.above > rivals.below, "it does not beat the best transfer method"
     assert "`gqa` (4) and `deeper` (1)" in text
-    real = results.of("C", "stories", "long")
+    real = results.comparisons_of("C", "stories", "long")
     by_target = {c.target: e for c, e in real.items()}
     assert claims.diffusion_against_best([by_target["between"]]).above == 1
     assert claims.to_default([by_target["narrower"]], ["diffusion"]).unresolved == 1
     assert "diffusion" not in by_target["gpt2"] and claims.to_default([by_target["gpt2"]], ["row-column"]).below == 1
     marginals = [label for label in tasks.language_model_methods() if claims.is_marginal(label)]
     assert len(marginals) == 11
-    assert claims.to_default(results.of("A", "reference", "long").values(), marginals).below == 0
+    assert claims.to_default(results.comparisons_of("A", "reference", "long").values(), marginals).below == 0
     assert claims.to_default(both, ["matrix-normal"]).above == 0
     assert claims.to_default(everywhere["long"], ["truncated-normal"]).below == 0
     assert "cases 0 do both" in text.replace("controls", "cases").replace("\n   ", " ") and "and 0 are novel" in text

@@ -20,7 +20,7 @@ from baselines.transfer.gather import gather_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking
 from baselines.transfer.shrinking.calibration import load_model, window_length
 from baselines.transfer.shrinking.importance import Scores, score_by_weights, top_indices
-from baselines.transfer.shrinking.masks import SUPPORTED, Masks, apply_masks
+from baselines.transfer.shrinking.masks import SUPPORTED, MaskDistribution, apply_masks
 from baselines.transfer.sizes import metadata_pair
 from zoo.donors.memory import ModuleDonor
 from zoo.errors import UserError
@@ -127,14 +127,14 @@ class LearnedPruning(Shrinking):
         assert windows is not None
         scores = score_by_weights(self.source, self.device)
         model = load_model(self.source, self.device)
-        masks = self._train(model, Masks(source, target).to(self.device), windows)
+        masks = self._train(model, MaskDistribution(source, target).to(self.device), windows)
         self._kept = select_most_open(masks, scores, source, target)
         self._trained = {}
         if self.train_weights:
             self._trained = self._gather(ModuleDonor.from_module(self.source.name, model.cpu()), blueprint)
         return self._kept
 
-    def _train(self, model: nn.Module, masks: Masks, windows: Tensor) -> Masks:
+    def _train(self, model: nn.Module, masks: MaskDistribution, windows: Tensor) -> MaskDistribution:
         """Trains the masks (and the model's weights with `train_weights`), or continues the run of `work`."""
         if not masks.target:  # donor and target have the same shape
             return masks
@@ -174,7 +174,7 @@ class LearnedPruning(Shrinking):
             log.info("%s: %s: a share of %.3f is open, %.3f is the target", self.name, axis, mean, masks.target[axis])
         return masks
 
-    def _optimizer(self, model: nn.Module, masks: Masks) -> torch.optim.Optimizer:
+    def _optimizer(self, model: nn.Module, masks: MaskDistribution) -> torch.optim.Optimizer:
         multipliers = [*masks.linear.values(), *masks.quadratic.values()]
         groups: list[dict[str, Any]] = [
             {"params": [*masks.log_odds.values()], "peak": self.mask_lr},
@@ -192,7 +192,7 @@ class LearnedPruning(Shrinking):
         starts = torch.randint(windows.shape[1] - length + 1, (self.batch_size,), generator=generator)
         return windows[rows[:, None], starts[:, None] + torch.arange(length)]
 
-    def _identity(self, windows: Tensor, masks: Masks) -> str:
+    def _identity(self, windows: Tensor, masks: MaskDistribution) -> str:
         """A hash of everything that the result of the run depends on."""
         options = {k: v for k, v in self.options().items() if k not in ("work", "text", "tokenizer", "donor")}
         text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
@@ -235,8 +235,8 @@ def _state_path(work: Path) -> Path:
     return work / STATE_FILE
 
 
-def select_most_open(masks: Masks, scores: Scores, source: Metadata, target: Metadata) -> KeptParts:
-    """The parts with the largest log-odds, exactly as many as the target has."""
+def select_most_open(masks: MaskDistribution, scores: Scores, source: Metadata, target: Metadata) -> KeptParts:
+    """The parts with the largest log-odds; their number is the target's size."""
     weights = {
         "residual": scores.residual,
         "groups": scores.groups(source.kv_heads),

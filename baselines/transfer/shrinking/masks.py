@@ -30,8 +30,8 @@ AXES = ("residual", "groups", "ffn", "layers")
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma")
 
 
-class Masks(nn.Module):
-    """The log-odds of the masks of every axis that shrinks, and the Lagrange multipliers of its constraint."""
+class MaskDistribution(nn.Module):
+    """The distribution of the masks: log-odds and Lagrange multipliers for every axis that shrinks."""
 
     def __init__(self, source: Metadata, target: Metadata) -> None:
         super().__init__()

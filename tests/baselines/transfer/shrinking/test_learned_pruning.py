@@ -15,7 +15,7 @@ from baselines.transfer.shrinking import learned_pruning
 from baselines.transfer.shrinking.base import KeptParts
 from baselines.transfer.shrinking.importance import score_by_weights
 from baselines.transfer.shrinking.learned_pruning import LearnedPruning, select_most_open
-from baselines.transfer.shrinking.masks import SUPPORTED, Masks, apply_masks
+from baselines.transfer.shrinking.masks import SUPPORTED, MaskDistribution, apply_masks
 from tests.support.planted import DEAD, alive, config, kill
 from tests.support.shaken import CONFIGS, GQA, build, donor, filled, logits
 from zoo.donors.memory import zoo_of
@@ -44,9 +44,9 @@ def sizes(config: dict[str, Any]) -> Any:
     return Blueprint.from_config(config).metadata
 
 
-def random_masks(source: Any, target: Any, seed: int) -> Masks:
+def random_masks(source: Any, target: Any, seed: int) -> MaskDistribution:
     """Log-odds at random, far from what any weights say."""
-    masks = Masks(source, target)
+    masks = MaskDistribution(source, target)
     for axis, odds in masks.log_odds.items():
         odds.data = 4 * torch.rand(odds.shape, generator=stream(seed, axis)) - 2
     return masks
@@ -89,7 +89,7 @@ def test_at_zero_and_one_the_masked_model_is_the_pruned_model(tmp_path: Path, na
 def test_masks_follow_the_hard_concrete_law() -> None:
     """The expected share of what is not zero against many draws, and that against the distribution function."""
     source, target = sizes(config("llama")), sizes(config("llama", **SMALL))
-    masks = Masks(source, target)
+    masks = MaskDistribution(source, target)
     assert masks.target == {"residual": 0.75, "groups": 0.5, "ffn": 40 / 48, "layers": 2 / 3}
     for odds in (-2.0, 0.0, 1.5):
         for values in masks.log_odds.values():
@@ -110,7 +110,7 @@ def test_the_multipliers_lead_every_axis_to_its_size() -> None:
     """The Lagrangian alone: under an equality expected shares end at the target's, else at most there."""
     source, target = sizes(config("llama")), sizes(config("llama", **SMALL))
     for equality in (True, False):
-        masks = Masks(source, target)
+        masks = MaskDistribution(source, target)
         optimizer = torch.optim.Adam(
             [
                 {"params": [*masks.log_odds.values()], "lr": 0.1},
