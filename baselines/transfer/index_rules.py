@@ -14,7 +14,7 @@ from zoo.tensors import Metadata
 
 
 def uniform_index(n_source: int, n_target: int) -> Tensor:
-    """Every (n_source / n_target)-th coordinate, or evenly spaced and rounded ones where that is no whole number.
+    """Every (n_source / n_target)-th coordinate, or evenly spaced and rounded ones if the ratio is not a whole number.
 
     A larger target repeats coordinates evenly: floor(i n_source / n_target). (2311.18823, OscarXZQ/weight-selection)
     """
@@ -91,7 +91,7 @@ def rope_index(n_source: int, n_target: int, rotary: int) -> Tensor:
 
     Coordinates i and i + half of the rotated part are one pair, and both are kept, so that the pairs turn at the
     frequencies of the target. rotary: how many of the donor's coordinates are rotated, the first ones. Raises UserError
-    where the stride is no whole number or does not divide the halves.
+    if the stride is not a whole number or does not divide the halves.
     """
     stride, rest = divmod(n_source, n_target)
     if rest or rotary % (2 * stride):

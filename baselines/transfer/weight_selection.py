@@ -54,7 +54,10 @@ class WeightSelection(Transfer):
     variant: str = option("uniform", "which coordinates: uniform, consecutive, random or random-inconsistent")
     layers: str = option("first", "which layers: first or even (a deeper target always repeats them evenly)")
     rescale: str = option("none", "factor of what reads a narrower space: none, or sqrt (of the ratio of the sizes)")
-    wider: str = option("refuse", "for an axis larger than the donor's: refuse, or repeat (copies share what is read)")
+    wider: str = option(
+        "refuse",
+        "for a larger axis: refuse, or repeat (copies; the weights that read them are divided among the copies)",
+    )
 
     @property
     def allow_larger(self) -> bool:

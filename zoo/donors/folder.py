@@ -34,7 +34,7 @@ class ZooDonor(FolderDonor):
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """UserError where the folder is no complete donor of a zoo."""
+        """UserError if the folder is not a complete donor of a zoo."""
         record = read_record(Path(folder))
         base = Checkpoint.open(folder)
         provenance = (record["source"], record["revision"], record["license"], record["sha256"])

@@ -21,7 +21,7 @@ def list_donors(path: str | Path) -> list[dict[str, Any]]:
     """The donors of the zoo at `path`: [{name, revision, license, architecture, parameters, tensors, roles}].
 
     Read from the index where it is current. Otherwise computed from the manifest and the donors, and the index is
-    written again. UserError where there is no zoo, or a donor is damaged.
+    written again. UserError if there is no zoo, or a donor is damaged.
     """
     path = Path(path)
     index = _read_index(path)

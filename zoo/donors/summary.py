@@ -13,7 +13,7 @@ from zoo.donors.zoo import Zoo
 def summarize_donors(path: Path) -> list[dict[str, Any]]:
     """[{name, revision, license, architecture, parameters, tensors, roles}] of the donors, sorted by name.
 
-    UserError where there is no zoo, or a donor is damaged.
+    UserError if there is no zoo, or a donor is damaged.
     """
     zoo = Zoo.open(path)
     rows_of: dict[str, list[dict[str, Any]]] = {name: [] for name in zoo.names}

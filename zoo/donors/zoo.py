@@ -47,7 +47,7 @@ class Zoo:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The names of the donors, sorted for a zoo in a folder. A folder that the manifest does not list is none."""
+        """The names of the donors, sorted for a zoo in a folder. Only folders that the manifest lists are donors."""
         if self.members is not None:
             return tuple(donor.name for donor in self.members)
         return tuple(sorted(set(read_manifest(self.path)["model"].to_pylist())))

@@ -119,7 +119,7 @@ class _Matrix:
     role: str
     structured: bool
     kurtosis: float
-    margin: float  # how much the kurtosis of so many noise values varies
+    margin: float  # how much the kurtosis of noise varies with this number of values
 
 
 @dataclass

@@ -104,8 +104,9 @@ def adapter_pairs(
 ) -> list[Pair]:
     """The pairs of an adapter of a PEFT model, on the meta device or not.
 
-    base_specs and ties are those of the base's blueprint, by names on disk. UserError: a layer that is no plain linear
-    one (quantised, embedding, convolution), a variant (DoRA and similar), a rank above the smaller side of a weight.
+    base_specs and ties are those of the base's blueprint, by names on disk. UserError if it adapts a layer that is not
+    plain linear (quantised, embedding, convolution), is a variant (DoRA and similar), or a rank is above the smaller
+    side of a weight.
     """
     from peft.tuners.lora import LoraLayer
 

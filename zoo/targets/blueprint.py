@@ -109,9 +109,13 @@ class Blueprint:
         They are float32, under the names that PEFT saves. `metadata` is the base's.
 
         base_config: as for `from_config`. lora_config: a peft.LoraConfig, a dict of its options, an adapter's folder or
-        its adapter_config.json; its way of initialising is ignored. UserError besides those of `from_config`: peft is
-        not installed, the base lacks a target, a rank is above the smaller side of a target, the base is quantised, or
-        the adapter is not plain LoRA of linear layers (DoRA, modules_to_save, embeddings).
+        its adapter_config.json; its initialisation method is ignored.
+
+        UserError as for `from_config`, and if
+        - peft is not installed,
+        - the base lacks a target module or is quantised,
+        - a rank is above the smaller side of a target's weight,
+        - the adapter is not plain LoRA of linear layers (DoRA, modules_to_save, embeddings).
         """
         require_peft()
         data, where = read_config(base_config)
@@ -197,8 +201,11 @@ class Blueprint:
 def adapter_blueprint(model: PeftModel, base: Blueprint, adapter_name: str = "default") -> Blueprint:
     """The blueprint of an adapter of a PEFT model, on the meta device or not; `base` is that of its base model.
 
-    UserError: no such adapter, not LoRA, a layer that is no plain linear one (quantised, embedding, convolution), a
-    variant (DoRA and similar), other tensors that are trained besides, a rank above the smaller side of a weight.
+    UserError if
+    - the model has no adapter of this name, or it is not LoRA or a variant (DoRA and similar),
+    - it adapts a layer that is not a plain linear one (quantised, embedding, convolution),
+    - it trains other tensors as well,
+    - a rank is above the smaller side of a weight.
     """
     config = adapter_config_of(model, adapter_name)
     base_specs = {spec.name: spec for spec in base.specs}

@@ -50,7 +50,7 @@ def read_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
     """(the parsed config, its name in errors).
 
     source: a config.json, a folder that contains one, a hub id (org/name or org/name@revision) or a parsed config. Only
-    a hub id uses the network. UserError where there is no config.
+    a hub id uses the network. UserError if there is no config.
     """
     if isinstance(source, Mapping):
         return dict(source), "config"

@@ -1,4 +1,4 @@
-"""Which tensor does what: a table of names and roles per architecture, and inference for the other architectures.
+"""Finds each tensor's role: by the table in architectures.py, else by inference.
 
 A name counts only where the sizes agree with the config. A tensor of another shape gets the role `other` and keeps the
 architecture's default initialisation.

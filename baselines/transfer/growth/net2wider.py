@@ -71,12 +71,16 @@ class Net2Wider(Growth):
     reference: ClassVar[str] = "1511.05641"
     choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
 
-    shares: str = option("random", "how copies share what is read: random (they separate in training) or equal")
+    shares: str = option(
+        "random",
+        "how the weights that read a unit are divided among its copies: random (copies separate in training) or equal",
+    )
     residual: str = option(
         "auto", "new coordinates of the residual stream: copy, pad, or auto (copy where that is exact)"
     )
     depth: str = option(
-        "interleave", "where silent copies of layers stand: interleave (in place) or stack (at the end)"
+        "interleave",
+        "where new layers, which start with zero output, go: interleave (after their originals) or stack (at the end)",
     )
     expansion: str = option("fpi", "new rows: fpi (copies), or aki (rows of the next layer; not the donor's function)")
     noise: float = option(

@@ -48,7 +48,7 @@ class Stacking(Growth):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"order": ("stack", "interleave")}
 
     order: str = option(
-        "stack", "where the copies stand: stack (the whole list again) or interleave (each block in place)"
+        "stack", "order of the copies: stack (the whole list again) or interleave (each block after its original)"
     )
     exact: bool = option(False, "copies write nothing at first, so that the donor's function stays")
 
