@@ -68,46 +68,67 @@ def published_result() -> dict[str, Any]:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """One sentence on whether reshaping helps here, from the numbers alone."""
+    """Whether reshaping helps here, in short sentences, from the numbers alone. The first sentence is the answer."""
     entries = {name: e for name, e in found["inits"].items() if e["method"] == "pareto" and "difference" in e}
     if not entries:
         return "Nothing was compared: no pareto run ended beside PEFT's default."
+    differences = {name: e["difference"] for name, e in entries.items()}
+    lower = [n for n, d in differences.items() if _is_significant(d) and d["mean"] < 0]
+    higher = [n for n, d in differences.items() if _is_significant(d) and d["mean"] > 0]
+    default = found["inits"][PEFT]["loss"]["mean"]
+    best = min(differences, key=lambda n: differences[n]["mean"])
+    d = differences[best]
+    seeds = len(found["settings"]["seeds"])
+    if lower:
+        answer = f"Reshaping helps here: {_join_names(lower)} {_verb(lower)} significantly below PEFT's default."
+    else:
+        answer = "No gain from reshaping is seen: no pareto strategy ends significantly below PEFT's default."
+    interval = f" (95 % CI {d['ci95'][0]:+.4f} to {d['ci95'][1]:+.4f})" if d["ci95"] else ""
+    p = "" if d["holm"] is None else f"; p = {d['holm']:.2g} after Holm"
+    sentences = [
+        answer,
+        f"Every init trains at its own learning rate, over {seeds} seeds.",
+        f"The best strategy, {best}, differs from the default by {d['mean']:+.4f} nats{interval}.",
+        f"That is {d['mean'] / default:+.2%}{p}.",
+    ]
+    if not lower:
+        sentences.append(
+            f"A gain of more than {largest_plausible_gain(list(entries.values()), seeds):.4f} nats is unlikely."
+        )
+    if higher:
+        sentences.append(f"{_join_names(higher)} {_verb(higher)} significantly above the default.")
+    return " ".join([*sentences, _accuracy_sentence(entries), *_spread_sentences(found)])
 
-    def significant(cell: dict[str, Any]) -> bool:
-        return cell["holm"] is not None and cell["holm"] < 0.05
 
-    lower = [n for n, e in entries.items() if significant(e["difference"]) and e["difference"]["mean"] < 0]
-    higher = [n for n, e in entries.items() if significant(e["difference"]) and e["difference"]["mean"] > 0]
-    moved = [
+def _accuracy_sentence(entries: dict[str, Any]) -> str:
+    """Which accuracies of the pareto strategies differ significantly from those of PEFT's default."""
+    changed = [
         f"{group} ({name}, {cell['mean']:+.3f})"
         for name, e in entries.items()
         for group, cell in e["gains"].items()
-        if significant(cell)
+        if _is_significant(cell)
     ]
-    default = found["inits"][PEFT]["loss"]["mean"]
-    best = min(entries, key=lambda n: entries[n]["difference"]["mean"])
-    d = entries[best]["difference"]
-    seeds = len(found["settings"]["seeds"])
-    bounds = f", 95 % CI {d['ci95'][0]:+.4f} to {d['ci95'][1]:+.4f}" if d["ci95"] else ""
-    p = "" if d["holm"] is None else f", p = {d['holm']:.2g} after Holm"
-    nearest = f"the best of them, {best}, differs by {d['mean']:+.4f} nats ({d['mean'] / default:+.2%}{bounds}{p})"
-    if lower:
-        start = f"The effect is there in the held-out loss of {_join_names(lower)}: over {seeds} seeds {nearest}"
-    else:
-        start = (
-            f"No effect is seen: over {seeds} seeds no pareto strategy ends significantly below PEFT's default, each "
-        )
-        start += f"at its own learning rate; {nearest}"
-        gain = largest_plausible_gain(list(entries.values()), seeds)
-        start += f", so that a gain of more than {gain:.4f} nats is unlikely"
-    worse = f", and {_join_names(higher)} {'ends' if len(higher) == 1 else 'end'} above it" if higher else ""
-    tasks = f"accuracy moves in {_join_names(moved)}" if moved else "none of its accuracies differs significantly"
-    peers = {name: e["loss"]["mean"] for name, e in found["inits"].items() if e["loss"] is not None}
-    spread = (max(peers.values()) - min(peers.values())) / default
-    return (
-        f"{start}{worse}; {tasks}; the {len(peers)} tuned inits lie within {spread:.1%} of each other, the lowest is "
-        f"{min(peers, key=lambda name: peers[name])}."
-    )
+    if changed:
+        return f"Accuracy changes significantly on {_join_names(changed)}."
+    return "No accuracy of a pareto strategy differs significantly from the default's."
+
+
+def _spread_sentences(found: dict[str, Any]) -> list[str]:
+    """How far the mean losses of all inits lie apart, and which is the lowest."""
+    losses = {name: e["loss"]["mean"] for name, e in found["inits"].items() if e["loss"] is not None}
+    spread = (max(losses.values()) - min(losses.values())) / found["inits"][PEFT]["loss"]["mean"]
+    return [
+        f"The {len(losses)} tuned inits lie within {spread:.1%} of each other.",
+        f"The lowest loss is that of {min(losses, key=lambda name: losses[name])}.",
+    ]
+
+
+def _is_significant(cell: dict[str, Any]) -> bool:
+    return cell["holm"] is not None and cell["holm"] < 0.05
+
+
+def _verb(names: Sequence[str]) -> str:
+    return "ends" if len(names) == 1 else "end"
 
 
 def largest_plausible_gain(entries: Sequence[dict[str, Any]], seeds: int) -> float:

@@ -193,11 +193,15 @@ def figures(shift: float, noise: float) -> dict[str, Any]:
 
 def test_verdict_of_lora_inits() -> None:
     verdict = script(REPORT).verdict
-    assert verdict(figures(-0.1, 0.01)).startswith("The effect is there in the held-out loss of pareto, A_only")
+    assert verdict(figures(-0.1, 0.01)).startswith(
+        "Reshaping helps here: pareto, A_only ends significantly below PEFT's"
+    )
     none = verdict(figures(0.0, 0.01))
-    assert none.startswith("No effect is seen: over 5 seeds") and "none of its accuracies differs" in none
+    assert none.startswith("No gain from reshaping is seen: ") and "over 5 seeds" in none
+    assert "No accuracy of a pareto strategy differs significantly" in none
     worse = verdict(figures(0.1, 0.01))
-    assert worse.startswith("No effect is seen") and "pareto, A_only ends above it" in worse
+    assert worse.startswith("No gain from reshaping is seen: ")
+    assert "pareto, A_only ends significantly above the default" in worse
 
 
 def test_largest_plausible_gain_of_several_strategies() -> None:
