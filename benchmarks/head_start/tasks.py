@@ -97,7 +97,7 @@ def llama(
     }  # fmt: skip
 
 
-# The embedded donors are 48 to 128 wide and 2 to 6 layers deep, with heads of 16 times as many as fill the width.
+# The embedded donors are 48 to 128 wide and 2 to 6 layers deep, with as many heads of dimension 16 as fill the width.
 UNSEEN_TARGETS = {
     "heads": llama(80, 4, 8, 8, 112),  # attention wider than the stream, FFN 1.4 times it; the donors': 1 and 2.6
     "gqa": llama(96, 3, 6, 2, 256),  # no donor shares keys and values among heads
@@ -131,7 +131,7 @@ def donor_recipes() -> list[DonorRecipe]:
 
 def language_model_methods() -> list[str]:
     """All methods that fill language models. conv-covariance needs convolutions, the LoRA methods fill adapters."""
-    return [name for name in samplers.METHODS if name not in ("conv-covariance", *samplers.LORA)]
+    return [name for name in samplers.METHODS if name not in ("conv-covariance", *samplers.LORA_METHODS)]
 
 
 def method_labels(zoo: str = "embedded") -> list[str]:
