@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from autoencoder import training
-from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
+from autoencoder.model import UnitAutoencoder, error_weights, set_linear_part_to_pca
 from autoencoder.sampler import AutoencoderSampler
 from autoencoder.training import AutoencoderTrainConfig
 from tests.support.tiny import config, donor, make_zoo
@@ -49,7 +49,7 @@ def test_pca_is_numpys_under_the_weights() -> None:
     vectors = correlated(300)
     weight = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) + 0.1
     model = UnitAutoencoder(12, {"vo": 7}, hidden=0)
-    fit_pca(model, "vo", vectors, weight)
+    set_linear_part_to_pca(model, "vo", vectors, weight)
     directions = torch.nn.functional.normalize(vectors, dim=-1).flatten(1).double().numpy()
     root = weight.flatten().sqrt().double().numpy()
     centred = (directions - directions.mean(0)) * root
@@ -63,7 +63,7 @@ def test_norms_are_exact_and_a_full_latent_loses_nothing() -> None:
     vectors = correlated(50)
     for size, tolerance in ((24, 1e-5), (5, None)):
         model = UnitAutoencoder(12, {"vo": size}, hidden=8)
-        fit_pca(model, "vo", vectors, torch.ones(2, 12))
+        set_linear_part_to_pca(model, "vo", vectors, torch.ones(2, 12))
         with torch.no_grad():
             decoded = model.decode("vo", *model.encode("vo", vectors), 12)
         assert torch.allclose(decoded.norm(dim=-1), vectors.norm(dim=-1), rtol=1e-5)
@@ -74,7 +74,7 @@ def test_norms_are_exact_and_a_full_latent_loses_nothing() -> None:
 def test_narrower_and_wider_units() -> None:
     vectors = correlated(50)
     model = UnitAutoencoder(12, {"vo": 24}, hidden=0)
-    fit_pca(model, "vo", vectors, torch.ones(2, 12))
+    set_linear_part_to_pca(model, "vo", vectors, torch.ones(2, 12))
     with torch.no_grad():
         narrow = model.decode("vo", *model.encode("vo", vectors[..., :9]), 9)
         wide = model.decode("vo", *model.encode("vo", vectors), 15)
@@ -99,7 +99,7 @@ def test_noise_on_latents_is_not_blown_up_where_narrow_donors_have_nothing() -> 
     weight = torch.ones(2, 12)
     weight[:, 6:] = 1e-3  # as error_weights has it where only the faint units write
     model = UnitAutoencoder(12, {"vo": 18}, hidden=16)
-    fit_pca(model, "vo", units, weight)
+    set_linear_part_to_pca(model, "vo", units, weight)
     rng = torch.Generator().manual_seed(2)
 
     def noise(rows: int) -> Tensor:
@@ -128,7 +128,7 @@ def test_noise_on_latents_is_not_blown_up_where_narrow_donors_have_nothing() -> 
     assert error() < 0.9 * pca
 
 
-def test_training_says_what_it_is_worth_beside_pca_and_resumes_to_the_same_bytes(zoo: Zoo, tmp_path: Path) -> None:
+def test_training_compares_itself_to_pca_and_resumes_to_the_same_bytes(zoo: Zoo, tmp_path: Path) -> None:
     config = AutoencoderTrainConfig(steps=60, rate=3.0, hidden=16)
     command = {"subcommand": "train autoencoder", "steps": 60}
 

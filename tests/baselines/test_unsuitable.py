@@ -36,7 +36,7 @@ def mamba() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["weight-selection", "pruning", "subcloning", "row-column", "net2wider", "stacking"])
-def test_a_donor_without_heads_stands_in_nobodys_way(name: str) -> None:
+def test_a_donor_without_heads_is_passed_over(name: str) -> None:
     llama = model("llama", **SMALL, num_key_value_heads=4)
     target = Blueprint.from_module(llama)
     sampler = samplers.get(name)()
@@ -55,7 +55,7 @@ def test_layers_of_several_kinds_are_refused() -> None:
             samplers.get(name)().planned_donors(zoo_of({"moe": donor}), Blueprint.from_module(donor))
 
 
-def test_importance_needs_known_attention() -> None:
+def test_importance_needs_a_known_attention_layout() -> None:
     falcon = model("falcon", **SMALL)
     assert samplers.get("weight-selection")().planned_donors(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
     for name in ("pruning", "subcloning"):

@@ -36,7 +36,7 @@ def loss(sampler: Any, zoo: Zoo, blueprint: Blueprint, seed: int = 0) -> float:
     return held_out_loss(blueprint.config, tensors, tokens, windows=8)
 
 
-def test_a_donor_with_hardly_any_noise_is_the_donor(zoo: Zoo) -> None:
+def test_with_little_noise_the_control_equals_the_donor(zoo: Zoo) -> None:
     blueprint = zoo.donors[0].blueprint
     alike = [d for d in zoo.donors if [s.shape for s in d.blueprint.specs] == [s.shape for s in blueprint.specs]]
     assert blueprint.config is not None and blueprint.metadata is not None

@@ -79,7 +79,7 @@ def test_the_same_function_in_other_coordinates_is_a_copy() -> None:
     assert found.total < 2e-3 and set(found.kinds) == {"vocab", "neuron", "qk", "vo"}
 
 
-def test_noise_is_as_far_as_it_is_loud_and_another_model_is_far() -> None:
+def test_distance_grows_with_noise_and_another_model_is_far() -> None:
     original = model(0)
     to = donor_frame(donor("original", original))
     for noise in (0.05, 0.2):
@@ -95,7 +95,7 @@ def test_noise_is_as_far_as_it_is_loud_and_another_model_is_far() -> None:
     assert distance(read_donor_decoder(far), token_strings(far), to).total > 0.6
 
 
-def test_writing_the_same_too_small_is_not_far() -> None:
+def test_distance_ignores_the_scale_of_units() -> None:
     """A copy whose queries and keys are a tenth, which no symmetry undoes."""
     to = donor_frame(donor("original", model(0)))
     small = model(0)
@@ -121,7 +121,7 @@ def test_a_model_that_is_part_of_a_donor_is_near_it() -> None:
     assert found.donor == "large" and found.total < 1e-2
 
 
-def test_donors_are_as_far_as_their_nearest_other() -> None:
+def test_leave_one_out_gives_the_distance_to_the_nearest_other_donor() -> None:
     donors = [donor("a", model(0)), donor("b", scrambled(model(0))), donor("c", model(2))]
     apart = leave_one_out(donors, [donor_frame(d) for d in donors])
     (near, _), (far, together) = apart["a"], apart["c"]

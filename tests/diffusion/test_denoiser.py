@@ -45,7 +45,7 @@ def test_the_solver_draws_from_the_mixture() -> None:
     assert torch.allclose(torch.bincount(near).double() / len(x), PRIOR, atol=0.03)
 
 
-def test_a_token_is_one_of_its_string() -> None:
+def test_tokens_are_masked_to_those_with_the_same_string() -> None:
     log_prior, strings = torch.randn(4, 6), torch.tensor([0, 1, 2, 1, 0, 3])
     found = mask_to_group(log_prior, torch.tensor([1, -1, 3, 0]), strings)
     assert torch.equal(
@@ -78,7 +78,7 @@ def test_the_network_starts_at_zero_and_units_are_independent() -> None:
     assert torch.allclose(whole, torch.cat(alone), atol=1e-5)
 
 
-def test_a_dropped_condition_tells_nothing() -> None:
+def test_a_dropped_condition_has_no_influence() -> None:
     model = tiny(None)
     with torch.no_grad():
         for p in model.parameters():
@@ -94,7 +94,7 @@ def test_a_dropped_condition_tells_nothing() -> None:
     )
 
 
-def test_an_absent_partner_is_no_partner() -> None:
+def test_a_zero_partner_equals_no_partner() -> None:
     model, features, family = tiny(None), torch.randn(3, FEATURES), torch.ones(3, dtype=torch.int64)
     without = model.condition_embedding("qk", features, family, torch.zeros(3, 2), None)
     assert torch.equal(model.condition_embedding("qk", features, family, torch.zeros(3, 2), torch.zeros(3, 4)), without)

@@ -127,7 +127,7 @@ def test_query_heads_of_a_group_share_their_key(pipeline: WeightDiffusionPipelin
     assert (first_head_unit(replace(shape, kv_heads=4), "vo") == -1).all()
 
 
-def test_a_block_is_of_one_block_and_a_head_of_one_head(pipeline: WeightDiffusionPipeline) -> None:
+def test_units_of_a_block_share_a_block_and_of_a_head_a_head(pipeline: WeightDiffusionPipeline) -> None:
     shape = metadata(width=32, layers=4, heads=6, kv_heads=3)  # the donors have two layers
     seen: dict[str, list[Tensor]] = {"block": [], "neuron": [], "qk": [], "vo": []}
     decode = pipeline._decode
@@ -248,7 +248,7 @@ def test_features_tell_addresses_apart() -> None:
     assert len(torch.unique(vocab, dim=0)) == 1  # the partner distinguishes tokens
 
 
-def test_views_stay_near_the_donor() -> None:
+def test_view_shapes_stay_near_the_donors_shape() -> None:
     shape = metadata(width=32, layers=4, heads=4, kv_heads=2, ffn=40)
     views = [view_shape(shape, 0, f"view {i}") for i in range(60)]
     assert len({str(view) for view in views}) > 10 and shape in views

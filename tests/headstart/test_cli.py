@@ -180,9 +180,7 @@ def test_what_is_piped_is_not_cut() -> None:
     ("--target {target} --method weight-selection", "needs a donor"),
     ("--target {broken} --method default", "num_key_value_heads"),
 ])  # fmt: skip
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
-    tmp_path: Path, target: Path, arguments: str, reason: str
-) -> None:
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path: Path, target: Path, arguments: str, reason: str) -> None:
     places = {name: tmp_path / name for name in ("empty", "donor", "broken.json")}
     places["empty"].mkdir()
     if "{donor}" in arguments:
@@ -232,7 +230,7 @@ def test_an_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("command", ["autoencoder", "diffusion --autoencoder a"])
-def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_interrupted_training_explains_how_to_resume(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     def interrupted(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt
 

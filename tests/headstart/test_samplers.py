@@ -24,8 +24,8 @@ def test_every_method_describes_itself(name: str) -> None:
 
 
 def test_the_methods_for_adapters_are_those_of_their_family() -> None:
-    assert set(samplers.LORA) == {name for name in samplers.METHODS if samplers.get(name).family == "lora"}
-    for name in samplers.LORA:
+    assert set(samplers.LORA_METHODS) == {name for name in samplers.METHODS if samplers.get(name).family == "lora"}
+    for name in samplers.LORA_METHODS:
         assert samplers.lora_sampler(name) is samplers.get(name)
         with pytest.raises(UserError, match=f"headstart lora --base MODEL --method {name}"):
             samplers.model_sampler(name)
@@ -49,11 +49,11 @@ def test_a_wrong_name_is_answered_with_the_nearest() -> None:
         samplers.get("weight_selection")
 
 
-def test_a_method_of_ones_own_is_called_by_its_path() -> None:
+def test_a_users_method_is_selected_by_its_path() -> None:
     from baselines.schemes.default import Default
 
     assert samplers.get("baselines.schemes.default.Default") is Default
-    with pytest.raises(UserError, match=r"no subclass of zoo\.sampler\.Sampler"):
+    with pytest.raises(UserError, match=r"is not a subclass of zoo\.sampler\.Sampler"):
         samplers.get("zoo.donors.zoo.Zoo")
     with pytest.raises(UserError, match="cannot be imported"):
         samplers.get("nowhere.at_all.Method")

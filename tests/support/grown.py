@@ -1,4 +1,4 @@
-"""Donors with weights far from any initialisation, in float64, and how far the logits of what grows from them move."""
+"""Donors with weights far from any initialisation, in float64; models grown from them, and how their logits differ."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def resized(name: str, **sizes: int) -> dict[str, Any]:
 
 
 def grown(sampler: Sampler, donor: nn.Module, config: dict[str, Any], seed: int = 0) -> nn.Module:
-    """transformers' own model of a config, in the donor's dtype, loaded from what the sampler gives for it."""
+    """The transformers model of a config, in the donor's dtype, with the tensors that the sampler gives for it."""
     loaded = AutoConfig.for_model(**config)
     blueprint = Blueprint.from_pretrained_config(loaded)
     tensors = dict(sampler.fit(zoo_of({"donor": donor}), blueprint).sample(blueprint, seed))
@@ -71,16 +71,16 @@ def logits(model: nn.Module) -> Tensor:
         return in_own_dtype(copy.deepcopy(model))(ids).logits
 
 
-def moved(sampler: Sampler, donor: nn.Module, config: dict[str, Any], seed: int = 0) -> float:
-    """max |logits of the grown model - logits of the donor|, where the donor's are of order one."""
+def largest_logit_change(sampler: Sampler, donor: nn.Module, config: dict[str, Any], seed: int = 0) -> float:
+    """max |logits of the grown model - logits of the donor|; asserts that those of the donor have a spread above 0.1."""
     before = logits(donor)
     assert before.std() > 0.1
     return float((logits(grown(sampler, donor, config, seed)) - before).abs().max())
 
 
-def exact(name: str) -> float:
+def logit_tolerance(name: str) -> float:
     """The tolerance in float64; Gemma 2's only attention has a softmax in float32."""
     return 1e-5 if name == "gemma2" else 1e-9
 
 
-__all__ = ["CONFIGS", "exact", "grown", "logits", "moved", "random_model", "resized"]
+__all__ = ["CONFIGS", "grown", "largest_logit_change", "logit_tolerance", "logits", "random_model", "resized"]

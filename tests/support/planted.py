@@ -20,7 +20,7 @@ DEAD: dict[str, Any] = {
 
 
 def config(name: str, **more: Any) -> dict[str, Any]:
-    """A config of CONFIGS with bytes for tokens, three layers, and norms whose epsilon no width can feel."""
+    """A config of CONFIGS with bytes for tokens, three layers, and norms with a negligible epsilon."""
     renamed = {"num_hidden_layers": "n_layer", "rms_norm_eps": "layer_norm_epsilon"} if name == "gpt2" else {}
     return CONFIGS[name] | {
         renamed.get(k, k): v
@@ -29,10 +29,10 @@ def config(name: str, **more: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def kill(
+def zero_dead_parts(
     model: torch.nn.Module, axes: tuple[str, ...] = ("residual", "ffn", "groups"), layer: int | None = None
 ) -> None:
-    """Zeros, in place, every row and column of what is DEAD along `axes`, and all that `layer` writes."""
+    """Zeros, in place, the rows and columns that are DEAD along `axes`, and the matrices by which `layer` writes."""
     blueprint = Blueprint.from_module(model)
     meta, state = blueprint.metadata, model.state_dict()
     assert meta is not None
@@ -63,14 +63,14 @@ def _dead(axis: str, layer: int | None, meta: Any) -> dict[str, torch.Tensor]:
 
 
 def planted(folder: Path, config: dict[str, Any], *axes: str, layer: int | None = None) -> Zoo:
-    """A zoo of one: a shaken model of that config with what is DEAD along `axes`, and `layer`, dead."""
+    """A zoo of one: a model of that config whose DEAD parts along `axes`, and whose `layer`, do nothing."""
     model = build(config)
-    kill(model, axes, layer)
+    zero_dead_parts(model, axes, layer)
     model.save_pretrained(folder)
     return open_standalone(folder)
 
 
-def alive(axis: str, layer: int = 0) -> list[int]:
-    """What is not DEAD."""
+def live_indices(axis: str, layer: int = 0) -> list[int]:
+    """The indices along `axis` that are not DEAD."""
     size, dead = {"residual": (32, DEAD["residual"]), "ffn": (48, DEAD["ffn"][layer])}[axis]
     return [i for i in range(size) if i not in dead]

@@ -1,4 +1,4 @@
-"""Tiny real models of many architectures, saved as donors; and targets filled and run."""
+"""Tiny models of many architectures, saved as donors; targets that samplers fill; their logits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def build(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
-    """The model of a config, every tensor shaken, gains and biases too, so that nothing is one or zero."""
+    """The model of a config, with noise added to every tensor, so that no gain is one and no bias is zero."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -55,13 +55,13 @@ def build(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
 
 
 def donor(folder: Path, config: dict[str, Any], seed: int = 0) -> Zoo:
-    """A zoo of one: a shaken model of that config, saved to `folder`."""
+    """A zoo of one: a model of that config with noise on every tensor, saved to `folder`."""
     build(config, seed).save_pretrained(folder)
     return open_standalone(folder)
 
 
 def filled(folder: Path, sampler: Sampler, zoo: Zoo, config: dict[str, Any], seed: int = 0) -> Path:
-    """`folder`, written by a sampler that is fitted here."""
+    """Fits the sampler, writes a checkpoint to `folder` and returns the folder."""
     blueprint = Blueprint.from_config(config)
     write_checkpoint(folder, blueprint, sample_with_defaults(sampler.fit(zoo, blueprint), blueprint, seed))
     return folder

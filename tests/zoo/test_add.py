@@ -142,7 +142,7 @@ def fork(*works: Callable[[], object]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def test_a_killed_add_resumes(tmp_path: Path, tiny_llama: Make) -> None:
+def test_an_interrupted_add_resumes(tmp_path: Path, tiny_llama: Make) -> None:
     source = tiny_llama(tmp_path / "a", max_shard_size="20KB")
     add([str(source)], tmp_path / "whole", quiet=True)
     target, copy, copied = tmp_path / "zoo", zoo.add._copy, 0
@@ -185,7 +185,7 @@ def test_processes_side_by_side_lose_no_row(tmp_path: Path, tiny_llama: Make) ->
 
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
-def test_a_shard_that_is_none_is_refused(tmp_path: Path, shard: tuple[int, int]) -> None:
+def test_an_invalid_shard_is_refused(tmp_path: Path, shard: tuple[int, int]) -> None:
     with pytest.raises(UserError, match="--shard"):
         add([], tmp_path / "zoo", shard=shard)
 
@@ -245,7 +245,7 @@ def test_revisions_belong_to_the_hub(tmp_path: Path, tiny_llama: Make) -> None:
         add([str(tiny_llama(tmp_path / "a"))], tmp_path / "zoo", revision="main")
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path: Path, tiny_llama: Make) -> None:
+def test_a_full_disk_is_one_line_and_leaves_no_partial_donor(tmp_path: Path, tiny_llama: Make) -> None:
     """A real one: a tmpfs that holds one donor and not two."""
     sources = [str(tiny_llama(tmp_path / n, seed=i)) for i, n in enumerate("ab")]
     disk = tmp_path / "disk"

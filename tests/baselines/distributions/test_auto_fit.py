@@ -26,7 +26,9 @@ TRUTH = {
 }
 
 
-def test_each_tensor_gets_the_law_that_it_was_drawn_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_tensor_gets_the_distribution_that_it_was_drawn_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     module = nn.ModuleDict({name: nn.Linear(200, 200, bias=False) for name in TRUTH})
     filled(module, {f"{name}.weight": (name, law) for name, law in TRUTH.items()})
     blueprint = Blueprint.from_module(module)
@@ -70,7 +72,7 @@ def test_the_split_is_fixed_and_sees_every_column() -> None:
     assert simplest_family({"normal": torch.zeros(1000), "mixture": noise - noise.mean() + 0.1}) == "mixture"
 
 
-def test_on_a_real_checkpoint_it_beats_the_normal_law(shared_data: Path) -> None:
+def test_on_a_real_checkpoint_it_beats_the_normal_distribution(shared_data: Path) -> None:
     zoo = open_standalone(shared_data / "models" / "stories260K", quiet=True)
     blueprint = zoo.donors[0].blueprint
     sampler = AutoFit(families="normal,student-t,generalized-normal").fit(zoo, blueprint)

@@ -68,7 +68,7 @@ def test_a_saved_fit_gives_the_same_bytes(tmp_path: Path, values: str) -> None:
     assert sampler.planned_donors(zoo, blueprint) == ("donor",)
 
 
-def test_permuted_values_and_the_law_are_of_one_donor() -> None:
+def test_permuted_values_and_the_distribution_come_from_one_donor() -> None:
     donors = {"near": linear(30, 30, "student-t", HEAVY), "far": linear(90, 90, "normal", {"mean": 5.0, "std": 1.0})}
     blueprint = Blueprint.from_module(nn.Linear(32, 32, bias=False))
     sampler = Hybrid(values="permuted", law="normal", mix=0.5).fit(zoo_of(donors), blueprint)

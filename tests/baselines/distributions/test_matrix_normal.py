@@ -125,7 +125,7 @@ def test_rows_that_some_lack() -> None:
     assert relative(columns / columns.trace(), v / v.trace()) < 0.12
 
 
-def test_a_law_is_as_large_as_its_samples() -> None:
+def test_a_fitted_distribution_has_the_scale_of_its_samples() -> None:
     """Half of the rows vary in a few directions and little, as tokens that never occur do: the likelihood's product of
     covariances is too large."""
     generator = torch.Generator().manual_seed(0)

@@ -77,7 +77,7 @@ def test_granularity_pools_layers_and_roles(tmp_path: Path) -> None:
     assert max(spreads.values()) / min(spreads.values()) < 1.1
 
 
-def test_fused_transposed_tensors_keep_a_law_per_part(tmp_path: Path) -> None:
+def test_fused_transposed_tensors_have_a_distribution_per_part(tmp_path: Path) -> None:
     config = CONFIGS["gpt2"] | {"n_embd": 64}
     model = build(config)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters()]
 
 
-def test_a_module_takes_after_donors_of_the_same_names() -> None:
+def test_a_module_is_fitted_to_donors_with_the_same_tensor_names() -> None:
     donors = {f"cnn{i}": trained(i, channels=64) for i in range(3)}
     got = sampled(Normal(), donors, cnn(channels=16))
     assert set(got) == set(names(cnn()))
@@ -203,7 +203,7 @@ def test_the_fan_in_of_a_convolution_counts_its_window() -> None:
     assert abs(got.std() / (0.1 * math.sqrt(4 * 25 / (8 * 9))) - 1) < 0.05
 
 
-def test_a_module_without_a_namesake_takes_after_tensors_with_as_many_axes() -> None:
+def test_without_matching_names_tensors_with_equal_rank_are_used() -> None:
     target = nn.Sequential(nn.Flatten(), nn.Linear(36, 50), nn.Tanh(), nn.Linear(50, 10))
     donor = nn.Sequential()
     for i, (size, std) in enumerate({100: 0.3, 99: 0.5}.items()):

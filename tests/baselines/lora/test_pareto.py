@@ -139,7 +139,7 @@ def test_members_of_a_group_share_a_template_and_partners_are_further_from_it(tm
     assert distance("q_proj", "q_proj", "b") < 0.1  # [128, 16] and [16, 128] are as long as each other
 
 
-def test_undifferentiated_pairs_are_all_of_one_template(bases: dict[str, Zoo]) -> None:
+def test_pairs_without_differences_share_one_template(bases: dict[str, Zoo]) -> None:
     blueprint = adapter(bases["llama"])
     tensors = drawn(planted(ALIKE, nmin=1, exponent=20.0), blueprint)  # one entry is replaced
     gate, query = (next(t for n, t in tensors.items() if f"{m}.lora_A" in n) for m in ("gate_proj", "q_proj"))
@@ -210,7 +210,7 @@ def test_both_small_keeps_its_cap_on_every_pair(
     assert f"from {ratios[0]:.3g} to {cap:.3g} over {len(ratios)} pairs" in caplog.text
 
 
-def test_the_change_at_step_0_is_said(bases: dict[str, Zoo], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_change_at_step_0_is_logged(bases: dict[str, Zoo], caplog: pytest.LogCaptureFixture) -> None:
     blueprint = adapter(bases["llama"])
     assert blueprint.adapter is not None
     with caplog.at_level(logging.INFO, logger="baselines.lora.pareto"):
@@ -242,7 +242,7 @@ def test_a_reference_of_another_family_width_and_depth(
     )
 
 
-def test_without_a_reference_the_base_is_its_own_and_that_is_said(
+def test_without_a_reference_the_base_is_used_and_logged(
     bases: dict[str, Zoo], caplog: pytest.LogCaptureFixture
 ) -> None:
     blueprint = adapter(bases["llama"])
@@ -282,7 +282,7 @@ def test_a_base_of_zeros_gets_a_change_of_zero(
     assert not any(t.any() for name, t in tensors.items() if "lora_B" in name)
 
 
-def test_a_reference_that_tells_nothing_apart_is_warned_about(
+def test_a_reference_without_a_usable_grouping_is_warned_about(
     bases: dict[str, Zoo], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for grouping, expected in ((ALIKE, True), (PAPER, False)):

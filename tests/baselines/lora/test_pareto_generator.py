@@ -86,7 +86,7 @@ def test_distances_are_the_shares_that_were_replaced() -> None:
     assert torch.equal(perturb(t, 0, rng(0)), t)
 
 
-def test_counts_follow_their_laws() -> None:
+def test_counts_follow_their_distributions() -> None:
     size, least, b = 10**9, 10_000.0, 0.78
     counts = pareto_counts(20_000, size, rng(0), least, b).double()
     inside = counts[counts < size]

@@ -90,7 +90,7 @@ def wide(rank: int) -> Blueprint:
     return Blueprint.from_lora(config, options(rank))
 
 
-def test_laws_of_what_is_drawn() -> None:
+def test_distributions_of_drawn_values() -> None:
     blueprint = wide(64)
     assert blueprint.adapter is not None
     default, gaussian, orthogonal = (

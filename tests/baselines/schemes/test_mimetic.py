@@ -108,7 +108,7 @@ def test_queries_and_keys_of_a_head_are_the_best_approximation(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2-gqa"])
-def test_shared_keys_serve_the_other_heads_of_their_group(name: str) -> None:
+def test_shared_keys_fit_the_other_heads_of_their_group(name: str) -> None:
     """M K (K^T K)^-1 K^T is M projected to 64 of 384 dimensions: diagonal 0.7 64/384, energy (0.7^2 + 0.7^2) 64."""
     kv_heads = TARGETS[name]["num_key_value_heads"]
     others = [h for h in range(6) if h % (6 // kv_heads)]
@@ -156,7 +156,7 @@ def test_heads_wider_than_the_stream_hold_the_whole_product() -> None:
         assert (layer.v.norm(dim=1) > 0.01).all() and (layer.k.norm(dim=1) > 0.01).all()
 
 
-def test_bytes_are_those_of_the_seed_and_survive_saving(tmp_path: Path) -> None:
+def test_bytes_depend_on_the_seed_only_and_survive_saving(tmp_path: Path) -> None:
     blueprint = Blueprint.from_config(TARGETS["qwen2-gqa"] | {"hidden_size": 48, "num_attention_heads": 6})
     sampler = Mimetic(vo_beta=0.4).fit(None, blueprint)
     sampler.save(tmp_path)

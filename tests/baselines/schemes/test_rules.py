@@ -170,7 +170,7 @@ def test_scaled_default_is_the_default_times_two_scales() -> None:
 
 
 @pytest.mark.parametrize("sampler", ALL, ids=lambda s: f"{s.name}-{next(iter(s.options().values()))}")
-def test_bytes_are_those_of_the_seed_and_survive_saving(sampler: Sampler, tmp_path: Path) -> None:
+def test_bytes_depend_on_the_seed_only_and_survive_saving(sampler: Sampler, tmp_path: Path) -> None:
     blueprint = Blueprint.from_config(CONFIGS["gpt2"])
     sampler.fit(None, blueprint).save(tmp_path)
     first = dict(sampler.sample(blueprint, seed=3))

@@ -109,7 +109,7 @@ BROKEN: list[tuple[nn.Module, str]] = [
 @pytest.mark.parametrize(
     ("module", "reason"), BROKEN, ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else ""
 )
-def test_what_is_no_chain_is_refused_with_the_reason(module: nn.Module, reason: str) -> None:
+def test_a_module_that_is_not_a_chain_is_refused_with_the_reason(module: nn.Module, reason: str) -> None:
     blueprint, zoo = Blueprint.from_module(module), zoo_of({"source": named(8)})
     for use in (RowColumn().fit, RowColumn().planned_donors):
         with pytest.raises(UserError, match=f"target: .*{reason}"):

@@ -223,7 +223,7 @@ def test_a_donor_that_does_not_fit_is_refused_by_axis_and_sizes(
 
 
 @pytest.mark.parametrize("sampler", [WeightSelection(), Sliced(), MatrixNormal()])
-def test_the_refusal_tells_of_the_donor_that_is_least_unlike(tmp_path: Path, sampler: Sampler) -> None:
+def test_the_error_names_the_most_similar_donor(tmp_path: Path, sampler: Sampler) -> None:
     """Not of a GPT-2 of the target's size, which lacks ten kinds of tensors, but of the smaller Llama."""
     configs = {"a-gpt2": CONFIGS["gpt2"], "llama": CONFIGS["llama"]}
     members = tuple(donor(tmp_path / name, config).donors[0] for name, config in configs.items())
@@ -241,7 +241,7 @@ def test_a_larger_head_is_refused_by_growth_too(tmp_path: Path) -> None:
         RowColumn().fit(zoo, Blueprint.from_config(CONFIGS["llama"] | {"head_dim": 16}))
 
 
-def test_wider_repeat_grows_what_refuse_refuses(tmp_path: Path) -> None:
+def test_wider_repeat_grows_a_target_that_refuse_rejects(tmp_path: Path) -> None:
     zoo = donor(tmp_path / "donor", CONFIGS["llama"])
     target = CONFIGS["llama"] | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
     wide = filled(tmp_path / "wide", WeightSelection(wider="repeat"), zoo, target)

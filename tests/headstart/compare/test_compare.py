@@ -115,7 +115,7 @@ def test_steps_to_several_thresholds() -> None:
     assert default["1"]["ratio"]["mean"] == 1.0 and fast["0.5"]["ratio"]["ci95"][0] < 2
 
 
-def test_a_default_that_rises_again_is_no_faster_than_itself() -> None:
+def test_a_default_whose_loss_rises_again_has_speed_up_one() -> None:
     """Its loss at half of its steps was reached before; that is where the ratio counts from."""
     runs = [run("default", 0, 1e-3, [5.0, 3.0, 4.0, 2.0]), run("other", 0, 1e-3, [4.0, 3.5, 3.0, 2.0])]
     runs = [r | {"steps": [0, 20, 50, 100]} for r in runs]

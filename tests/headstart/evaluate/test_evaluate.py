@@ -157,7 +157,7 @@ def test_characters_that_a_tokenizer_lacks_are_counted(shared_data: Path, tmp_pa
     assert found["lacking"] == 2
 
 
-def test_texts_beyond_the_context_lose_their_beginnings_and_answers_do_not(tmp_path: Path) -> None:
+def test_long_texts_lose_their_beginning_but_keep_the_answer(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "bytes", vocab_size=256, max_position_embeddings=64)
     rows = [{"query": f"{'a' * 90} end", "choices": ["one", "three"], "gold": 0}, QUESTIONS[0]]
     long, short = write(tmp_path / "long.jsonl", rows), write(tmp_path / "short.jsonl", rows)
@@ -235,7 +235,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
     (gone / "adapter_model.safetensors").rename(gone / "adapter_model.bin")
     with pytest.raises(UserError, match=r"has no adapter_model.safetensors"):
         evaluate(gone, [file], base=base, quiet=True)
-    with pytest.raises(UserError, match="base is no adapter"):
+    with pytest.raises(UserError, match="base is not an adapter"):
         evaluate(base, [file], base=base, quiet=True)
 
 
@@ -343,7 +343,7 @@ def test_files_that_cannot_be_asked_are_refused(tmp_path: Path, text: str, reaso
         evaluate(folder, [str(file)], quiet=True)
 
 
-def test_what_is_missing_is_said_in_a_line(tmp_path: Path) -> None:
+def test_what_is_missing_is_reported_in_one_line(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "model", vocab_size=256)
     file = str(write(tmp_path / "questions.jsonl", QUESTIONS))
     (tmp_path / "more").mkdir()
@@ -423,7 +423,7 @@ def gate() -> Iterator[str]:
     server.shutdown()
 
 
-def test_data_that_are_gated_or_gone_are_one_line(tmp_path: Path, gate: str) -> None:
+def test_gated_or_missing_data_is_a_one_line_error(tmp_path: Path, gate: str) -> None:
     folder = make_llama(tmp_path / "model", vocab_size=256)
     script = f"""
 from tests.support.commands import evaluate

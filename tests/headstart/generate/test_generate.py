@@ -245,7 +245,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(
 
 
 @pytest.mark.parametrize("named", ["LlamaModel", "LlamaForSequenceClassification"])
-def test_a_config_of_no_language_model_is_written_as_one(
+def test_the_config_of_a_headless_model_is_written_as_a_language_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str
 ) -> None:
     target = config_file(tmp_path / "target", CONFIGS["llama"] | {"architectures": [named]})

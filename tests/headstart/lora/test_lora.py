@@ -318,7 +318,7 @@ for name, method, plan in (("planned", "pissa", True), ("near", "gaussian", Fals
 """
 
 
-def test_of_a_hub_id_only_what_is_needed_is_fetched(base: Path, tmp_path: Path) -> None:
+def test_only_needed_files_of_a_hub_model_are_fetched(base: Path, tmp_path: Path) -> None:
     with serve() as hub:
         hub.repos["org/model"] = Repo(files_of(base))
         unset = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE")

@@ -63,7 +63,7 @@ def f32(begin: int, end: int, *shape: int) -> dict[str, Any]:
         (b'{"a":{"dtype":"F32","shape":[9' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', 4, "not valid JSON"),
     ],
 )
-def test_a_lying_header_is_refused(tmp_path: Path, header: object, data: int, words: str) -> None:
+def test_an_inconsistent_header_is_refused(tmp_path: Path, header: object, data: int, words: str) -> None:
     path = raw(tmp_path / "x.safetensors", header, bytes(data))
     with pytest.raises(UserError, match=words) as caught:
         read_header(path)
@@ -221,7 +221,7 @@ def test_a_broken_config_is_refused(tmp_path: Path, tiny_llama: Make, text: str)
         Checkpoint.open(folder)
 
 
-def test_a_pipe_is_no_file(tmp_path: Path, tiny_llama: Make) -> None:
+def test_a_pipe_is_refused_as_a_weight_file(tmp_path: Path, tiny_llama: Make) -> None:
     folder = tiny_llama(tmp_path / "a")
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")

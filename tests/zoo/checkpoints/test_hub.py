@@ -184,7 +184,7 @@ def test_a_redirect_to_another_place_is_followed(
     ],
     ids=lambda faults: "-".join(f"{k}-{'-'.join(v)}" for k, v in faults.items()).replace(" ", "-"),
 )
-def test_what_passes_is_tried_again(
+def test_temporary_faults_are_retried(
     hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path, faults: dict[str, list[str]]
 ) -> None:
     name = "org/" + "-".join(f"{k} {'-'.join(v)}" for k, v in faults.items()).replace(" ", "-")
@@ -206,7 +206,7 @@ def test_what_passes_is_tried_again(
         ("not an id", None, "no such folder"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(
+def test_user_errors_are_one_line(
     hub: Hub, online: Add, tmp_path: Path, name: str, repo: Repo | None, words: str
 ) -> None:
     if repo is not None:
@@ -217,7 +217,7 @@ def test_what_the_user_can_mend_is_one_line(
     assert not (tmp_path / "zoo").exists()
 
 
-def test_an_unknown_revision_is_said(hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path) -> None:
+def test_an_unknown_revision_is_reported(hub: Hub, online: Add, llama: dict[str, bytes], tmp_path: Path) -> None:
     hub.repos["org/revision"] = Repo(llama)
     assert "no such revision" in online("org/revision", zoo=tmp_path / "zoo", revision="v9")["error"]
 

@@ -46,7 +46,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(filled: Path) -> None:
     assert verify(filled) == []
 
 
-def test_following_the_advice_mends_it(filled: Path, tmp_path: Path) -> None:
+def test_the_suggested_option_resolves_the_error(filled: Path, tmp_path: Path) -> None:
     source = str(tmp_path / "src" / "first")
     home = filled / "models" / "first"
     weights = home / "model.safetensors"
@@ -90,7 +90,7 @@ def test_a_donor_that_was_removed_is_missed_until_the_next_add(filled: Path, tmp
     assert [d.name for d in Zoo.open(filled).donors] == ["second"] and verify(filled) == []
 
 
-def test_foreign_files_are_noted_and_no_problem(filled: Path) -> None:
+def test_unknown_files_are_noted_without_an_error(filled: Path) -> None:
     (filled / "models" / "first" / "notes.txt").write_text("mine")
     (filled / "models" / "third").mkdir()
     assert verify(filled) == []

@@ -62,7 +62,7 @@ def test_level_holds_where_nothing_is_shared():
 
 
 @pytest.mark.parametrize("law", ["lognormal", "exponential", "half-normal", "normal"])
-def test_other_laws_are_no_power_laws(law):
+def test_other_distributions_are_not_power_laws(law):
     """Rejected, beaten by a likelihood ratio, or at least not called a power law."""
     verdicts = []
     for seed in range(4):
@@ -78,7 +78,7 @@ def test_other_laws_are_no_power_laws(law):
     assert verdicts.count("not a power law") >= 2
 
 
-def test_a_power_law_is_one():
+def test_a_true_power_law_is_recognised():
     rng = np.random.default_rng(3)
     found = assess_power_law(independent(1e-3 * rng.random(900) ** -1.25, 30), 40, rng)
     assert found["verdict"] == "power law"

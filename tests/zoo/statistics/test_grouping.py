@@ -40,7 +40,7 @@ def test_the_first_of_equals_is_the_reference():
     [rows(), rows(("attn.v", "mlp.gate"), verdict="undecided"), rows(("attn.v", "attn.v"))],
     ids=["all power laws", "undecided", "a projection with itself"],
 )
-def test_nothing_stands_out(found):
+def test_without_differences_no_projection_is_singled_out(found):
     assert replace(group_projections(found, 64), undecided=0) == Grouping(64, None, (), PROJECTIONS, True, {})
 
 
@@ -49,7 +49,7 @@ def test_projections_that_a_model_lacks_are_in_no_group():
     assert "mlp.gate" not in group_projections(found, 16).pareto
 
 
-def test_what_is_undecided_is_counted_and_said():
+def test_undecided_tests_are_counted_and_reported():
     few = group_projections(rows(*combinations_with_replacement(PROJECTIONS[1:], 2), verdict="undecided"), 16)
     assert few.undifferentiated and few.undecided == 21 and few.n_pairs == 28
     assert "too little data (21 of 28 pairs of projections undecided)" in few.description
@@ -63,7 +63,7 @@ def test_json_keeps_everything():
     assert Grouping.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-def test_a_real_checkpoint_is_characterised_by_its_study(shared_data):
+def test_group_donor_equals_the_grouping_of_its_comparisons(shared_data):
     donor = StandaloneDonor.open(shared_data / "models" / "stories260K", quiet=True)
     found = group_donor(donor, bootstraps=15)
     assert found.rank == 16

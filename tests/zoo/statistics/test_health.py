@@ -93,7 +93,7 @@ def shuffle(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-tok105", "makemore-en-a", "arthur/run2-ep002"])
-def test_shuffled_entries_are_told_from_initial_ones(shared_data: Path, tmp_path: Path, name: str) -> None:
+def test_shuffled_entries_differ_from_initial_ones(shared_data: Path, tmp_path: Path, name: str) -> None:
     source = shared_data / "models" / name
     (whole,) = changed(source, tmp_path / "a", lambda n, t: shuffle(t) if t.ndim > 1 else t)
     assert whole.kind == "permuted" and whole.text.startswith("structure lost: all ")
@@ -121,7 +121,7 @@ def test_one_structured_matrix_is_enough(shared_data: Path, tmp_path: Path) -> N
     assert changed(source, tmp_path / "a", lambda n, t: shuffle(t) if t.ndim > 1 and "down" not in n else t) == []
 
 
-def test_a_layer_that_was_put_in_new_is_untrained(shared_data: Path, tmp_path: Path) -> None:
+def test_a_newly_inserted_layer_is_reported_as_untrained(shared_data: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
 
     def renew(name: str, tensor: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def test_a_dead_block_is_found(shared_data: Path, tmp_path: Path, how: str) -> N
 
 @pytest.mark.parametrize("kill", [None, 0, 2])
 @torch.no_grad()
-def test_dense_layers_and_layers_of_experts_are_compared_with_their_like(kill: int | None) -> None:
+def test_dense_and_expert_layers_are_compared_separately(kill: int | None) -> None:
     """In one model of sixteen experts, layers 0 and 2 dense: the dense ones write what one expert does, and are dead
     only beside each other, or where they write nothing."""
     torch.manual_seed(0)
@@ -202,7 +202,7 @@ def test_modules_and_empty_rows() -> None:
     assert check_health(zoo_of({"x": model}).donors[0]) == []
 
 
-def test_only_a_cut_is_looked_at(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+def test_only_a_sample_of_values_is_examined(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
     donor = ModelCheckpoint.open(tiny_llama(tmp_path / "a", hidden_size=64, intermediate_size=160))
     values: list[int] = []
     (finding,) = check_health(donor, most=24, progress=values.append)

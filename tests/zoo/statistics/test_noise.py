@@ -18,7 +18,7 @@ LAWS = {
 
 
 @pytest.mark.parametrize("law", sorted(LAWS))
-def test_noise_of_any_law_is_even(law: str) -> None:
+def test_noise_of_any_distribution_is_even(law: str) -> None:
     rng = np.random.default_rng(0)
     drawn = [torch.tensor(LAWS[law].rvs((40, 24), random_state=rng)) for _ in range(150)]
     p = [unevenness_p_value(matrix) for matrix in drawn] + [unevenness_p_value(matrix.mT) for matrix in drawn]
@@ -28,7 +28,7 @@ def test_noise_of_any_law_is_even(law: str) -> None:
     assert abs(beyond.mean() + 1.21) < 0.5 and beyond.max() < 4
 
 
-def test_equal_values_do_not_lend_structure_to_noise() -> None:
+def test_ties_do_not_make_noise_look_structured() -> None:
     """Half of the entries zero, the others of two values: ranks that depend on the place would be structure."""
     draws = torch.rand(96, 96, generator=torch.Generator().manual_seed(0))
     matrix = torch.where(draws < 0.5, 0.0, torch.where(draws < 0.8, 1.0, -2.0)).double()

@@ -44,7 +44,7 @@ def samples():
 
 
 @pytest.mark.parametrize("name", sorted(samples()))
-def test_equals_powerlaw(name):
+def test_alpha_equals_that_of_powerlaw(name):
     values = samples()[name]
     alpha, xmin, distance, tail = reference(values)
     ours = fit_power_law(values)

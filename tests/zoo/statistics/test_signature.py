@@ -38,7 +38,7 @@ def test_fused_and_transposed_projections_are_split(shared_data: Path) -> None:
     assert (ratio / ratio[0] - 1).abs().max() < 1e-4
 
 
-def test_what_is_no_transformer_is_refused() -> None:
+def test_a_model_that_is_not_a_transformer_is_refused() -> None:
     donor = zoo_of({"plain": torch.nn.Linear(4, 4)}).donors[0]
     with pytest.raises(UserError, match="no recognisable projections"):
         std_vector(donor)

@@ -140,7 +140,7 @@ def test_the_exponent_of_a_planted_power_law() -> None:
     assert found["alpha_weighted"] == pytest.approx(found["alpha"] * math.log10(found["top"] ** 2))
 
 
-def test_directions_that_are_not_there_have_no_part_in_the_tail() -> None:
+def test_zero_singular_values_are_left_out_of_the_tail() -> None:
     matrix = draw(60, 20) @ draw(20, 90, seed=1)
     assert spectrum_summary(matrix)["alpha"] == pytest.approx(
         spectrum_summary(torch.linalg.qr(matrix.mT)[1])["alpha"], rel=1e-3
@@ -149,7 +149,7 @@ def test_directions_that_are_not_there_have_no_part_in_the_tail() -> None:
     assert spectrum_summary(matrix)["alpha"] == pytest.approx(powerlaw_alpha(values.square()), abs=1e-3)
 
 
-def test_what_too_small_a_matrix_cannot_say_is_none() -> None:
+def test_statistics_that_need_a_larger_matrix_are_none() -> None:
     assert spectrum_summary(draw(8, 30))["alpha"] is None and spectrum_summary(draw(8, 30))["edge"] > 0
     nothing = spectrum_summary(torch.zeros(20, 30))
     assert nothing["edge"] is None and nothing["stable_rank"] is None and nothing["outliers"] == 0
@@ -194,7 +194,7 @@ def test_alpha_is_that_of_weightwatcher(shared_data: Path, model: str) -> None:
         assert found["stable_rank"] == pytest.approx(row["stable_rank"], rel=1e-3)
 
 
-def test_really_trained_matrices_leave_the_edge_of_noise(shared_data: Path) -> None:
+def test_trained_matrices_have_singular_values_above_noise(shared_data: Path) -> None:
     trained = matrices(shared_data / "models" / "stories260K")
     inner = {name: matrix for name, matrix in trained.items() if "layers" in name}
     found = [spectrum_summary(matrix) for matrix in inner.values()]

@@ -179,7 +179,7 @@ def test_a_config_that_cannot_be_is_refused_in_one_line(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "", "\xff", '{"model_type": ["llama"]}'])
-def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_config_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"config\.json"):
         Blueprint.from_config(tmp_path)

@@ -201,13 +201,13 @@ def test_a_state_space_model_is_mostly_unknown() -> None:
     assert {r for n, r in roles.items() if "mixer" in n} == {"conv", "other"}
 
 
-def test_cross_attention_is_nobodys() -> None:
+def test_cross_attention_has_the_role_other() -> None:
     roles = roles_of("t5")
     assert roles["decoder.block.0.layer.1.EncDecAttention.q.weight"] == "other"
     assert roles["decoder.block.0.layer.0.SelfAttention.q.weight"] == "attn.q"
 
 
-def test_a_name_without_the_right_shape_is_not_believed() -> None:
+def test_a_name_with_the_wrong_shape_gets_no_role() -> None:
     """OPT-350m's embedding is narrower than its stream, and its norms come after the blocks."""
     blueprint = Blueprint.from_config(LISTED["opt-350m"])
     assert blueprint["model.decoder.embed_tokens.weight"].role == "other"

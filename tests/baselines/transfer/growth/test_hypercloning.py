@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from baselines.transfer.growth.hypercloning import HyperCloning
-from tests.support.grown import CONFIGS, exact, grown, moved, random_model, resized
+from tests.support.grown import CONFIGS, grown, largest_logit_change, logit_tolerance, random_model, resized
 from zoo.donors.memory import zoo_of
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
@@ -25,7 +25,9 @@ def times(name: str, factor: int, ffn: int) -> dict[str, int]:
 @pytest.mark.parametrize(("factor", "ffn", "noise"), [(2, 3, 0.0), (3, 2, 0.3)])
 def test_two_and_three_times_the_width_is_exact(name: str, factor: int, ffn: int, noise: float) -> None:
     sampler = HyperCloning(noise=noise)
-    assert moved(sampler, random_model(CONFIGS[name]), resized(name, **times(name, factor, ffn))) < exact(name)
+    assert largest_logit_change(
+        sampler, random_model(CONFIGS[name]), resized(name, **times(name, factor, ffn))
+    ) < logit_tolerance(name)
 
 
 def test_tiles_as_published() -> None:
@@ -49,7 +51,7 @@ def test_tiles_as_published() -> None:
 def test_heads_have_factors_of_their_own(heads: int, keys: int) -> None:
     config = resized("llama-gqa-tied", hidden_size=96, num_attention_heads=heads, num_key_value_heads=keys)
     for noise in (0.0, 0.3):
-        assert moved(HyperCloning(noise=noise), random_model(CONFIGS["llama-gqa-tied"]), config) < 1e-9
+        assert largest_logit_change(HyperCloning(noise=noise), random_model(CONFIGS["llama-gqa-tied"]), config) < 1e-9
 
 
 def test_query_heads_repeat_inside_a_group_whose_keys_stay() -> None:
@@ -82,7 +84,7 @@ def test_noise_comes_in_pairs(factor: int) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_copies_part_with_noise_and_only_with_it(noise: float) -> None:
+def test_copies_separate_in_training_only_with_noise(noise: float) -> None:
     tokens = torch.arange(28).view(2, 14) * 11 % 40
     donor = random_model(CONFIGS["llama-mha"])
     model = grown(HyperCloning(noise=noise), donor, resized("llama-mha", **times("llama-mha", 2, 2)))
@@ -109,7 +111,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("sizes", "reason"), REFUSED)
-def test_what_is_no_whole_factor_is_refused_with_what_would_do(sizes: dict[str, int], reason: str) -> None:
+def test_a_fractional_factor_is_refused_with_an_alternative(sizes: dict[str, int], reason: str) -> None:
     zoo = zoo_of({"donor": random_model(CONFIGS["llama-gqa-tied"])})
     blueprint = Blueprint.from_config(resized("llama-gqa-tied", **sizes))
     for act in (HyperCloning().fit, HyperCloning().planned_donors):
@@ -117,7 +119,7 @@ def test_what_is_no_whole_factor_is_refused_with_what_would_do(sizes: dict[str, 
             act(zoo, blueprint)
 
 
-def test_the_donors_that_would_do_are_named_or_taken() -> None:
+def test_suitable_donors_are_named_or_chosen() -> None:
     zoo = zoo_of(
         {str(width): random_model(resized("llama-mha", hidden_size=width)) for width in (20, 24, 32)},
     )
@@ -136,4 +138,4 @@ def test_real_checkpoints_keep_their_logits(
     config = donor.config.to_dict()
     for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
         config[key] *= factor
-    assert moved(HyperCloning(noise=0.1), donor, config) < limit
+    assert largest_logit_change(HyperCloning(noise=0.1), donor, config) < limit

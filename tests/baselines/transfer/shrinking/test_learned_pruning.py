@@ -16,7 +16,7 @@ from baselines.transfer.shrinking.base import KeptParts
 from baselines.transfer.shrinking.importance import score_by_weights
 from baselines.transfer.shrinking.learned_pruning import LearnedPruning, select_most_open
 from baselines.transfer.shrinking.masks import SUPPORTED, MaskDistribution, apply_masks
-from tests.support.planted import DEAD, alive, config, kill
+from tests.support.planted import DEAD, config, live_indices, zero_dead_parts
 from tests.support.shaken import CONFIGS, GQA, build, donor, filled, logits
 from zoo.donors.memory import zoo_of
 from zoo.donors.zoo import Zoo, open_standalone
@@ -135,7 +135,7 @@ def tokens() -> torch.Tensor:
 def trained(tmp_path_factory: pytest.TempPathFactory, tokens: torch.Tensor) -> Zoo:
     """A tiny byte-level Llama, trained for a moment; what is DEAD, and layer 1, has no gradient and stays dead."""
     model = build(config("llama"))
-    kill(model, ("residual", "ffn", "groups"), layer=1)
+    zero_dead_parts(model, ("residual", "ffn", "groups"), layer=1)
     for module in model.model.layers[1].modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data.zero_()
@@ -164,7 +164,7 @@ def test_training_finds_what_is_dead(tmp_path: Path, trained: Zoo, tokens: torch
     folder = filled(tmp_path / "learned", sampler, trained, small)
     assert sampler.kept_parts.layers.tolist() == [0, 2]
     assert sampler.kept_parts.groups.tolist() == [[1 - DEAD["groups"][i]] for i in (0, 2)]
-    assert sampler.kept_parts.ffn.tolist() == [alive("ffn", 0), alive("ffn", 2)]
+    assert sampler.kept_parts.ffn.tolist() == [live_indices("ffn", 0), live_indices("ffn", 2)]
     torch.testing.assert_close(logits(folder), logits(trained.path), rtol=1e-4, atol=1e-5)
 
 
@@ -187,7 +187,7 @@ def test_learned_masks_beat_masks_at_random(tmp_path: Path, trained: Zoo, tokens
     assert learned < min(min(at_random) - 0.05, sum(at_random) / 3 - 0.3)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(
+def test_a_resumed_run_gives_the_same_bytes(
     tmp_path: Path, trained: Zoo, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blueprint = Blueprint.from_config(config("llama", **SMALL))
@@ -221,7 +221,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.items())
 
 
-def test_weights_that_train_along_get_better(tmp_path: Path, trained: Zoo, tokens: torch.Tensor, text: str) -> None:
+def test_training_the_weights_with_the_masks_lowers_the_loss(
+    tmp_path: Path, trained: Zoo, tokens: torch.Tensor, text: str
+) -> None:
     small = config("llama", hidden_size=16)
     losses = []
     for weights in (False, True):

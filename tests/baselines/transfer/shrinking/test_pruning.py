@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from baselines.transfer.shrinking.pruning import Pruning
 from baselines.transfer.weight_selection import WeightSelection
-from tests.support.planted import DEAD, alive, config, planted
+from tests.support.planted import DEAD, config, live_indices, planted
 from tests.support.shaken import build, donor, filled, logits
 from zoo.donors.memory import load_into, zoo_of
 from zoo.donors.zoo import Zoo, open_standalone
@@ -36,7 +36,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("by_text", [False, True])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2"])
-def test_what_does_nothing_goes_and_the_function_stays(tmp_path: Path, text: str, name: str, by_text: bool) -> None:
+def test_removing_inactive_parts_keeps_the_function(tmp_path: Path, text: str, name: str, by_text: bool) -> None:
     """Dead coordinates, neurons, a KV group in every layer and a whole layer, all at once: the gains of all norms make
     up for the coordinates that they no longer see, RMSNorms over flattened heads and Gemma's scaled embedding too."""
     layer = 2 if by_text else 1  # what influence finds, and the middle
@@ -45,8 +45,8 @@ def test_what_does_nothing_goes_and_the_function_stays(tmp_path: Path, text: str
     small = filled(tmp_path / "small", sampler, zoo, config(name, **SMALL))
     left = [i for i in range(3) if i != layer]
     assert sampler.kept_parts.layers.tolist() == left
-    assert sampler.kept_parts.residual.tolist() == alive("residual")
-    assert sampler.kept_parts.ffn.tolist() == [alive("ffn", i) for i in left]
+    assert sampler.kept_parts.residual.tolist() == live_indices("residual")
+    assert sampler.kept_parts.ffn.tolist() == [live_indices("ffn", i) for i in left]
     assert sampler.kept_parts.groups.tolist() == [[1 - DEAD["groups"][i]] for i in left]
     expected = logits(zoo.path)
     assert expected.std() > 0.05
@@ -166,7 +166,7 @@ def test_experts_are_pruned_together(tmp_path: Path) -> None:
         Pruning(compensate=True, text="any").fit(zoo, blueprint)
 
 
-def test_a_fitted_sampler_is_saved_and_needs_its_text_no_more(tmp_path: Path, text: str) -> None:
+def test_a_saved_sampler_no_longer_needs_its_text(tmp_path: Path, text: str) -> None:
     zoo = donor(tmp_path / "donor", config("llama"))
     blueprint = Blueprint.from_config(config("llama", hidden_size=24, intermediate_size=40, num_hidden_layers=2))
     moved = tmp_path / "text.txt"

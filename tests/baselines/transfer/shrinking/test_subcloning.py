@@ -12,7 +12,7 @@ import torch
 
 from baselines.transfer.shrinking.subcloning import Subcloning
 from baselines.transfer.weight_selection import WeightSelection
-from tests.support.planted import DEAD, alive, config, planted
+from tests.support.planted import DEAD, config, live_indices, planted
 from tests.support.shaken import build, donor, filled, logits
 from zoo.donors.memory import load_into, zoo_of
 from zoo.donors.zoo import open_standalone
@@ -38,19 +38,21 @@ def test_inactive_parts_and_the_middle_layer_go(tmp_path: Path, text: str, name:
     small = config(name, intermediate_size=40, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2)
     got = logits(filled(tmp_path / "small", sampler, zoo, small))
     assert sampler.kept_parts.layers.tolist() == [0, 2]
-    assert sampler.kept_parts.ffn.tolist() == [alive("ffn", 0), alive("ffn", 2)]
+    assert sampler.kept_parts.ffn.tolist() == [live_indices("ffn", 0), live_indices("ffn", 2)]
     assert sampler.kept_parts.groups.tolist() == [[1 - DEAD["groups"][i]] for i in (0, 2)]
     torch.testing.assert_close(got, logits(zoo.path), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_text", [False, True])
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_readers_of_a_narrower_stream_make_up_for_its_norm(tmp_path: Path, text: str, name: str, by_text: bool) -> None:
+def test_rescaled_readers_compensate_the_norm_of_a_narrower_stream(
+    tmp_path: Path, text: str, name: str, by_text: bool
+) -> None:
     """Without dead coordinates a RMSNorm gives sqrt(s / t) of what it gave: the rule of scaling undoes just that."""
     zoo = planted(tmp_path / "donor", config(name), "residual")
     sampler = Subcloning(text=text if by_text else None)
     small = filled(tmp_path / "small", sampler, zoo, config(name, hidden_size=24))
-    assert sampler.kept_parts.residual.tolist() == alive("residual")
+    assert sampler.kept_parts.residual.tolist() == live_indices("residual")
     torch.testing.assert_close(logits(small), logits(zoo.path), rtol=1e-4, atol=1e-5)
 
 
