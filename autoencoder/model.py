@@ -2,7 +2,7 @@
 
 Each of a unit's P residual vectors is divided by its norm. The norms are kept in float32 beside the latent. The
 directions go through a linear map that starts as PCA, and a small network that starts at zero. So training starts from
-PCA at the same rate.
+PCA with latents of the same size.
 
 Letters: N units, P residual vectors per unit, d their width, W width of the autoencoder, R latent size.
 """
@@ -95,7 +95,7 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
 
 
 @torch.no_grad()
-def fit_pca(model: UnitAutoencoder, kind: str, vectors: Tensor, weight: Tensor) -> None:
+def set_linear_part_to_pca(model: UnitAutoencoder, kind: str, vectors: Tensor, weight: Tensor) -> None:
     """Sets the linear part to the PCA of the directions of vectors [N, P, d]. weight: of the squared error, [P, W]."""
     directions = to_width(nn.functional.normalize(vectors.double(), dim=-1), model.width).flatten(1)
     root = weight.double().flatten().sqrt()

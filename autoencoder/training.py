@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from autoencoder.model import UnitAutoencoder, error_weights, fit_pca
+from autoencoder.model import UnitAutoencoder, error_weights, set_linear_part_to_pca
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
 from zoo.streams import stream
@@ -32,7 +32,7 @@ class AutoencoderTrainConfig:
     Generated latents are off by about a tenth of their RMS. A decoder that was trained on exact latents amplifies
     that error in directions where donors have little energy, so it is trained under noise (2510.11690)."""
 
-    rate: float = 1.5  # numbers of a unit per number of its latent
+    rate: float = 1.5  # compression: numbers of a unit per number of its latent
     noise: float = 0.1  # standard deviation of the noise on the latents, relative to their RMS
     hidden: int = 128
     steps: int = 400
@@ -52,7 +52,7 @@ def train_autoencoder(
     command: dict[str, Any] | None = None,
 ) -> Path:
     """Trains the unit autoencoder of a zoo and writes it to `out`, with `report.json`: per kind, its error beside that
-    of PCA at the same rate. command: the configuration of the command, written to the report as it is.
+    of PCA with latents of the same size. command: the configuration of the command, written to the report as it is.
 
     An interrupted run leaves its state in `out`; `resume` continues from it to the same bytes. Raises UserError for an
     unusable zoo, or for an `out` that is in use (without `resume`)."""
@@ -66,7 +66,7 @@ def train_autoencoder(
 def pca_autoencoder(
     donors: list[AlignedDonor], config: AutoencoderTrainConfig, records: list[dict[str, Any]]
 ) -> UnitAutoencoder:
-    """The autoencoder before training: PCA at the config's rate, under the error's weights. records: provenance of
+    """The autoencoder before training: PCA at the config's `rate`, under the error's weights. records: provenance of
     the donors, kept in the model's config."""
     width = max(d.metadata.width for d in donors)
     latent = {kind: max(1, round(len(roles) * width / config.rate)) for kind, roles in ROLES.items()}
@@ -75,7 +75,7 @@ def pca_autoencoder(
         model = UnitAutoencoder(width, latent, config.hidden, records)
     weights = error_weights([d.units for d in donors], width)
     for kind in ROLES:
-        fit_pca(model, kind, torch.cat([to_width(d.units[kind], width) for d in donors]), weights[kind])
+        set_linear_part_to_pca(model, kind, torch.cat([to_width(d.units[kind], width) for d in donors]), weights[kind])
     return model
 
 

@@ -37,7 +37,7 @@ from zoo.units.decoder import Decoder, Layer
 from zoo.units.resizing import principal_axes, project_to_axes, residual_energy
 from zoo.units.units import ROLES, unit_addresses, units_to_decoder
 
-CHUNK_SIZE = 1024  # units that are denoised at once; a constant, so results depend on the seed only
+UNITS_PER_BATCH = 1024  # units that are denoised at once; a constant, so results depend on the seed only
 CANDIDATES_PER_UNIT = 64  # components of a unit's mixture: the units of the bank with the highest prior
 MAX_CACHED_NUMBERS = 1 << 26  # a narrower target's units are cached up to this size, else generated twice
 PROBED_UNITS = 256  # units of a kind whose priors choose the block
@@ -294,8 +294,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             bank = bank.to(device)
             bank_condition = denoiser.bank_embedding(kind, bank)
         out = []
-        for start in range(0, len(features), CHUNK_SIZE):
-            rows = slice(start, start + CHUNK_SIZE)
+        for start in range(0, len(features), UNITS_PER_BATCH):
+            rows = slice(start, start + UNITS_PER_BATCH)
             chunk_partner = None if partner is None else partner[rows]
             condition = self._condition(request, kind, features[rows], context, chunk_partner)
             candidates: list[Candidates | None] = [None, None]  # with the condition, and without

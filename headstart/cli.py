@@ -29,7 +29,7 @@ from headstart.config import (
     ZooTrainConfig,
     config_of,
 )
-from headstart.config_file import FLAGS, merged_options, read_config_file, read_record, split_flags
+from headstart.config_file import FLAGS, merged_options, read_config_file, read_options, split_flags
 from headstart.config_values import comma_list
 from headstart.terminal import session
 from zoo.errors import UserError
@@ -54,7 +54,7 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="YAML with options of this command; those given here win.",
+        help="YAML file, or a headstart.json of an earlier run; options given here win.",
         callback=read_config_file,
         is_eager=True,
     ),
@@ -65,7 +65,9 @@ OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folde
 TargetOption = Annotated[str, typer.Option("--target", metavar="CONFIG", help="A config.json, its folder or a hub id.")]
 TokenizerOption = Annotated[
     Path | None,
-    typer.Option("--tokenizer", metavar="DIR", help="Of the target [default: of its folder, else of the donors]."),
+    typer.Option(
+        "--tokenizer", metavar="DIR", help="The target's tokenizer [default: from its folder, else from the donors]."
+    ),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="DIR", help="A trained pipeline or autoencoder: a folder or a hub id.")
@@ -77,15 +79,15 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="The same seed gives the same bytes.")]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto: CUDA if there is any.")]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Of the result [default: what the config says].")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="auto: a CUDA GPU if one is available, else the CPU.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Number format of the written weights [default: from the config].")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print neither progress nor notes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Print what would be read and written, and do nothing.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted training in --out.")]
-StepsOption = Annotated[
-    int | None, typer.Option("--steps", help="Optimiser steps [default: the number of the training].")
-]
+AUTOENCODER_STEPS, DIFFUSION_STEPS = 400, 4000  # defaults of the training configurations, which import torch
 
 app = typer.Typer(
     help="Initial weights for new language models, learned from the weights of open ones.",
@@ -213,7 +215,9 @@ def train_autoencoder(
     zoo: ZooOption,
     out: OutOption,
     resume: ResumeOption = False,
-    steps: StepsOption = TrainAutoencoderConfig.steps,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help=f"Optimiser steps [default: {AUTOENCODER_STEPS}].")
+    ] = TrainAutoencoderConfig.steps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     config: ConfigOption = None,
@@ -232,7 +236,9 @@ def train_diffusion(
     autoencoder: Annotated[Path, typer.Option("--autoencoder", metavar="DIR", help="A trained autoencoder.")],
     out: OutOption,
     resume: ResumeOption = False,
-    steps: StepsOption = TrainDiffusionConfig.steps,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help=f"Optimiser steps [default: {DIFFUSION_STEPS}].")
+    ] = TrainDiffusionConfig.steps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     config: ConfigOption = None,
@@ -290,7 +296,12 @@ def compare(
         int, typer.Option("--windows", help="Held-out windows at each measurement.")
     ] = CompareConfig.windows,
     default_scales: Annotated[
-        str, typer.Option("--default-scales", metavar="1,A,...", help="Of the default's std, tuned with its rate.")
+        str,
+        typer.Option(
+            "--default-scales",
+            metavar="1,A,...",
+            help="Factors on the default initialisation's standard deviation to try.",
+        ),
     ] = comma_list(CompareConfig.default_scales),
     donor: Annotated[
         str | None, typer.Option("--donor", metavar="NAME", help="The donor, for methods that take one.")
@@ -327,7 +338,7 @@ def analyze(
         str, typer.Option("--ranks", metavar="A,B,...", help="Numbers of singular values by which layers are compared.")
     ] = comma_list(AnalyzeConfig.ranks),
     bootstraps: Annotated[
-        int, typer.Option("--bootstraps", help="Replicates behind each p-value of a fit.")
+        int, typer.Option("--bootstraps", help="Bootstrap samples for each p-value.")
     ] = AnalyzeConfig.bootstraps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
@@ -412,7 +423,7 @@ def run_record(
     from headstart.commands import Invocation, run_config
 
     with session(quiet):
-        options, flags = split_flags(read_record(record), str(record))
+        options, flags = split_flags(read_options(record), str(record))
         config: Any = config_of(options, str(record))
         if out is not None:
             if "out" not in {field.name for field in dataclasses.fields(config)}:

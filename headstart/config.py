@@ -40,7 +40,7 @@ class CommandConfig:
             if problem := bounds_problem(item, value):
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 raise UserError(f"--{option_key(item.name)} {shown}: give {problem}")
-            check_choice(item.name, value)
+            check_device_or_dtype(item.name, value)
 
     def to_record(self) -> dict[str, Any]:
         """JSON values under the names of the options. Options without a value are left out."""
@@ -78,7 +78,7 @@ class CommandConfig:
             if name is None:
                 raise unknown(f"option of {cls.subcommand} in {where}", str(key), fields)
             values[name] = convert(hints[name], value, f"{where}: {key}")
-            check_choice(name, values[name])
+            check_device_or_dtype(name, values[name])
         return values
 
     def to_command(self) -> str:
@@ -103,10 +103,10 @@ class GenerateConfig(CommandConfig):
     zoo: str | Path | None = None  # without a zoo, `donor` is a checkpoint folder or a hub id
     donor: str | None = None
     model: str | Path | None = None  # a trained pipeline or autoencoder: a folder or a hub id
-    tokenizer: str | Path | None = None  # else the target folder's, else the donors'
+    tokenizer: str | Path | None = None  # of the target; else the one in the target's folder, else that of the donors
     set: Mapping[str, Any] = field(default_factory=dict)  # options of the method
     seed: int = 0
-    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
+    device: str = "auto"  # a CUDA GPU if one is available, else the CPU
     dtype: str | None = None  # of the written tensors, else the target config's, else float32
 
 
@@ -125,7 +125,7 @@ class LoraConfig(CommandConfig):
     targets: tuple[str, ...] = ("all-linear",)  # names of the modules to adapt
     set: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
+    device: str = "auto"  # a CUDA GPU if one is available, else the CPU
     dtype: str | None = None  # else float32 for the adapter, and the dtype on disk for a changed base
 
     def __post_init__(self) -> None:
@@ -151,14 +151,16 @@ class CompareConfig(CommandConfig):
     steps: int = option(300, least=1)  # training steps of each run
     seeds: tuple[int, ...] = (0, 1, 2)
     lrs: tuple[float, ...] = option((1e-3, 3e-3, 6e-3), above=0)  # learning rates, tuned per method
-    default_scales: tuple[float, ...] = option((1.0, 2.0, 4.0), above=0)  # of the default's std, tuned with its rate
-    tuning_seeds: int | None = option(None, least=1)  # tune on the first so many seeds, else on all
+    default_scales: tuple[float, ...] = option(
+        (1.0, 2.0, 4.0), above=0
+    )  # factors on the default initialisation's standard deviation, tuned with lr
+    tuning_seeds: int | None = option(None, least=1)  # tune on the first N seeds, else on all
     batch_size: int = option(16, least=1)  # windows of text per step
     sequence: int = option(64, least=1)  # tokens per window
     windows: int = option(64, least=1)  # held-out windows at each measurement
     workers: int | None = option(None, least=1)  # processes of one thread, else chosen by the target's size
     keep_going: bool = False  # leave out methods that refuse the target, and report why
-    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
+    device: str = "auto"  # a CUDA GPU if one is available, else the CPU
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,9 +184,9 @@ class AnalyzeConfig(CommandConfig):
     zoo: str | Path | None = None
     donor: str | None = None  # without a zoo a folder or a hub id
     ranks: tuple[int, ...] = option((16, 64, 256), least=2)  # numbers of singular values by which layers are compared
-    bootstraps: int = option(500, least=1)  # replicates behind each p-value of a fit
+    bootstraps: int = option(500, least=1)  # bootstrap samples for each p-value
     seed: int = 0
-    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
+    device: str = "auto"  # a CUDA GPU if one is available, else the CPU
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,7 +209,7 @@ class EvaluateConfig(CommandConfig):
     limit: int | None = option(None, least=1)  # only the first questions of each task
     batch_size: int = option(16, least=1)
     seed: int = 0
-    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
+    device: str = "auto"  # a CUDA GPU if one is available, else the CPU
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -249,7 +251,7 @@ class TrainAutoencoderConfig(CommandConfig):
     out: str | Path
     steps: int | None = option(None, least=1)  # else the default of the training
     seed: int = 0
-    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
+    device: str = "auto"  # a CUDA GPU if one is available, else the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +265,7 @@ class TrainDiffusionConfig(CommandConfig):
     out: str | Path
     steps: int | None = option(None, least=1)
     seed: int = 0
-    device: str = "auto"  # a GPU where torch sees a CUDA device, else the CPU
+    device: str = "auto"  # a CUDA GPU if one is available, else the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +325,7 @@ def config_of(record: Mapping[str, Any], where: str = "config") -> CommandConfig
     return CONFIGS[subcommand].from_record(record, where)
 
 
-def check_choice(name: str, value: Any) -> None:
+def check_device_or_dtype(name: str, value: Any) -> None:
     """Raises UserError for a device or a dtype that is not among the known ones."""
     if name in CHOICES and value is not None and value not in CHOICES[name]:
         raise unknown(name, str(value), CHOICES[name])

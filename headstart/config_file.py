@@ -20,7 +20,7 @@ FLAGS = {"plan": "plan", "quiet": "quiet", "json": "as_json", "resume": "resume"
 FILE_VALUES = "headstart.config_file"  # where a command's context keeps what --config holds
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
+def read_options(path: str | Path) -> dict[str, Any]:
     """The configuration in a file, as a mapping: a YAML or JSON file that is one, or a headstart.json, results.json or
     analysis.json that holds one under `config`. A folder stands for the record in it.
 
@@ -32,14 +32,14 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; give a YAML file, a headstart.json or the folder that holds one")
     content = _parse(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no mapping of options; write one option a line, as KEY: VALUE")
+        raise UserError(f"{path}: is not a mapping of options; write one option per line, as KEY: VALUE")
     if "config" not in content and "command" in content:
         raise UserError(
             f"{path}: holds no configuration, as an older headstart wrote it; run its command: {content['command']}"
         )
     found = content.get("config", content)
     if not isinstance(found, dict):
-        raise UserError(f"{path}: `config` is no mapping of options; write one option a line, as KEY: VALUE")
+        raise UserError(f"{path}: `config` is not a mapping of options; write one option per line, as KEY: VALUE")
     return found
 
 
@@ -58,7 +58,7 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
         return None
     with session(quiet=True):
         subcommand = _subcommand(ctx)
-        options, flags = split_flags(read_record(path), str(path))
+        options, flags = split_flags(read_options(path), str(path))
         named = options.get("subcommand", subcommand)
         if named != subcommand:
             raise UserError(f"{path}: is a configuration of `{named}`; run it with `headstart {named} --config {path}`")

@@ -21,7 +21,7 @@ from zoo.errors import UserError
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoSizes:
     """The sizes of a demo. The target's shape is in no preset of the embedded zoo."""
 
     preset: str  # of the embedded zoo
@@ -36,8 +36,8 @@ class Plan:
     diffusion: dict[str, Any] = field(default_factory=dict)
 
 
-FULL = Plan(preset="demo", autoencoder_steps=150, diffusion_steps=1000, compare_steps=150)
-QUICK = Plan(
+FULL = DemoSizes(preset="demo", autoencoder_steps=150, diffusion_steps=1000, compare_steps=150)
+QUICK = DemoSizes(
     preset="quick",
     autoencoder_steps=30,
     diffusion_steps=150,
@@ -63,24 +63,24 @@ TARGET = {
 }
 
 
-def demo(config: DemoConfig, *, plan: Plan | None = None, quiet: bool = False) -> dict[str, Any]:
+def demo(config: DemoConfig, *, sizes: DemoSizes | None = None, quiet: bool = False) -> dict[str, Any]:
     """Runs everything into `config.out` and prints the table of methods and the path of the report.
 
-    plan  what to do, else FULL or QUICK by `config.quick`
+    sizes  the sizes of the demo; by default FULL, or QUICK with `config.quick`
 
     Returns {stage: {seconds, peak_mib}}, the peak of the resident memory of this process and its largest child so far.
     Raises UserError where the folder holds something else."""
-    plan = plan or (QUICK if config.quick else FULL)
+    sizes = sizes or (QUICK if config.quick else FULL)
     folders = DemoFolders(Path(config.out))
-    _claim(folders.out, plan, config.seed)
+    _claim(folders.out, sizes, config.seed)
     _write_target(folders)
     stages = Stages(quiet)
-    stages.run("zoo train", lambda: _train_zoo(plan, folders, config.seed, quiet))
-    stages.run("train autoencoder", lambda: _train_autoencoder(plan, folders, config.seed, quiet))
-    stages.run("train diffusion", lambda: _train_diffusion(plan, folders, config.seed, quiet))
+    stages.run("zoo train", lambda: _train_zoo(sizes, folders, config.seed, quiet))
+    stages.run("train autoencoder", lambda: _train_autoencoder(sizes, folders, config.seed, quiet))
+    stages.run("train diffusion", lambda: _train_diffusion(sizes, folders, config.seed, quiet))
     if not folders.generated.exists():
         stages.run("generate", lambda: _generate(folders, config.seed, quiet))
-    results = stages.run("compare", lambda: _compare(plan, folders, config, quiet))
+    results = stages.run("compare", lambda: _compare(sizes, folders, config, quiet))
     _store_stages(folders.out / "demo.json", stages.costs)
     print_table(*comparison_table(results))
     print(f"\n{folders.comparison / 'report.html'}")
@@ -139,10 +139,10 @@ class Stages:
         return result
 
 
-def _claim(out: Path, plan: Plan, seed: int) -> None:
+def _claim(out: Path, sizes: DemoSizes, seed: int) -> None:
     """Makes `out` this demo's folder. Raises UserError where it holds something else, or another demo."""
     mark = out / ".headstart-demo"
-    identity = f"{plan.preset} {seed}\n"
+    identity = f"{sizes.preset} {seed}\n"
     if mark.is_file():
         if mark.read_text() != identity:
             raise UserError(f"{out}: holds a demo of another preset or seed; give another --out, or remove it")
@@ -165,23 +165,23 @@ def _write_target(folders: DemoFolders) -> None:
         replace_file(folders.corpus, reference_corpus())
 
 
-def _train_zoo(plan: Plan, folders: DemoFolders, seed: int, quiet: bool) -> None:
+def _train_zoo(sizes: DemoSizes, folders: DemoFolders, seed: int, quiet: bool) -> None:
     from zoo.training.embedded_zoo import train_zoo
 
-    train_zoo(folders.zoo, plan.preset, seed=seed, quiet=quiet)
+    train_zoo(folders.zoo, sizes.preset, seed=seed, quiet=quiet)
 
 
-def _train_autoencoder(plan: Plan, folders: DemoFolders, seed: int, quiet: bool) -> None:
+def _train_autoencoder(sizes: DemoSizes, folders: DemoFolders, seed: int, quiet: bool) -> None:
     from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
 
-    config = AutoencoderTrainConfig(seed=seed, steps=plan.autoencoder_steps)
+    config = AutoencoderTrainConfig(seed=seed, steps=sizes.autoencoder_steps)
     train_autoencoder(config, folders.zoo, folders.autoencoder, resume=True, device="cpu", quiet=quiet)
 
 
-def _train_diffusion(plan: Plan, folders: DemoFolders, seed: int, quiet: bool) -> None:
+def _train_diffusion(sizes: DemoSizes, folders: DemoFolders, seed: int, quiet: bool) -> None:
     from diffusion.training import DiffusionTrainConfig, train_diffusion
 
-    config = DiffusionTrainConfig(seed=seed, steps=plan.diffusion_steps, **plan.diffusion)
+    config = DiffusionTrainConfig(seed=seed, steps=sizes.diffusion_steps, **sizes.diffusion)
     train_diffusion(config, folders.zoo, folders.autoencoder, folders.pipeline, resume=True, device="cpu", quiet=quiet)
 
 
@@ -199,21 +199,21 @@ def _generate(folders: DemoFolders, seed: int, quiet: bool) -> None:
     generate(config, quiet=quiet)
 
 
-def _compare(plan: Plan, folders: DemoFolders, demo_config: DemoConfig, quiet: bool) -> dict[str, Any]:
+def _compare(sizes: DemoSizes, folders: DemoFolders, demo_config: DemoConfig, quiet: bool) -> dict[str, Any]:
     from headstart.compare.compare import compare
 
     config = CompareConfig(
         target=folders.target,
-        methods=plan.methods,
+        methods=sizes.methods,
         corpus=folders.corpus,
         out=folders.comparison,
         zoo=folders.zoo,
         model=folders.pipeline,
-        steps=plan.compare_steps,
-        seeds=plan.seeds,
-        lrs=plan.lrs,
-        default_scales=plan.default_scales,
-        batch_size=plan.batch_size,
+        steps=sizes.compare_steps,
+        seeds=sizes.seeds,
+        lrs=sizes.lrs,
+        default_scales=sizes.default_scales,
+        batch_size=sizes.batch_size,
         device="cpu",
     )
     quick = " --quick" if demo_config.quick else ""

@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[str, str]] = {
 
 
 DESCRIPTIONS = Path(__file__).with_name("methods.json")
-LORA = ("pareto", "peft-default", "pissa", "olora", "orthogonal", "gaussian")  # methods that fill adapters
+LORA_METHODS = ("pareto", "peft-default", "pissa", "olora", "orthogonal", "gaussian")  # methods that fill adapters
 
 
 def get(name: str) -> type[Sampler]:
@@ -82,14 +82,14 @@ def check_method(name: str) -> None:
 def check_model_method(name: str) -> None:
     """`check_method`, and UserError for a LoRA method. Imports nothing."""
     check_method(name)
-    if name in LORA:
+    if name in LORA_METHODS:
         raise _fills_adapters(name)
 
 
 def check_lora_method(name: str) -> None:
     """`check_method`, and UserError for a method that fills models. Imports nothing."""
     check_method(name)
-    if name in METHODS and name not in LORA:
+    if name in METHODS and name not in LORA_METHODS:
         raise _fills_models(name)
 
 
@@ -116,7 +116,7 @@ def _fills_adapters(name: str) -> UserError:
 
 
 def _fills_models(name: str) -> UserError:
-    return UserError(f"{name} fills models, not LoRA adapters: choose from {', '.join(LORA)}")
+    return UserError(f"{name} fills models, not LoRA adapters: choose from {', '.join(LORA_METHODS)}")
 
 
 def _import_class(path: str) -> type[Sampler]:
@@ -130,7 +130,7 @@ def _import_class(path: str) -> type[Sampler]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"method {path}: cannot be imported ({error}); write it as package.module.Class") from error
     if not (isinstance(found, type) and issubclass(found, Sampler)):
-        raise UserError(f"method {path}: is no subclass of zoo.sampler.Sampler; give a sampler class")
+        raise UserError(f"method {path}: is not a subclass of zoo.sampler.Sampler; give a sampler class")
     return found
 
 

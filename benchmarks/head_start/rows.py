@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.head_start.tasks import Comparison
 from benchmarks.paths import ROOT
-from headstart.report.scores import Run
+from headstart.report.scores import RunResult
 from zoo.checkpoints.writer import replace_file
 
 KEYS = ("task", "target", "text", "budget")
@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
 )
 
 
-def to_row(comparison: Comparison, file: str, run: Run) -> dict[str, Any]:
+def to_row(comparison: Comparison, file: str, run: RunResult) -> dict[str, Any]:
     rms = run["activation_rms"]
     flat = {key: run[key] for key in ("method", "seed", "scale", "lr", "steps", "losses", "max_grad_norm", "diverged")}
     return {
@@ -78,9 +78,9 @@ def runs_digest(files: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(files)).encode()).hexdigest()[:16]
 
 
-def to_run(row: dict[str, Any]) -> Run:
+def to_run(row: dict[str, Any]) -> RunResult:
     keys = ("method", "scale", "seed", "lr", "steps", "losses", "max_grad_norm", "diverged", "grad_spikes")
-    found: Run = {key: row[key] for key in keys}
+    found: RunResult = {key: row[key] for key in keys}
     return found | {
         "activation_rms": {"start": row["rms_start"], "end": row["rms_end"]},
         "init": json.loads(row["init"]),

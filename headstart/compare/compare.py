@@ -38,7 +38,7 @@ from headstart.config import CompareConfig
 from headstart.devices import torch_device
 from headstart.generate.generate import generate
 from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint
-from headstart.report.scores import REFERENCE, Run, score, tune
+from headstart.report.scores import REFERENCE, RunResult, best_setting, score
 from zoo.checkpoints.writer import disk_errors, replace_file
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
@@ -46,7 +46,7 @@ from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import encode_corpus
 from zoo.training.workers import default_workers, run_jobs
 
-SMALL = 5_000_000  # parameters of a target that does not train faster on several CPU threads
+ONE_THREAD_PARAMETERS = 5_000_000  # parameters of a target that does not train faster on several CPU threads
 
 
 def compare(config: CompareConfig, *, quiet: bool = False, command: str | None = None) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def compare(config: CompareConfig, *, quiet: bool = False, command: str | None =
     - All losses are measured on the last tenth of the corpus.
     - `default_scales` multiply the default initialisation and are tuned with its learning rate. The usual std of 0.02
       is meant for wide models and slows narrow ones down.
-    - With `tuning_seeds`, learning rates are tuned on the first so many seeds, and the other seeds use what was chosen.
+    - With `tuning_seeds`, learning rates are tuned on the first N seeds. The other seeds use the chosen ones.
     - `workers` are processes of one CPU thread each; their number changes no result. By default a target of up to 5 M
       parameters on a CPU has one worker per core. A larger one has a single process that uses all cores. Then losses
       differ in their last digits between machines with different numbers of cores.
@@ -72,7 +72,7 @@ def compare(config: CompareConfig, *, quiet: bool = False, command: str | None =
     with tempfile.TemporaryDirectory(prefix="headstart-") as texts:
         text = write_calibration_text(config.corpus, Path(texts))
         inputs = replace(inputs, settings=replace(inputs.settings, text=str(text)))
-        plan = _plan(config, inputs)
+        plan = _list_trials(config, inputs)
         runs = _run(config, inputs, plan, quiet)
     results = _results(config, inputs, plan, runs)
     results |= {"command": command or config.to_command(), "config": config.to_record()}
@@ -108,7 +108,7 @@ def _validate(config: CompareConfig) -> Inputs:
         sampler_class(label)
     blueprint = language_model_blueprint(config.target)
     if blueprint.config is None or blueprint.metadata is None:
-        raise UserError(f"{config.target}: is no config of a language model; compare trains nothing else")
+        raise UserError(f"{config.target}: is not a language model's config; compare only trains language models")
     tokenizer = find_target_tokenizer(config.tokenizer, config.target, config.zoo, blueprint.metadata.vocab)
     tokens = encode_corpus(config.corpus, tokenizer, blueprint.metadata.vocab)
     check_lengths(config.corpus, tokens, config.sequence, blueprint.config)
@@ -116,7 +116,7 @@ def _validate(config: CompareConfig) -> Inputs:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "runs").is_dir())):
         raise UserError(f"{out}: exists and holds no comparison; give another --out, or remove it")
     device = torch_device(config.device)
-    is_small = blueprint.parameters <= SMALL and device == "cpu"
+    is_small = blueprint.parameters <= ONE_THREAD_PARAMETERS and device == "cpu"
     settings = TrialSettings(
         target=blueprint.config,
         zoo=None if config.zoo is None else str(config.zoo),
@@ -124,7 +124,7 @@ def _validate(config: CompareConfig) -> Inputs:
         model=None if config.model is None else str(config.model),
         tokenizer=None if tokenizer is None else str(tokenizer),
         text="",
-        settings={label: label_options(label) for label in labels},
+        method_options={label: label_options(label) for label in labels},
         steps=config.steps,
         batch_size=config.batch_size,
         sequence=config.sequence,
@@ -142,7 +142,7 @@ def _validate(config: CompareConfig) -> Inputs:
     return Inputs(blueprint, labels, tokens, tokenizer, settings, is_small)
 
 
-def _plan(config: CompareConfig, inputs: Inputs) -> ComparePlan:
+def _list_trials(config: CompareConfig, inputs: Inputs) -> ComparePlan:
     """The trials. Raises UserError where a method refuses the target and `keep_going` is off."""
     trials = [
         Trial(label, seed, scale, config.lrs)
@@ -179,7 +179,7 @@ def _check_method(settings: TrialSettings, label: str, out: str | Path) -> None:
         fit_sampler(sampler, zoo, language_model_blueprint(settings.target))
 
 
-def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) -> dict[str, Run]:
+def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) -> dict[str, RunResult]:
     """Trains what is not finished: the seeds for tuning first, then the others at the settings that were chosen.
     Returns all runs by the names of their files."""
     from tqdm import tqdm
@@ -197,7 +197,7 @@ def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) 
         np.save(settings.tokens, inputs.tokens.numpy())
         workers = config.workers or (default_workers() if inputs.is_small else 1)
         tuned = _finish(settings, plan.trials, workers, bar.update)
-        best = {label: tune([r for r in tuned.values() if r["method"] == label])[0] for label in plan.labels}
+        best = {label: best_setting([r for r in tuned.values() if r["method"] == label])[0] for label in plan.labels}
         chosen = [(label, *setting) for label, setting in best.items() if setting is not None]
         later = [Trial(label, seed, scale, (lr,)) for seed in later_seeds for label, scale, lr in chosen]
         return tuned | _finish(settings, later, workers, bar.update)
@@ -205,7 +205,7 @@ def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) 
 
 def _finish(
     settings: TrialSettings, trials: Sequence[Trial], workers: int, report: Callable[[int], object]
-) -> dict[str, Run]:
+) -> dict[str, RunResult]:
     """Runs the trials that are not stored yet. Returns the runs of all of them by the names of their files."""
     missing = [trial for trial in (unfinished(settings, t) for t in trials) if trial.lrs]
     report((sum(len(t.lrs) for t in trials) - sum(len(t.lrs) for t in missing)) * settings.steps)
@@ -213,12 +213,12 @@ def _finish(
     return {run_path(settings, t, lr).name: read_run(settings, t, lr) for t in trials for lr in t.lrs}
 
 
-def _results(config: CompareConfig, inputs: Inputs, plan: ComparePlan, runs: dict[str, Run]) -> dict[str, Any]:
+def _results(config: CompareConfig, inputs: Inputs, plan: ComparePlan, runs: dict[str, RunResult]) -> dict[str, Any]:
     tuning = _tuning_seeds(config)
     threshold, scored = score(list(runs.values()), config.steps, tuning)
     for label, entry in scored.items():
         sampler = sampler_class(label)
-        options = inputs.settings.settings.get(label, {})
+        options = inputs.settings.method_options.get(label, {})
         entry |= {"summary": sampler.summary, "reference": sampler.reference, "options": options}
         if sampler.family == "generative":
             entry |= {"novelty": None, "novelty_note": OTHER_COORDINATES}

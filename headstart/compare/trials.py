@@ -24,7 +24,7 @@ from headstart.compare.labels import method_name, sampler_class
 from headstart.compare.nearest_donor import OTHER_COORDINATES, nearest_donor
 from headstart.config import GenerateConfig
 from headstart.generate.generate import generate
-from headstart.report.scores import REFERENCE, Run, evaluation_points, spikes
+from headstart.report.scores import REFERENCE, RunResult, count_gradient_spikes, evaluation_points
 from zoo.checkpoints.writer import replace_file
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
@@ -45,7 +45,7 @@ class TrialSettings:
     model: str | None
     tokenizer: str | None  # the folder of the target's tokenizer; None for bytes
     text: str  # a file with the beginning of the corpus, for methods that take a text
-    settings: Mapping[str, Mapping[str, Any]]  # label -> options
+    method_options: Mapping[str, Mapping[str, Any]]  # label -> options of its method
     steps: int
     batch_size: int
     sequence: int
@@ -88,12 +88,14 @@ def run_trial(settings: TrialSettings, trial: Trial, report: ReportProgress) -> 
         folder = Path(work) / "init"
         origin = _initialize(settings, trial, folder)
         for lr in trial.lrs:
-            run: Run = {"method": trial.label, "scale": trial.scale, "seed": trial.seed, "lr": lr}
+            run: RunResult = {"method": trial.label, "scale": trial.scale, "seed": trial.seed, "lr": lr}
             run |= _train(settings, run, folder, corpus, report) | {"init": origin}
             replace_file(run_path(settings, trial, lr), (json.dumps(run) + "\n").encode())
 
 
-def _train(settings: TrialSettings, run: Run, folder: Path, corpus: Corpus, report: ReportProgress) -> dict[str, Any]:
+def _train(
+    settings: TrialSettings, run: RunResult, folder: Path, corpus: Corpus, report: ReportProgress
+) -> dict[str, Any]:
     """Trains the checkpoint in `folder` with the seed and learning rate of `run`. Returns the measurements: {steps,
     losses, max_grad_norm, diverged, grad_spikes, activation_rms}."""
     from transformers import AutoModelForCausalLM
@@ -130,7 +132,7 @@ def _train(settings: TrialSettings, run: Run, folder: Path, corpus: Corpus, repo
         "losses": losses,
         "max_grad_norm": max(norms, default=0.0),
         "diverged": diverged,
-        "grad_spikes": spikes(norms),
+        "grad_spikes": count_gradient_spikes(norms),
         "activation_rms": {"start": start, "end": end},
     }
 
@@ -178,7 +180,7 @@ def generate_config(
 
 def method_options(settings: TrialSettings, label: str) -> dict[str, Any]:
     """The options of a label. A method that takes a text gets the beginning of the corpus."""
-    own = dict(settings.settings.get(label, {}))
+    own = dict(settings.method_options.get(label, {}))
     return {"text": settings.text} | own if "text" in sampler_class(label).__dataclass_fields__ else own
 
 
@@ -204,7 +206,7 @@ def run_path(settings: TrialSettings, trial: Trial, lr: float) -> Path:
     dependencies = {
         "target": settings.target,
         "method": method_name(trial.label),
-        "settings": settings.settings.get(trial.label, {}),
+        "settings": settings.method_options.get(trial.label, {}),
         "donor": donor_and_model(settings, trial.label).get("donor"),  # the model by its content, below
         "seed": trial.seed,
         "scale": trial.scale,
@@ -221,7 +223,7 @@ def run_path(settings: TrialSettings, trial: Trial, lr: float) -> Path:
     return Path(settings.runs) / f"{sampler.name}-s{trial.seed}-lr{lr:g}-{digest}.json"
 
 
-def read_run(settings: TrialSettings, trial: Trial, lr: float) -> Run:
+def read_run(settings: TrialSettings, trial: Trial, lr: float) -> RunResult:
     """A finished run."""
     return json.loads(run_path(settings, trial, lr).read_text())
 

@@ -13,7 +13,7 @@ from typing import Any
 from headstart.config import EvaluateConfig
 from headstart.devices import torch_device
 from headstart.evaluate.local_tasks import is_question_path, local_task, question_files
-from headstart.evaluate.models import load_model, load_tokenizer, locate_model
+from headstart.evaluate.models import load_model, load_tokenizer, locate_checkpoint_and_adapter
 from headstart.versions import package_versions
 from zoo.checkpoints.writer import replace_file
 from zoo.errors import UserError
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(config: EvaluateConfig, *, quiet: bool = False, command: str | None = None) -> dict[str, Any]:
-    """The scores of a model, also written to `config.out`: {model, base, command, versions, seed, limit, device, dtype,
-    tasks: {name: {samples, metrics: {name: {mean, stderr}}, lacking, cut}}, config}.
+    """Scores a model and returns the results, also written to `config.out`: {model, base, command, versions, seed,
+    limit, device, dtype, tasks: {name: {samples, metrics: {name: {mean, stderr}}, lacking, cut}}, config}.
 
     A task is a name that lm-eval knows, a JSONL file whose keys say what it asks (`local_tasks.FORMATS`), or a folder
     of such files. A file gives the task its name. `lacking` counts the characters that the tokenizer does not have,
@@ -32,14 +32,16 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False, command: str | None
 
     command  what the results name as the command; else the command line that does the same
 
-    Raises UserError where lm-eval (or peft, for an adapter) is not installed, a file or its format is unknown, a model
-    has no weights or no tokenizer, an adapter does not fit its base, the data of a task cannot be downloaded, or `out`
-    cannot be written.
+    Raises UserError:
+    - lm-eval is not installed, or peft for an adapter
+    - a task, a file or its format is unknown
+    - the model has no weights or no tokenizer, or an adapter does not fit its base
+    - the data of a task cannot be downloaded, or `out` cannot be written
     """
     _check(config)
     local = {name: local_task(name, path) for name, path in question_files(config.tasks).items()}
     names = [task for task in config.tasks if not is_question_path(task)]
-    folder, adapter = locate_model(config.model, config.base, quiet)
+    folder, adapter = locate_checkpoint_and_adapter(config.model, config.base, quiet)
     from headstart.evaluate.lm_eval_model import Scorer, find_tasks, run_tasks
 
     manager = find_tasks(names)

@@ -185,7 +185,7 @@ def _parse(path: Path, number: int, line: str) -> Row:
 
 
 def _is_text(value: object) -> bool:
-    """JSON can hold half a surrogate pair, which is no text: UTF-8 has no bytes for it."""
+    """JSON can hold half a surrogate pair, which is not text: UTF-8 cannot encode it."""
     return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 

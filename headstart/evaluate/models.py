@@ -22,14 +22,16 @@ from zoo.vocabulary import BYTE_VOCAB, byte_tokenizer
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
-def locate_model(model: str | Path, base: str | Path | None, quiet: bool = True) -> tuple[Path, Path | None]:
+def locate_checkpoint_and_adapter(
+    model: str | Path, base: str | Path | None, quiet: bool = True
+) -> tuple[Path, Path | None]:
     """(the folder of the checkpoint, the folder of the adapter or None). What is on the hub is downloaded.
 
-    Raises UserError where a model is missing or incomplete, or `base` is given for a model that is no adapter."""
+    Raises UserError where a model is missing or incomplete, or `base` is given for a model that is not an adapter."""
     adapter = _find_adapter(str(model), quiet)
     if adapter is None:
         if base is not None:
-            raise UserError(f"--base {base}: {model} is no adapter (it has no {ADAPTER_CONFIG}); leave --base out")
+            raise UserError(f"--base {base}: {model} is not an adapter (it has no {ADAPTER_CONFIG}); leave --base out")
         return _find_checkpoint(str(model), quiet), None
     _check_settings(adapter)
     named = str(base or read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or "")

@@ -42,8 +42,10 @@ def initialize_lora_weights(
     `save_pretrained(OUT, path_initial_model_for_weight_conversion=DIR)` converts the trained adapter to one for the
     original base.
 
-    Raises UserError, and changes nothing, for a quantised base, DoRA and other variants, a merged adapter, weights on
-    the meta device, and a base that another adapter or PEFT's own initialisation depends on.
+    Raises UserError and changes nothing:
+    - the base is quantised, or its weights are on the meta device
+    - the adapter is merged, or a variant such as DoRA
+    - another adapter, or PEFT's own initialisation, depends on the base's weights
     """
     require_peft()
     if isinstance(sampler, str):

@@ -16,7 +16,7 @@ from headstart.generate.sampling import build_sampler, fit_sampler
 from headstart.generate.tokenizer_files import copy_tokenizer
 from headstart.lora.card import CHANGED_BASE, adapter_card, base_card
 from headstart.lora.first_step import FirstStepChange
-from headstart.lora.reference import Reference, resolve_reference
+from headstart.lora.reference import ReferenceModel, resolve_reference
 from headstart.versions import package_versions
 from zoo.checkpoints.sources import Source, count_tensors, resolve_source
 from zoo.checkpoints.writer import new_folder, plan_shards, write_checkpoint
@@ -67,7 +67,7 @@ class LoraJob:
 
     config: LoraConfig
     source: Source  # of the base
-    reference: Reference | None
+    reference: ReferenceModel | None
     sampler: LoraSampler
     blueprint: Blueprint
 

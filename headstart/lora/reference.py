@@ -11,7 +11,7 @@ from zoo.errors import UserError
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceModel:
     """A resolved reference. Its name is how the sampler finds it: a donor of the zoo, or FILE[#MODEL]."""
 
     name: str
@@ -19,7 +19,7 @@ class Reference:
     analysis: Path | None = None
 
 
-def resolve_reference(reference: str, base: Source | None) -> Reference:
+def resolve_reference(reference: str, base: Source | None) -> ReferenceModel:
     """The reference behind a folder, a hub id or analysis.json[#MODEL]. It may be the base itself. Raises UserError for
     anything else."""
     from baselines.lora.pareto import ANALYSIS_PATTERN
@@ -27,9 +27,9 @@ def resolve_reference(reference: str, base: Source | None) -> Reference:
     if found := ANALYSIS_PATTERN.fullmatch(reference):
         if not Path(found[1]).is_file():
             raise UserError(f"{found[1]}: no such file; `headstart analyze` writes an analysis.json")
-        return Reference(reference, None, Path(found[1]))
+        return ReferenceModel(reference, None, Path(found[1]))
     source = resolve_source(reference)
     if base is not None and source.address == base.address:
-        return Reference(standalone_name(base), None)
+        return ReferenceModel(standalone_name(base), None)
     name = standalone_name(source)
-    return Reference(name if base is None or name != standalone_name(base) else source.address, source)
+    return ReferenceModel(name if base is None or name != standalone_name(base) else source.address, source)

@@ -157,9 +157,10 @@ def _conditions(results: Results) -> list[str]:
     donors = results["donors"]
     ranks = ", ".join(map(str, results["ranks"]))
     lines = [
-        f"Seed {results['seed']}. Ranks {ranks}. {results['bootstraps']} replicates for each p-value of a power law.",
+        f"Seed {results['seed']}. Ranks {ranks}. {results['bootstraps']} bootstrap samples for each p-value of a power "
+        "law.",
         "A pair of projections gets the verdict power law if two conditions hold. Its goodness of fit is not rejected "
-        "(p > 0.1, replicates of as many independent values as the layers are worth, xmin and α fitted to each). And "
+        "(p > 0.1, bootstrap samples of the effective number of independent distances, xmin and α fitted to each). And "
         "no other distribution fits significantly better (likelihood ratios with variances over layers, Holm's "
         "correction over the four alternatives).",
         "Donors of the same shapes are compared with the same random matrices.",

@@ -172,7 +172,7 @@ def kurtosis_p_value(kurtosis: float, count: int) -> float:
 
 
 def probability_of_count(successes: int, trials: int, chance: float) -> float:
-    """Binomial probability of at least so many successes."""
+    """Binomial probability of at least this number of successes."""
     from scipy.stats import binom
 
     return float(binom.sf(successes - 1, trials, chance))
@@ -184,8 +184,8 @@ def count_significant(p_values: Sequence[float]) -> int:
 
 
 def _count_verdict(p_values: Sequence[float]) -> str:
-    """Whether so many significant tests are unlikely by chance. A correction of single tests would be too strict: the
-    permutations give no p-value below 1 in 200."""
+    """Whether this number of significant tests is unlikely by chance. A correction of single tests would be too
+    strict: the permutations give no p-value below 1 in 200."""
     probability = probability_of_count(count_significant(p_values), len(p_values), FDR_LEVEL)
     return BEYOND if probability < COUNT_LEVEL else NOT_BEYOND
 

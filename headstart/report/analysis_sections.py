@@ -258,7 +258,7 @@ def _pair_table(pairs: list[dict[str, Any]]) -> Table:
     columns = [
         Column("pair", lambda row: f"{plots.short_name(row['a'])} – {plots.short_name(row['b'])}", "text"),
         Column("distances", "n"),
-        Column("worth", "worth"),
+        Column("independent\ndistances", "worth"),
         Column("in tail", "tail"),
         Column("α", "alpha"),
         Column("95 % of α", lambda row: or_dash(row.get("alpha_ci95"), "{0[0]:.2f} to {0[1]:.2f}".format)),

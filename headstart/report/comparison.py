@@ -16,7 +16,7 @@ from headstart.report.comparison_findings import (
     speedup_text,
 )
 from headstart.report.html import Cell, Column, Table, render
-from headstart.report.numbers import DASH, count, count_of, factor, or_dash, short_revision
+from headstart.report.numbers import DASH, count, count_of, format_factor, or_dash, short_revision
 from headstart.report.plot_style import inline_svg
 from headstart.report.scores import REFERENCE
 
@@ -91,7 +91,9 @@ def _score_table(results: Results) -> Table:
     columns = [
         _method_column(results),
         Column("speed-up", speedup_text),
-        Column("95 %\ninterval", lambda m: or_dash(m["speedup"]["ci95"], lambda ci: " to ".join(map(factor, ci)))),
+        Column(
+            "95 %\ninterval", lambda m: or_dash(m["speedup"]["ci95"], lambda ci: " to ".join(map(format_factor, ci)))
+        ),
         Column("steps to\nthreshold", lambda m: _steps_text(results, m)),
         Column("final loss\n± sd over seeds", final_loss),
         Column("minus default\n95 %, paired", _difference_text),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from headstart.report.numbers import DASH, count_of, factor, or_dash, two_digits
+from headstart.report.numbers import DASH, count_of, format_factor, or_dash, two_digits
 from headstart.report.scores import REFERENCE
 
 Results = dict[str, Any]
@@ -43,9 +43,9 @@ def headline(results: Results) -> str:
         )
     taken, mean, bounds = best["steps_to_threshold"]["mean"], best["speedup"]["mean"], best["speedup"]["ci95"]
     first = f"{name} reaches the final loss of the tuned default in {count_of(taken, 'step')} instead of {budget}"
-    interval = "" if bounds is None else f" (95 % interval {factor(bounds[0])} to {factor(bounds[1])})"
+    interval = "" if bounds is None else f" (95 % interval {format_factor(bounds[0])} to {format_factor(bounds[1])})"
     verdict = _noise_verdict(results, None if bounds is None else bounds[0] > 1)
-    return f"{first}: {factor(mean)} faster{interval}, {verdict}."
+    return f"{first}: {format_factor(mean)} faster{interval}, {verdict}."
 
 
 def _noise_verdict(results: Results, exceeds_noise: bool | None) -> str:
@@ -172,7 +172,7 @@ def starts_below_threshold(method: dict[str, Any]) -> bool:
 def speedup_text(method: dict[str, Any]) -> str:
     """`16.7×`; `≥ 50.0×` where a seed is below the threshold within its first step; a dash without a speed-up."""
     mean = method["speedup"]["mean"]
-    return DASH if mean is None else ("≥ " if starts_below_threshold(method) else "") + factor(mean)
+    return DASH if mean is None else ("≥ " if starts_below_threshold(method) else "") + format_factor(mean)
 
 
 def format_step_ratio(found: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ def two_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def factor(value: float) -> str:
+def format_factor(value: float) -> str:
     """`16.7×`: a factor with three digits."""
     return f"{value:,.0f}×" if value >= 99.5 else f"{value:.1f}×" if value >= 9.95 else f"{value:.2f}×"
 

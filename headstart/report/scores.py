@@ -15,7 +15,7 @@ import numpy as np
 
 REFERENCE = "default"  # the method that every other is compared with
 SHARES = (0.25, 0.5, 1.0)  # of the reference's steps, whose losses are thresholds
-Run = dict[str, Any]
+RunResult = dict[str, Any]  # the dict of one run, described above
 
 
 def evaluation_points(steps: int, points: int = 12) -> list[int]:
@@ -27,8 +27,8 @@ def evaluation_points(steps: int, points: int = 12) -> list[int]:
     return sorted(grid)
 
 
-def crossing(steps: Sequence[int], losses: Sequence[float], threshold: float | None) -> float | None:
-    """The first step at which the linearly interpolated curve is at or below the threshold; None if it never is."""
+def step_reaching(steps: Sequence[int], losses: Sequence[float], threshold: float | None) -> float | None:
+    """The first step at which the linearly interpolated curve reaches the threshold; None if it never does."""
     if threshold is None or not losses:
         return None
     if losses[0] <= threshold:
@@ -40,12 +40,12 @@ def crossing(steps: Sequence[int], losses: Sequence[float], threshold: float | N
     return None
 
 
-def crossings(curves: Sequence[Mapping[str, Any]], losses: Sequence[float]) -> list[float | None]:
-    """Where each of the curves, {steps, losses, …}, is at or below its own one of the losses."""
-    return [crossing(curve["steps"], curve["losses"], loss) for curve, loss in zip(curves, losses, strict=True)]
+def steps_reaching(curves: Sequence[Mapping[str, Any]], losses: Sequence[float]) -> list[float | None]:
+    """For each curve, {steps, losses, …}, the step at which it reaches its own one of the losses."""
+    return [step_reaching(curve["steps"], curve["losses"], loss) for curve, loss in zip(curves, losses, strict=True)]
 
 
-def spikes(norms: Sequence[float], window: int = 20, factor: float = 3.0) -> int:
+def count_gradient_spikes(norms: Sequence[float], window: int = 20, factor: float = 3.0) -> int:
     """Steps whose gradient norm is more than `factor` times the median of the `window` norms before it."""
     before = (norms[i - window : i] for i in range(window, len(norms)))
     return sum(norm > factor * float(np.median(b)) for norm, b in zip(norms[window:], before, strict=True))
@@ -74,12 +74,14 @@ def speedup(before: Sequence[float | None], now: Sequence[float | None]) -> dict
     return {"mean": math.exp(logs["mean"]), "ci95": logs["ci95"] and [math.exp(x) for x in logs["ci95"]]}
 
 
-def thresholds(runs: Sequence[Run], budget: int) -> dict[str, list[float]]:
+def thresholds(runs: Sequence[RunResult], budget: int) -> dict[str, list[float]]:
     """{share of the budget: held-out loss of each run after that share of its steps}: a quarter, half, all."""
     return {f"{s:g}": [float(np.interp(s * budget, r["steps"], r["losses"])) for r in runs] for s in SHARES if runs}
 
 
-def tune(runs: Sequence[Run]) -> tuple[tuple[float, float] | None, dict[tuple[float, float], float | None]]:
+def best_setting(
+    runs: Sequence[RunResult],
+) -> tuple[tuple[float, float] | None, dict[tuple[float, float], float | None]]:
     """(best, finals): the mean final loss over seeds of each (scale, lr), None where a seed diverged, and the pair
     with the lowest; None if all diverged."""
     finals: dict[tuple[float, float], float | None] = {}
@@ -92,12 +94,14 @@ def tune(runs: Sequence[Run]) -> tuple[tuple[float, float] | None, dict[tuple[fl
 
 
 def score(
-    runs: Sequence[Run], budget: int, tuning: Collection[int] | None = None
+    runs: Sequence[RunResult], budget: int, tuning: Collection[int] | None = None
 ) -> tuple[float | None, dict[str, dict[str, Any]]]:
     """(threshold, {method: the entry of results.json}), in the order in which the methods first appear. tuning: the
     seeds that learning rate and scale are chosen on, None for all."""
     methods = {name: [r for r in runs if r["method"] == name] for name in dict.fromkeys(r["method"] for r in runs)}
-    tuned = {name: tune([r for r in of if tuning is None or r["seed"] in tuning]) for name, of in methods.items()}
+    tuned = {
+        name: best_setting([r for r in of if tuning is None or r["seed"] in tuning]) for name, of in methods.items()
+    }
     chosen = {
         name: sorted((r for r in of if (r["scale"], r["lr"]) == tuned[name][0]), key=lambda r: r["seed"])
         for name, of in methods.items()
@@ -111,11 +115,11 @@ def score(
     entries = {
         name: _entry(name, of, chosen[name], tuned[name], threshold, reference, budget) for name, of in methods.items()
     }
-    first = {at: crossings(chosen[REFERENCE], losses) for at, losses in levels.items()}  # a curve may rise again
+    first = {at: steps_reaching(chosen[REFERENCE], losses) for at, losses in levels.items()}  # a curve may rise again
     for name, entry in entries.items():  # the default's own curve of the same seed, so that both are paired
         entry["thresholds"] = {}
         for at, losses in levels.items() if chosen[name] else ():
-            steps = crossings(chosen[name], losses)
+            steps = steps_reaching(chosen[name], losses)
             fast = speedup(first[at], steps)
             entry["thresholds"][at] = {"loss": float(np.mean(losses)), "steps": steps, "ratio": fast}
     return threshold, entries
@@ -123,8 +127,8 @@ def score(
 
 def _entry(
     name: str,
-    runs: Sequence[Run],
-    best: Sequence[Run],
+    runs: Sequence[RunResult],
+    best: Sequence[RunResult],
     tuned: tuple[tuple[float, float] | None, dict[tuple[float, float], float | None]],
     threshold: float | None,
     reference: Sequence[float],
@@ -133,7 +137,7 @@ def _entry(
     key, finals = tuned
     scale, lr = key if key is not None else (None, None)
     losses = [r["losses"][-1] for r in best]
-    steps = [crossing(r["steps"], r["losses"], threshold) for r in best]
+    steps = [step_reaching(r["steps"], r["losses"], threshold) for r in best]
     arrived = [c for c in steps if c is not None]
     nothing = {"mean": None, "std": None, "ci95": None}
     if not best:
@@ -177,7 +181,7 @@ def _entry(
     }
 
 
-def _mean_activations(runs: Sequence[Run]) -> dict[str, list[float]] | None:
+def _mean_activations(runs: Sequence[RunResult]) -> dict[str, list[float]] | None:
     """{start, end}: root mean square after the embedding and after each block, mean over seeds."""
     if not runs:
         return None

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from autoencoder.training import AutoencoderTrainConfig
+from diffusion.config import DiffusionTrainConfig
+from headstart import cli
 from headstart.commands import COMMANDS
 from headstart.config import (
     CONFIGS,
@@ -28,7 +31,7 @@ from headstart.config import (
     ZooVerifyConfig,
     config_of,
 )
-from headstart.config_file import read_record
+from headstart.config_file import read_options
 from headstart.generate.generate import generate
 from tests.headstart.test_cli import headstart
 from tests.support.shaken import CONFIGS as MODELS
@@ -120,7 +123,7 @@ def test_four_ways_to_generate_give_the_same_bytes(tmp_path: Path) -> None:
     ("set: scale", "run.yaml: set scale: give a mapping"),
     ("quiet: perhaps", "run.yaml: quiet perhaps: give true or false"),
     ("resume: true", "run.yaml: generate has no option 'resume'"),
-    ("- seed", "holds no mapping of options"),
+    ("- seed", "is not a mapping of options"),
     ("device: tpu", "unknown device 'tpu'"),
     ("a: [", "is neither YAML nor JSON"),
 ])  # fmt: skip
@@ -136,7 +139,7 @@ def test_run_refuses_what_it_cannot_repeat(tmp_path: Path) -> None:
     old = tmp_path / "headstart.json"
     old.write_text(json.dumps({"method": "default", "command": "headstart generate --seed 3", "versions": {}}))
     with pytest.raises(UserError, match=r"holds no configuration, .* run its command: headstart generate --seed 3"):
-        read_record(tmp_path)
+        read_options(tmp_path)
     missing = headstart("run", tmp_path / "nowhere.yaml")
     assert missing.returncode == 2 and "no such file" in missing.stderr and missing.stderr.count("\n") == 1
     nameless = tmp_path / "run.yaml"
@@ -158,3 +161,8 @@ def test_run_refuses_what_it_cannot_repeat(tmp_path: Path) -> None:
 def test_python_is_checked_as_the_command_line_is(make: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         make()
+
+
+def test_help_names_the_default_steps_of_the_trainings() -> None:
+    assert AutoencoderTrainConfig().steps == cli.AUTOENCODER_STEPS
+    assert DiffusionTrainConfig().steps == cli.DIFFUSION_STEPS

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from headstart.config import DemoConfig
-from headstart.demo import TARGET, Plan, demo
+from headstart.demo import TARGET, DemoSizes, demo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.training import embedded_zoo
@@ -21,7 +21,7 @@ def micro() -> list[DonorRecipe]:
     return [DonorRecipe(32, 2, heads=2, kv_heads=1, ffn=48, steps=4, seed=seed) for seed in (0, 1)]
 
 
-MICRO = Plan(
+MICRO = DemoSizes(
     preset="micro",
     autoencoder_steps=2,
     diffusion_steps=3,
@@ -38,10 +38,11 @@ def test_the_demo_runs_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(embedded_zoo.PRESETS, "micro", micro)
-    # Workers import everything anew, which takes longer than all stages; they are tested in test_embedded_zoo.py and test_compare.py.
+    # Workers import everything anew, which takes longer than all stages.
+    # They are tested in test_embedded_zoo.py and test_compare.py.
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     out = tmp_path / "demo"
-    took = demo(DemoConfig(out=str(out)), plan=MICRO, quiet=True)
+    took = demo(DemoConfig(out=str(out)), sizes=MICRO, quiet=True)
     assert set(took) == {"zoo train", "train autoencoder", "train diffusion", "generate", "compare"}
     printed = capsys.readouterr().out
     assert all(name in printed for name in MICRO.methods)
@@ -53,13 +54,13 @@ def test_the_demo_runs_and_continues(
 
     stages = json.loads((out / "demo.json").read_text())["stages"]
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    again = demo(DemoConfig(out=str(out)), plan=MICRO, quiet=True)
+    again = demo(DemoConfig(out=str(out)), sizes=MICRO, quiet=True)
     assert "generate" not in again
     kept = json.loads((out / "demo.json").read_text())["stages"]
     assert set(kept) == set(took) and all(kept[name]["seconds"] >= stages[name]["seconds"] for name in stages)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
     with pytest.raises(UserError, match="another preset or seed"):
-        demo(DemoConfig(out=str(out), seed=1), plan=MICRO, quiet=True)
+        demo(DemoConfig(out=str(out), seed=1), sizes=MICRO, quiet=True)
 
 
 def test_the_target_is_in_no_preset() -> None:

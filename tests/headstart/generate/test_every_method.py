@@ -27,7 +27,7 @@ TARGET = {
     "max_position_embeddings": 64, "tie_word_embeddings": False,
 }  # fmt: skip
 # There is no convolution here: tests/baselines/distributions/test_conv_covariance.py. The LoRA methods come at the end.
-ELSEWHERE = {"conv-covariance", *samplers.LORA}
+ELSEWHERE = {"conv-covariance", *samplers.LORA_METHODS}
 METHODS = [name for name in samplers.METHODS if name not in ELSEWHERE and "model" not in samplers.get(name).needs]
 # Nothing is drawn where no row is missing and nothing grows: another seed gives the same weights.
 DETERMINISTIC = {"weight-selection", "subcloning", "pruning", "learned-pruning", "sliced", "hypercloning", "stacking"}
@@ -108,7 +108,7 @@ def base(donors: Path) -> Path:
     return next(d.folder for d in Zoo.open(donors).donors if d.blueprint.metadata.layers == 3)  # type: ignore[union-attr]
 
 
-LORA = ["pareto:strategy=both_small", "pareto:strategy=both_compensated", *samplers.LORA]
+LORA = ["pareto:strategy=both_small", "pareto:strategy=both_compensated", *samplers.LORA_METHODS]
 
 
 def lora_sampler(label: str) -> Sampler:

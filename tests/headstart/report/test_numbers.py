@@ -8,7 +8,7 @@ from headstart.report import numbers
 def test_numbers_have_two_or_three_digits() -> None:
     assert [numbers.three_digits(x) for x in (None, 12345, 0.123456, -1234.5)] == ["–", "12,345", "0.123", "-1234"]
     assert [numbers.two_digits(x) for x in (17.4, 1.74, 0.174)] == ["17", "1.7", "0.17"]
-    assert [numbers.factor(x) for x in (1234.0, 16.66, 1.666)] == ["1,234×", "16.7×", "1.67×"]
+    assert [numbers.format_factor(x) for x in (1234.0, 16.66, 1.666)] == ["1,234×", "16.7×", "1.67×"]
 
 
 def test_counts_agree_with_their_noun() -> None:
