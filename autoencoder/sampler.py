@@ -1,4 +1,4 @@
-"""The method `autoencoder`: a donor, encoded and decoded. It bounds what the diffusion can reach."""
+"""The method `autoencoder`: a donor, encoded and decoded. It shows what encoding and decoding alone keep of a donor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AutoencoderSampler(Sampler):
 
     name: ClassVar[str] = "autoencoder"
     family: ClassVar[str] = "generative"
-    summary: ClassVar[str] = "a donor's most important units, encoded and decoded: an upper bound for the diffusion"
+    summary: ClassVar[str] = "what encoding and decoding alone keep of a donor's most important units"
     reference: ClassVar[str] = "autoencoder/README.md"
     needs: ClassVar[tuple[str, ...]] = ("donor", "model")
 
