@@ -21,7 +21,7 @@ from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
-# Functions that may stand between two matrices, because they treat all coordinates of a hidden space alike.
+# Functions allowed between two matrices, because they treat all coordinates of a hidden space alike.
 ELEMENTWISE = {
     "relu", "relu6", "leakyrelu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "softsign", "sigmoid",
     "logsigmoid", "hardsigmoid", "hardswish", "tanh", "hardtanh", "tanhshrink", "softshrink", "hardshrink", "dropout",

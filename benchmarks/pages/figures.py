@@ -71,7 +71,7 @@ def draw_activations(entries: Entries) -> Figure:
         for name in [*(n for n in ACTIVATION_METHODS if n in entries), REFERENCE]:
             rms = entries[name]["activation_rms"]
             if rms is not None and rms[when] is not None:
-                values = rms[when][:-1]  # the last one stands behind the final norm
+                values = rms[when][:-1]  # the last one is measured after the final norm
                 style = {"color": TEXT, "linewidth": 2.5} if name == REFERENCE else {}
                 axes.plot(range(len(values)), values, marker="o", markersize=3, label=name, **style)
         axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""The code of README.md and docs/ runs as it stands, in an empty folder, on a smaller zoo and with fewer steps."""
+"""The code of README.md and docs/ runs unchanged, in an empty folder, on a smaller zoo and with fewer steps."""
 
 from __future__ import annotations
 

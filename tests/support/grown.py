@@ -72,7 +72,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def largest_logit_change(sampler: Sampler, donor: nn.Module, config: dict[str, Any], seed: int = 0) -> float:
-    """max |logits of the grown model - logits of the donor|; asserts that those of the donor have a spread above 0.1."""
+    """max |logits of the grown model - logits of the donor|; asserts that the donor's have a spread above 0.1."""
     before = logits(donor)
     assert before.std() > 0.1
     return float((logits(grown(sampler, donor, config, seed)) - before).abs().max())

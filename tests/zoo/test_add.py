@@ -251,7 +251,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_donor(tmp_path: Path, tin
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs privileges that this user has not")
+        pytest.skip("mounting a small disk needs privileges that this user lacks")
     try:
         with pytest.raises(UserError, match=r"are free; free some space|the disk is full"):
             add(sources, disk, quiet=True)
@@ -292,7 +292,7 @@ def test_the_real_checkpoints(tmp_path: Path, shared_data: Path) -> None:
 def test_the_health_of_what_is_added(
     tmp_path: Path, tiny_llama: Make, shared_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A line for a donor that was never trained, none for one that was, and nobody is refused or asked twice."""
+    """A warning for an untrained donor, none for a trained one; both are added and each is checked once."""
     sources = [str(tiny_llama(tmp_path / "fresh")), str(shared_data / "models" / "stories260K")]
     assert [d["health"] for d in add(sources, tmp_path / "plan", plan=True)] == [None, None]
     capsys.readouterr()

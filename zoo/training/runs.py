@@ -52,7 +52,7 @@ class Trainer(Protocol):
         """Makes one update. A function of the state and the number of the step, counted from 0."""
 
     def progress_note(self) -> str:
-        """What stands beside the progress bar."""
+        """The text beside the progress bar."""
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes the trained model to `folder` and returns its record."""

@@ -53,8 +53,8 @@ SAVE_EVERY = 100
 class LearnedPruning(Shrinking):
     """Trains masks on a text until exactly the target's shape stays open (Sheared LLaMA, 2310.06694).
 
-    Hard-concrete masks stand on the coordinates of the residual stream, on the neurons and KV groups of every layer
-    (the query heads of a group share a mask), and on whole layers. They minimise the loss on the text under a
+    Hard-concrete masks multiply the coordinates of the residual stream, the neurons and KV groups of every layer
+    (the query heads of a group share a mask), and whole layers. They minimise the loss on the text under a
     Lagrangian that leads the expected size of every axis to the target's. At the end the most open parts of every
     axis are kept, exactly as many as the target has; of equal ones those with the larger
     `importance.score_by_weights`.

@@ -130,7 +130,7 @@ def test_bytes_are_a_function_of_seed_and_module_alone(name: str, tmp_path: Path
     sampler = samplers.get(name)().fit(zoo, blueprint)
     state = torch.random.get_rng_state()
     first = dict(sampler.sample(blueprint, 0))
-    assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's random numbers are used up
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global random state is left as it was
     torch.rand(7)
     part = dict(samplers.get(name)().fit(zoo, some).sample(some, 0))
     sampler.save(tmp_path / "saved")

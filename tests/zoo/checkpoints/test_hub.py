@@ -83,7 +83,7 @@ def offline(hub: Hub, home: Path) -> Iterator[Add]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """One safetensors file, with what a repository has besides and nobody should fetch."""
+    """One safetensors file, with other files of a repository that must not be fetched."""
     files = files_of(make_llama(tmp_path_factory.mktemp("llama")))
     return files | {"README.md": b"# hello", "pytorch_model.bin": b"pickle", "onnx/model.onnx": b"x", "train.py": b""}
 

@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, blueprint: B
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs privileges that this user has not")
+        pytest.skip("mounting a small disk needs privileges that this user lacks")
     try:
         with pytest.raises(UserError, match="the disk is full"):
             write_checkpoint(disk / "out", blueprint, values(blueprint).items())
