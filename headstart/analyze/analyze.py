@@ -38,7 +38,7 @@ def analyze(config: AnalyzeConfig, *, quiet: bool = False, command: str | None =
 
     - `ranks` are numbers of singular values by which layers are compared. A donor whose smallest projection has fewer
       is compared by that many, and the report says so.
-    - `bootstraps` are the replicates behind each p-value of the layers' similarity.
+    - `bootstraps` is the number of bootstrap samples for each p-value of the layers' similarity.
 
     command  what the results name as the command; else the command line that does the same
 
