@@ -119,8 +119,8 @@ def run_command(ctx: typer.Context, subcommand: str) -> None:
         run_config(config, Invocation(**flags, command=typed))
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"headstart {__version__}")
         raise typer.Exit
 

@@ -112,16 +112,18 @@ class ConvCovariance(Sampler):
         """The donors with a kernel size of the target. Raises UserError where there are none."""
         if zoo is None or not zoo.donors:
             raise UserError(f"{self.name} needs donors: give --zoo DIR, or --donor FOLDER")
-        wanted = _convolutions_by_kernel(blueprint)
-        if not wanted:
+        target_kernels = _convolutions_by_kernel(blueprint)
+        if not target_kernels:
             raise UserError(f"{self.name}: the target has no convolution of more than one tap; use normal or another")
         among = (zoo.donor(self.donor),) if self.donor is not None else zoo.donors
-        chosen = tuple(donor for donor in among if wanted.keys() & _convolutions_by_kernel(donor.blueprint).keys())
+        chosen = tuple(
+            donor for donor in among if target_kernels.keys() & _convolutions_by_kernel(donor.blueprint).keys()
+        )
         if not chosen:
             whose = "the donor" if self.donor else "the zoo"
             have = {kernel for donor in among for kernel in _convolutions_by_kernel(donor.blueprint)}
             raise UserError(
-                f"{self.name}: the target's kernels are {_format_kernels(wanted)}, and {whose} has "
+                f"{self.name}: the target's kernels are {_format_kernels(target_kernels)}, and {whose} has "
                 f"{_format_kernels(have) or 'no convolutions'}: covariances hold for one kernel size; add such a donor"
             )
         return chosen

@@ -149,11 +149,11 @@ def choose_donors(zoo: Zoo | None, blueprint: Blueprint, name: str | None, metho
         has = {donor: _count_matches(donor, blueprint) for donor in zoo.donors}
         lacking = "tensor with a name of the target or with as many axes"
     else:
-        wanted = _matrix_roles(blueprint)
-        if not wanted:
+        target_roles = _matrix_roles(blueprint)
+        if not target_roles:
             raise UserError(f"{method}: no tensor of the target has a known role")
-        has = {donor: (len(wanted & _matrix_roles(donor.blueprint)), 0) for donor in zoo.donors}
-        lacking = f"matrix of the target's roles ({', '.join(sorted(wanted))})"
+        has = {donor: (len(target_roles & _matrix_roles(donor.blueprint)), 0) for donor in zoo.donors}
+        lacking = f"matrix of the target's roles ({', '.join(sorted(target_roles))})"
     if name is not None:
         donor = zoo.donor(name)
         if has[donor] == (0, 0):

@@ -258,10 +258,11 @@ def log_grouping(grouping: Grouping) -> None:
 def _check_base(base: Donor, blueprint: Blueprint) -> None:
     assert blueprint.adapter is not None
     for pair in blueprint.adapter.pairs:
-        wanted = blueprint.adapter.base[pair.weight].shape
+        base_shape = blueprint.adapter.base[pair.weight].shape
         found = base.blueprint[pair.weight].shape if pair.weight in base.blueprint else None
-        if found != wanted:
+        if found != base_shape:
             has = "lacks it" if found is None else f"has {list(found)}"
             raise UserError(
-                f"{base.name}: is not the base of this adapter: it adapts {pair.weight} {list(wanted)}, the donor {has}"
+                f"{base.name}: is not the base of this adapter: it adapts {pair.weight} {list(base_shape)}, "
+                f"the donor {has}"
             )

@@ -48,22 +48,22 @@ class Default(Sampler):
 
     def fill(self, blueprint: Blueprint, names: Collection[str], seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         """`sample` for some tensors only. Blocks that hold none of them are not built."""
-        wanted = set(names)
-        if not wanted:
+        remaining = set(names)
+        if not remaining:
             return
         model = empty_model(blueprint)
         for prefix, block, owner in model_blocks(model):
             on_disk = disk_names(model, prefix, block)
-            if wanted.isdisjoint(on_disk):
+            if remaining.isdisjoint(on_disk):
                 continue
             for name, tensor in disk_state(model, prefix, initialize_block(model, block, owner, prefix, seed)).items():
-                if name in wanted:
-                    wanted.discard(name)
+                if name in remaining:
+                    remaining.discard(name)
                     yield name, tensor * self.multiplier(blueprint[name])
-        if wanted and hasattr(model, "save_pretrained"):
-            raise RuntimeError(f"no block of {type(model).__name__} holds {sorted(wanted)[:3]}")
-        if wanted:
-            log.info("only the constructor sets %s: the module's values stay", ", ".join(sorted(wanted)))
+        if remaining and hasattr(model, "save_pretrained"):
+            raise RuntimeError(f"no block of {type(model).__name__} holds {sorted(remaining)[:3]}")
+        if remaining:
+            log.info("only the constructor sets %s: the module's values stay", ", ".join(sorted(remaining)))
 
     def multiplier(self, spec: TensorSpec) -> float:
         """The factor of the default's draw of a tensor."""
