@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoder.loading import local_folder
+from benchmarks.peers.weights import COORDINATES
 from zoo.checkpoints.files import read_json
 from zoo.checkpoints.writer import replace_file
 from zoo.donors.zoo import Zoo
@@ -192,7 +193,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parameters", type=int, default=2_500_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--coordinates", choices=("raw", "canonical"), default=argparse.SUPPRESS)
+    parser.add_argument("--coordinates", choices=COORDINATES, default=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, default=argparse.SUPPRESS)
     parser.add_argument("--lr", type=float, default=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true")
