@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from zoo.words import shortened_list
+from zoo.limits import MAX_MESSAGE
+from zoo.words import one_line, shortened_list
 
 MOST_NAMES = 20  # listed in an error
 
@@ -13,8 +14,12 @@ MOST_NAMES = 20  # listed in an error
 class UserError(Exception):
     """An error that the user can solve. Its text is one line: what is wrong, where, what to do.
 
-    The command line prints it and exits with code 2.
+    The command line prints it and exits with code 2. Names and values in the text may come from an untrusted file:
+    control characters are escaped, and a long text loses its middle.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message, MAX_MESSAGE))
 
 
 class NotFinite(UserError):
