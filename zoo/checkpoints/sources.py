@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.checkpoints.atomic import disk_errors
 from zoo.checkpoints.checkpoint import SIDE_FILES, Checkpoint
 from zoo.checkpoints.files import PICKLES, FileHashes, file_hash, refuse_pickle
 from zoo.checkpoints.headers import INDEX, read_index
 from zoo.checkpoints.hub import HUB_ID, with_retries
-from zoo.checkpoints.writer import disk_errors
+from zoo.checkpoints.licenses import KEYS, UNKNOWN, folder_license, license_text
 from zoo.errors import UserError
 
 if TYPE_CHECKING:
@@ -175,26 +176,6 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w.@-]+", "-", name.replace("/", "--"), flags=re.ASCII).lstrip(".-") or "donor"
 
 
-def folder_license(folder: Path) -> str:
-    """The license in README.md's front matter, else `see LICENSE` where such a file exists, else `unknown`."""
-    from huggingface_hub import metadata_load
-
-    readme = folder / "README.md"
-    if readme.is_file() and readme.stat().st_size < 10_000_000:
-        try:
-            found = (metadata_load(readme) or {}).get("license")
-        except Exception:  # front matter that is not YAML: the license is then unknown
-            found = None
-        if found:
-            return _license_text(found)
-    files = sorted(p.name for p in folder.iterdir() if p.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")))
-    return f"see {files[0]}" if files else "unknown"
-
-
-def _license_text(value: object) -> str:
-    return " or ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _hub_source(repo: str, revision: str | None) -> Source:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
@@ -206,18 +187,24 @@ def _hub_source(repo: str, revision: str | None) -> Source:
     sizes = {s.rfilename: _source_file(s) for s in info.siblings or ()}
     names = _checkpoint_files(repo, info.sha, sizes, what)
     found = {name: try_to_load_from_cache(repo, name, revision=info.sha) for name in names}
-    tagged = next((t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")), None)
-    card = info.card_data.get("license") if info.card_data is not None else None
     return Source(
         f"{repo}@{info.sha}",
         _donor_names(repo, info.sha),
-        _license_text(card or tagged or "unknown"),
+        _hub_license(info),
         {name: sizes[name] for name in names},
         repo=repo,
         commit=info.sha,
         requested=revision or "main",
         cached=frozenset(name for name, path in found.items() if isinstance(path, str)),
     )
+
+
+def _hub_license(info: ModelInfo) -> str:
+    """The licence in a repository's model card, else the one in its tags."""
+    card = info.card_data
+    found = UNKNOWN if card is None else license_text(*(card.get(key) for key in KEYS))
+    tags = (tag for tag in info.tags or () if isinstance(tag, str) and tag.startswith("license:"))
+    return found if found != UNKNOWN else license_text(next(tags, "").removeprefix("license:"))
 
 
 def _donor_names(repo: str, commit: str) -> tuple[str, ...]:
