@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from zoo.limits import MAX_MESSAGE
+from zoo.limits import MAX_MESSAGE, MAX_NAMES_COMPARED
 from zoo.words import one_line, shortened_list
 
 MOST_NAMES = 20  # listed in an error
@@ -29,6 +29,7 @@ class NotFinite(UserError):
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among the known ones. It suggests the closest name, else lists the first few."""
     names = sorted(known)
-    close = difflib.get_close_matches(given, names, n=1)
+    few = len(names) <= MAX_NAMES_COMPARED and len(given) <= MAX_MESSAGE
+    close = difflib.get_close_matches(given, names, n=1) if few else []
     hint = f"did you mean {close[0]!r}?" if close else f"known: {shortened_list(names, MOST_NAMES) or 'none'}"
     return UserError(f"unknown {kind} {given!r}: {hint}")

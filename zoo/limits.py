@@ -30,3 +30,17 @@ MAX_RECORD = 16_000_000  # bytes of a donor.json, a headstart.json or a training
 
 # Writing
 MAX_LOCK_WAIT = 60  # seconds that a process waits for another one that writes the same file, which takes milliseconds
+
+# Hubs. huggingface.co recommends at most 100,000 files in a repository.
+HUB_TIMEOUT = 60.0  # seconds without progress after which a hub is given up; --timeout changes it
+HUB_PROGRESS = 1 << 16  # bytes of a body that count as progress within the timeout: 1 KB a second, as an old modem
+MAX_ASKED_WAIT = 300  # seconds that a hub may ask to wait, in all: huggingface.co limits requests per five minutes
+MAX_HUB_JSON = 32_000_000  # bytes of all JSON that a hub answers to one call: lists of 100,000 files
+MAX_HUB_FILES = 100_000  # files that a hub lists in answer to one call
+MAX_HUB_VALUES = 2_000_000  # values of such an answer
+MAX_HUB_PAGES = 1000  # pages of such a list: huggingface.co puts a thousand files on a page
+MAX_HUB_HEAD = 1 << 18  # bytes before the body of an answer: real ones have a few thousand
+MAX_HUB_TAGS = 1000  # tags of a repository
+MAX_FILE_PATH = 1000  # characters of a file's path in a repository
+MAX_UNSTATED_FILE = 32_000_000  # bytes of a file whose size a hub does not state: weights always have one
+MAX_FILE_TRANSFER = 3  # times that the bytes of a file are downloaded in one call, when it breaks off again and again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from zoo.checkpoints.files import PICKLES, file_inside, read_json
 from zoo.checkpoints.headers import INDEX, Entry, read_header, read_index
+from zoo.checkpoints.quantised import Quantisation, dequantise, find_quantised
 from zoo.errors import NotFinite, UserError, unknown
 from zoo.words import shortened_list
 
@@ -25,7 +27,10 @@ SIDE_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An open checkpoint. Its weights are read only by `read`."""
+    """An open checkpoint. Its weights are read only by `read`.
+
+    Its tensors are those of the model. The scales of quantised weights are none: they are in `entries` alone.
+    """
 
     folder: Path
     config: dict[str, Any]  # the parsed config.json
@@ -57,12 +62,17 @@ class Checkpoint:
     @property
     def names(self) -> list[str]:
         """The names of its tensors on disk."""
-        return list(self.entries)
+        return [name for name in self.entries if name not in self.quantisation.companions]
 
     @property
     def parameters(self) -> int:
         """The number of its weights."""
-        return sum(math.prod(e.shape) for e in self.entries.values())
+        return sum(math.prod(self.entries[name].shape) for name in self.names)
+
+    @cached_property
+    def quantisation(self) -> Quantisation:
+        """Which of its tensors are codes, and how they are read."""
+        return find_quantised(self.entries, self.config)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -78,9 +88,18 @@ class Checkpoint:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor on the CPU, of the shape and dtype on disk or cast to `dtype`. Only its bytes are read.
 
-        UserError for an unknown name or a file that is too short, NotFinite for NaN or infinity.
+        A quantised weight is dequantised, to float32. UserError for an unknown name or a file that is too short,
+        NotFinite for NaN or infinity.
         """
         entry = self.entry(name)
+        quantised = self.quantisation.weights.get(entry.name)
+        tensor = self.read_stored(entry) if quantised is None else dequantise(quantised, self.read_stored)
+        if not is_finite(tensor):
+            raise NotFinite(f"{self.folder}: tensor {name!r} holds NaN or infinity; use another checkpoint")
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def read_stored(self, entry: Entry) -> Tensor:
+        """One tensor as it is on disk: the codes of a quantised one. UserError for a file that is too short."""
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         try:
             with (self.folder / entry.file).open("rb") as f:
@@ -89,11 +108,8 @@ class Checkpoint:
         except OSError as error:
             raise UserError(f"{self.folder / entry.file}: cannot be read ({error.strerror})") from error
         if count != entry.nbytes:
-            raise UserError(f"{self.folder / entry.file}: ends inside tensor {name!r}; download the file again")
-        tensor = raw.view(entry.dtype).reshape(entry.shape)
-        if not is_finite(tensor):
-            raise NotFinite(f"{self.folder}: tensor {name!r} holds NaN or infinity; use another checkpoint")
-        return tensor if dtype is None else tensor.to(dtype)
+            raise UserError(f"{self.folder / entry.file}: ends inside tensor {entry.name!r}; download the file again")
+        return raw.view(entry.dtype).reshape(entry.shape)
 
     def vocabulary(self) -> dict[str, int] | None:
         """Token string -> id from tokenizer.json, added tokens included. None without that file."""
@@ -125,13 +141,16 @@ def _entries(folder: Path) -> dict[str, Entry]:
         return read_header(file_inside(folder, "model.safetensors"))
     if (folder / INDEX).exists():
         weight_map = read_index(file_inside(folder, INDEX))
+        names_in: dict[str, set[str]] = defaultdict(set)
+        for name, file in weight_map.items():
+            names_in[file].add(name)
         entries: dict[str, Entry] = {}
-        for file in sorted(set(weight_map.values())):
+        for file, names in sorted(names_in.items()):
             shard = read_header(file_inside(folder, file))
-            missing = next((n for n, f in weight_map.items() if f == file and n not in shard), None)
+            missing = min(names - shard.keys(), default=None)
             if missing is not None:
                 raise UserError(f"{folder / INDEX}: {file} lacks {missing!r}; download both again")
-            entries.update({n: e for n, e in shard.items() if weight_map.get(n) == file})
+            entries.update({n: e for n, e in shard.items() if n in names})
         return entries
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     if len(files) == 1:

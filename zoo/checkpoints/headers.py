@@ -12,9 +12,8 @@ import torch
 
 from zoo.checkpoints.files import is_bare_name, read_json, refuse_pickle, unique_keys
 from zoo.errors import UserError
+from zoo.limits import MAX_AXES, MAX_HEADER, MAX_TENSOR_NAME, MAX_TENSORS
 from zoo.words import first_line
-
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -22,13 +21,18 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7; powers of two, which serve as scales
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Valid in a safetensors file, and never those of plain weights.
+UNSUPPORTED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
 
 INDEX = "model.safetensors.index.json"
 DAMAGED = "the file is damaged, download or write it again"
+CONVERT = "give a checkpoint in float32, float16 or bfloat16"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where one tensor lies on disk."""
 
@@ -45,17 +49,20 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Everything in the header is checked: its length fits in the file, its names are unique, its dtypes are known, its
     shapes agree with its byte counts, and its tensors tile the rest of the file without hole or overlap (the rule of
-    the safetensors library). UserError names the file and the tensor.
+    the safetensors library). UserError names the file and the tensor. The sizes in `zoo.limits` bound the work.
     """
     refuse_pickle(path)
     header, start, size = _read_raw_header(path)
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise UserError(f"{path}: lists {len(header)} tensors; at most {MAX_TENSORS} are read")
     entries = []
     for name, value in header.items():
-        if name == "__metadata__":
-            continue
+        if len(name) > MAX_TENSOR_NAME:
+            raise UserError(f"{path}: tensor {name[:40]!r}… has a name of {len(name)} characters; {DAMAGED}")
         problem = _entry_problem(value)
         if problem:
-            raise UserError(f"{path}: tensor {name!r} {problem}; {DAMAGED}")
+            raise UserError(f"{path}: tensor {name!r} {problem}")
         begin, end = value["data_offsets"]
         dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
         if end > size - start:
@@ -78,10 +85,18 @@ def _read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
             if len(prefix) < 8:
                 raise UserError(f"{path}: {size} bytes cannot hold a safetensors header; {DAMAGED}")
             if length > MAX_HEADER or length > size - 8:
-                raise UserError(f"{path}: states a header of {length} bytes, the file has {size}; {DAMAGED}")
+                raise UserError(
+                    f"{path}: states a header of {length} bytes, the file has {size} and at most {MAX_HEADER} are read;"
+                    f" {DAMAGED}"
+                )
             raw = f.read(length)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    # A tensor has one object and two lists in the header. More of them would take gigabytes when parsed.
+    if raw.count(b"{") > 2 * MAX_TENSORS or raw.count(b"[") > 3 * MAX_TENSORS or raw.count(b'":') > 5 * MAX_TENSORS:
+        raise UserError(
+            f"{path}: its header of {length} bytes lists more than {MAX_TENSORS} tensors, which is too many"
+        )
     try:
         header = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -108,6 +123,8 @@ def read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path}: has no weight_map from tensor names to files; download it again")
+    if len(weight_map) > MAX_TENSORS:
+        raise UserError(f"{path}: lists {len(weight_map)} tensors; at most {MAX_TENSORS} are read")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not is_bare_name(file):
             raise UserError(
@@ -120,23 +137,35 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _entry_problem(value: object) -> str | None:
-    """What is wrong with one entry of a header, None where it is valid."""
+    """What is wrong with one entry of a header and what to do about it, None where it is valid."""
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        return "has no dtype, shape and data_offsets"
+        return f"has no dtype, shape and data_offsets; {DAMAGED}"
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        return f"has the dtype {dtype!r}, which is none of {', '.join(DTYPES)}"
+        if isinstance(dtype, str) and dtype in UNSUPPORTED_DTYPES:
+            return f"has the dtype {dtype}, which is not supported; {CONVERT}"
+        return f"has the dtype {_shortened(dtype)}, which is none of {', '.join(DTYPES)}; {DAMAGED}"
+    if isinstance(shape, list) and len(shape) > MAX_AXES:
+        return f"has a shape of {len(shape)} axes; at most {MAX_AXES} are read; {DAMAGED}"
     if not _is_list_of_sizes(shape):
-        return f"has the shape {shape!r}, which is not a list of sizes"
+        return f"has the shape {_shortened(shape)}, which is not a list of sizes; {DAMAGED}"
     if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"has the data_offsets {offsets!r}"
+        return f"has the data_offsets {_shortened(offsets)}; {DAMAGED}"
     if math.prod(max(n, 1) for n in shape) >= 2**63:
-        return f"has the absurd shape {shape}"
+        return f"has the absurd shape {shape}; {DAMAGED}"
     need, have = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
     if need != have:
-        return f"needs {need} bytes for its shape {shape} in {dtype} and has {have}"
+        return f"needs {need} bytes for its shape {shape} in {dtype} and has {have}; {DAMAGED}"
     return None
 
 
 def _is_list_of_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _shortened(value: object) -> str:
+    """The start of a value of any size, for a message."""
+    if isinstance(value, list | dict) and len(value) > MAX_AXES:
+        return f"a {type(value).__name__} of {len(value)} elements"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
