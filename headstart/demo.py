@@ -16,7 +16,7 @@ from typing import Any
 
 from headstart.config import CompareConfig, DemoConfig, GenerateConfig
 from headstart.terminal import print_table
-from zoo.checkpoints.writer import replace_file
+from zoo.checkpoints.atomic import is_unused, new_folder, replace_file, work_folder
 from zoo.errors import UserError
 
 
@@ -71,8 +71,14 @@ def demo(config: DemoConfig, *, sizes: DemoSizes | None = None, quiet: bool = Fa
     Returns {stage: {seconds, peak_mib}}, the peak of the resident memory of this process and its largest child so far.
     Raises UserError where the folder holds something else."""
     sizes = sizes or (QUICK if config.quick else FULL)
-    folders = DemoFolders(Path(config.out))
-    _claim(folders.out, sizes, config.seed)
+    folders, identity = DemoFolders(Path(config.out)), f"{sizes.preset} {config.seed}\n"
+    with work_folder(folders.out, lambda: _check_out(folders, identity)):
+        if not folders.mark.exists():
+            replace_file(folders.mark, identity.encode())
+        return _run_stages(config, sizes, folders, quiet)
+
+
+def _run_stages(config: DemoConfig, sizes: DemoSizes, folders: DemoFolders, quiet: bool) -> dict[str, Any]:
     _write_target(folders)
     stages = Stages(quiet)
     stages.run("zoo train", lambda: _train_zoo(sizes, folders, config.seed, quiet))
@@ -92,6 +98,11 @@ class DemoFolders:
     """Where each stage of a demo writes."""
 
     out: Path
+
+    @property
+    def mark(self) -> Path:
+        """The file with the demo's preset and seed."""
+        return self.out / ".headstart-demo"
 
     @property
     def zoo(self) -> Path:
@@ -139,18 +150,13 @@ class Stages:
         return result
 
 
-def _claim(out: Path, sizes: DemoSizes, seed: int) -> None:
-    """Makes `out` this demo's folder. Raises UserError where it holds something else, or another demo."""
-    mark = out / ".headstart-demo"
-    identity = f"{sizes.preset} {seed}\n"
-    if mark.is_file():
-        if mark.read_text() != identity:
-            raise UserError(f"{out}: holds a demo of another preset or seed; give another --out, or remove it")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and holds no demo; give another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(identity)
+def _check_out(folders: DemoFolders, identity: str) -> None:
+    """Raises UserError where the folder holds something else, or a demo with another identity."""
+    if folders.mark.is_file():
+        if folders.mark.read_text() != identity:
+            raise UserError(f"{folders.out}: holds a demo of another preset or seed; give another --out, or remove it")
+    elif not is_unused(folders.out):
+        raise UserError(f"{folders.out}: exists and holds no demo; give another --out, or remove it")
 
 
 def _write_target(folders: DemoFolders) -> None:
@@ -158,9 +164,10 @@ def _write_target(folders: DemoFolders) -> None:
     from zoo.training.corpora import reference_corpus
     from zoo.vocabulary import save_byte_tokenizer
 
-    folders.target.mkdir(exist_ok=True)
-    (folders.target / "config.json").write_text(json.dumps(TARGET, indent=2) + "\n")
-    save_byte_tokenizer(folders.target)
+    if not folders.target.exists():
+        with new_folder(folders.target) as folder:
+            (folder / "config.json").write_text(json.dumps(TARGET, indent=2) + "\n")
+            save_byte_tokenizer(folder)
     if not folders.corpus.exists():
         replace_file(folders.corpus, reference_corpus())
 

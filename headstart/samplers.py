@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.checkpoints.atomic import replace_file
 from zoo.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -164,4 +165,4 @@ def load(folder: Path) -> Sampler:
 
 
 if __name__ == "__main__":
-    DESCRIPTIONS.write_text(json.dumps(describe(), indent=1, ensure_ascii=False) + "\n")
+    replace_file(DESCRIPTIONS, (json.dumps(describe(), indent=1, ensure_ascii=False) + "\n").encode())

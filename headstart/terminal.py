@@ -6,7 +6,9 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,14 +21,15 @@ from zoo.errors import UserError
 @contextlib.contextmanager
 def session(quiet: bool, to_continue: str = "the same command again") -> Iterator[None]:
     """Sends notes to stderr and turns errors into exit codes: 2 for what the user can correct, 1 for our own faults,
-    130 for an interruption, after which `to_continue` says what to run."""
+    130 for an interruption (Ctrl-C, SIGTERM, a closed terminal), after which `to_continue` says what to run."""
     # Waiting threads that spin make a step ten times as slow on a busy core. Sleeping costs three per cent on an idle
     # one. torch reads this when it is imported, which the commands do later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     send_notes_to_stderr(quiet)
     try:
-        yield
-        sys.stdout.flush()
+        with _interrupted_by_termination():
+            yield
+            sys.stdout.flush()
     except UserError as error:
         typer.echo(f"headstart: {error}", err=True)
         raise typer.Exit(2) from error
@@ -41,6 +44,30 @@ def session(quiet: bool, to_continue: str = "the same command again") -> Iterato
     except Exception as error:
         traceback.print_exc()
         raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def _interrupted_by_termination() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP interrupt as Ctrl-C does, so that temporary files are removed. A second one changes
+    nothing: the removal goes on. A signal that is ignored, as under nohup, stays ignored."""
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: only one
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    earlier = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number, handler in earlier.items():
+            if handler == signal.SIG_DFL:
+                signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in earlier.items():
+            if handler == signal.SIG_DFL:
+                signal.signal(number, handler)
 
 
 def send_notes_to_stderr(quiet: bool) -> None:

@@ -10,10 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from zoo.checkpoints.atomic import (
+    disk_errors,
+    hold_lock,
+    remove_leftovers_in,
+    remove_temporaries,
+    rename_folder,
+    replacement_file,
+)
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.files import FileHashes, content_hash, file_hash
 from zoo.checkpoints.sources import Source, count_tensors, open_source, resolve_source
-from zoo.checkpoints.writer import disk_errors
 from zoo.donors.index import refresh_index
 from zoo.donors.layout import MANIFEST, RECORD, ROWS
 from zoo.donors.manifest import donor_rows, join_rows, measure, write_rows
@@ -72,7 +79,9 @@ def add(
 
 def merge_manifest(zoo: Path) -> None:
     """Writes manifest.parquet from the complete donors. Parallel processes take turns here."""
-    with disk_errors(zoo), _lock(zoo / "models" / LOCK):
+    with disk_errors(zoo), hold_lock(zoo / "models" / LOCK, zoo):
+        for folder in (zoo / "models", *(zoo / "models").glob("[!.]*/")):
+            remove_leftovers_in(folder)
         parts = [p for p in (zoo / "models").glob(f"[!.]*/{ROWS}") if (p.parent / RECORD).exists()]
         write_rows(zoo / MANIFEST, join_rows(parts))
         refresh_index(zoo)
@@ -125,7 +134,7 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
     revision = source.commit or f"sha256:{content_hash(hashes)}"
     home = _find_donor(models, source, revision)
     if home is not None:
-        with disk_errors(models):
+        with disk_errors(models), hold_lock(models / f".{home.name}.lock", home):
             _restore(home, checkpoint, read_record(home))
         return _summary(source, home, "present", download)
     home, findings = _copy_donor(models, source, checkpoint, hashes, revision, quiet)
@@ -158,21 +167,22 @@ def _copy_donor(
         staging = models / f".{source.names[0]}-{sha256[:16]}"
         _check_free_space(models, source.size - sum(p.stat().st_size for p in staging.glob("*")))
         # Of two processes with the same source, the second waits here and then finds the donor present.
-        stack.enter_context(_lock(staging.with_name(f"{staging.name}.lock")))
+        stack.enter_context(hold_lock(staging.with_name(f"{staging.name}.lock"), staging))
         home = _find_donor(models, source, revision)
         if home is not None:
             return home, None
         stack.enter_context(_removed_on_error(staging))
         _copy_files(staging, checkpoint, hashes, bar.update)
         findings = check_health(checkpoint, progress=lambda values: bar.update(values * bytes_per_value))
-        stack.enter_context(_lock(models / LOCK))
+        stack.enter_context(hold_lock(models / LOCK, models))
         name = _free_name(models, source)
         if name is None:
             raise UserError(f"{source.address}: all its names are taken in {models}; rename the folder")
         write_rows(staging / ROWS, donor_rows(checkpoint, name, revision, source.license, measures))
         record = {"source": source.address, "revision": revision, "license": source.license}
         write_record(staging, {**record, "sha256": sha256, "files": hashes})
-        return staging.rename(models / name), findings
+        rename_folder(staging, models / name)
+        return models / name, findings
 
 
 def _free_name(models: Path, source: Source) -> str | None:
@@ -200,6 +210,7 @@ def _missing_files(home: Path, record: dict[str, Any]) -> list[str]:
 def _copy_files(staging: Path, checkpoint: ModelCheckpoint, hashes: FileHashes, tick: Callable[[int], object]) -> None:
     """Copies the checkpoint's files. Complete files of an interrupted add are kept."""
     staging.mkdir(exist_ok=True)
+    remove_temporaries(staging)
     for file, stamp in hashes.items():
         _copy(checkpoint.folder / file, staging / file, stamp, tick)
 
@@ -218,9 +229,8 @@ def _copy(source: Path, target: Path, stamp: dict[str, Any], tick: Callable[[int
     if target.exists() and target.stat().st_size == stamp["size"] and file_hash(target) == stamp["sha256"]:
         tick(stamp["size"])
         return
-    partial = target.with_name(f".{target.name}.part")
     digest = hashlib.sha256()
-    try:
+    with replacement_file(target) as partial:
         with source.open("rb") as f, partial.open("wb") as out:
             while raw := f.read(CHUNK):
                 digest.update(raw)
@@ -228,9 +238,6 @@ def _copy(source: Path, target: Path, stamp: dict[str, Any], tick: Callable[[int
                 tick(len(raw))
         if digest.hexdigest() != stamp["sha256"]:
             raise UserError(f"{source}: changed while it was read; add it again when nothing writes to it")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _restore(home: Path, checkpoint: ModelCheckpoint, record: dict[str, Any]) -> None:
@@ -268,13 +275,3 @@ def _summary(
         "write": source.size if state == "added" else 0,
         "health": findings if findings is None else summarise_findings(findings),
     }
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    from huggingface_hub.utils import WeakFileLock
-
-    with WeakFileLock(path):
-        yield
-    if path.name != LOCK:  # a process that waited for it looks again what is there, so the file is not needed any more
-        path.unlink(missing_ok=True)

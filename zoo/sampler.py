@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from zoo.checkpoints.atomic import replace_file, replacement_file
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
@@ -80,13 +81,14 @@ class Sampler(ABC):
     def save(self, folder: str | Path) -> None:
         """Writes the fitted sampler: sampler.json {method, options, state}, and state.safetensors if it has tensors."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         values, tensors = self.state()
-        (folder / "state.safetensors").unlink(missing_ok=True)  # of a sampler saved here before
+        for file in ("sampler.json", "state.safetensors"):  # of a sampler saved here before
+            (folder / file).unlink(missing_ok=True)
         if tensors:
-            save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "state.safetensors")
+            with replacement_file(folder / "state.safetensors") as partial:
+                save_file({k: t.contiguous() for k, t in tensors.items()}, partial)
         content = {"method": self.name, "options": self.options(), "state": values}
-        (folder / "sampler.json").write_text(json.dumps(content, indent=2) + "\n")
+        replace_file(folder / "sampler.json", (json.dumps(content, indent=2) + "\n").encode())  # last: it is complete
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from baselines.distributions.kronecker import (
     rescale_to_unit_rms,
 )
 from baselines.transfer.vocabulary import vocabulary_rows
+from zoo.checkpoints.atomic import scratch_folder
 from zoo.donors.donor import Donor, dissimilarity
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
@@ -114,9 +114,9 @@ class MatrixNormal(Sampler):
         pooled = self.mean == "pooled" and len(pool.names) > 1
         if self.mean == "pooled" and not pooled:
             log.info("%s: one donor has no spread around its mean, so that the mean is taken to be zero", self.name)
-        with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
+        with scratch_folder() as folder:
             canonical = self._canonical(blueprint)
-            blocks = BlockStore(Path(folder), self.device, pooled, frozenset({"vocab 0"} if canonical else ()))
+            blocks = BlockStore(folder, self.device, pooled, frozenset({"vocab 0"} if canonical else ()))
             if canonical:
                 left = set(pool.names)
                 for aligned in align_donors(pool):

@@ -24,7 +24,7 @@ from headstart.compare.compare import compare
 from headstart.compare.trials import donor_facts
 from headstart.config import CompareConfig
 from headstart.versions import package_versions
-from zoo.checkpoints.writer import replace_file
+from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 
 RUNS = RESULTS / "head_start.parquet"

@@ -17,7 +17,7 @@ import torch
 
 from headstart import samplers
 from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint
-from zoo.checkpoints.writer import replace_file
+from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint

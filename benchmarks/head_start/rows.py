@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from benchmarks.head_start.tasks import Comparison
 from benchmarks.paths import ROOT
 from headstart.report.scores import RunResult
-from zoo.checkpoints.writer import replace_file
+from zoo.checkpoints.atomic import replace_file
 
 KEYS = ("task", "target", "text", "budget")
 SCHEMA = pa.schema(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart import samplers
-from zoo.checkpoints.writer import replace_file
+from zoo.checkpoints.atomic import replace_file
 from zoo.training.corpora import reference_corpus
 from zoo.training.embedded_zoo import DonorRecipe, bench_recipes
 from zoo.vocabulary import save_byte_tokenizer

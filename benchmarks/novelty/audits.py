@@ -34,7 +34,7 @@ from headstart import samplers
 from headstart.compare.inputs import hash_model, hash_zoo
 from headstart.compare.trials import training_token_count
 from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint, sample_with_defaults
-from zoo.checkpoints.writer import replace_file
+from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 from zoo.sampler import Sampler
 from zoo.streams import stream_seed

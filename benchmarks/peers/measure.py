@@ -39,7 +39,7 @@ from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
 from headstart.compare.trials import training_token_count
 from headstart.generate.sampling import sample_with_defaults
-from zoo.checkpoints.writer import replace_file
+from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.sampler import Sampler

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from autoencoder.loading import local_folder
 from benchmarks.peers.weights import COORDINATES
+from zoo.checkpoints.atomic import replace_file
 from zoo.checkpoints.files import read_json
-from zoo.checkpoints.writer import replace_file
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.training.resumable import interruptible, load_state, restore_training, save_state, training_tensors

@@ -22,7 +22,7 @@ from headstart.config import AnalyzeConfig
 from headstart.devices import torch_device
 from headstart.report.analysis import render_analysis
 from headstart.versions import package_versions
-from zoo.checkpoints.writer import new_folder, replace_file
+from zoo.checkpoints.atomic import new_folder, replace_file
 from zoo.donors.donor import Donor, provenance
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
@@ -52,7 +52,7 @@ def analyze(config: AnalyzeConfig, *, quiet: bool = False, command: str | None =
         results |= {"command": command or config.to_command(), "config": config.to_record()}
         (folder / "analysis.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
         (folder / "report.html").write_text(render_analysis(results))
-    shutil.rmtree(cache_folder, ignore_errors=True)
+        shutil.rmtree(cache_folder, ignore_errors=True)  # before the folder appears: then nothing is left beside it
     return results
 
 

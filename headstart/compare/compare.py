@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,13 +38,14 @@ from headstart.devices import torch_device
 from headstart.generate.generate import generate
 from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint
 from headstart.report.scores import REFERENCE, RunResult, best_setting, score
-from zoo.checkpoints.writer import disk_errors, replace_file
+from zoo.checkpoints.atomic import is_unused, remove_temporaries, replace_file, temporary_folder, work_folder
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import encode_corpus
 from zoo.training.workers import default_workers, run_jobs
 
+RUNS = "runs"  # the folder of finished runs
 ONE_THREAD_PARAMETERS = 5_000_000  # parameters of a target that does not train faster on several CPU threads
 
 
@@ -68,15 +68,15 @@ def compare(config: CompareConfig, *, quiet: bool = False, command: str | None =
     trained or written: an unknown method, a corpus too short, no tokenizer, an `out` that holds something else, a donor
     or a trained model that does not fit.
     """
-    inputs = _validate(config)
-    with tempfile.TemporaryDirectory(prefix="headstart-") as texts:
-        text = write_calibration_text(config.corpus, Path(texts))
-        inputs = replace(inputs, settings=replace(inputs.settings, text=str(text)))
+    inputs, out = _validate(config), Path(config.out)
+    with work_folder(out, lambda: _check_out(out)), temporary_folder(out) as work:
+        text, tokens = write_calibration_text(config.corpus, work), work / "tokens.npy"
+        inputs = replace(inputs, settings=replace(inputs.settings, text=str(text), tokens=str(tokens)))
         plan = _list_trials(config, inputs)
         runs = _run(config, inputs, plan, quiet)
-    results = _results(config, inputs, plan, runs)
-    results |= {"command": command or config.to_command(), "config": config.to_record()}
-    write_results(Path(config.out), results)
+        results = _results(config, inputs, plan, runs)
+        results |= {"command": command or config.to_command(), "config": config.to_record()}
+        write_results(out, results)
     return results
 
 
@@ -112,9 +112,7 @@ def _validate(config: CompareConfig) -> Inputs:
     tokenizer = find_target_tokenizer(config.tokenizer, config.target, config.zoo, blueprint.metadata.vocab)
     tokens = encode_corpus(config.corpus, tokenizer, blueprint.metadata.vocab)
     check_lengths(config.corpus, tokens, config.sequence, blueprint.config)
-    out = Path(config.out)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "runs").is_dir())):
-        raise UserError(f"{out}: exists and holds no comparison; give another --out, or remove it")
+    _check_out(Path(config.out))
     device = torch_device(config.device)
     is_small = blueprint.parameters <= ONE_THREAD_PARAMETERS and device == "cpu"
     settings = TrialSettings(
@@ -132,14 +130,20 @@ def _validate(config: CompareConfig) -> Inputs:
         device=device,
         threads=1 if is_small or config.workers is not None else os.cpu_count() or 1,
         tokens="",
-        runs=str(out / "runs"),
+        runs=str(Path(config.out) / RUNS),
         fingerprint={
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "zoo": hash_zoo(config.zoo),
+            "zoo": hash_zoo(config.zoo, config.donor),
             "model": hash_model(config.model),
         },
     )
     return Inputs(blueprint, labels, tokens, tokenizer, settings, is_small)
+
+
+def _check_out(out: Path) -> None:
+    """Raises UserError where the folder holds something other than a comparison."""
+    if not is_unused(out) and not (out / RUNS).is_dir():
+        raise UserError(f"{out}: exists and holds no comparison; give another --out, or remove it")
 
 
 def _list_trials(config: CompareConfig, inputs: Inputs) -> ComparePlan:
@@ -186,15 +190,11 @@ def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) 
 
     later_seeds = config.seeds[len(_tuning_seeds(config)) :]
     total = (sum(len(trial.lrs) for trial in plan.trials) + len(plan.labels) * len(later_seeds)) * config.steps
-    out = Path(config.out)
-    with disk_errors(out):
-        (out / "runs").mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work,
-        tqdm(total=total, unit="step", desc="compare", disable=quiet) as bar,
-    ):
-        settings = replace(inputs.settings, tokens=str(Path(work) / "tokens.npy"))
-        np.save(settings.tokens, inputs.tokens.numpy())
+    settings, runs = inputs.settings, Path(config.out) / RUNS
+    runs.mkdir(exist_ok=True)
+    remove_temporaries(runs)
+    np.save(settings.tokens, inputs.tokens.numpy())
+    with tqdm(total=total, unit="step", desc="compare", disable=quiet) as bar:
         workers = config.workers or (default_workers() if inputs.is_small else 1)
         tuned = _finish(settings, plan.trials, workers, bar.update)
         best = {label: best_setting([r for r in tuned.values() if r["method"] == label])[0] for label in plan.labels}

@@ -15,7 +15,7 @@ from headstart.devices import torch_device
 from headstart.evaluate.local_tasks import is_question_path, local_task, question_files
 from headstart.evaluate.models import load_model, load_tokenizer, locate_checkpoint_and_adapter
 from headstart.versions import package_versions
-from zoo.checkpoints.writer import replace_file
+from zoo.checkpoints.atomic import remove_leftovers, replace_file
 from zoo.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def _check(config: EvaluateConfig) -> None:
         return
     out = Path(config.out)
     if out.exists():
+        remove_leftovers(out)
         raise UserError(f"{out}: exists already; give another --out, or remove it")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir():

@@ -24,9 +24,10 @@ from headstart.generate.sampling import (
 )
 from headstart.generate.tokenizer_files import copy_tokenizer, shared_tokenizer
 from headstart.versions import package_versions
+from zoo.checkpoints.atomic import new_folder
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.sources import Source, count_tensors, resolve_source
-from zoo.checkpoints.writer import new_folder, plan_shards, write_checkpoint
+from zoo.checkpoints.writer import fill_folder, plan_shards
 from zoo.donors.folder import FolderDonor, standalone_name
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
@@ -112,7 +113,7 @@ def _write(job: GenerateJob, zoo: Zoo | None, folder: Path, command: str) -> Non
     donors = _folder_donors(zoo, sampler.donors)
     counts = {"sampled": 0, "defaulted": 0}
     tensors = sample_with_defaults(sampler, blueprint, config.seed, counts)
-    write_checkpoint(folder, blueprint, tensors, dtype=job.dtype)
+    fill_folder(folder, blueprint, tensors, dtype=job.dtype)
     tokenizer = job.tokenizer or shared_tokenizer(donors, blueprint)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)

@@ -1,4 +1,4 @@
-"""Writes checkpoints tensor by tensor, in any order, with one tensor in memory, atomically."""
+"""Writes checkpoints tensor by tensor, in any order, with one tensor in memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import errno
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
+from zoo.checkpoints.atomic import new_folder
 from zoo.checkpoints.checkpoint import is_finite
 from zoo.checkpoints.headers import DTYPE_NAMES, INDEX
 from zoo.errors import UserError, unknown
@@ -41,62 +41,6 @@ class Shard:
     size: int  # of the whole file
 
 
-@contextlib.contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder to fill, which becomes `out` at the end and is removed on any error, Ctrl-C included.
-
-    UserError where `out` exists and is not an empty folder, or where the disk refuses. May be nested: `out` may be the
-    empty folder that another `new_folder` yielded.
-    """
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: exists already; give another output folder or remove it")
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    with disk_errors(out):
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns errors of the disk (full, over quota, read-only, permission denied) into a UserError about `path`."""
-    reasons = {
-        errno.ENOSPC: "the disk is full; free some space or choose another place",
-        errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
-        errno.EFBIG: "a file would be larger than the system allows; write smaller shards or choose another place",
-        errno.EROFS: "the disk is read-only; choose another place",
-        errno.EACCES: "permission denied; choose another place",
-        errno.EPERM: "permission denied; choose another place",
-        errno.ENOTDIR: "a part of this path is a file; choose another place",
-        errno.EEXIST: "exists already; give another output folder or remove it",
-    }
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in reasons:
-            raise
-        raise UserError(f"{path}: {reasons[error.errno]}") from error
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file atomically, in place of an older one, and creates its folder. UserError as `disk_errors`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
 def write_checkpoint(
     out: str | Path,
     blueprint: Target,
@@ -118,11 +62,27 @@ def write_checkpoint(
     `out` appears complete or not at all. UserError: out exists, the disk is full, a name is unknown, repeated or
     missing, a shape is wrong, a value is NaN or infinite (after the cast to the dtype on disk).
     """
+    with new_folder(out) as folder:
+        fill_folder(folder, blueprint, tensors, dtype, max_shard_size, metadata)
+
+
+def fill_folder(
+    folder: Path,
+    blueprint: Target,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes the files of `write_checkpoint` into a folder that exists and is not published yet.
+
+    UserError as `write_checkpoint`; the caller then removes the folder.
+    """
     shards = plan_shards(blueprint.specs, dtype, max_shard_size, metadata)
     specs = {spec.name: spec for spec in blueprint.specs}
     shard_of = {name: shard for shard in shards for name in shard.offsets}
     missing = set(shard_of)
-    with new_folder(out) as folder, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for shard in shards:
             f = files[shard.file] = stack.enter_context((folder / shard.file).open("w+b", buffering=0))
@@ -195,9 +155,13 @@ def _tensor_bytes(spec: TensorSpec, tensor: Tensor, dtype: torch.dtype | None) -
 
 def _allocate(f: BinaryIO, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(f.fileno(), 0, size)
-    else:  # macOS, Windows: a full disk is noticed only when the bytes are written
-        f.truncate(size)
+        try:
+            os.posix_fallocate(f.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # of file systems that cannot allocate
+                raise
+    f.truncate(size)  # here, and on macOS and Windows, a full disk is noticed only when the bytes are written
 
 
 def _write(f: BinaryIO, offset: int, data: bytes | memoryview) -> None:
@@ -214,4 +178,4 @@ def _config_with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dic
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from zoo.checkpoints.atomic import remove_leftovers, replace_file
 from zoo.donors.layout import INDEX_FILE, MANIFEST, RECORD, donor_folder
 from zoo.donors.records import seal
 from zoo.errors import UserError
@@ -30,13 +31,14 @@ def list_donors(path: str | Path) -> list[dict[str, Any]]:
     from zoo.donors.summary import summarize_donors
 
     donors = summarize_donors(path)  # raises where a file is missing, so an index is never written as "incomplete"
-    with contextlib.suppress(OSError):  # a zoo on a read-only disk has no index
+    with contextlib.suppress(OSError, UserError):  # a zoo on a read-only disk has no index
         _write_index(path, donors)
     return donors
 
 
 def refresh_index(path: Path) -> None:
     """Brings the index up to date after the manifest was written. Does nothing where a donor is damaged."""
+    remove_leftovers(path / INDEX_FILE)
     with contextlib.suppress(UserError):
         list_donors(path)
 
@@ -60,12 +62,7 @@ def _read_index(path: Path) -> dict[str, Any] | None:
 
 def _write_index(path: Path, donors: list[dict[str, Any]]) -> None:
     index = {"fingerprint": _fingerprint(path, donors), "donors": donors}
-    partial = path / f".{INDEX_FILE}.{os.getpid()}.part"
-    try:
-        partial.write_text(_as_text(index | {"seal": seal(index)}))
-        partial.replace(path / INDEX_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path / INDEX_FILE, _as_text(index | {"seal": seal(index)}).encode())
 
 
 def _as_text(index: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from zoo.checkpoints.atomic import remove_leftovers, replace_file
 from zoo.checkpoints.checkpoint import Checkpoint, is_finite
 from zoo.checkpoints.headers import Entry
 from zoo.donors.layout import MANIFEST
@@ -108,16 +108,11 @@ def donor_rows(
 
 def write_rows(path: Path, table: pa.Table) -> None:
     """Writes a manifest, or one donor's rows of it, atomically. A file with the same bytes is left alone."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        _write(table, temporary)
-        if path.exists() and path.read_bytes() == temporary.read_bytes():
-            temporary.unlink()
-        else:
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    data = _to_parquet(table)
+    if path.exists() and path.read_bytes() == data:
+        remove_leftovers(path)
+    else:
+        replace_file(path, data)
 
 
 def read_manifest(zoo: Path) -> pa.Table:
@@ -152,15 +147,15 @@ def is_made_from(path: Path, parts: Iterable[Path]) -> bool:
     table = join_rows(parts)
     if not read_rows(path).equals(table):
         return False
-    stream = pa.BufferOutputStream()
-    _write(table, stream)
-    data = stream.getvalue()
+    data = _to_parquet(table)
     same_writer = pq.read_metadata(path).created_by == pq.read_metadata(pa.BufferReader(data)).created_by
-    return not same_writer or path.read_bytes() == data.to_pybytes()
+    return not same_writer or path.read_bytes() == data
 
 
-def _write(table: pa.Table, where: Path | pa.NativeFile) -> None:
-    pq.write_table(table.combine_chunks(), where, compression="zstd")
+def _to_parquet(table: pa.Table) -> bytes:
+    stream = pa.BufferOutputStream()
+    pq.write_table(table.combine_chunks(), stream, compression="zstd")
+    return stream.getvalue().to_pybytes()
 
 
 def _chunks(path: Path, entry: Entry) -> Iterable[tuple[bytes, torch.Tensor]]:

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zoo.checkpoints.atomic import replace_file
 from zoo.checkpoints.files import file_hash, read_json
 from zoo.donors.layout import RECORD, ROWS
 from zoo.errors import UserError
@@ -31,9 +32,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Writes donor.json with its seal. The folder must hold the donor's files and its rows of the manifest."""
     record = record | {"rows": file_hash(folder / ROWS)}
     text = json.dumps(record | {"seal": seal(record)}, indent=2, ensure_ascii=False)
-    partial = folder / f".{RECORD}.part"
-    partial.write_text(text + "\n")
-    partial.replace(folder / RECORD)
+    replace_file(folder / RECORD, f"{text}\n".encode())
 
 
 def seal(record: dict[str, Any]) -> str:

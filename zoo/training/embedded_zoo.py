@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from zoo.checkpoints.writer import new_folder
+from zoo.add import add, merge_manifest
+from zoo.checkpoints.atomic import disk_errors, hold_lock, new_folder
 from zoo.errors import UserError, unknown
 from zoo.streams import stream_seed
 from zoo.training.corpora import byte_tokens, python_reference, split_held_out
@@ -120,12 +121,21 @@ def train_zoo(
 
     seed: added to the seed of every recipe. workers: number of processes, by default one per core; it does not change
     the donors. Raises UserError for an unknown preset, or for a donor of the same name from another recipe."""
-    from tqdm import tqdm
-
     zoo = Path(zoo)
     if isinstance(preset, str) and preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     recipes = [replace(r, seed=r.seed + seed) for r in (PRESETS[preset]() if isinstance(preset, str) else preset)]
+    with disk_errors(zoo):
+        zoo.mkdir(parents=True, exist_ok=True)
+        with hold_lock(zoo / f"{STAGING}.lock", zoo, wait=0):
+            _train_missing(zoo, recipes, workers or default_workers(), quiet)
+    return [r.name for r in recipes]
+
+
+def _train_missing(zoo: Path, recipes: list[DonorRecipe], workers: int, quiet: bool) -> None:
+    """Trains the donors that the zoo lacks and adds them. The zoo's lock for training must be held."""
+    from tqdm import tqdm
+
     staging = zoo / STAGING
     missing = [r for r in recipes if not _is_complete(zoo / "models" / r.name, r)]
     trained = [r for r in missing if _is_complete(staging / r.name, r)]
@@ -141,13 +151,12 @@ def train_zoo(
             n_trained += 1
             bar.set_description(f"training donors: {n_trained}/{len(recipes)} finished")
 
-        run_jobs(partial(_train_into, staging), todo, workers or default_workers(), bar.update, on_finish)
+        run_jobs(partial(_train_into, staging), todo, workers, bar.update, on_finish)
     if missing:
-        from zoo.add import add
-
         add([str(staging / r.name) for r in missing], zoo, quiet=True)
+    else:  # the process that trained them may have been killed before it wrote the manifest
+        merge_manifest(zoo)
     shutil.rmtree(staging)
-    return [r.name for r in recipes]
 
 
 def _train_into(staging: Path, recipe: DonorRecipe, report: ReportProgress) -> None:

@@ -5,7 +5,6 @@ A state is tensors and a step number in one safetensors file. It is written whol
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zoo.checkpoints.writer import disk_errors
+from zoo.checkpoints.atomic import replacement_file
 from zoo.errors import UserError
 
 STATE_FILE = "training.safetensors"
@@ -26,14 +25,10 @@ NOTE_EVERY = 50  # steps between two updates of the note beside the progress bar
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], step: int, identity: str) -> None:
-    """Writes `tensors` with the next step and the identity of their run, under a temporary name that is then
-    renamed."""
-    temporary = path.with_name(path.name + ".part")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes `tensors` with the next step and the identity of their run, in place of an older state."""
+    with replacement_file(path) as partial:
         on_cpu = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-        save_file(on_cpu, temporary, {"step": str(step), "recipe": identity})
-        os.replace(temporary, path)
+        save_file(on_cpu, partial, {"step": str(step), "recipe": identity})
 
 
 def load_state(path: Path, identity: str) -> tuple[dict[str, Tensor], int]:
@@ -73,8 +68,8 @@ def restore_training(tensors: dict[str, Tensor], model: nn.Module, optimizer: An
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only sets a flag, which the yielded function returns: no step is cut in two. A second
-    Ctrl-C interrupts at once. Outside the main thread no handler can be set, and nothing changes."""
+    """Inside, the first Ctrl-C or SIGTERM only sets a flag, which the yielded function returns: no step is cut in two.
+    A second one interrupts at once. Outside the main thread no handler can be set, and nothing changes."""
     interrupted = False
 
     def handler(number: int, frame: object) -> None:
@@ -86,11 +81,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def resumable_steps(
@@ -103,7 +99,7 @@ def resumable_steps(
     note: Callable[[], str] = lambda: "",
 ) -> Generator[int, None, None]:
     """Yields the numbers of the steps from `start` on, with a progress bar and `note` beside it. `save(step)` is
-    called before every `every`-th step. After Ctrl-C it is called once more, then KeyboardInterrupt is raised.
+    called before every `every`-th step. After Ctrl-C or SIGTERM it is called once more, then comes KeyboardInterrupt.
 
     Iterate inside `contextlib.closing`, so that an error between two steps resets the signal handler at once."""
     bar = tqdm(total=total, initial=start, desc=label, unit="step", disable=quiet)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor
 
-from zoo.checkpoints.writer import disk_errors
+from zoo.checkpoints.atomic import disk_errors, is_unused, sync, sync_tree, work_folder
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.training.resumable import STATE_FILE, load_state, resumable_steps, save_state
@@ -65,13 +65,24 @@ def train_in_folder(run: Run, prepare: Callable[[], Trainer]) -> Path:
     process makes the same steps, so their number does not change the result; the main one writes.
 
     Raises UserError if the folder is in use (without `resume`), or holds a run with another identity."""
-    finished = claim_folder(run.out, run.resume, run.record_file)
-    if finished is not None:
-        if finished != run.identity:
+    with contextlib.ExitStack() as stack:
+        if int(os.environ.get("RANK", "0")) == 0:  # the process that writes
+            stack.enter_context(work_folder(run.out, lambda: finished_identity(run)))
+        finished = finished_identity(run)
+        if finished is not None and finished != run.identity:
             raise UserError(
                 f"{run.out}: holds a finished {run.label} run with other settings or another zoo; give another --out"
             )
-        return run.out
+        if finished is None:
+            _train(run, prepare)
+        else:  # a process that was killed at the very end left them
+            (run.out / STATE_FILE).unlink(missing_ok=True)
+            shutil.rmtree(run.out / STAGING_FOLDER, ignore_errors=True)
+    return run.out
+
+
+def _train(run: Run, prepare: Callable[[], Trainer]) -> None:
+    """Restores, trains and publishes a run that is not finished."""
     trainer = prepare()
     is_main, state_file, start = trainer.accelerator.is_main_process, run.out / STATE_FILE, 0
     if state_file.is_file():
@@ -91,7 +102,6 @@ def train_in_folder(run: Run, prepare: Callable[[], Trainer]) -> Path:
         _publish(run, trainer)
         state_file.unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
-    return run.out
 
 
 def run_identity(config: Any, zoo: Zoo, *more: str) -> str:
@@ -100,20 +110,21 @@ def run_identity(config: Any, zoo: Zoo, *more: str) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def claim_folder(out: Path, resume: bool, record_file: str) -> str | None:
-    """Makes `out` the folder of a run. Returns the identity in its `record_file`, or None if the run is not finished.
+def finished_identity(run: Run) -> str | None:
+    """The identity in the record of a finished run in the run's folder, None where no run is finished there.
 
     Raises UserError for a file, for a folder in use (without `resume`), and for one that holds no run."""
+    out = run.out
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder with --out")
-    if out.exists() and any(out.iterdir()):
-        if not resume:
-            raise UserError(f"{out}: exists and is not empty; give another --out, or --resume to continue")
-        if (out / record_file).is_file():
-            return str(json.loads((out / record_file).read_text()).get("identity"))
-        if not (out / STATE_FILE).is_file() and not (out / STAGING_FOLDER).is_dir():
-            raise UserError(f"{out}: holds no run to resume; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    if is_unused(out):
+        return None
+    if not run.resume:
+        raise UserError(f"{out}: exists and is not empty; give another --out, or --resume to continue")
+    if (out / run.record_file).is_file():
+        return str(json.loads((out / run.record_file).read_text()).get("identity"))
+    if not (out / STATE_FILE).is_file() and not (out / STAGING_FOLDER).is_dir():
+        raise UserError(f"{out}: holds no run to resume; give another --out")
     return None
 
 
@@ -121,11 +132,16 @@ def _publish(run: Run, trainer: Trainer) -> None:
     """Writes the result aside, then moves it into the run's folder, the record last."""
     staging = run.out / STAGING_FOLDER
     with disk_errors(run.out):
+        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
         record = trainer.save(staging)
         (staging / run.record_file).write_text(json.dumps(record, indent=2) + "\n")
+        sync_tree(staging)
         for path in sorted(staging.iterdir(), key=lambda p: (p.name == run.record_file, p.name)):
             target = run.out / path.name
             if target.is_dir():
                 shutil.rmtree(target)
+            if path.name == run.record_file:
+                sync(run.out)  # everything else is on the disk before the record that declares it complete
             os.replace(path, target)
+        sync(run.out)
         staging.rmdir()

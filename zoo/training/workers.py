@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
+MAX_WAIT_FOR_WORKER = 5  # seconds that a terminated worker may take to end
 Job = TypeVar("Job")
 ReportProgress = Callable[[int], object]  # called with the progress since its last call
 
@@ -55,9 +56,12 @@ def run_jobs(
                 while True:
                     update(reports.get(timeout=0.05))
         except BaseException:
-            for process in list(pool._processes.values()):
+            processes = list(pool._processes.values())
+            for process in processes:
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:  # they may still write into a folder that the caller removes
+                process.join(MAX_WAIT_FOR_WORKER)
             raise
 
 

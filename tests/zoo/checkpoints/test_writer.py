@@ -18,9 +18,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from zoo.checkpoints.atomic import new_folder, replace_file
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.headers import INDEX
-from zoo.checkpoints.writer import new_folder, replace_file, write_checkpoint
+from zoo.checkpoints.writer import write_checkpoint
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
