@@ -25,9 +25,10 @@ from headstart.compare.nearest_donor import OTHER_COORDINATES, nearest_donor
 from headstart.config import GenerateConfig
 from headstart.generate.generate import generate
 from headstart.report.scores import REFERENCE, RunResult, count_gradient_spikes, evaluation_points
-from zoo.checkpoints.writer import replace_file
+from zoo.checkpoints.atomic import replace_file
+from zoo.checkpoints.sources import resolve_source
 from zoo.donors.donor import provenance
-from zoo.donors.zoo import Zoo
+from zoo.donors.zoo import Zoo, open_standalone
 from zoo.streams import stream_seed
 from zoo.training.loop import TrainingConfig, activation_rms, evaluate, reproducible, train_steps
 from zoo.training.workers import ReportProgress
@@ -146,7 +147,7 @@ def _initialize(settings: TrialSettings, trial: Trial, folder: Path) -> dict[str
     generate(config, quiet=True)
     seconds = time.perf_counter() - start
     records = json.loads((folder / "headstart.json").read_text())["donors"]
-    zoo = Zoo.open(settings.zoo) if settings.zoo is not None else None
+    zoo = _open_zoo(settings)
     # A pipeline may have learned from donors that this zoo does not hold.
     unknown = dict.fromkeys(("parameters", "loss", "tokens"))
     names = [d["name"] for d in records if zoo is not None and d["name"] in zoo.names]
@@ -158,6 +159,13 @@ def _initialize(settings: TrialSettings, trial: Trial, folder: Path) -> dict[str
         "novelty": novelty,
         "novelty_note": note,
     }
+
+
+def _open_zoo(settings: TrialSettings) -> Zoo | None:
+    """The zoo, else the donor outside a zoo, else None."""
+    if settings.zoo is not None:
+        return Zoo.open(settings.zoo)
+    return None if settings.donor is None else open_standalone(resolve_source(settings.donor), quiet=True)
 
 
 def generate_config(

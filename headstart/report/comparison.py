@@ -156,7 +156,7 @@ def _donor_table(results: Results) -> Table | None:
         Column("donor", lambda d: d["name"], "text"),
         Column("licence", lambda d: str(d["license"]), "text"),
         Column("revision", lambda d: Cell(short_revision(d["revision"]), code=True), "text"),
-        Column("parameters", lambda d: f"{d['parameters']:,}"),
+        Column("parameters", lambda d: or_dash(d["parameters"], "{:,}".format)),
         Column("held-out loss\nof its training", lambda d: or_dash(d["loss"], "{:.3f}".format)),
         Column("tokens seen", lambda d: or_dash(d["tokens"], "{:,}".format)),
     ]
