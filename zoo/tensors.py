@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,6 +110,20 @@ class Metadata:
     positions: int = 0  # learned positions, 0 for none
     experts: int = 0  # experts per layer, 0 for dense
     extra: Mapping[str, object] = field(default_factory=dict)  # further facts that methods need (activation, …)
+
+    @property
+    def layer_sizes(self) -> Mapping[str, tuple[int, ...]]:
+        """Fields whose size differs between layers (Gemma 4's head_dim) -> one size per layer; mostly empty."""
+        return self.extra.get("layer_sizes", {})  # type: ignore[return-value]
+
+    def at_layer(self, layer: int | None) -> Metadata:
+        """The metadata with the sizes of one layer, where layers have sizes of their own."""
+        sizes = {
+            name: values[layer]
+            for name, values in self.layer_sizes.items()
+            if layer is not None and layer < len(values)
+        }
+        return replace(self, **sizes) if sizes else self  # type: ignore[arg-type]
 
     @property
     def embed_scale(self) -> float:

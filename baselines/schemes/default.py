@@ -81,8 +81,9 @@ def empty_model(blueprint: Blueprint) -> nn.Module:
 def model_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """(prefix, block, owner) of the blocks that are initialised one by one, in the model's order.
 
-    A block is an entry of a list of modules, a module without such a list inside, or a module with parameters beside
-    its list. The owner is the innermost enclosing model, whose `_init_weights` applies.
+    A block is an entry of a list of modules, a module without such a list inside, or a module with tensors of its own
+    beside its list (BART's buffer `final_logits_bias`). The owner is the innermost enclosing model, whose
+    `_init_weights` applies.
     """
 
     def walk(module: nn.Module, prefix: str, owner: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -92,11 +93,12 @@ def model_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]
             for i, child in module.named_children():
                 yield f"{prefix}{i}.", child, owner
         elif not any(isinstance(child, nn.ModuleList) for child in module.modules()):
-            if next(module.parameters(), None) is not None:
+            if module.state_dict():
                 yield prefix, module, owner
         else:
-            if module._parameters:
-                yield prefix, _without_children(module), owner
+            own = _without_children(module)
+            if own.state_dict():
+                yield prefix, own, owner
             for name, child in module.named_children():
                 yield from walk(child, f"{prefix}{name}.", owner)
 
@@ -104,7 +106,7 @@ def model_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]
 
 
 def _without_children(module: nn.Module) -> nn.Module:
-    """A module with its own parameters and none of its children."""
+    """A module with its own parameters and buffers and none of its children."""
     twin = copy.copy(module)
     twin._modules = {}
     return twin

@@ -148,7 +148,7 @@ class _Tally:
         for role, values in split_parts(spec, tensor).items():
             self._count(spec, role, values, donor.blueprint.offset(spec))
             low, high = values.aminmax()
-            if values.ndim > 1 and low == high:
+            if values.ndim > 1 and low == high and spec.kind == "weight":  # BART's bias of the logits is [1, V]
                 self.constant.add(spec.name)
                 if low == 0:
                     self.constant_zero.add(spec.name)

@@ -174,7 +174,8 @@ def _hidden_spaces(donor: Donor, energies: EnergyTable) -> Iterator[HiddenSpace]
             shared = energies[key][0]
             per_head = energies[role, layer, expert][0 if role == "attn.q" else 1]
             # The query heads of a KV group are adjacent: [groups, heads of a group, head_dim].
-            grouped = per_head.view(metadata.kv_heads, -1, metadata.head_dim).sum(1).flatten()
+            sizes = metadata.at_layer(layer)
+            grouped = per_head.view(sizes.kv_heads, -1, sizes.head_dim).sum(1).flatten()
             space = "query-key" if role == "attn.q" else "value"
             yield layer, expert, space, key[0], role, shared, grouped
     yield from _residual_spaces(metadata, energies)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoo.checkpoints.files import read_json, refuse_pickle
 from zoo.checkpoints.hub import HUB_ID, with_retries
+from zoo.checkpoints.quantised import without_quantisation
 from zoo.errors import UserError, unknown
 from zoo.tensors import Metadata
 
@@ -74,7 +75,8 @@ def read_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
 def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedConfig:
     """A parsed config.json as transformers' config object. Never runs remote code.
 
-    UserError for an architecture that transformers does not know, a quantised checkpoint, and numbers that disagree.
+    A quantization_config is left out. UserError for an architecture that transformers does not know, and numbers that
+    disagree.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -85,8 +87,7 @@ def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedCo
         if "auto_map" in data:
             raise UserError(f"{where}: model_type {model_type!r} needs remote code (auto_map), which is never run")
         raise UserError(f"{where}: {unknown('model_type', model_type, CONFIG_MAPPING)}"[:300])
-    if data.get("quantization_config"):
-        raise UserError(f"{where}: quantization_config is set, and quantised tensors are not supported; remove it")
+    data = without_quantisation(data)
     _check_sizes(data, CONFIG_MAPPING[model_type], where)
     for key in ("dtype", "torch_dtype"):
         if isinstance(name := data.get(key), str) and not isinstance(getattr(torch, name, None), torch.dtype):
@@ -94,7 +95,7 @@ def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedCo
     rest = {k: v for k, v in data.items() if k not in ("model_type", "auto_map", "transformers_version")}
     try:
         with quiet_transformers():
-            config = AutoConfig.for_model(model_type, **copy.deepcopy(rest))
+            config = AutoConfig.for_model(model_type, **decode_floats(rest))
     except Exception as error:  # strict validation, an unknown dtype, a missing sub-config
         raise UserError(f"{where}: {_first_reason(error)}") from error
     check_config(config, where)
@@ -104,19 +105,42 @@ def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedCo
 def check_config(config: PretrainedConfig, where: str = "config") -> None:
     """UserError, with keys and values, where the sizes of a config disagree."""
     text = text_config(config)
-    _check_sizes({k: getattr(text, k, None) for keys in SIZE_KEYS.values() for k in keys}, type(text), where)
-    width, heads, kv_heads = _size(text, "width"), _size(text, "heads"), _kv_heads(text)
+    _check_layer(text, where)
+    for layer in _layer_configs(text):
+        _check_layer(layer, where)
     name = {size: _key(text, size) for size in SIZE_KEYS}
-    if width and heads and not _size(text, "head_dim") and width % heads:
-        raise UserError(f"{where}: {name['width']} {width} is not a multiple of {name['heads']} {heads}")
-    if heads and kv_heads and heads % kv_heads:
-        raise UserError(f"{where}: {name['heads']} {heads} is not a multiple of {name['kv_heads']} {kv_heads}")
-    head_dim = _head_dim(text)
-    if head_dim % 2 and _rope(text).get("rope_theta") and "rotary_dim" not in vars(text):
-        raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embedding needs an even one")
     experts, chosen = _size(text, "experts"), _size(text, "experts_per_token")
     if experts and chosen and chosen > experts:
         raise UserError(f"{where}: {name['experts_per_token']} {chosen} exceeds {name['experts']} {experts}")
+
+
+def _check_layer(config: PretrainedConfig, where: str) -> None:
+    """UserError, with keys and values, where the sizes of one layer (or of a config without layers' own) disagree."""
+    _check_sizes({k: _value(config, k) for keys in SIZE_KEYS.values() for k in keys}, type(config), where)
+    width, heads, kv_heads = _size(config, "width"), _size(config, "heads"), _kv_heads(config)
+    name = {size: _key(config, size) for size in SIZE_KEYS}
+    if width and heads and not _size(config, "head_dim") and width % heads:
+        raise UserError(f"{where}: {name['width']} {width} is not a multiple of {name['heads']} {heads}")
+    if heads and kv_heads and heads % kv_heads:
+        raise UserError(f"{where}: {name['heads']} {heads} is not a multiple of {name['kv_heads']} {kv_heads}")
+    head_dim = _head_dim(config)
+    if head_dim % 2 and _rope(config).get("rope_theta") and "rotary_dim" not in vars(config):
+        raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embedding needs an even one")
+
+
+def decode_floats(value: Any) -> Any:
+    """A copy of a parsed config.json with floats in place of what JSON has no number for.
+
+    transformers 5 writes infinity as {"__float__": "Infinity"}, and -Infinity and NaN likewise.
+    """
+    if isinstance(value, Mapping):
+        name = value.get("__float__") if len(value) == 1 else None
+        if isinstance(name, str) and name in ("Infinity", "-Infinity", "NaN"):
+            return float(name)
+        return {key: decode_floats(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(decode_floats(entry) for entry in value)
+    return copy.deepcopy(value)
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -163,6 +187,11 @@ def _model_class(config: PretrainedConfig) -> Any:
             classes = mapping[type(config)]
             return classes[0] if isinstance(classes, tuple) else classes
     raise UserError(f"transformers has no model for a {config.model_type} config; give the config of a whole model")
+
+
+def model_class_name(data: Mapping[str, Any], where: str = "config") -> str:
+    """The name of the class of transformers that a parsed config describes. UserError as `parse_config`."""
+    return _model_class(parse_config(data, where)).__name__
 
 
 def with_language_head(data: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
@@ -224,6 +253,7 @@ def metadata_of(config: PretrainedConfig) -> Metadata | None:
         "experts_per_token": _size(text, "experts_per_token") or None,
         "parallel_block": _parallel(text),
         "post_norm": getattr(text, "do_layer_norm_before", True) is False,  # OPT-350m
+        "layer_sizes": _layer_sizes(text) or None,  # sizes that differ between layers
     }
     return Metadata(
         architecture=config.model_type,
@@ -270,16 +300,55 @@ def _check_sizes(values: Mapping[str, Any], cls: type, where: str) -> None:
             raise UserError(f"{where}: {key} is {value}; give {least} to {most}")
 
 
+def _value(config: PretrainedConfig, key: str, default: Any = None) -> Any:
+    """The value of a key; that of the whole model where layers have values of their own (Gemma 4's head_dim)."""
+    try:
+        return getattr(config, key, default)
+    except RuntimeError:  # transformers raises it for a key that differs between layers
+        whole = copy.copy(config)
+        whole.allow_global_per_layer_attribute_access = True  # type: ignore[attr-defined]
+        with quiet_transformers():
+            return getattr(whole, key, default)
+
+
+def _layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config of each layer, empty where all layers have the values of the whole model."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else []  # type: ignore[attr-defined]
+
+
 def _key(config: PretrainedConfig, size: str) -> str:
     """The key under which a config has a size."""
-    key = next((k for k in SIZE_KEYS[size] if getattr(config, k, None) is not None), SIZE_KEYS[size][0])
+    key = next((k for k in SIZE_KEYS[size] if _value(config, k) is not None), SIZE_KEYS[size][0])
     return config.attribute_map.get(key, key)
 
 
 def _size(config: PretrainedConfig, size: str) -> int:
-    """A size of a config, 0 where the config has none or one per layer."""
-    value = next((v for k in SIZE_KEYS[size] if (v := getattr(config, k, None)) is not None), 0)
+    """A size of a config: 0 where it has none, and that of the first layer where it lists one per layer."""
+    value = next((v for k in SIZE_KEYS[size] if (v := _value(config, k)) is not None), 0)
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
     return value if isinstance(value, int) else 0
+
+
+def _layer_sizes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The sizes that differ between layers: `heads`, `kv_heads`, `head_dim` or `ffn` -> one size per layer."""
+    layers, n_layers = _layer_configs(config), _size(config, "layers")
+    sizes: dict[str, tuple[int, ...]] = {}
+    for size, read in (("heads", _heads), ("kv_heads", _kv_heads), ("head_dim", _head_dim), ("ffn", _ffn)):
+        listed = next((v for k in SIZE_KEYS[size] if isinstance(v := _value(config, k), list | tuple)), ())
+        if layers:
+            sizes[size] = tuple(read(layer) for layer in layers)
+        elif len(listed) == n_layers and all(isinstance(n, int) for n in listed):
+            sizes[size] = tuple(listed)
+    return {size: values for size, values in sizes.items() if len(set(values)) > 1}
+
+
+def _heads(config: PretrainedConfig) -> int:
+    return _size(config, "heads")
+
+
+def _ffn(config: PretrainedConfig) -> int:
+    return _size(config, "ffn")
 
 
 def _kv_heads(config: PretrainedConfig) -> int:

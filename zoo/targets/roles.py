@@ -72,10 +72,11 @@ def parse_name(name: str) -> tuple[str, int | None, int | None]:
     return path, int(layer[3]) if layer else None, int(expert[2]) if expert else None
 
 
-def axis_sizes(metadata: Metadata | None, expert: int | None = None) -> dict[str, int]:
-    """Axis -> size, for the axes whose size the config determines."""
+def axis_sizes(metadata: Metadata | None, expert: int | None = None, layer: int | None = None) -> dict[str, int]:
+    """Axis -> size, for the axes whose size the config determines. layer: for sizes that differ between layers."""
     if metadata is None:
         return {}
+    metadata = metadata.at_layer(layer)
     ffn = metadata.ffn if expert is None else int(str(metadata.extra.get("expert_ffn", metadata.ffn)))
     return {
         "residual": metadata.width,
@@ -97,7 +98,7 @@ def apply_rule(
     """The spec of a tensor by its rule. Its role is `other` where the shape does not agree with the axes."""
     _, layer, expert = parse_name(name)
     kind = weight_or_bias(name)
-    length = axis_sizes(metadata, expert)
+    length = axis_sizes(metadata, expert, layer)
     transposed = rule.layout == "columns" and kind == "weight"
     logical = shape[::-1] if transposed else shape
     parts = []
@@ -129,14 +130,16 @@ def _spec_without_axes(name: str, shape: tuple[int, ...], dtype: torch.dtype, ro
     return TensorSpec(name, shape, dtype, (part,), layer, weight_or_bias(name), expert=expert)
 
 
-def infer_rule(path: str, shape: tuple[int, ...], metadata: Metadata | None, neighbours: Collection[str]) -> Rule:
+def infer_rule(
+    path: str, shape: tuple[int, ...], metadata: Metadata | None, neighbours: Collection[str], layer: int | None = None
+) -> Rule:
     """The rule of a module without a table, from the end of its path; `neighbours` are all paths of the model."""
     if _FOREIGN.search(path):
         return OTHER
     inside = "{L}" in path
     attention = re.search(r"att", path.rpartition("{L}")[2], re.IGNORECASE)
     if _NORM_NAME.search(path.rpartition("{L}")[2]) and len(shape) == 1:
-        return _infer_norm(path, shape[0], metadata, neighbours)
+        return _infer_norm(path, shape[0], metadata.at_layer(layer) if metadata else None, neighbours)
     candidates = (_INFERRED_ATTENTION if attention else _INFERRED_MLP) if inside else _INFERRED_OUTSIDE
     for pattern, rule in candidates:
         if re.search(rf"(^|\.){pattern}$", path):
@@ -195,13 +198,13 @@ def assign_roles(
     neighbours = {parse_name(name)[0] for name, _, _ in tensors}
     specs = []
     for name, shape, dtype in tensors:
-        path = parse_name(name)[0]
+        path, layer, _ = parse_name(name)
         if name in convolutions:
             specs.append(_spec_without_axes(name, shape, dtype, "conv"))
         elif table is not None:
             specs.append(apply_rule(table.get(path, OTHER), name, shape, dtype, metadata))
         else:
-            rule = OTHER if path == name else infer_rule(path, shape, metadata, neighbours)
+            rule = OTHER if path == name else infer_rule(path, shape, metadata, neighbours, layer)
             layout = "columns" if name in transposed else rule.layout
             specs.append(apply_rule(Rule(rule.parts, rule.site, layout), name, shape, dtype, metadata))
     return tuple(specs)
