@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from baselines.transfer.donor_choice import DonorRequest, choose_donor
+from baselines.transfer.donor_choice import DonorRequest, choose_donor, copies_by_name
 from baselines.transfer.gather import fixed_maps
 from baselines.transfer.sizes import describe_changes, metadata_pair
 from baselines.transfer.vocabulary import VocabularyRows, vocabulary_rows
@@ -45,6 +45,15 @@ class Transfer(Sampler):
         """Whether an axis of the target may be larger than the donor's."""
         return False
 
+    @property
+    def copies_own_shape(self) -> bool:
+        """Whether a donor of the target's own architecture and shape is copied tensor by tensor."""
+        return True
+
+    def is_copy(self, blueprint: Blueprint) -> bool:
+        """Whether `sample` copies every tensor of the fitted donor by its name."""
+        return self.copies_own_shape and copies_by_name(self.source, blueprint, self.tokenizer)
+
     def extra_mismatches(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         """The method's own reasons why a donor cannot fill a target. Reads configs only."""
         return []
@@ -76,6 +85,7 @@ class Transfer(Sampler):
             allow_larger=self.allow_larger,
             extra_mismatches=self.extra_mismatches,
             how_to_grow=self.how_to_grow,
+            copies=self.copies_own_shape,
         )
         return choose_donor(zoo, blueprint, request)
 

@@ -6,7 +6,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from baselines.transfer.index_rules import rope_index
+from baselines.transfer.matching import has_unknown_axes, name_pattern, same_tensors, unmatched_tensors
 from baselines.transfer.sizes import axis_sizes, rotary_dim
 from baselines.transfer.vocabulary import vocabulary_rows
 from zoo.donors.donor import Donor, dissimilarity
@@ -29,6 +32,7 @@ class DonorRequest:
     allow_larger: bool = False  # whether an axis of the target may be larger than the donor's
     extra_mismatches: ExtraMismatches = lambda donor, blueprint: []  # the method's own reasons against a donor
     how_to_grow: str = ""  # advice for a target with a larger axis
+    copies: bool = False  # whether it copies a donor of the target's own shape tensor by tensor, of any architecture
 
 
 def choose_donor(zoo: Zoo | None, blueprint: Blueprint, request: DonorRequest) -> Donor:
@@ -77,8 +81,15 @@ def mismatches(donor: Donor, blueprint: Blueprint, allow_larger: bool) -> list[s
             return [f"{who} ({side.metadata.architecture}) has no attention heads"]
         if not _has_uniform_layers(side):
             return [f"{who} ({side.metadata.architecture}) has layers of several kinds; index maps need one kind"]
+        if depths := _other_depths(side):
+            sizes = ", ".join(f"{stack} {n}" for stack, n in depths.items())
+            return [
+                f"{who} ({side.metadata.architecture}) has stacks of different depths ({sizes}) and only its own shape"
+                " is possible"
+            ]
     found = [f"the target has {role} and the donor has none" for role in sorted(target_kinds - donor_kinds)]
     found += [f"the donor has {role} and the target has none" for role in sorted(donor_kinds - target_kinds)]
+    found += [] if found else unmatched_tensors(donor.blueprint, blueprint)
     if source.norm != target.norm:
         found.append(f"the donor has {source.norm} norms and the target {target.norm} norms")
     if (source.rope_theta is None) != (target.rope_theta is None):
@@ -97,6 +108,8 @@ def mismatches(donor: Donor, blueprint: Blueprint, allow_larger: bool) -> list[s
 
 def _check_donor(donor: Donor, blueprint: Blueprint, request: DonorRequest) -> tuple[list[str], bool]:
     """(why a donor does not fit, whether it has the target's tokenizer)."""
+    if request.copies and copies_by_name(donor, blueprint, request.tokenizer):
+        return [], True
     reasons = mismatches(donor, blueprint, request.allow_larger) or request.extra_mismatches(donor, blueprint)
     if reasons:
         return reasons, False
@@ -104,6 +117,17 @@ def _check_donor(donor: Donor, blueprint: Blueprint, request: DonorRequest) -> t
         return [], vocabulary_rows(donor, blueprint, request.tokenizer).same_tokenizer
     except UserError as error:
         return [str(error)], False
+
+
+def copies_by_name(donor: Donor, blueprint: Blueprint, tokenizer: str | None) -> bool:
+    """Whether a target has exactly the donor's tensors, and its tokens are in the same rows."""
+    if not same_tensors(donor, blueprint):
+        return False
+    try:
+        rows = vocabulary_rows(donor, blueprint, tokenizer).index
+    except UserError:
+        return False
+    return torch.equal(rows, torch.arange(len(rows)))
 
 
 def _refusal(zoo: Zoo, blueprint: Blueprint, request: DonorRequest, messages: list[str]) -> str:
@@ -131,9 +155,23 @@ def _tensor_kinds(blueprint: Blueprint) -> set[str]:
 
 
 def _has_uniform_layers(blueprint: Blueprint) -> bool:
-    """Whether every layer has the same kinds of tensors."""
-    kinds: dict[int, set[tuple[str, str, str | None, bool]]] = {}
+    """Whether all layers of a stack have the same tensors of known roles, of the same sizes."""
+    if blueprint.metadata is not None and blueprint.metadata.layer_sizes:
+        return False
+    kinds: dict[str, dict[int, set[tuple[str, str, str]]]] = {}
     for spec in blueprint.specs:
         if spec.layer is not None and spec.role != "other":
-            kinds.setdefault(spec.layer, set()).add((spec.role, spec.kind, spec.site, spec.expert is not None))
-    return len({frozenset(kind) for kind in kinds.values()}) <= 1
+            stack, _, path = name_pattern(spec).partition("{L}")
+            kinds.setdefault(stack, {}).setdefault(spec.layer, set()).add((path, spec.kind, spec.role))
+    return all(len({frozenset(kind) for kind in layers.values()}) <= 1 for layers in kinds.values())
+
+
+def _other_depths(blueprint: Blueprint) -> dict[str, int]:
+    """{stack: its depth} of an encoder-decoder whose stacks differ in depth; empty where all have one depth."""
+    depths: dict[str, int] = {}
+    for spec in blueprint.specs:
+        if spec.layer is not None and not has_unknown_axes(spec):
+            stack = name_pattern(spec).partition("{L}")[0].strip(".")
+            depths[stack] = max(depths.get(stack, 0), spec.layer + 1)
+    assert blueprint.metadata is not None
+    return depths if any(depth != blueprint.metadata.layers for depth in depths.values()) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,24 +11,21 @@ from torch import Tensor
 
 from baselines.transfer.index_maps import AxisMap, IndexMaps, map_part
 from baselines.transfer.index_rules import number_new_rows, rope_index
+from baselines.transfer.matching import DonorParts, has_unknown_axes
 from baselines.transfer.sizes import metadata_pair, rotary_dim
 from baselines.transfer.vocabulary import VocabularyRows
 from zoo.donors.donor import Donor
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
-from zoo.tensors import Part, TensorSpec, join_parts, split_parts
-
-PartKey = tuple[str, str, str, str | None, int | None, int | None]
+from zoo.tensors import Metadata, Part, TensorSpec, join_parts, split_parts
 
 
 def fixed_maps(donor: Donor, blueprint: Blueprint, rows: VocabularyRows) -> dict[str, Any]:
     """The maps that no method decides: vocabulary, positions, coordinates within a head, experts."""
     source, target = metadata_pair(donor, blueprint)
-    positions = torch.arange(_position_rows(blueprint))
-    positions[_position_rows(donor.blueprint) :] = -1
     return {
         "vocab": AxisMap(number_new_rows(rows.index, source.vocab)),
-        "position": AxisMap(number_new_rows(positions, _position_rows(donor.blueprint))),
+        "position": _position_map(_position_rows(donor.blueprint), _position_rows(blueprint)),
         "head_dim": AxisMap(rope_index(source.head_dim, target.head_dim, rotary_dim(source))),
         "experts": tuple(i * source.experts // target.experts for i in range(target.experts)),
     }
@@ -36,12 +34,15 @@ def fixed_maps(donor: Donor, blueprint: Blueprint, rows: VocabularyRows) -> dict
 def gather_tensors(
     donor: Donor, blueprint: Blueprint, maps_of: Callable[[str], IndexMaps], seed: int, method: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) for every tensor of the target whose role is known, in float32 (float64 where the donor's is).
+    """(name, tensor) for every tensor of the target that the donor has, in float32 (float64 where the donor's is).
+
+    A tensor comes from the donor's tensor of the same name, with layer and expert mapped. A tensor with unknown axes is
+    copied whole, in the donor's dtype, where it has the donor's shape; otherwise it is left out.
 
     maps_of: the maps for the tensor of a name; the same maps for all names keep the hidden spaces coupled. method: its
     name, for the random streams of what the donor lacks. One tensor of the donor is in memory at a time.
     """
-    source = {_part_key(spec, part): (spec, part) for spec in donor.blueprint.specs for part in spec.parts}
+    source, (metadata, _) = DonorParts(donor.blueprint, blueprint), metadata_pair(donor, blueprint)
     cache: dict[str, dict[str, Tensor]] = {}
 
     def read_parts(spec: TensorSpec) -> dict[str, Tensor]:
@@ -51,25 +52,35 @@ def gather_tensors(
         return cache[spec.name]
 
     for spec in blueprint.specs:
-        if any("other" in part.axes for part in spec.parts):
-            continue
         maps = maps_of(spec.name)
+        layer = None if spec.layer is None or spec.layer >= len(maps.layers) else maps.layers[spec.layer]
+        expert = None if spec.expert is None or spec.expert >= len(maps.experts) else maps.experts[spec.expert]
+        if has_unknown_axes(spec):
+            found = source.find_unknown(spec, layer, expert)
+            if found is not None and _keeps_places(maps, metadata, spec.layer if layer is not None else None):
+                yield spec.name, donor.read(found.name)
+            continue
         parts = {}
         generator = stream(seed, f"{method}/free/{spec.name}")
         for part in spec.parts:
-            layer = None if spec.layer is None else maps.layers[spec.layer]
-            expert = None if spec.expert is None else maps.experts[spec.expert]
-            key = _part_key(spec, part, layer, expert)
-            if part.role == "head" and key not in source:  # a donor with a tied head
-                key = _embedding_key(donor.blueprint)
-            donor_spec, donor_part = source[key]
+            match = source.find(spec, part, layer, expert)
+            assert match is not None, spec.name  # `donor_choice.mismatches` refuses such a donor
+            donor_spec, donor_part = match
             matrix = read_parts(donor_spec)[donor_part.role]
-            matrix = _append_new_rows(matrix, part, maps, stream(seed, f"{method}/{spec.name}"))
-            parts[part.role] = map_part(matrix, part, maps, spec.layer, spec.expert is not None, spec.kind, generator)
+            part_maps = _with_positions(maps, donor_part, part)
+            matrix = _append_new_rows(matrix, part, part_maps, stream(seed, f"{method}/{spec.name}"))
+            mapped = map_part(matrix, part, part_maps, spec.layer, spec.expert is not None, spec.kind, generator)
+            parts[part.role] = mapped
         tensor = join_parts(spec, parts)
         if spec.role == "norm" and spec.site == "final" and blueprint.ties:
             tensor = _scale_final_norm(tensor, spec, blueprint, maps)
         yield spec.name, tensor
+
+
+def copy_tensors(donor: Donor, blueprint: Blueprint) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for every tensor of a target with the donor's own tensors, by name and in the donor's dtype."""
+    for spec in blueprint.specs:
+        yield spec.name, donor.read(spec.name)
 
 
 def _scale_final_norm(tensor: Tensor, spec: TensorSpec, blueprint: Blueprint, maps: IndexMaps) -> Tensor:
@@ -96,20 +107,30 @@ def _append_new_rows(matrix: Tensor, part: Part, maps: IndexMaps, generator: tor
     return torch.cat([matrix, matrix.mean(0) + matrix.std(0, correction=0) * draws])
 
 
-def _part_key(spec: TensorSpec, part: Part, layer: int | None = None, expert: int | None = None) -> PartKey:
-    """What identifies a part in models of all sizes. `layer` and `expert`, where given, replace the spec's own."""
-    return (
-        part.role,
-        part.axes[0],
-        spec.kind,
-        spec.site,
-        spec.layer if layer is None else layer,
-        spec.expert if expert is None else expert,
-    )
+def _keeps_places(maps: IndexMaps, source: Metadata, layer: int | None) -> bool:
+    """Whether no space that keeps its size changes the places of its coordinates.
+
+    A tensor with unknown axes and the donor's shape then means the same in the target. layer: of the target.
+    """
+    spaces = [(maps.residual, source.width), (maps.vocab, source.vocab), (maps.head_dim, source.head_dim)]
+    if layer is not None:
+        heads, kv_heads = source.heads * source.head_dim, source.kv_heads * source.head_dim
+        spaces += [(maps.heads[layer], heads), (maps.kv_heads[layer], kv_heads), (maps.ffn[layer], source.ffn)]
+    return all(len(m.index) != size or torch.equal(m.index, torch.arange(size)) for m, size in spaces)
 
 
-def _embedding_key(blueprint: Blueprint) -> PartKey:
-    return next(_part_key(spec, part) for spec, part in blueprint.find("embed") if part.axes[0] == "vocab")
+def _with_positions(maps: IndexMaps, donor_part: Part, part: Part) -> IndexMaps:
+    """The maps with the positions of this table: encoder and decoder may have tables of different lengths."""
+    if part.axes[0] != "position" or len(maps.position.index) == part.shape[0]:
+        return maps
+    return replace(maps, position=_position_map(donor_part.shape[0], part.shape[0]))
+
+
+def _position_map(n_source: int, n_target: int) -> AxisMap:
+    """The map of a table of positions: each row in its place, then new rows."""
+    positions = torch.arange(n_target)
+    positions[n_source:] = -1
+    return AxisMap(number_new_rows(positions, n_source))
 
 
 def _position_rows(blueprint: Blueprint) -> int:

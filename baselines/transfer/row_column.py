@@ -16,7 +16,7 @@ from torch import Tensor
 from baselines.transfer import chains
 from baselines.transfer.base import Transfer
 from baselines.transfer.chains import Chain, ChainDonor
-from baselines.transfer.gather import gather_tensors
+from baselines.transfer.gather import copy_tensors, gather_tensors
 from baselines.transfer.growth.base import ends_residual_branch
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import (
@@ -88,6 +88,10 @@ class RowColumn(Transfer):
         return True
 
     @property
+    def copies_own_shape(self) -> bool:
+        return self.coupling == "coupled" and self.sampling == "balanced"
+
+    @property
     def donors(self) -> tuple[str, ...]:
         if self._chain is not None:
             return (self._chain.name,)
@@ -109,6 +113,8 @@ class RowColumn(Transfer):
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self._chain is not None:
             drawn = self._sample_chain(self._chain, blueprint, seed)
+        elif self.is_copy(blueprint):
+            drawn = copy_tensors(self.source, blueprint)
         else:
             drawn = self._sample_donor(blueprint, seed)
         for name, tensor in drawn:

@@ -18,10 +18,15 @@ def axis_sizes(source: Metadata, target: Metadata) -> list[tuple[str, int, int]]
     """[(axis, donor's size, target's size)] of every axis."""
     pairs = [(name, getattr(source, name), getattr(target, name)) for name in ("layers", "width", "ffn", "head_dim")]
     pairs += [("kv_heads", source.kv_heads, target.kv_heads)]
-    pairs += [("heads per KV head", source.heads // source.kv_heads, target.heads // target.kv_heads)]
+    pairs += [("heads per KV head", heads_per_kv_head(source), heads_per_kv_head(target))]
     pairs += [("positions", source.positions, target.positions), ("experts", source.experts, target.experts)]
     pairs += [("expert ffn", expert_ffn_size(source), expert_ffn_size(target))]
     return [*pairs, ("vocab", source.vocab, target.vocab)]
+
+
+def heads_per_kv_head(metadata: Metadata) -> int:
+    """The number of query heads that share a KV head, 0 without attention."""
+    return metadata.heads // metadata.kv_heads if metadata.kv_heads else 0
 
 
 def describe_changes(source: Metadata, target: Metadata) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from baselines.transfer.base import Transfer
-from baselines.transfer.gather import gather_tensors
+from baselines.transfer.gather import copy_tensors, gather_tensors
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import (
     even_layers,
@@ -64,6 +64,9 @@ class WeightSelection(Transfer):
         return self.wider == "repeat"
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self.is_copy(blueprint):
+            yield from copy_tensors(self.source, blueprint)
+            return
         shared = self._choose_maps(blueprint, seed, "")
 
         def maps_of(name: str) -> IndexMaps:

@@ -92,10 +92,10 @@ def sample_with_defaults(
             len(blueprint.names),
             shortened_list(left, 3),
         )
-    if blueprint.unknown:
+    if unknown := [name for name in blueprint.unknown if name in left]:
         log.info(
             "%d tensors have an unknown role and keep the default initialisation: %s",
-            len(blueprint.unknown),
-            shortened_list(blueprint.unknown, 3),
+            len(unknown),
+            shortened_list(unknown, 3),
         )
     yield from Default().fill(blueprint, left, seed)

@@ -43,24 +43,30 @@ def test_a_donor_without_heads_is_passed_over(name: str) -> None:
     assert sampler.planned_donors(zoo_of({"llama": llama, "mamba": mamba()}), target) == ("llama",)
     with pytest.raises(UserError, match="has no attention heads"):
         sampler.planned_donors(zoo_of({"mamba": mamba()}), target)
+    own = sampler.planned_donors(zoo_of({"mamba": mamba()}), Blueprint.from_module(mamba()))
+    assert own == ("mamba",)  # a donor of the target's own shape is copied
     with pytest.raises(UserError, match=r"the target \(mamba\) has no attention heads|the donor has|the target has"):
         sampler.planned_donors(zoo_of({"llama": llama}), Blueprint.from_module(mamba()))
 
 
 def test_layers_of_several_kinds_are_refused() -> None:
     moe = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32)
-    donor = model("qwen2_moe", **SMALL, **moe, num_key_value_heads=4, mlp_only_layers=[0])
+    donor, target = (
+        model("qwen2_moe", **SMALL | {"vocab_size": vocab}, **moe, num_key_value_heads=4, mlp_only_layers=[0])
+        for vocab in (48, 40)
+    )
     for name in ("weight-selection", "row-column", "pruning", "subcloning"):
         with pytest.raises(UserError, match="has layers of several kinds; index maps need one kind"):
-            samplers.get(name)().planned_donors(zoo_of({"moe": donor}), Blueprint.from_module(donor))
+            samplers.get(name)().planned_donors(zoo_of({"moe": donor}), Blueprint.from_module(target))
 
 
 def test_importance_needs_a_known_attention_layout() -> None:
-    falcon = model("falcon", **SMALL)
-    assert samplers.get("weight-selection")().planned_donors(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
+    zoo, target = zoo_of({"falcon": model("falcon", **SMALL)}), model("falcon", **SMALL | {"num_hidden_layers": 1})
+    blueprint = Blueprint.from_module(target)
+    assert samplers.get("weight-selection")().planned_donors(zoo, blueprint)
     for name in ("pruning", "subcloning"):
         with pytest.raises(UserError, match=r"attn\.q.* are unknown, and importance needs them: use weight-selection"):
-            samplers.get(name)().planned_donors(zoo_of({"falcon": falcon}), Blueprint.from_module(falcon))
+            samplers.get(name)().planned_donors(zoo, blueprint)
 
 
 def test_experts_are_subcloned() -> None:

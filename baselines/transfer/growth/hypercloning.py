@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.transfer.gather import gather_tensors
+from baselines.transfer.gather import copy_tensors, gather_tensors
 from baselines.transfer.growth.base import Growth
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import copy_numbers, head_maps, leading_index, multiplicity
@@ -64,6 +64,9 @@ class HyperCloning(Growth):
         return found + ([f"{', '.join(uneven)}; net2wider takes any size"] if uneven else [])
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self.is_copy(blueprint):
+            yield from copy_tensors(self.source, blueprint)
+            return
         maps = self._maps(blueprint)
         for name, tensor in gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name):
             spec = blueprint[name]

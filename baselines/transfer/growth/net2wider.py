@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from baselines.transfer.gather import gather_tensors
+from baselines.transfer.gather import copy_tensors, gather_tensors
 from baselines.transfer.growth.base import Growth, changed_layer_kind, has_post_norm, repeated_layers, silence_layers
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import (
@@ -127,17 +127,22 @@ class Net2Wider(Growth):
         return found + (["expansion=aki"] if self.expansion == "aki" else [])
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        maps = self._draw_maps(blueprint, seed)
-        tensors = gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)
-        if self.expansion == "aki":
-            tensors = self._use_next_layer(tensors, blueprint, maps, seed)
-        for name, tensor in silence_layers(tensors, blueprint, repeated_layers(maps.layers)):
+        tensors = copy_tensors(self.source, blueprint) if self.is_copy(blueprint) else self._grow(blueprint, seed)
+        for name, tensor in tensors:
             if self.noise and tensor.ndim == 2:
                 draws = torch.randn(tensor.shape, generator=stream(seed, f"{self.name}/noise/{name}"))
                 tensor = tensor + self.noise * tensor.std(correction=min(1, tensor.numel() - 1)) * draws.to(
                     tensor.dtype
                 )
             yield name, tensor
+
+    def _grow(self, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the grown target, without noise."""
+        maps = self._draw_maps(blueprint, seed)
+        tensors = gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)
+        if self.expansion == "aki":
+            tensors = self._use_next_layer(tensors, blueprint, maps, seed)
+        yield from silence_layers(tensors, blueprint, repeated_layers(maps.layers))
 
     def _draw_maps(self, blueprint: Blueprint, seed: int) -> IndexMaps:
         source, target = metadata_pair(self.source, blueprint)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.transfer.gather import gather_tensors
+from baselines.transfer.gather import copy_tensors, gather_tensors
 from baselines.transfer.growth.base import (
     Growth,
     changed_layer_kind,
@@ -82,6 +82,9 @@ class Stacking(Growth):
         return found
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self.is_copy(blueprint):
+            yield from copy_tensors(self.source, blueprint)
+            return
         source, target = metadata_pair(self.source, blueprint)
         fixed: dict[str, Any] = self.fixed_maps(blueprint)
         heads, kv_heads = (AxisMap(torch.arange(n * source.head_dim)) for n in (source.heads, source.kv_heads))

@@ -121,6 +121,9 @@ class Shrinking(Transfer):
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         super().fit(zoo, blueprint)
         windows = self._calibration(self.source)
+        self._kept = None
+        if self.is_copy(blueprint):
+            return self
         if windows is not None:
             log.info("%s: calibrated on %d tokens of %s", self.name, windows.numel(), Path(str(self.text)).name)
         self._kept = self._choose_parts(blueprint, windows)
@@ -175,8 +178,9 @@ class Shrinking(Transfer):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
-        return values, tensors | self.kept_parts.tensors()
+        return values, tensors | (self._kept.tensors() if self._kept is not None else {})
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().restore(values, tensors)
-        self._kept = KeptParts(**{f.name: tensors[f.name] for f in fields(KeptParts)})
+        names = [f.name for f in fields(KeptParts)]
+        self._kept = KeptParts(**{name: tensors[name] for name in names}) if names[0] in tensors else None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from baselines.transfer.gather import gather_tensors
+from baselines.transfer.gather import copy_tensors, gather_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking
 from baselines.transfer.shrinking.calibration import load_model, window_length
 from baselines.transfer.shrinking.importance import Scores, score_by_weights, top_indices
@@ -204,6 +204,9 @@ class LearnedPruning(Shrinking):
         return dict(gather_tensors(donor, blueprint, lambda _: maps, self.mask_seed, self.name))
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self.is_copy(blueprint):
+            yield from copy_tensors(self.source, blueprint)
+            return
         if self._trained:
             yield from self._trained.items()
             return

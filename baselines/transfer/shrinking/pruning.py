@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from baselines.transfer.gather import gather_tensors
+from baselines.transfer.gather import copy_tensors, gather_tensors
 from baselines.transfer.index_maps import IndexMaps
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, select_layers, select_parts, spread_ratio
 from baselines.transfer.shrinking.calibration import load_model, observe_inputs, run_windows
@@ -96,6 +96,9 @@ class Pruning(Shrinking):
         return self._kept
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self.is_copy(blueprint):
+            yield from copy_tensors(self.source, blueprint)
+            return
         maps = self.index_maps(blueprint, rescale=False)
         assert blueprint.metadata is not None
         offset = blueprint.metadata.gain_offset

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from baselines.transfer.gather import gather_tensors
+from baselines.transfer.gather import copy_tensors, gather_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, drop_middle_layers, select_parts
 from baselines.transfer.shrinking.calibration import load_model
 from baselines.transfer.shrinking.importance import score_by_activations, score_by_weights
@@ -45,5 +45,8 @@ class Subcloning(Shrinking):
         return select_parts(scores, drop_middle_layers(source.layers, target.layers), source, target)
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        if self.is_copy(blueprint):
+            yield from copy_tensors(self.source, blueprint)
+            return
         maps = self.index_maps(blueprint, rescale=self.rescale == "sqrt")
         yield from gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)

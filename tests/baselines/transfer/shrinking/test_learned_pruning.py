@@ -253,8 +253,8 @@ def test_the_same_shape_is_the_donor(tmp_path: Path, trained: Zoo, text: str) ->
     ("name", "changes", "reason"),
     [
         ("gpt2", {"n_inner": 64}, "masks are exact only for llama, .*, not for gpt2: use pruning"),
-        ("gemma2", {}, "not for gemma2: use pruning"),
-        ("olmo2", {}, "not for olmo2: use pruning"),
+        ("gemma2", {"intermediate_size": 32}, "not for gemma2: use pruning"),
+        ("olmo2", {"intermediate_size": 32}, "not for olmo2: use pruning"),
         ("llama", {"head_dim": 4}, "head_dim 8 cannot be masked to 4: use pruning"),
         ("llama", {"num_attention_heads": 2}, "2 query heads per KV head share a mask, but the target has 1"),
         ("llama", {"num_hidden_layers": 4}, "layers 3 are fewer than the target's 4"),
