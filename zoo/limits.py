@@ -19,7 +19,8 @@ MAX_LICENSE = 200  # characters of a licence's name
 
 # JSON and YAML. Parsed, a value takes 60 to 180 bytes.
 MAX_JSON = 64_000_000  # bytes of a JSON file: the largest tokenizers have 35 million
-MAX_JSON_VALUES = 4_000_000  # values of a JSON file: the largest tokenizers have 2.5 million
+MAX_JSON_VALUES = 3_000_000  # values of a JSON file: a tokenizer of 900,000 tokens has 2.7 million
+MAX_KEYS = 1_000_000  # keys of a JSON object: the largest vocabularies have 900,000 tokens
 MAX_NESTING = 100  # levels of lists and objects: real files have up to ten, Python's stack allows some hundred
 MAX_DIGITS = 100  # digits of a whole number: longer ones are neither sizes nor ids, and do not fit a float
 MAX_CONFIG = 4_000_000  # bytes of a config.json: 21,000 labels take 1.6 million
