@@ -24,7 +24,12 @@ from zoo.checkpoints.sources import Source, count_tensors, open_source, resolve_
 from zoo.donors.index import refresh_index
 from zoo.donors.layout import MANIFEST, RECORD, ROWS
 from zoo.donors.manifest import donor_rows, join_rows, measure, write_rows
-from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint, with_blueprint
+from zoo.donors.model_checkpoint import (
+    ModelCheckpoint,
+    check_against_blueprint,
+    describe_reading,
+    with_blueprint,
+)
 from zoo.donors.records import read_record, write_record
 from zoo.errors import UserError
 from zoo.statistics.health import Finding, check_health, summarise_findings
@@ -129,8 +134,10 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
     files, hashes = open_source(source, quiet)
     checkpoint = with_blueprint(files)
     extra = check_against_blueprint(checkpoint)
-    if extra and not quiet:
-        print(f"{source.names[0]}: {len(extra)} tensors are not in its config ({extra[0]}, …)", file=sys.stderr)
+    if not quiet:
+        notes = [f"{len(extra)} tensors are not in its config ({extra[0]}, …)"] if extra else []
+        for note in notes + describe_reading(checkpoint):
+            print(f"{source.names[0]}: {note}", file=sys.stderr)
     revision = source.commit or f"sha256:{content_hash(hashes)}"
     home = _find_donor(models, source, revision)
     if home is not None:
@@ -159,9 +166,9 @@ def _copy_donor(
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=quiet))
         measures = {}
-        for entry in checkpoint.entries.values():  # before anything is written, because this refuses NaN
-            measures[entry.name] = measure(checkpoint, entry)
-            bar.update(entry.nbytes)
+        for name in checkpoint.names:  # before anything is written, because this refuses NaN
+            measures[name] = measure(checkpoint, checkpoint.entries[name])
+            bar.update(checkpoint.entries[name].nbytes)
         stack.enter_context(disk_errors(models))
         models.mkdir(parents=True, exist_ok=True)
         staging = models / f".{source.names[0]}-{sha256[:16]}"
@@ -245,7 +252,7 @@ def _restore(home: Path, checkpoint: ModelCheckpoint, record: dict[str, Any]) ->
     for file in _missing_files(home, record):
         _copy(checkpoint.folder / file, home / file, record["files"][file])
     if not (home / ROWS).exists():
-        measures = {e.name: measure(checkpoint, e) for e in checkpoint.entries.values()}
+        measures = {name: measure(checkpoint, checkpoint.entries[name]) for name in checkpoint.names}
         write_rows(home / ROWS, donor_rows(checkpoint, home.name, record["revision"], record["license"], measures))
         write_record(home, record)
 
@@ -269,7 +276,7 @@ def _summary(
         "revision": record["revision"],
         "license": record["license"],
         "state": state,
-        "tensors": len(Checkpoint.open(home).entries),
+        "tensors": len(Checkpoint.open(home).names),
         "read": source.size,
         "download": download,
         "write": source.size if state == "added" else 0,

@@ -100,16 +100,20 @@ class Checkpoint:
 
     def read_stored(self, entry: Entry) -> Tensor:
         """One tensor as it is on disk: the codes of a quantised one. UserError for a file that is too short."""
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        return self.read_values(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
+
+    def read_values(self, entry: Entry, begin: int, end: int) -> Tensor:
+        """The values number `begin` to `end` of a tensor as it is on disk. UserError for a file that is too short."""
+        raw = torch.empty((end - begin) * entry.dtype.itemsize, dtype=torch.uint8)
         try:
             with (self.folder / entry.file).open("rb") as f:
-                f.seek(entry.offset)
+                f.seek(entry.offset + begin * entry.dtype.itemsize)
                 count = f.readinto(memoryview(raw.numpy()))
         except OSError as error:
             raise UserError(f"{self.folder / entry.file}: cannot be read ({error.strerror})") from error
-        if count != entry.nbytes:
+        if count != len(raw):
             raise UserError(f"{self.folder / entry.file}: ends inside tensor {entry.name!r}; download the file again")
-        return raw.view(entry.dtype).reshape(entry.shape)
+        return raw.view(entry.dtype)
 
     def vocabulary(self) -> dict[str, int] | None:
         """Token string -> id from tokenizer.json, added tokens included. None without that file."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,18 @@ def dequantise(weight: QuantisedWeight, read: Callable[[Entry], Tensor]) -> Tens
     else:
         values *= _expand(scale.float(), weight)
     return values * BNB_SCALE if weight.is_bitsandbytes else values
+
+
+def count_weights(names: Collection[str]) -> int:
+    """The number of tensors of a model, from their names alone: without what lies beside a quantised weight."""
+
+    def is_companion(name: str) -> bool:
+        module, _, last = name.rpartition(".")
+        beside = (name.removesuffix(end) for end in ("_scale_inv", "_scale", "_zero_point", "_format"))
+        in_module = last == "SCB" or last in OF_ACTIVATIONS
+        return any(other != name and other in names for other in beside) or (in_module and f"{module}.weight" in names)
+
+    return sum(not is_companion(name) for name in names)
 
 
 def is_code(dtype: torch.dtype) -> bool:
@@ -222,7 +234,7 @@ def _activation_scales(name: str, entries: Mapping[str, Entry]) -> Iterator[str]
 
 def _block_sizes(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """The sizes (rows, columns) of blocks and groups that a config names."""
-    quantisation = next((config[key] for key in CONFIG_KEYS if isinstance(config.get(key), Mapping)), {})
+    quantisation: Mapping[str, Any] = next((config[k] for k in CONFIG_KEYS if isinstance(config.get(k), Mapping)), {})
     groups = quantisation.get("config_groups")
     inner = groups.values() if isinstance(groups, Mapping) else ()
     weights = [g["weights"] for g in inner if isinstance(g, Mapping) and isinstance(g.get("weights"), Mapping)]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zoo.checkpoints.quantised import Quantisation
 from zoo.targets.blueprint import Blueprint
 
 
@@ -41,6 +42,10 @@ class Donor(Protocol):
     def facts(self) -> dict[str, Any]:
         """What is known of its training (loss, tokens, seed), or {}."""
 
+    @property
+    def quantisation(self) -> Quantisation:
+        """Which of its tensors are stored as codes. They are read as float32 values."""
+
     def vocabulary(self) -> dict[str, int] | None:
         """Token string -> id, None without a tokenizer."""
 
@@ -64,8 +69,12 @@ class Donor(Protocol):
 
 
 def provenance(donor: Donor) -> dict[str, Any]:
-    """The record of a donor that cards and JSON files keep: {name, revision, sha256, license}."""
-    return {"name": donor.name, "revision": donor.revision, "sha256": donor.sha256, "license": donor.license}
+    """The record of a donor that cards and JSON files keep: {name, revision, sha256, license}.
+
+    That of a quantised donor has `quantisation` as well.
+    """
+    record = {"name": donor.name, "revision": donor.revision, "sha256": donor.sha256, "license": donor.license}
+    return {**record, "quantisation": str(donor.quantisation)} if donor.quantisation.weights else record
 
 
 def size_gap(donor: Donor, blueprint: Blueprint) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from zoo.checkpoints.files import content_hash
 from zoo.checkpoints.sources import Source, open_source, resolve_source
 from zoo.donors.donor import Donor
 from zoo.donors.layout import RECORD
-from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint
+from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint, describe_reading
 from zoo.donors.records import read_record
 from zoo.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +52,16 @@ class StandaloneDonor(FolderDonor):
     def open(cls, folder: str | Path | Source, quiet: bool = False) -> Self:
         """folder: a folder or a hub id (org/name[@revision]), downloaded if needed. UserError as for `zoo add`."""
         source = folder if isinstance(folder, Source) else resolve_source(str(folder))
+        if source.folder is not None:  # before its files are hashed
+            check_against_blueprint(ModelCheckpoint.open(source.folder))
         base, files = open_source(source, quiet)
         sha256 = content_hash(files)
         revision = source.commit or f"sha256:{sha256}"
         provenance = (source.address, revision, source.license, sha256)
         donor = cls(base.folder, base.config, base.entries, base.files, standalone_name(source), *provenance)
         check_against_blueprint(donor)
+        for line in [] if quiet else describe_reading(donor):
+            log.info("%s: %s", donor.name, line)
         return donor
 
 

@@ -53,9 +53,12 @@ class Measure:
 
 
 def measure(checkpoint: Checkpoint, entry: Entry) -> Measure:
-    """The measure of one tensor, in two passes with CHUNK bytes in memory. UserError for NaN or infinity."""
+    """The measure of one tensor, in two passes with CHUNK bytes in memory. UserError for NaN or infinity.
+
+    Of a quantised weight, the moments are those of its dequantised values, which are in memory as a whole.
+    """
     digest, total, count = hashlib.sha256(), 0.0, 0
-    for raw, values in _chunks(checkpoint.folder / entry.file, entry):
+    for raw, values in _chunks(checkpoint, entry):
         digest.update(raw)
         if not is_finite(values):
             raise UserError(f"{checkpoint.folder}: tensor {entry.name!r} holds NaN or infinity; use another checkpoint")
@@ -64,7 +67,7 @@ def measure(checkpoint: Checkpoint, entry: Entry) -> Measure:
     if not count:
         return Measure(digest.hexdigest(), None, None, None)
     mean, second, fourth = total / count, 0.0, 0.0
-    for _, values in _chunks(checkpoint.folder / entry.file, entry):
+    for _, values in _chunks(checkpoint, entry):
         square = (values.double() - mean).square_()
         second += square.sum().item()
         fourth += square.square_().sum().item()
@@ -79,13 +82,14 @@ def donor_rows(
 ) -> pa.Table:
     """The manifest's rows of one donor, in the order of files and offsets.
 
-    A tensor outside the blueprint has the role `other`.
+    A tensor outside the blueprint has the role `other`. Scales of quantised weights have no row.
     """
     blueprint = checkpoint.blueprint
     specs = {checkpoint.entry(s.name).name: s for s in blueprint.specs}
     # A tied tensor that is stored as well has the role of its own name, not of its twin: `lm_head` is a head.
     rows = []
-    for entry in sorted(checkpoint.entries.values(), key=lambda e: (e.file, e.offset, e.name)):
+    entries = [checkpoint.entries[name] for name in checkpoint.names]
+    for entry in sorted(entries, key=lambda e: (e.file, e.offset, e.name)):
         spec = specs.get(entry.name)
         rows.append(
             {
@@ -158,14 +162,18 @@ def _to_parquet(table: pa.Table) -> bytes:
     return stream.getvalue().to_pybytes()
 
 
-def _chunks(path: Path, entry: Entry) -> Iterable[tuple[bytes, torch.Tensor]]:
-    """A tensor on disk in pieces of at most CHUNK bytes, each as bytes and as a flat tensor."""
+def _chunks(checkpoint: Checkpoint, entry: Entry) -> Iterable[tuple[bytes, torch.Tensor]]:
+    """A tensor on disk in pieces of at most CHUNK bytes, each as bytes and as the flat tensor of its values."""
+    path = checkpoint.folder / entry.file
+    # A code is one byte, so that the place of a byte is that of its value.
+    dequantised = checkpoint.read(entry.name).flatten() if entry.name in checkpoint.quantisation.weights else None
     with path.open("rb") as f:
         f.seek(entry.offset)
-        left = entry.nbytes
-        while left:
-            raw = f.read(min(CHUNK, left))
+        done = 0
+        while done < entry.nbytes:
+            raw = f.read(min(CHUNK, entry.nbytes - done))
             if not raw:
                 raise UserError(f"{path}: ends inside tensor {entry.name!r}; fetch the file again")
-            left -= len(raw)
-            yield raw, torch.frombuffer(bytearray(raw), dtype=entry.dtype)
+            stored = torch.frombuffer(bytearray(raw), dtype=entry.dtype)
+            yield raw, stored if dequantised is None else dequantised[done : done + len(raw)]
+            done += len(raw)

@@ -158,7 +158,6 @@ BAD = {
     "activation": ({**LISTED["llama"], "hidden_act": "nope"}, "hidden_act is 'nope'"),
     "rope": ({**LISTED["llama"], "rope_parameters": {"rope_type": "nope"}}, "rope_parameters is 'nope'"),
     "padding outside the vocabulary": ({**LISTED["llama"], "pad_token_id": 64}, "padding"),
-    "quantised": ({**LISTED["llama"], "quantization_config": {"bits": 4}}, "quantization_config"),
     "inside a multimodal config": (
         {**LISTED["gemma3"], "text_config": {**LISTED["gemma3_text"], "num_key_value_heads": 3}},
         "num_key_value_heads 3",
@@ -176,6 +175,16 @@ def test_a_config_that_cannot_be_is_refused_in_one_line(name: str, tmp_path: Pat
     message = str(error.value)
     assert reason.lower() in message.lower() and str(path) in message
     assert "\n" not in message and len(message) < 400 + len(str(path))
+
+
+def test_the_weights_for_a_quantised_config_are_not_quantised(caplog: pytest.LogCaptureFixture) -> None:
+    quantised = {**LISTED["gemma3"], "quantization_config": {"quant_method": "fp8"}}
+    quantised["text_config"] = {**LISTED["gemma3_text"], "quantization_config": {"quant_method": "fp8"}}
+    plain = {**LISTED["gemma3"], "text_config": LISTED["gemma3_text"]}
+    with caplog.at_level("INFO"):
+        blueprint = Blueprint.from_config(quantised)
+    assert blueprint.config == plain and blueprint.specs == Blueprint.from_config(plain).specs
+    assert "quantization_config is left out" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "", "\xff", '{"model_type": ["llama"]}'])
