@@ -7,7 +7,7 @@ from typing import Any
 
 from autoencoder.model import UnitAutoencoder
 from zoo.checkpoints.files import read_json
-from zoo.checkpoints.hub import with_retries
+from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.errors import UserError
 
 
@@ -18,13 +18,29 @@ def local_folder(source: str | Path, what: str) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+    if folder.exists() or not HUB_ID.fullmatch(str(source)):
         raise UserError(f"{source}: no such folder; give one that holds {what}, or a hub id")
     from huggingface_hub import snapshot_download
 
-    name, _, revision = str(source).partition("@")
-    patterns = ["*.json", "*.safetensors"]
-    return Path(with_retries(lambda: snapshot_download(name, revision=revision or None, allow_patterns=patterns), name))
+    request = _request(str(source))
+    return Path(with_retries(lambda: snapshot_download(**request), str(source)))
+
+
+def download_size(source: str | Path) -> int:
+    """Bytes that `local_folder` would download: of a hub repository, those of its files that are not in the cache."""
+    if Path(source).exists() or not HUB_ID.fullmatch(str(source)):
+        return 0
+    from huggingface_hub import snapshot_download
+
+    request = _request(str(source))
+    files = with_retries(lambda: snapshot_download(**request, dry_run=True), str(source))
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+def _request(source: str) -> dict[str, Any]:
+    """What to download of a hub id: JSON and safetensors files."""
+    repo, _, revision = source.partition("@")
+    return {"repo_id": repo, "revision": revision or None, "allow_patterns": ["*.json", "*.safetensors"]}
 
 
 def load_component(cls: type[Any], folder: Path, config: str, how: str) -> Any:

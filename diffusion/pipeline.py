@@ -30,6 +30,7 @@ from diffusion.conditions import (
 from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, mask_to_group
 from diffusion.memory import Bank, ZooMemory
 from diffusion.views import first_head_unit
+from zoo.checkpoints.hub import with_retries
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.tensors import Metadata
@@ -83,10 +84,10 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         from huggingface_hub import snapshot_download
 
         allowed = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-        return snapshot_download(
-            pretrained_model_name,
-            allow_patterns=["*.json", "*.safetensors"],
-            **{k: v for k, v in kwargs.items() if k in allowed and v is not None},
+        options = {k: v for k, v in kwargs.items() if k in allowed and v is not None}
+        patterns = ["*.json", "*.safetensors"]
+        return with_retries(
+            lambda: snapshot_download(pretrained_model_name, allow_patterns=patterns, **options), pretrained_model_name
         )
 
     @torch.no_grad()

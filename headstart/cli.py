@@ -29,10 +29,11 @@ from headstart.config import (
     ZooTrainConfig,
     config_of,
 )
-from headstart.config_file import FLAGS, merged_options, read_config_file, read_options, split_flags
+from headstart.config_file import FLAGS, TIMEOUT, merged_options, read_config_file, read_options, split_flags
 from headstart.config_values import comma_list
 from headstart.terminal import session
 from zoo.errors import UserError
+from zoo.limits import HUB_TIMEOUT
 
 
 class Device(StrEnum):
@@ -85,6 +86,10 @@ DtypeOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print neither progress nor notes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+TimeoutOption = Annotated[
+    float,
+    typer.Option("--timeout", metavar="SECONDS", help="Give up a hub that makes no progress for so long."),
+]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Print what would be read and written, and do nothing.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted training in --out.")]
 AUTOENCODER_STEPS, DIFFUSION_STEPS = 400, 4000  # defaults of the training configurations, which import torch
@@ -111,7 +116,9 @@ def run_command(ctx: typer.Context, subcommand: str) -> None:
     """Runs a command with the options in `ctx` and in its --config file."""
     from headstart.commands import Invocation, run_config
 
-    flags = {flag: bool(ctx.params.get(flag)) for flag in FLAGS.values()}
+    flags: dict[str, Any] = {flag: bool(ctx.params.get(flag)) for flag in FLAGS.values()}
+    if TIMEOUT in ctx.params:
+        flags[TIMEOUT] = ctx.params[TIMEOUT]
     again = "the same command with --resume" if "resume" in ctx.params else "the same command again"
     with session(flags["quiet"], to_continue=again):
         config = CONFIGS[subcommand].from_options(merged_options(ctx, subcommand))
@@ -170,6 +177,7 @@ def zoo_add(
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Only every N-th source, from number I (the first is 0).")
     ] = ZooAddConfig.shard,
+    timeout: TimeoutOption = HUB_TIMEOUT,
     config: ConfigOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -263,6 +271,7 @@ def generate(
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
+    timeout: TimeoutOption = HUB_TIMEOUT,
     config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -319,6 +328,7 @@ def compare(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out methods that refuse the target, and report why.")
     ] = CompareConfig.keep_going,
+    timeout: TimeoutOption = HUB_TIMEOUT,
     config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -342,6 +352,7 @@ def analyze(
     ] = AnalyzeConfig.bootstraps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
+    timeout: TimeoutOption = HUB_TIMEOUT,
     config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -372,6 +383,7 @@ def lora(
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
+    timeout: TimeoutOption = HUB_TIMEOUT,
     config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -400,6 +412,7 @@ def evaluate(
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
+    timeout: TimeoutOption = HUB_TIMEOUT,
     config: ConfigOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -416,6 +429,10 @@ def run_record(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write here instead.")] = None,
     plan: PlanOption = False,
     resume: ResumeOption = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", help="Give up a hub that makes no progress for so long."),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -430,5 +447,7 @@ def run_record(
                 raise UserError(f"--out {out}: {config.subcommand} writes no output; leave --out out")
             config = dataclasses.replace(config, out=str(out))
         given = {"plan": plan, "resume": resume, "as_json": as_json, "quiet": quiet}
-        flags = {key: value or flags.get(key, False) for key, value in given.items()}
+        flags |= {key: value or flags.get(key, False) for key, value in given.items()}
+        if timeout is not None:
+            flags[TIMEOUT] = timeout
         run_config(config, Invocation(**flags, command=config.to_command()))

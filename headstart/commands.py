@@ -26,8 +26,10 @@ from headstart.config import (
     ZooVerifyConfig,
 )
 from headstart.terminal import cell, print_json, print_records, print_table
+from zoo.checkpoints.hub import hub_session
 from zoo.donors.layout import MANIFEST
 from zoo.errors import UserError, unknown
+from zoo.limits import HUB_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,18 @@ class Invocation:
     quiet: bool = False
     as_json: bool = False
     resume: bool = False
+    timeout: float = HUB_TIMEOUT  # seconds after which a hub that makes no progress is given up
     command: str | None = None  # the command line, for records
 
 
 def run_config(config: CommandConfig, invocation: Invocation) -> None:
     """Runs the command of a configuration. Raises UserError for what the user can correct."""
     check_early(config)
-    COMMANDS[config.subcommand](config, invocation)
+    if config.subcommand not in HUB_COMMANDS:
+        COMMANDS[config.subcommand](config, invocation)
+        return
+    with hub_session(invocation.timeout):
+        COMMANDS[config.subcommand](config, invocation)
 
 
 def check_early(config: CommandConfig) -> None:
@@ -257,3 +264,4 @@ COMMANDS: dict[str, Callable[[Any, Invocation], None]] = {
     "demo": _demo,
     "methods": _methods,
 }
+HUB_COMMANDS = ("generate", "lora", "compare", "analyze", "evaluate", "zoo add")  # that take hub ids: --timeout

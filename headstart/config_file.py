@@ -17,6 +17,7 @@ from zoo.errors import UserError
 
 RECORDS = ("headstart.json", "results.json", "analysis.json", "report.json")  # files with a configuration
 FLAGS = {"plan": "plan", "quiet": "quiet", "json": "as_json", "resume": "resume"}  # option -> field of Invocation
+TIMEOUT = "timeout"  # an option that is no part of a configuration either: results do not depend on it
 FILE_VALUES = "headstart.config_file"  # where a command's context keeps what --config holds
 
 
@@ -43,13 +44,17 @@ def read_options(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def split_flags(record: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, bool]]:
-    """(the options of a configuration, the flags plan, quiet, as_json and resume) of a record."""
+def split_flags(record: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the options of a configuration, how the command runs: plan, quiet, as_json, resume and timeout) of a record."""
     flags = {FLAGS[key]: value for key, value in record.items() if key in FLAGS}
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise UserError(f"{where}: {key} {value}: give true or false")
-    return {key: value for key, value in record.items() if key not in FLAGS}, flags
+    if TIMEOUT in record:
+        flags[TIMEOUT] = seconds = record[TIMEOUT]
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise UserError(f"{where}: {TIMEOUT} {seconds}: give a number of seconds")
+    return {key: value for key, value in record.items() if key not in FLAGS and key != TIMEOUT}, flags
 
 
 def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:

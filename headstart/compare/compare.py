@@ -36,7 +36,7 @@ from headstart.compare.trials import (
 from headstart.config import CompareConfig
 from headstart.devices import torch_device
 from headstart.generate.generate import generate
-from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint
+from headstart.generate.sampling import build_sampler, language_model_blueprint
 from headstart.report.scores import REFERENCE, RunResult, best_setting, score
 from zoo.checkpoints.atomic import is_unused, remove_temporaries, replace_file, temporary_folder, work_folder
 from zoo.donors.zoo import Zoo
@@ -180,7 +180,7 @@ def _check_method(settings: TrialSettings, label: str, out: str | Path) -> None:
         given = {"donor": config.donor, "model": config.model, "tokenizer": settings.tokenizer}
         sampler = build_sampler(cls, config.set, device=settings.device, **given)
         zoo = None if settings.zoo is None else Zoo.open(settings.zoo)
-        fit_sampler(sampler, zoo, language_model_blueprint(settings.target))
+        sampler.fit(zoo, language_model_blueprint(settings.target))
 
 
 def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) -> dict[str, RunResult]:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from autoencoder.loading import download_size
 from headstart import samplers
 from headstart.config import GenerateConfig
 from headstart.devices import torch_device, torch_dtype
 from headstart.generate.card import checkpoint_card
 from headstart.generate.sampling import (
     build_sampler,
-    fit_sampler,
     language_model_blueprint,
     option_fields,
     sample_with_defaults,
@@ -25,7 +25,7 @@ from headstart.generate.sampling import (
 from headstart.generate.tokenizer_files import copy_tokenizer, shared_tokenizer
 from headstart.versions import package_versions
 from zoo.checkpoints.atomic import new_folder
-from zoo.checkpoints.hub import HUB_ID, with_retries
+from zoo.checkpoints.hub import HUB_ID
 from zoo.checkpoints.sources import Source, count_tensors, resolve_source
 from zoo.checkpoints.writer import fill_folder, plan_shards
 from zoo.donors.folder import FolderDonor, standalone_name
@@ -109,7 +109,7 @@ def _open_zoo(job: GenerateJob, quiet: bool) -> Zoo | None:
 
 def _write(job: GenerateJob, zoo: Zoo | None, folder: Path, command: str) -> None:
     sampler, blueprint, config = job.sampler, job.blueprint, job.config
-    fit_sampler(sampler, zoo, blueprint)
+    sampler.fit(zoo, blueprint)
     donors = _folder_donors(zoo, sampler.donors)
     counts = {"sampled": 0, "defaulted": 0}
     tensors = sample_with_defaults(sampler, blueprint, config.seed, counts)
@@ -182,9 +182,4 @@ def _plan(job: GenerateJob, read: list[dict[str, Any]], download: int) -> dict[s
 
 def _model_download(model: str | Path | None) -> int:
     """Bytes of a trained model that is a hub id and not in the cache."""
-    if model is None or Path(model).exists():
-        return 0
-    from huggingface_hub import snapshot_download
-
-    files = with_retries(lambda: snapshot_download(str(model), dry_run=True), f"--model {model}")
-    return sum(file.file_size or 0 for file in files if file.will_download)
+    return 0 if model is None else download_size(model)
