@@ -19,6 +19,7 @@ from zoo.errors import UserError, unknown
 from zoo.targets.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_lora_config, require_peft
 from zoo.vocabulary import BYTE_VOCAB, byte_tokenizer
 
+RECORD = "headstart.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -34,15 +35,27 @@ def locate_checkpoint_and_adapter(
             raise UserError(f"--base {base}: {model} is not an adapter (it has no {ADAPTER_CONFIG}); leave --base out")
         return _find_checkpoint(str(model), quiet), None
     _check_settings(adapter)
-    named = str(base or read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    if base is not None:
+        return _find_checkpoint(str(base), quiet), adapter
+    named = str(read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    written = _base_of_ours(adapter)
+    if written is not None and named.startswith("./"):
+        return _find_checkpoint(written, quiet), adapter
     try:
         return _find_checkpoint(named, quiet), adapter
     except UserError as error:
-        if base is not None:
-            raise
-        if (adapter / BASE_FOLDER).is_dir():  # an adapter that was written with its base and moved since
-            return _find_checkpoint(str(adapter / BASE_FOLDER), quiet), adapter
+        if written is not None:
+            return _find_checkpoint(written, quiet), adapter
         raise UserError(f"{model}: its base {named!r} is not found ({error}); give it with --base MODEL") from error
+
+
+def _base_of_ours(adapter: Path) -> str | None:
+    """The folder of the base of an adapter that `headstart lora` wrote: the changed base inside the adapter's folder,
+    else the folder that was given as --base; None where it is gone, or the adapter is not ours."""
+    if (adapter / BASE_FOLDER).is_dir():
+        return str(adapter / BASE_FOLDER)
+    given = read_json(adapter / RECORD).get("base") if (adapter / RECORD).is_file() else None
+    return given if isinstance(given, str) and "\0" not in given and Path(given).is_dir() else None
 
 
 def load_model(folder: Path, adapter: Path | None, dtype: str | None) -> Any:

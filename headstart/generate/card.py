@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
-from headstart.model_card import card_data, donors_section, how_it_was_made, model_card, warnings_section
+from headstart.cards.card import (
+    card_data,
+    donors_section,
+    how_it_was_made,
+    model_card,
+    pipeline_tag,
+    warnings_section,
+)
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler
@@ -29,7 +36,7 @@ def checkpoint_card(
         donors_section(record["donors"]),
         warnings_section(record["donors"]),
     ]
-    return model_card(card_data(record["donors"], base_models), sections)
+    return model_card(card_data(record["donors"], base_models, pipeline_tag(blueprint.config)), sections)
 
 
 def _introduction(record: dict[str, Any], blueprint: Blueprint) -> str:

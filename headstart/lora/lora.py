@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 from headstart import samplers
 from headstart.config import LoraConfig
 from headstart.devices import torch_device, torch_dtype
-from headstart.generate.sampling import build_sampler, fit_sampler
+from headstart.generate.sampling import build_sampler
 from headstart.generate.tokenizer_files import copy_tokenizer
-from headstart.lora.card import CHANGED_BASE, adapter_card, base_card
+from headstart.lora.card import CHANGED_BASE, PublishedBase, adapter_card, base_card
 from headstart.lora.first_step import FirstStepChange
 from headstart.lora.reference import ReferenceModel, resolve_reference
 from headstart.versions import package_versions
+from zoo.checkpoints.atomic import new_folder
 from zoo.checkpoints.sources import Source, count_tensors, resolve_source
-from zoo.checkpoints.writer import new_folder, plan_shards, write_checkpoint
+from zoo.checkpoints.writer import fill_folder, plan_shards
 from zoo.donors.donor import Donor, provenance
 from zoo.donors.folder import FolderDonor, StandaloneDonor, standalone_name
 from zoo.donors.zoo import Zoo
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 OWN_OPTIONS = {"base": "--base", "reference_model": "--reference"}  # options of methods that are not given with --set
 BASE_FOLDER = "base"  # the folder of a changed base, inside the adapter's
+CACHED_SNAPSHOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})")
 ONE_FILE = "1000TB"  # shard size; PEFT reads an adapter from one file
 
 
@@ -106,23 +109,45 @@ def _prepare(config: LoraConfig) -> LoraJob:
     if sampler.compensated:
         _check_folder_name(Path(config.out))
         refuse_tied_weights(job.adapter)
-        job.adapter.config["base_model_name_or_path"] = str((Path(config.out) / BASE_FOLDER).resolve())
+        job.adapter.config["base_model_name_or_path"] = f"./{BASE_FOLDER}"
     return job
 
 
 def _blueprint(config: LoraConfig, source: Source) -> Blueprint:
     alpha = config.rank if config.alpha is None else config.alpha
-    _, _, revision = str(config.base).partition("@") if source.repo is not None else ("", "", "")
+    base, revision = _base_name(config, source)
     return Blueprint.from_lora(
         source.address if source.folder is None else source.folder,
         {
             "r": config.rank,
             "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
             "target_modules": "all-linear" if config.targets == ("all-linear",) else list(config.targets),
-            "base_model_name_or_path": source.repo or str(config.base),
-            "revision": revision or None,
+            "base_model_name_or_path": base,
+            "revision": revision,
         },
     )
+
+
+def _base_name(config: LoraConfig, source: Source) -> tuple[str, str | None]:
+    """The base in adapter_config.json: a hub id and its revision, or a folder without the folders above it.
+
+    A snapshot in the hub's cache has the id of its repository. `./NAME` stands for a folder that was given by an
+    absolute path; no library takes it for a hub id.
+    """
+    base = str(config.base)
+    if source.repo is not None:
+        return source.repo, base.partition("@")[2] or None
+    path = Path(base)
+    cached = CACHED_SNAPSHOT.fullmatch("/".join(path.absolute().parts[-3:]))
+    if cached is not None:
+        return f"{cached['owner']}/{cached['name']}", cached["commit"]
+    return (f"./{path.name}" if path.is_absolute() else base), None
+
+
+def _published_base(job: LoraJob) -> PublishedBase:
+    name, revision = _base_name(job.config, job.source)
+    on_hub = job.source.repo is not None or revision is not None
+    return PublishedBase(name, on_hub, revision, _auto_class(job.adapter), job.adapter.base.config)
 
 
 def _check_folder_name(out: Path) -> None:
@@ -144,9 +169,9 @@ def _open_zoo(job: LoraJob, base: Donor | None, quiet: bool) -> Zoo | None:
 
 def _write(job: LoraJob, base: FolderDonor | None, zoo: Zoo | None, folder: Path, command: str) -> None:
     change = FirstStepChange()
-    fit_sampler(job.sampler, zoo, job.blueprint)
+    job.sampler.fit(zoo, job.blueprint)
     tensors = change.watch(job.sampler.sample(job.blueprint, job.config.seed), job.adapter, base)
-    write_checkpoint(folder, job.blueprint, tensors, job.dtype, ONE_FILE)
+    fill_folder(folder, job.blueprint, tensors, job.dtype, ONE_FILE)
     (folder / "model.safetensors").rename(folder / ADAPTER_WEIGHTS)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(job.adapter.config, indent=2) + "\n")
     grouping = getattr(job.sampler, "grouping", None)
@@ -166,13 +191,13 @@ def _write(job: LoraJob, base: FolderDonor | None, zoo: Zoo | None, folder: Path
         "changed_base": {"folder": BASE_FOLDER, **CHANGED_BASE} if job.sampler.compensated else None,
         "config": job.config.to_record(),
     }
+    published = _published_base(job)
     if job.sampler.compensated:
         assert base is not None
         _write_base(job, base, folder / BASE_FOLDER, folder / ADAPTER_WEIGHTS)
-        base_card(record, base.license).save(folder / BASE_FOLDER / "README.md")
+        base_card(record, base.license, published).save(folder / BASE_FOLDER / "README.md")
     (folder / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")
-    model_class = _auto_class(job.adapter)
-    adapter_card(record, type(job.sampler), model_class, job.source.repo).save(folder / "README.md")
+    adapter_card(record, type(job.sampler), published).save(folder / "README.md")
 
 
 def _write_base(job: LoraJob, base: FolderDonor, folder: Path, adapter_file: Path) -> None:
@@ -185,7 +210,8 @@ def _write_base(job: LoraJob, base: FolderDonor, folder: Path, adapter_file: Pat
             "original by rounding; --dtype float32 avoids that", " and ".join(sorted(stored)),
         )  # fmt: skip
     tensors = compensated_base(base, job.adapter, adapter_file, torch_device(job.config.device))
-    write_checkpoint(folder, blueprint, tensors, job.dtype)
+    folder.mkdir()
+    fill_folder(folder, blueprint, tensors, job.dtype)
     copy_tokenizer(base.folder, folder, extra=("generation_config.json",))
 
 

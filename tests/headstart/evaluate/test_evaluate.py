@@ -218,6 +218,9 @@ def test_an_adapter_of_ours_is_scored_on_the_base_that_came_with_it(shared_data:
     assert found["base"] == str(moved / "base")
     assert found["tasks"] == evaluate(base, [file], quiet=True)["tasks"]  # base and adapter are the original together
     assert evaluate(moved / "base", [file], quiet=True)["tasks"] != found["tasks"]
+    lora(base, "gaussian", 4, tmp_path / "plain", quiet=True)  # its config names no folder of this machine
+    again = evaluate(tmp_path / "plain", [file], quiet=True)
+    assert again["base"] == str(base) and again["tasks"] == found["tasks"]
 
 
 def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:

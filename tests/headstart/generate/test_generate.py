@@ -89,7 +89,9 @@ def test_the_folder_says_what_made_it(tmp_path: Path) -> None:
 
     data = ModelCard(card).data
     assert data.license == "mit" and data.library_name == "transformers" and "headstart" in data.tags
-    assert record["command"] in card and "not a trained model" in card and used["sha256"][:16] in card
+    assert "not a trained model" in card and used["sha256"][:16] in card and str(tmp_path) not in card
+    assert f"```\n{record['command'].replace(f'{tmp_path}/target/', '').replace(f'{tmp_path}/', '')}\n```" in card
+    assert data.pipeline_tag == "text-generation" and data.base_model is None
 
 
 def test_what_a_donor_lacks_keeps_the_default(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_an_adapter_with_zero_b_leaves_the_logits_bit_equal(name: str, architect
     assert not torch.allclose(logits(trained(found)), before, atol=1e-2)  # the adapter is there
     record = json.loads((out / "headstart.json").read_text())
     assert record["step0"] == {"largest_change": 0.0, "module": None} and record["changed_base"] is None
-    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(original)
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "./original"
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_changed_base_and_adapter_are_the_original_and_convert_back(
     out = written(original, name, tmp_path / "out", alpha=8)
     before = logits(model(original))
     config = json.loads((out / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(out / "base") and config["init_lora_weights"] is True
-    found = adapted(model(config["base_model_name_or_path"]), out, is_trainable=True)
+    assert config["base_model_name_or_path"] == "./base" and config["init_lora_weights"] is True
+    found = adapted(model(out / config["base_model_name_or_path"]), out, is_trainable=True)
     assert (logits(found) - before).abs().max() < 1e-5 * before.abs().max()
     assert (logits(model(out / "base")) - before).abs().max() > 0.1  # something is missing there
     after = logits(trained(found))
@@ -290,10 +290,35 @@ def test_the_record_says_where_it_comes_from(base: Path, tmp_path: Path) -> None
     assert words[:2] == ["headstart", "lora"] and words[words.index("--alpha") + 1] == "2.5"
     assert record["adapter"] == {"rank": 4, "alpha": 2.5, "targets": record["adapter"]["targets"], "pairs": 14}
     card = (out / "README.md").read_text()
-    assert "license: apache-2.0" in card and "library_name: peft" in card and str(base) in card
+    assert "license: apache-2.0" in card and "library_name: peft" in card and "pipeline_tag: text-generation" in card
+    assert "BASE is the folder of `./original`" in card and "base_model:" not in card
+    assert "headstart lora --base original" in card and "--out out" in card
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "headstart.json",
     ]  # fmt: skip
+
+
+def test_no_published_file_names_a_folder_of_this_machine(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (base / "README.md").write_text("---\nlicense: 'Terms: of <b>use</b>'\n---\n")
+    for method in ("gaussian", "pissa"):
+        out = written(base, method, tmp_path / method)
+        for file in (*out.rglob("*.json"), *out.rglob("README.md")):
+            assert str(tmp_path) not in file.read_text() or file.name == "headstart.json", file
+        for card in out.rglob("README.md"):
+            assert "license: other\nlicense_name: 'Terms: of use'\n" in card.read_text()
+    monkeypatch.chdir(tmp_path)  # as it was typed, where that is not absolute
+    config = json.loads((written("original", "gaussian", Path("typed")) / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "original"
+    snapshot = tmp_path / "models--org--some-model" / "snapshots" / ("c" * 40)
+    snapshot.parent.mkdir(parents=True)
+    base.rename(snapshot)
+    out = written(snapshot, "gaussian", tmp_path / "cached")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/some-model", "c" * 40)
+    assert "base_model:\n- org/some-model\n" in (out / "README.md").read_text()
+    assert f'from_pretrained("org/some-model", revision="{"c" * 40}")' in (out / "README.md").read_text()
 
 
 def test_a_plan_counts_and_does_nothing(base: Path, tmp_path: Path) -> None:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from headstart.cards.licenses import license_keys
+from headstart.cards.markdown import (
+    code_block,
+    command_without_folders,
+    escape_markdown,
+    reference_links,
+    table,
+    without_folders,
+)
 from zoo.statistics.grouping import Grouping
+from zoo.targets.configs import model_class_name
+
+# The hub's name for what a model does, by the table of transformers that lists its class.
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_TO_SEQ_CAUSAL_LM": "text-generation",
+    "MASKED_LM": "fill-mask",
+    "IMAGE_TEXT_TO_TEXT": "image-text-to-text",
+}
+DONOR_COLUMNS = {"name": "-", "revision": "-", "license": "unknown"}  # key of a record -> text where it is empty
 
 
 def model_card(data: ModelCardData, sections: Sequence[str]) -> ModelCard:
@@ -19,39 +38,42 @@ def model_card(data: ModelCardData, sections: Sequence[str]) -> ModelCard:
 def card_data(
     donors: Sequence[dict[str, Any]],
     base_models: Sequence[str],
+    pipeline: str | None,
     library: str = "transformers",
     tags: Sequence[str] = (),
 ) -> ModelCardData:
     """The front matter: licences of the donors (their records in headstart.json), and hub ids of what was used."""
-    licenses = sorted({donor["license"] or "unknown" for donor in donors})
-    license_keys: dict[str, Any] = {}
-    if len(licenses) == 1:
-        license_keys = {"license": _license_id(licenses[0])}
-    elif licenses:
-        license_keys = {"license": "other", "license_name": " and ".join(licenses)}
     return ModelCardData(
-        **license_keys,
+        **license_keys(donor["license"] for donor in donors),  # type: ignore[arg-type]
         library_name=library,
+        pipeline_tag=pipeline,
         tags=["headstart", "initialization", *tags],
         base_model=list(base_models) or None,
     )
 
 
-def _license_id(name: str) -> str:
-    """A licence as the hub writes it. The hub calls a licence with a longer name `other`."""
-    return name.lower() if " " not in name else "other"
+def pipeline_tag(config: Mapping[str, Any] | None) -> str | None:
+    """The hub's name for what the model of a config does, None where it has none."""
+    from transformers.models.auto import modeling_auto as auto
+
+    name = None if config is None else model_class_name(config)
+    for task, pipeline in PIPELINES.items():
+        for classes in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
+            if name in ([classes] if isinstance(classes, str) else classes):
+                return pipeline
+    return None
 
 
 def how_it_was_made(record: dict[str, Any], summary: str, reference: str, details: Sequence[str]) -> str:
     """The section with the command, the method, `details` and the options."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     items = [
-        f"Method: `{record['method']}`, {summary} ({reference_link(reference)}).",
+        f"Method: `{record['method']}`, {summary} ({reference_links(reference)}).",
         *details,
         f"Made with {versions}.",
     ]
-    lines = ["```", record["command"], "```", "", *(f"- {item}" for item in items), options_table(record["options"])]
-    return "\n".join(lines)
+    command = code_block(command_without_folders(record["command"]))
+    return "\n".join([command, "", *(f"- {item}" for item in items), options_table(record["options"])])
 
 
 def grouping_detail(record: dict[str, Any]) -> list[str]:
@@ -59,31 +81,24 @@ def grouping_detail(record: dict[str, Any]) -> list[str]:
     grouping = record.get("grouping")
     if grouping is None:
         return []
-    name = f" of {grouping['source']['name']}" if grouping["source"] else ""
+    name = f" of {escape_markdown(grouping['source']['name'])}" if grouping["source"] else ""
     description = Grouping.from_json(grouping).description
     return [f"Characterisation{name} by the top {grouping['rank']} singular values: {description}."]
 
 
 def options_table(options: dict[str, Any]) -> str:
-    rows = [f"| {key} | {value} |" for key, value in options.items()]
-    return "\n".join(["", "| option | value |", "|---|---|", *rows, ""]) if rows else ""
-
-
-def reference_link(reference: str) -> str:
-    """A reference as a link, where it is an arXiv id or a repository on GitHub."""
-    if reference[:4].isdigit():
-        return f"[arXiv:{reference}](https://arxiv.org/abs/{reference})"
-    return f"[{reference}](https://github.com/{reference})" if reference.count("/") == 1 else reference
+    rows = [[escape_markdown(key), escape_markdown(without_folders(str(value)))] for key, value in options.items()]
+    return "\n".join(["", table(["option", "value"], rows), ""]) if rows else ""
 
 
 def donors_section(donors: Sequence[dict[str, Any]]) -> str:
     if not donors:
         return ""
     rows = [
-        f"| {d['name']} | {d['revision'] or '-'} | {d['license'] or 'unknown'} | {_short_hash(d['sha256'])} |"
+        [*(escape_markdown(d[key] or empty) for key, empty in DONOR_COLUMNS.items()), _short_hash(d["sha256"])]
         for d in donors
     ]
-    return "\n".join(["## Donors", "", "| donor | revision | licence | sha256 |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(["## Donors", "", table(["donor", "revision", "licence", "sha256"], rows), ""])
 
 
 def _short_hash(sha256: str | None) -> str:
