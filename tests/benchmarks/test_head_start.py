@@ -58,6 +58,7 @@ def test_an_interrupted_benchmark_continues(zoo: Zoo, tmp_path: Path, monkeypatc
     monkeypatch.setattr(tasks, "BUDGETS", {"short": 3, "long": 6})
     monkeypatch.setattr(tasks, "corpus_bytes", lambda name, data: python_reference()[:20_000])
     monkeypatch.setattr(tasks, "SCALES", (1.0,))
+    monkeypatch.setattr(compare, "default_workers", lambda: 1)  # no processes, which import everything again
     first = benchmark.run_comparison(SMALL, tmp_path / "one", None, small=True)
     assert list(first["methods"]) == ["default", "normal"] and "hypercloning" in first["refused"]
     found = rows.read(tmp_path / "one" / "runs.parquet")
