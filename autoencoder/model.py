@@ -16,6 +16,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from zoo.linear_algebra import symmetric_eigenvectors
 from zoo.units.resizing import to_width
 from zoo.units.units import ROLES
 
@@ -101,7 +102,7 @@ def set_linear_part_to_pca(model: UnitAutoencoder, kind: str, vectors: Tensor, w
     root = weight.double().flatten().sqrt()
     mean = directions.mean(0)
     scaled = (directions - mean) * root
-    axes = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors.flip(-1)[:, : model.latent_size(kind)]
+    axes = symmetric_eigenvectors(scaled.mT @ scaled)[1][:, : model.latent_size(kind)]
     model.get_buffer(f"mean_{kind}").copy_(mean)
     model.get_buffer(f"weight_{kind}").copy_(root)
     model.encoders[kind].get_parameter("weight").copy_(axes.mT)

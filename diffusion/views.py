@@ -17,6 +17,7 @@ from torch import Tensor
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import model_condition, unit_features
 from diffusion.memory import TokenScale
+from zoo.linear_algebra import ROUNDING, closest_basis, near_equal_groups, skew_signs
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.units.aligned import AlignedDonor, recorded_loss
@@ -136,6 +137,9 @@ def donor_contexts(tables: list[dict[str, Tensor]], size: int) -> Tensor:
     flat = torch.stack([torch.cat([table[name] for name in shared]) for table in tables]).double()
     u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     components = (u * s)[:, :size]
-    components = components * torch.where(components.pow(3).sum(0) < 0, -1.0, 1.0)
+    for group in near_equal_groups(s[:size]):
+        if group.stop - group.start > 1:
+            components[:, group] = closest_basis(components[:, group])
+    components = components * skew_signs(components, dim=0, noise=ROUNDING * components.abs().max())
     scaled = components / components[:, : len(tables) - 1].square().mean().sqrt()
     return torch.nn.functional.pad(scaled, (0, size - scaled.shape[1])).float()

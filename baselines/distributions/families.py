@@ -199,6 +199,9 @@ def log_prob_mixture(law: Params, values: Tensor) -> Tensor:
     return ((weights / stds).log() - math.log(2 * math.pi) / 2 - z.square() / 2).logsumexp(-1)
 
 
+EM_DECIMALS, EM_LIKELIHOOD_DECIMALS = 7, 11  # of parameters of standardised values, and of their mean log-likelihood
+
+
 def _fit_em(x: Array, share: Array, start: Array, leaps: int) -> tuple[Array, float]:
     """EM with the squared extrapolation of Varadhan & Roland (2008).
 
@@ -239,7 +242,10 @@ def _em_step(powers: Array, share: Array, at: Array) -> tuple[Array, float]:
     weights = sums[:, 0].clip(min=1e-12)
     means = sums[:, 1] / weights
     variances = (sums[:, 2] / weights - means * means).clip(min=1e-6)
-    return np.stack([np.log(weights), means, np.log(variances) / 2]), float(share @ (largest + np.log(total)))
+    after = np.stack([np.log(weights), means, np.log(variances) / 2])
+    # Without rounding, extrapolation along overlapping components turns the last bits, in which processors differ, into
+    # a difference of 1e-2.
+    return after.round(EM_DECIMALS), round(float(share @ (largest + np.log(total))), EM_LIKELIHOOD_DECIMALS)
 
 
 def _log_softmax(x: Array) -> Array:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.donors.folder import donor_ref, open_ref
 from zoo.errors import UserError
+from zoo.linear_algebra import fix_signs, near_equal_groups, rotation_to_reference
 from zoo.lora.adapters import LoraSampler, base_donor, base_weight, lora_pairs
 from zoo.options import option
 from zoo.streams import stream_seed
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from zoo.donors.donor import Donor
     from zoo.donors.zoo import Zoo
     from zoo.targets.blueprint import Blueprint
+
+FLOAT32_NEAR_EQUAL = 1e-5  # relative difference of singular values that float32 hardly tells apart
 
 
 @dataclass(kw_only=True)
@@ -43,8 +46,13 @@ class PeftInit(LoraSampler):
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         for pair in lora_pairs(blueprint, self.name):
             a, b = initialize_pair(self.init, pair, self.weight(pair), stream_seed(seed, f"{self.name}/{pair.module}"))
+            a, b = self.settle_basis(a, b)
             yield pair.a, a
             yield pair.b, b
+
+    def settle_basis(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A [rank, columns] and B [rows, rank] in a basis that depends on their product alone."""
+        return a, b
 
     def weight(self, pair: Pair) -> Tensor | None:
         """What the pair adapts, [rows, columns], where the initialisation reads it."""
@@ -149,6 +157,9 @@ class PiSSA(BaseDecomposition):
     def init(self) -> str:
         return "pissa" if self.niter is None else f"pissa_niter_{self.niter}"
 
+    def settle_basis(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return settle_singular_vectors(a, b)
+
     def weight(self, pair: Pair) -> Tensor:
         weight = super().weight(pair)
         return weight if self.niter is None else weight.cpu()
@@ -174,6 +185,20 @@ class OLoRA(BaseDecomposition):
         if lying is not None:
             raise UserError(f"olora: {lying.module} is a Conv1D, which PEFT's olora takes for its transpose; use pissa")
         return pairs
+
+
+def settle_singular_vectors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [rank, columns] and B [rows, rank], which hold singular vectors, with signs and order fixed by a rule.
+
+    LAPACK leaves the signs, and the basis of near-equal singular values, to rounding errors. The product B A stays the
+    same up to rounding."""
+    rows, columns = a.double(), b.double()
+    for group in near_equal_groups(rows.norm(dim=1) * columns.norm(dim=0), FLOAT32_NEAR_EQUAL):
+        if group.stop - group.start > 1:
+            turn = rotation_to_reference(rows[group].mT)
+            rows[group], columns[:, group] = turn.mT @ rows[group], columns[:, group] @ turn
+    signs = torch.where((fix_signs(rows.mT) * rows.mT).sum(0) < 0, -1.0, 1.0)
+    return (rows * signs[:, None]).to(a.dtype), (columns * signs).to(b.dtype)
 
 
 def initialize_pair(init: bool | str, pair: Pair, weight: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:

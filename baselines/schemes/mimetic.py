@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from baselines.schemes.rules import tensors_of_known_kind
 from zoo.errors import UserError
+from zoo.linear_algebra import symmetric_eigenvectors
 from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
@@ -127,12 +128,13 @@ def right_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     With B the vectors, matrix B B^T is the best approximation of rank r, and the matrix itself for r = n.
     """
-    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    # In float32, rounding errors would turn vectors of close values by 1e-4. Apple's mps has no float64.
+    wide = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+    squares, vectors = symmetric_eigenvectors(wide.mT @ wide)
     rank = min(rank, len(matrix))
-    floor = torch.finfo(matrix.dtype).eps * squares[-1]
-    return vectors[:, -rank:].flip(1), squares[-rank:].flip(0).clamp(
-        min=max(float(floor), torch.finfo(matrix.dtype).tiny)
-    ).sqrt()
+    number = torch.finfo(matrix.dtype)
+    least = max(number.eps * float(squares[0]), number.tiny)
+    return vectors[:, :rank].to(matrix), squares[:rank].clamp(min=least).sqrt().to(matrix)
 
 
 def orthonormal_rows(rank: int, size: int, generator: torch.Generator) -> Tensor:

@@ -32,6 +32,15 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UserError
+from zoo.linear_algebra import (
+    NEAR_EQUAL,
+    ROUNDING,
+    descending_order,
+    near_equal_groups,
+    reference_vectors,
+    rotation_to_reference,
+    skew_signs,
+)
 from zoo.targets.architectures import ARCHITECTURES
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, Layer
@@ -115,18 +124,18 @@ def layer_symmetry(layer: Layer, metadata: Metadata) -> LayerSymmetry:
     # Only the balanced factors define a head's energy: before, it depends on arbitrary scales.
     values, writes = vo @ layer.v, torch.linalg.inv(vo).mT[:, None] @ grouped_o
     energy = writes.square().sum((2, 3)).sqrt() * values.square().sum((1, 2)).sqrt()[:, None]  # [K, G]
-    groups = energy.sum(1).argsort(descending=True, stable=True)
-    within = energy.argsort(dim=1, descending=True, stable=True)
+    groups = descending_order(energy.sum(1))
+    within = descending_order(energy)
     share = energy.shape[1]
     heads = (groups[:, None] * share + within[groups]).flatten()
 
     up, down = layer.up.norm(dim=1), layer.down.norm(dim=1)
     importance = up * down * (layer.gate.norm(dim=1) if layer.gate is not None else 1.0)
-    neurons = importance.argsort(descending=True, stable=True)
+    neurons = descending_order(importance)
     scale = torch.ones_like(up)
     if layer.gate is not None:  # the value path is linear in `up`
         scale = torch.where((up > 0) & (down > 0), (down / up).sqrt(), scale)
-        scale = torch.where(layer.down.pow(3).sum(1) < 0, -scale, scale)
+        scale = scale * skew_signs(layer.down, dim=1)
     return LayerSymmetry(heads, groups, qk[groups], vo[groups], neurons, scale[neurons])
 
 
@@ -145,7 +154,12 @@ def _qk_planes(layer: Layer, rotary: int, normed: bool) -> Tensor:
     keys, queries = layer.k[:, :rotary].unflatten(1, (2, half)), grouped[:, :rotary].unflatten(1, (2, half))
     both = torch.cat([keys.unsqueeze(3), queries], dim=3).flatten(3)  # [K, 2, half, (1+G) d]
     a, b = both[:, 0], both[:, 1]  # [K, half, (1+G) d]
-    angle = 0.5 * torch.atan2(2 * (a * b).sum(-1), a.square().sum(-1) - b.square().sum(-1))
+    across, along = 2 * (a * b).sum(-1), a.square().sum(-1) - b.square().sum(-1)
+    angle = 0.5 * torch.atan2(across, along)
+    # Where all directions of the plane have the same energy, the axis is the one closest to a fixed random vector.
+    is_round = torch.hypot(across, along) <= NEAR_EQUAL * (a.square() + b.square()).sum(-1)
+    reference = reference_vectors(a.shape[-1], 1)[:, 0].to(a)
+    angle = torch.where(is_round, torch.atan2(b @ reference, a @ reference), angle)
     scale = torch.ones_like(angle)
     if normed:
         angle = torch.zeros_like(angle)
@@ -154,8 +168,8 @@ def _qk_planes(layer: Layer, rotary: int, normed: bool) -> Tensor:
         k_norm = keys.square().sum((1, 3)).sqrt()
         scale = torch.where((q_norm > 0) & (k_norm > 0), (q_norm / k_norm).sqrt(), scale)
     cos, sin = angle.cos(), angle.sin()
-    skew = (cos[..., None] * keys[:, 0] + sin[..., None] * keys[:, 1]).pow(3).sum(-1)
-    scale = torch.where(skew < 0, -scale, scale)
+    noise = ROUNDING * keys.square().mean((1, 3)).sqrt()
+    scale = scale * skew_signs(cos[..., None] * keys[:, 0] + sin[..., None] * keys[:, 1], dim=-1, noise=noise)
     out = torch.eye(head_dim, dtype=layer.k.dtype).repeat(kv, 1, 1)
     i = torch.arange(half)
     out[:, i, i], out[:, i, i + half] = scale * cos, scale * sin
@@ -171,7 +185,7 @@ def _balanced_factors(read: Tensor, write: Tensor) -> Tensor:
     stacked = write.permute(0, 1, 3, 2).flatten(1, 2)  # [K, G d, h]
     r_write = torch.linalg.qr(stacked).R  # [K, h, h]
     r_read = torch.linalg.qr(read.mT).R
-    chosen = torch.linalg.svd(r_read).Vh  # the rotation
+    _, values, chosen = torch.linalg.svd(r_read)  # the rotation
     if read.shape[1] <= read.shape[2]:
         u, s, _ = torch.linalg.svd(r_write @ r_read.mT)
         share = write.shape[1] ** -0.25  # each of G writers then has the norm of the reader
@@ -180,5 +194,24 @@ def _balanced_factors(read: Tensor, write: Tensor) -> Tensor:
         exact = share / s.clamp_min(torch.finfo(s.dtype).tiny).sqrt().unsqueeze(-1) * (u.mT @ r_write)
         good = s[:, -1] > s[:, 0] / MAX_CONDITION
         chosen = torch.where(good[:, None, None], exact, chosen)
-    skew = (chosen @ read).pow(3).sum(-1, keepdim=True)
-    return torch.where(skew < 0, -chosen, chosen)
+        values = torch.where(good[:, None], s, values)
+    chosen = torch.stack([_turn_near_equal(*head) for head in zip(chosen, values, read, strict=True)])
+    images = chosen @ read
+    noise = ROUNDING * images.square().mean(-1).amax(-1, keepdim=True).sqrt()
+    return chosen * skew_signs(images, dim=-1, noise=noise)[..., None]
+
+
+def _turn_near_equal(rows: Tensor, values: Tensor, read: Tensor) -> Tensor:
+    """Rotates the rows [h, h] of near-equal singular values, in which LAPACK's choice is arbitrary, by a fixed rule.
+
+    The rule looks at what the rows read in the residual stream (read [h, d]), or at the rows if they read nothing."""
+    values = torch.nn.functional.pad(values, (0, len(rows) - len(values)))
+    images = rows @ read
+    noise = ROUNDING * images.norm()
+    turned = rows.clone()
+    for group in near_equal_groups(values):
+        reads_nothing = bool(images[group].norm() <= noise)
+        if reads_nothing or group.stop - group.start > 1:
+            columns = rows[group].mT if reads_nothing else images[group].mT
+            turned[group] = rotation_to_reference(columns).mT @ rows[group]
+    return turned

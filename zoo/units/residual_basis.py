@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UserError
+from zoo.linear_algebra import (
+    ROUNDING,
+    closest_basis,
+    closest_rotation,
+    descending_order,
+    skew_signs,
+    symmetric_eigenvectors,
+)
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder
 from zoo.units.symmetry import rotate_residual
@@ -40,15 +48,12 @@ def aligned_basis(decoder: Decoder, tokens: tuple[str, ...], anchor: Anchor) -> 
     own = make_anchor(decoder, tokens).pairs[[i for i, _ in shared], :, :free].flatten(0, 1)
     theirs = anchor.pairs[[j for _, j in shared], :, :].flatten(0, 1).to(own.dtype)
     common = min(free, theirs.shape[1])
-    u, _, vt = torch.linalg.svd(own.mT @ theirs[:, :common], full_matrices=True)
-    inner = torch.empty_like(u)
-    inner[:, :common] = u[:, :common] @ vt
+    inner = closest_rotation(own.mT @ theirs[:, :common])
     if free > common:
-        rest = u[:, common:]
+        rest = closest_basis(torch.linalg.svd(inner, full_matrices=True).U[:, common:])
         rows = residual_vectors(decoder)[:, :free] @ rest
-        inner[:, common:] = _fix_sign(
-            rest @ torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(-1), decoder.embed[:, :free]
-        )
+        axes = rest @ symmetric_eigenvectors(rows.mT @ rows)[1]
+        inner = torch.cat([inner, _fix_sign(axes, decoder.embed[:, :free])], dim=1)
     return _extend_basis(inner, decoder.metadata.width)
 
 
@@ -60,10 +65,10 @@ def principal_basis(decoder: Decoder) -> Tensor:
     free = _free_width(decoder.metadata)
     rows = residual_vectors(decoder)[:, :free]
     if has_post_norms(decoder):
-        order = rows.square().sum(0).argsort(descending=True, stable=True)
+        order = descending_order(rows.square().sum(0))
         inner = torch.eye(free, dtype=rows.dtype)[:, order]
     else:
-        inner = torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(-1)
+        inner = symmetric_eigenvectors(rows.mT @ rows)[1]
     return _extend_basis(_fix_sign(inner, decoder.embed[:, :free]), decoder.metadata.width)
 
 
@@ -125,8 +130,8 @@ def has_post_norms(decoder: Decoder) -> bool:
 
 def _fix_sign(axes: Tensor, data: Tensor) -> Tensor:
     """Flips columns of `axes` so that the third moment of the data along each is positive."""
-    skew = (data @ axes).pow(3).sum(0)
-    return axes * torch.where(skew < 0, -1.0, 1.0)
+    along = data @ axes
+    return axes * skew_signs(along, dim=0, noise=ROUNDING * along.square().mean(0).max().sqrt())
 
 
 def _free_width(metadata: Metadata) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UserError
+from zoo.linear_algebra import symmetric_eigenvectors
 from zoo.tensors import Metadata
 from zoo.units.units import READER_ROLES, ROLES
 
@@ -91,9 +92,7 @@ def principal_axes(energy: Tensor, width: int) -> Tensor:
     """The orthonormal axes with the most energy, [D, width], largest first. energy: from `residual_energy`, [D, D].
 
     The largest entry of each axis is positive."""
-    axes = torch.linalg.eigh(energy).eigenvectors.flip(-1)[:, :width]
-    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    return axes * torch.where(largest < 0, -1.0, 1.0)
+    return symmetric_eigenvectors(energy)[1][:, :width]
 
 
 def project_to_axes(units: Mapping[str, Tensor], axes: Tensor) -> dict[str, Tensor]:

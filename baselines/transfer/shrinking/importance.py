@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.transfer.matching import stack_of
 from baselines.transfer.shrinking.calibration import (
     block_path,
     first_input,
@@ -22,13 +23,12 @@ from baselines.transfer.shrinking.calibration import (
     observe_inputs,
     run_windows,
 )
-from zoo.tensors import Metadata, split_parts
+from zoo.linear_algebra import descending_order
+from zoo.tensors import Metadata, Part, split_parts
 from zoo.units.decoder import site_readers
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor
-
-NormSite = tuple[str | None, int | None]  # the site and the layer of a norm
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Scores:
     ffn: Tensor  # [L, F]; [L, 0] where there are only experts
     heads: Tensor  # [L, H]
     expert_ffn: Tensor  # [L, E], the experts of a layer together; [L, 0] without experts
-    energy: Mapping[NormSite, Tensor]  # per norm [n], sums to 1: the share of each coordinate in the norm's input
+    energy: Mapping[str, Tensor]  # by name of a norm [n], sums to 1: the share of each coordinate in the norm's input
+    shared_ffn: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # [L, S], of the MLP beside the experts
     influence: Tensor | None = None  # [L] block influence 1 - E cos(x_l, x_l+1) (ShortGPT, 2403.03853); needs a text
 
     def groups(self, kv_heads: int) -> Tensor:
@@ -48,8 +49,9 @@ class Scores:
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:
-    """[count] int64: the places of the largest of [n] scores, in their original order; the first of equal ones."""
-    return scores.sort(descending=True, stable=True).indices[:count].sort().values
+    """[count] int64: the places of the largest of [n] scores, in their original order; the first of equal ones (to
+    rounding)."""
+    return descending_order(scores)[:count].sort().values
 
 
 def score_by_weights(donor: Donor, device: str = "cpu") -> Scores:
@@ -67,15 +69,17 @@ def score_by_weights(donor: Donor, device: str = "cpu") -> Scores:
     scorer.add_vocabulary()
     layers = [scorer.add_layer(layer) for layer in range(meta.layers)]
     for spec, _ in donor.blueprint.find("norm"):
-        scorer.energy.setdefault((spec.site, spec.layer), _divide_by_sum(scorer.writes))
-    ffn = torch.stack([neurons for neurons, _ in layers])
+        scorer.energy.setdefault(spec.name, _divide_by_sum(scorer.writes))
     none = torch.zeros(meta.layers, 0, dtype=torch.float64)
+    ffn = torch.stack([neurons["ffn"] for neurons, _ in layers])
+    shared = [neurons["shared_ffn"] for neurons, _ in layers if "shared_ffn" in neurons]
     return Scores(
         residual=(scorer.writes * scorer.reads).sqrt(),
         ffn=none if meta.experts else ffn,
         heads=torch.stack([heads for _, heads in layers]),
         expert_ffn=ffn if meta.experts else none,
         energy=scorer.energy,
+        shared_ffn=torch.stack(shared) if shared else none,
     )
 
 
@@ -86,52 +90,75 @@ class _WeightScorer:
         self.donor, self.blueprint, self.device, self.meta = donor, donor.blueprint, device, meta
         self.writes = torch.zeros(meta.width, dtype=torch.float64)  # [d]: of what writes each residual coordinate
         self.reads = torch.zeros(meta.width, dtype=torch.float64)  # [d]: of what reads it
-        self.energy: dict[NormSite, Tensor] = {}
+        self.energy: dict[str, Tensor] = {}
+        blocks = [spec for spec, _ in self.blueprint.find("attn.o")]
+        self.stacks = list(dict.fromkeys(stack_of(spec) for spec in blocks))  # an encoder-decoder has two
 
-    def matrices(self, role: str, layer: int | None = None, site: str | None = None) -> Iterator[Tensor]:
-        """The matrices [out, in] of a role, on the device; one per expert."""
-        for spec, _ in self.blueprint.find(role, layer=layer, site=site):
-            yield split_parts(spec, self.donor.read(spec.name, torch.float32))[role].to(self.device)
+    def matrices(
+        self, role: str, layer: int | None = None, site: str | None = None, stack: str | None = None
+    ) -> Iterator[Tensor]:
+        """The matrices [out, in] of a role, on the device; one per expert. stack: of `stacks`, None for all."""
+        yield from (matrix for _, matrix in self.parts(role, layer, site, stack))
 
-    def gain(self, layer: int | None, site: str) -> Tensor | float:
-        return next((g + self.meta.gain_offset for g in self.matrices("norm", layer, site)), 1.0)
+    def parts(
+        self, role: str, layer: int | None = None, site: str | None = None, stack: str | None = None
+    ) -> Iterator[tuple[Part, Tensor]]:
+        """`matrices` with the part that each of them is."""
+        for spec, part in self.blueprint.find(role, layer=layer, site=site):
+            if stack is None or stack_of(spec) == stack:
+                yield part, split_parts(spec, self.donor.read(spec.name, torch.float32))[role].to(self.device)
+
+    def gain(self, layer: int, site: str, stack: str) -> Tensor | float:
+        return next((g + self.meta.gain_offset for g in self.matrices("norm", layer, site, stack)), 1.0)
 
     def add_vocabulary(self) -> None:
-        """Adds embeddings and head to `writes` and `reads`."""
+        """Adds embeddings and head to `writes` and `reads`. The last of several final norms is before the head."""
         for table in self.matrices("embed"):
             self.writes += _divide_by_mean(_squared_columns(table))
+        final: Tensor | float = 1.0
+        for norm in self.matrices("norm", site="final"):
+            final = norm + self.meta.gain_offset
         for head in self.matrices("head" if self.blueprint.find("head") else "embed"):
             if head.shape[0] == self.meta.vocab:
-                self.reads += _divide_by_mean(_squared_columns(head * self.gain(None, "final")))
+                self.reads += _divide_by_mean(_squared_columns(head * final))
 
-    def add_layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Adds a layer to `writes`, `reads` and `energy`; returns the scores of its neurons [F or E] and heads [H]."""
-        gains = {f"attn.{r}": self.gain(layer, "attn") for r in ("q", "k", "v")}
+    def add_layer(self, layer: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Adds a layer of every stack to `writes`, `reads` and `energy`.
+
+        Returns the scores of its neurons (`ffn` [F or E], `shared_ffn` [S] beside experts) and heads [H], added up over
+        the stacks, which share one index map.
+        """
+        scores = [self._add_block(layer, stack) for stack in self.stacks]
+        neurons = {axis: torch.stack([found[axis] for found, _ in scores]).sum(0) for axis in scores[0][0]}
+        return neurons, torch.stack([h for _, h in scores]).sum(0)
+
+    def _add_block(self, layer: int, stack: str) -> tuple[dict[str, Tensor], Tensor]:
+        """`add_layer` for one stack."""
+        gains = {f"attn.{r}": self.gain(layer, "attn", stack) for r in ("q", "k", "v")}
         mlp = "attn" if "up" in site_readers(self.meta, "attn") else "mlp"
-        gains |= {f"mlp.{r}": self.gain(layer, mlp) for r in ("gate", "up")}
+        gains |= {f"mlp.{r}": self.gain(layer, mlp, stack) for r in ("gate", "up")}
         rows: dict[str, list[Tensor]] = {}  # role -> squared norms of the rows, one entry per expert
+        neurons: dict[tuple[str, str], list[Tensor]] = {}  # (axis, role) -> squared norms of the neurons, likewise
         for role in gains:
-            for matrix in self.matrices(role, layer):
+            for part, matrix in self.parts(role, layer, stack=stack):
                 self.reads += _divide_by_mean(_squared_columns(matrix * gains[role]))
                 rows.setdefault(role, []).append(_squared_columns((matrix * gains[role]).mT))
-        product = torch.stack(rows["mlp.up"])
-        if "mlp.gate" in rows:
-            product = product * torch.stack(rows["mlp.gate"])
-        down_columns = []
+                neurons.setdefault((part.axes[0], role), []).append(rows[role][-1])
         for role in ("attn.o", "mlp.down"):
-            for matrix in self.matrices(role, layer):
+            for part, matrix in self.parts(role, layer, stack=stack):
                 self.writes += _divide_by_mean(_squared_columns(matrix.mT))
                 rows.setdefault(role, []).append(_squared_columns(matrix.mT))
                 if role == "mlp.down":
-                    down_columns.append(_squared_columns(matrix))
-        neurons = (product * torch.stack(down_columns)).sqrt().sum(0)
-        v = next(self.matrices("attn.v", layer)) * gains["attn.v"]
-        heads = _head_norms(v, next(self.matrices("attn.o", layer)), self.meta)
+                    neurons.setdefault((part.axes[1], role), []).append(_squared_columns(matrix))
+        values, outputs = self.matrices("attn.v", layer, stack=stack), self.matrices("attn.o", layer, stack=stack)
+        heads = [_head_norms(v * gains["attn.v"], o, self.meta) for v, o in zip(values, outputs, strict=True)]
         for site, role in {"q": "attn.q", "k": "attn.k", "attn.out": "attn.o", "mlp.out": "mlp.down"}.items():
-            for _, part in self.blueprint.find("norm", layer=layer, site=site):
-                total = torch.stack(rows[role]).sum(0).view(-1, part.shape[0]).sum(0)
-                self.energy[site, layer] = _divide_by_sum(total)
-        return neurons, heads
+            for spec, part in self.blueprint.find("norm", layer=layer, site=site):
+                if stack_of(spec) == stack:
+                    total = torch.stack(rows[role]).sum(0).view(-1, part.shape[0]).sum(0)
+                    self.energy[spec.name] = _divide_by_sum(total)
+        scores = {axis: _neuron_scores(neurons, axis) for axis, role in neurons if role == "mlp.up"}
+        return scores, torch.stack(heads).sum(0)
 
 
 def score_by_activations(model: nn.Module, donor: Donor, windows: Tensor, weights: Scores) -> Scores:
@@ -158,7 +185,7 @@ def score_by_activations(model: nn.Module, donor: Donor, windows: Tensor, weight
         residual=torch.stack([_divide_by_mean(means.mean("stream", i)) for i in layers]).mean(0),
         ffn=weights.ffn if meta.experts else torch.stack([means.mean("ffn", i) for i in layers]),
         heads=torch.stack([means.mean("heads", i).unflatten(0, (meta.heads, -1)).mean(-1) for i in layers]),
-        energy=weights.energy | {key[1:]: means.mean(*key) for key in means.sums if key[0] == "norm"},  # type: ignore[operator]
+        energy={**weights.energy, **{key[1]: means.mean(*key) for key in means.sums if key[0] == "norm"}},
         influence=torch.cat([means.mean("influence", i) for i in layers]),
     )
 
@@ -184,17 +211,17 @@ def _readers(donor: Donor, means: _RunningMeans) -> dict[str, Callable[[Tensor],
     """Tensor name -> what adds the input of the tensor's module to the means."""
     blueprint, meta = donor.blueprint, _metadata(donor)
 
-    def add_share(site: NormSite) -> Callable[[Tensor], None]:
+    def add_share(name: str) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
             x = x - x.mean(-1, keepdim=True) if meta.norm == "layer" else x
-            means.add(("norm", *site), x.square() / x.square().sum(-1, keepdim=True).clamp_min(1e-30))
+            means.add(("norm", name), x.square() / x.square().sum(-1, keepdim=True).clamp_min(1e-30))
 
         return add
 
     def add_size(key: tuple[str, int]) -> Callable[[Tensor], None]:
         return lambda x: means.add(key, x.abs())
 
-    readers = {spec.name: add_share((spec.site, spec.layer)) for spec, _ in blueprint.find("norm")}
+    readers = {spec.name: add_share(spec.name) for spec, _ in blueprint.find("norm")}
     readers |= {spec.name: add_size(("heads", spec.layer or 0)) for spec, _ in blueprint.find("attn.o")}
     if not meta.experts:
         readers |= {spec.name: add_size(("ffn", spec.layer or 0)) for spec, _ in blueprint.find("mlp.down")}
@@ -212,6 +239,14 @@ def _observe_blocks(model: nn.Module, donor: Donor, means: _RunningMeans) -> Ite
 
         block = module_holding(model, f"{block_path(spec.name)}.weight")
         yield block.register_forward_hook(hook, with_kwargs=True)
+
+
+def _neuron_scores(squares: Mapping[tuple[str, str], list[Tensor]], axis: str) -> Tensor:
+    """[n]: the product of the norms of each neuron of an axis, added up over experts. squares: by (axis, role)."""
+    product = torch.stack(squares[axis, "mlp.up"])
+    if (axis, "mlp.gate") in squares:
+        product = product * torch.stack(squares[axis, "mlp.gate"])
+    return (product * torch.stack(squares[axis, "mlp.down"])).sqrt().sum(0)
 
 
 def _head_norms(v: Tensor, o: Tensor, meta: Metadata) -> Tensor:

@@ -20,6 +20,7 @@ from baselines.transfer.vocabulary import VocabularyRows, vocabulary_rows
 from zoo.donors.donor import Donor, dissimilarity
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
+from zoo.linear_algebra import descending_order, symmetric_eigenvectors
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.architectures import ARCHITECTURES
@@ -86,7 +87,8 @@ class Sliced(Transfer):
         donor = self._choose(zoo, blueprint)
         windows = self._calibration(donor)
         self._source = donor
-        log_plan(donor, blueprint, self.vocabulary_rows(blueprint), self.name)
+        log_plan(donor, blueprint, self.tokenizer, self.name)
+        self.warn_about_head(blueprint)
         self._basis = None if windows is None else activation_basis(donor, windows, self.device)
         return self
 
@@ -103,15 +105,19 @@ class Sliced(Transfer):
         donor, target = self.source, blueprint.metadata
         assert target is not None
         rows = self.vocabulary_rows(blueprint)
-        decoder = read_decoder(donor.blueprint, lambda name: donor.read(name).to(self.device), where=donor.name)
+        decoder = read_decoder(
+            donor.blueprint, lambda name: donor.read(name).to(self.device), where=donor.name, copy_head=True
+        )
         basis = None if self._basis is None else self._basis.to(self.device)
         with torch.device(self.device):
             canonical = canonicalise(decoder, basis=basis).decoder
             small = cut_decoder(canonical, target, select_layers(self.layers, decoder.metadata.layers, target.layers))
             small = _map_vocabulary(small, rows, seed)
             small = tie_head(small) if target.tied else small
+        has_head = donor.blueprint.has_head or self.head == "embedding"
         for name, tensor in write_decoder(small, blueprint):
-            yield name, tensor.to("cpu", torch.float32)
+            if has_head or blueprint[name].role != "head":
+                yield name, tensor.to("cpu", torch.float32)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return super().state()[0], {} if self._basis is None else {"basis": self._basis}
@@ -263,6 +269,6 @@ def activation_basis(donor: Donor, windows: Tensor, device: str) -> Tensor:
     with observe_inputs(model, dict.fromkeys(norms, add_states)):
         run_windows(model, windows)
     if blueprint.find("norm", site="attn.out") or blueprint.find("norm", site="mlp.out"):
-        order = total.diagonal().argsort(descending=True, stable=True).cpu()
+        order = descending_order(total.diagonal()).cpu()
         return torch.eye(len(order), dtype=torch.float64)[:, order].contiguous()
-    return torch.linalg.eigh(total).eigenvectors.flip(-1).cpu().contiguous()
+    return symmetric_eigenvectors(total)[1].cpu().contiguous()

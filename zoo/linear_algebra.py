@@ -1,0 +1,118 @@
+"""Eigenvectors, rotations and orders that depend on the matrix alone, not on the machine or the version of LAPACK.
+
+An eigenvector is unique up to its sign, and vectors of equal eigenvalues up to a rotation. LAPACK leaves both to
+rounding errors, which differ between processors. Here they follow a rule: signs make the largest entry positive, and
+vectors of near-equal eigenvalues are rotated as close as possible to a fixed set of random vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.streams import stream
+
+# Our choice: two eigenvalues are near-equal if they differ by less than this share of the larger one, or less than
+# ROUNDING of the largest of all. Rounding errors in float64 then turn other eigenvectors by about 1e-6 at most.
+NEAR_EQUAL = 1e-8
+ROUNDING = 1e-12  # share of the largest value: what rounding errors in float64 can add up to, with a margin
+TIED = 1e-6  # relative difference of two entries that are too close to decide a sign
+
+
+def symmetric_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [n], descending, and eigenvectors [n, n] in columns of a symmetric matrix [n, n] float64.
+
+    Rounding errors in the matrix change neither the signs nor the basis of near-equal eigenvalues.
+    """
+    values, vectors = (t.flip(-1) for t in torch.linalg.eigh(matrix))
+    vectors = fix_signs(vectors)
+    for group in near_equal_groups(values):
+        if group.stop - group.start > 1:
+            vectors[:, group] = closest_basis(vectors[:, group])
+    return values, vectors
+
+
+def near_equal_groups(values: Tensor, share: float = NEAR_EQUAL) -> list[slice]:
+    """The runs of near-equal values in a descending vector [n], as slices that cover it.
+
+    share: the largest difference between neighbours in a run, relative to the larger one."""
+    size = values.abs()
+    tolerance = share * torch.maximum(size[:-1], size[1:]) + ROUNDING * size.max()
+    ends = ((values[:-1] - values[1:]) > tolerance).nonzero().flatten().add(1).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], [*ends, len(values)], strict=True)]
+
+
+def closest_basis(vectors: Tensor) -> Tensor:
+    """Another basis of the space that linearly independent columns [n, k] span: they are turned by an orthogonal matrix
+    to be as close as possible to fixed random vectors. Orthonormal columns stay orthonormal.
+
+    The result is the same for every rotation of the columns.
+    """
+    return vectors @ rotation_to_reference(vectors)
+
+
+def rotation_to_reference(vectors: Tensor) -> Tensor:
+    """The orthogonal matrix [k, k] that turns columns [n, k] as close as possible to fixed random vectors."""
+    u, _, vt = torch.linalg.svd(vectors.mT @ reference_vectors(*vectors.shape).to(vectors))
+    return u @ vt
+
+
+def closest_rotation(product: Tensor) -> Tensor:
+    """The matrix with orthonormal columns [n, k], k <= n, that is closest to `product` [n, k] (orthogonal Procrustes).
+
+    Where the product has a lower rank, the rest is as close as possible to fixed random vectors.
+    """
+    u, s, vt = torch.linalg.svd(product, full_matrices=False)
+    rank = int((s > NEAR_EQUAL * s.max()).sum())
+    found = u[:, :rank] @ vt[:rank]
+    if rank < len(s):
+        free = reference_vectors(*product.shape).to(product)
+        free = free - u[:, :rank] @ (u[:, :rank].mT @ free)
+        free = free - (free @ vt[:rank].mT) @ vt[:rank]
+        left, _, right = torch.linalg.svd(free, full_matrices=False)
+        found = found + left[:, : len(s) - rank] @ right[: len(s) - rank]
+    return found
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Flips columns [n, k] so that the largest entry of each is positive.
+
+    Where entries of both signs tie for the largest, the product with a fixed random vector is positive instead.
+    """
+    size = vectors.abs()
+    largest, place = size.max(0, keepdim=True)
+    leader = vectors.gather(0, place)
+    has_rival = ((size > (1 - TIED) * largest) & (vectors * leader < 0)).any(0)
+    along_reference = (reference_vectors(len(vectors), 1).to(vectors) * vectors).sum(0)
+    return vectors * torch.where(torch.where(has_rival, along_reference, leader[0]) < 0, -1.0, 1.0)
+
+
+def skew_signs(values: Tensor, dim: int, noise: Tensor | float = 0.0) -> Tensor:
+    """The sign, 1 or -1, of the third moment of `values` along `dim`, which is removed.
+
+    Where the moment is zero up to rounding errors (values that are symmetric about zero), it is the sign of their
+    product with a fixed random vector. noise: the size of the errors of all values, besides rounding. Where values are
+    no larger, the sign is 1.
+    """
+    cubes = values.pow(3)
+    rms = values.square().mean(dim).sqrt()
+    reference = reference_vectors(values.shape[dim], 1)[:, 0].to(values)
+    along_reference = (values.movedim(dim, -1) * reference).sum(-1)
+    uncertain = cubes.sum(dim).abs() <= cubes.abs().sum(dim) * (TIED + noise / rms.clamp_min(1e-300))
+    sign = torch.where(torch.where(uncertain, along_reference, cubes.sum(dim)) < 0, -1.0, 1.0).to(values.dtype)
+    return torch.where(rms <= noise, torch.ones_like(sign), sign)
+
+
+def descending_order(values: Tensor) -> Tensor:
+    """The indices that sort `values` [..., n] float64 in descending order. Values that differ by rounding errors only
+    keep their order."""
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    ordered = values.gather(-1, order)
+    is_lower = (ordered[..., :-1] - ordered[..., 1:]) > ROUNDING * ordered[..., :-1].abs()
+    rank = torch.nn.functional.pad(is_lower.long().cumsum(-1), (1, 0))
+    return torch.empty_like(rank).scatter(-1, order, rank).argsort(dim=-1, stable=True)
+
+
+def reference_vectors(size: int, count: int) -> Tensor:
+    """Fixed random vectors [size, count] float64 in columns, normal, the same on every machine."""
+    return torch.randn(count, size, generator=stream(0, "reference-vectors"), dtype=torch.float64).mT
