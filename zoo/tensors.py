@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-# What an axis counts. `heads` is heads x head_dim, flattened head by head; `kv_heads` likewise; `rank` is the rank of a
-# LoRA pair.
-AXES = ("residual", "heads", "kv_heads", "head_dim", "ffn", "vocab", "position", "experts", "rank", "other")
+# What an axis counts. `heads` is heads x head_dim, flattened head by head; `kv_heads` likewise; `shared_ffn` is the
+# neurons of an MLP that every token uses beside its experts; `fixed` is coordinates that keep their number and order in
+# a transfer (the latent space of DeepSeek's attention); `rank` is the rank of a LoRA pair; `other` is unknown.
+AXES = (
+    "residual", "heads", "kv_heads", "head_dim", "ffn", "shared_ffn", "vocab", "position", "experts", "fixed", "rank",
+    "other",
+)  # fmt: skip
+
+# `other`: no method models it. Transfers move it where its axes are known (a router), or copy it whole.
 
 ROLES = (
     "embed", "head", "attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down",
@@ -38,7 +43,8 @@ class TensorSpec:
     """One tensor on disk.
 
     It has several parts where the architecture fuses matrices (GPT-2's c_attn, NeoX's query_key_value, Phi-3's qkv_proj
-    and gate_up_proj). `split_parts` and `join_parts` convert between a tensor and its parts.
+    and gate_up_proj). `split_parts` and `join_parts` convert between a tensor and its parts. `interleave` is the number
+    of groups where heads are fused group by group: NeoX has one per head, Falcon one per KV head.
     """
 
     name: str
@@ -50,7 +56,7 @@ class TensorSpec:
     site: str | None = None  # of NORM_SITES, for norms only
     expert: int | None = None
     transposed: bool = False  # stored as [in, out] (GPT-2's Conv1D)
-    interleave: int = 0  # > 0: fused head by head, the rows are [interleave heads, parts, head_dim] (NeoX)
+    interleave: int = 0  # > 0: fused group by group, each group of rows has its share of every part (NeoX, Falcon)
 
     @property
     def role(self) -> str:
@@ -73,8 +79,9 @@ def split_parts(spec: TensorSpec, tensor: Tensor) -> dict[str, Tensor]:
     if len(spec.parts) == 1:
         return {spec.parts[0].role: logical}
     if spec.interleave:
-        blocks = logical.unflatten(0, (spec.interleave, len(spec.parts), -1))
-        return {p.role: blocks[:, i].flatten(0, 1) for i, p in enumerate(spec.parts)}
+        shares = [p.shape[0] // spec.interleave for p in spec.parts]
+        blocks = logical.unflatten(0, (spec.interleave, -1)).split(shares, dim=1)
+        return {p.role: block.flatten(0, 1) for p, block in zip(spec.parts, blocks, strict=True)}
     rows = logical.split([p.shape[0] for p in spec.parts], dim=0)
     return {p.role: r for p, r in zip(spec.parts, rows, strict=True)}
 
@@ -85,8 +92,7 @@ def join_parts(spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
     if len(ordered) == 1:
         logical = ordered[0]
     elif spec.interleave:
-        blocks = [m.unflatten(0, (spec.interleave, -1)) for m in ordered]
-        logical = torch.stack(blocks, dim=1).flatten(0, 2)
+        logical = torch.cat([m.unflatten(0, (spec.interleave, -1)) for m in ordered], dim=1).flatten(0, 1)
     else:
         logical = torch.cat(ordered, dim=0)
     return (logical.mT if spec.transposed and logical.ndim == 2 else logical).contiguous()

@@ -16,6 +16,8 @@ from zoo.donors.donor import Donor, dissimilarity
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
+from zoo.tensors import Part, TensorSpec
+from zoo.vocabulary import read_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def mismatches(donor: Donor, blueprint: Blueprint, allow_larger: bool) -> list[s
         assert side.metadata is not None
         if not side.metadata.kv_heads or not side.metadata.heads:
             return [f"{who} ({side.metadata.architecture}) has no attention heads"]
-        if not _has_uniform_layers(side):
+        if not has_uniform_layers(side) and not _same_layers(donor.blueprint, blueprint):
             return [f"{who} ({side.metadata.architecture}) has layers of several kinds; index maps need one kind"]
         if depths := _other_depths(side):
             sizes = ", ".join(f"{stack} {n}" for stack, n in depths.items())
@@ -89,7 +91,7 @@ def mismatches(donor: Donor, blueprint: Blueprint, allow_larger: bool) -> list[s
             ]
     found = [f"the target has {role} and the donor has none" for role in sorted(target_kinds - donor_kinds)]
     found += [f"the donor has {role} and the target has none" for role in sorted(donor_kinds - target_kinds)]
-    found += [] if found else unmatched_tensors(donor.blueprint, blueprint)
+    found += [] if found else unmatched_tensors(donor.blueprint, blueprint) or _fixed_sizes(donor.blueprint, blueprint)
     if source.norm != target.norm:
         found.append(f"the donor has {source.norm} norms and the target {target.norm} norms")
     if (source.rope_theta is None) != (target.rope_theta is None):
@@ -123,6 +125,8 @@ def copies_by_name(donor: Donor, blueprint: Blueprint, tokenizer: str | None) ->
     """Whether a target has exactly the donor's tensors, and its tokens are in the same rows."""
     if not same_tensors(donor, blueprint):
         return False
+    if blueprint.metadata is None:
+        return tokenizer is None or donor.vocabulary() in (None, read_vocabulary(tokenizer))
     try:
         rows = vocabulary_rows(donor, blueprint, tokenizer).index
     except UserError:
@@ -150,20 +154,55 @@ def _tensor_kinds(blueprint: Blueprint) -> set[str]:
             if "other" not in part.axes and (part.role, spec.kind) != ("head", "weight"):
                 site = f" ({spec.site})" if spec.site else f" ({part.axes[0]})" if part.role == "embed" else ""
                 experts = " per expert" if spec.expert is not None else ""
-                found.add(f"{part.role} {spec.kind}{site}{experts}")
+                experts = " beside the experts" if "shared_ffn" in part.axes else experts
+                role = part.role if part.role != "other" else _name_of_other(spec, part)
+                found.add(f"{role} {spec.kind}{site}{experts}")
     return found
 
 
-def _has_uniform_layers(blueprint: Blueprint) -> bool:
+def _name_of_other(spec: TensorSpec, part: Part) -> str:
+    """What to call a part without a role whose axes are known."""
+    return "router" if part.axes[0] == "experts" else name_pattern(spec).rpartition(".")[2]
+
+
+def _fixed_sizes(donor: Blueprint, target: Blueprint) -> list[str]:
+    """Why coordinates cannot keep their number and order: the first tensor in which it differs."""
+    sizes = {(name_pattern(spec), spec.kind): spec.shape for spec in donor.specs}
+    for spec in target.specs:
+        for part in spec.parts:
+            before = sizes.get((name_pattern(spec), spec.kind), spec.shape)
+            for axis, n_source, n_target in zip(part.axes, before, spec.shape, strict=False):
+                if axis == "fixed" and n_source != n_target:
+                    name = name_pattern(spec).rpartition(".")[2]
+                    return [f"{name} has {n_source} coordinates, not the target's {n_target}, and their number stays"]
+    return []
+
+
+def has_uniform_layers(blueprint: Blueprint) -> bool:
     """Whether all layers of a stack have the same tensors of known roles, of the same sizes."""
     if blueprint.metadata is not None and blueprint.metadata.layer_sizes:
         return False
-    kinds: dict[str, dict[int, set[tuple[str, str, str]]]] = {}
+    stacks: dict[str, set[frozenset[tuple[str, str, str]]]] = {}
+    for (stack, _), kinds in _layer_kinds(blueprint).items():
+        stacks.setdefault(stack, set()).add(frozenset(kinds))
+    return all(len(kinds) == 1 for kinds in stacks.values())
+
+
+def _same_layers(donor: Blueprint, target: Blueprint) -> bool:
+    """Whether each layer has the kind of the donor's layer at its place (DeepSeek's first layers have no experts)."""
+    assert donor.metadata is not None and target.metadata is not None
+    sizes = donor.metadata.layer_sizes or target.metadata.layer_sizes
+    return not sizes and _layer_kinds(donor) == _layer_kinds(target)
+
+
+def _layer_kinds(blueprint: Blueprint) -> dict[tuple[str, int], set[tuple[str, str, str]]]:
+    """(stack, layer) -> the tensors of known roles in it: (path in the layer, kind, role)."""
+    kinds: dict[tuple[str, int], set[tuple[str, str, str]]] = {}
     for spec in blueprint.specs:
         if spec.layer is not None and spec.role != "other":
             stack, _, path = name_pattern(spec).partition("{L}")
-            kinds.setdefault(stack, {}).setdefault(spec.layer, set()).add((path, spec.kind, spec.role))
-    return all(len({frozenset(kind) for kind in layers.values()}) <= 1 for layers in kinds.values())
+            kinds.setdefault((stack, spec.layer), set()).add((path, spec.kind, spec.role))
+    return kinds
 
 
 def _other_depths(blueprint: Blueprint) -> dict[str, int]:

@@ -43,9 +43,12 @@ class IndexMaps:
     position: AxisMap = field(default_factory=lambda: AxisMap(torch.empty(0, dtype=torch.long)))
     experts: tuple[int, ...] = ()  # the donor's expert for each expert of the target
     embed_scale: float = 1.0  # factor of the token embedding
+    shared_ffn: tuple[AxisMap, ...] = ()  # per layer of the target, of the MLP beside the experts; empty without one
 
     def axis(self, name: str, layer: int | None = None, expert: bool = False) -> AxisMap:
         """The map of an axis (one of zoo.tensors.AXES) in a layer of the target."""
+        if name == "experts":
+            return AxisMap(torch.tensor(self.experts))
         found = getattr(self, "expert_ffn" if expert and name == "ffn" else name)
         if isinstance(found, AxisMap):
             return found
@@ -68,6 +71,8 @@ def map_part(
     whether the part belongs to an expert; kind: weight or bias; generator: for the columns of free coordinates.
     """
     for dim, name in enumerate(part.axes):
+        if name == "fixed":  # `donor_choice.mismatches` refuses a donor where its size differs
+            continue
         axis = maps.axis(name, layer, expert)
         use = _use_of_axis(part, dim, kind)
         mean = matrix.mean(dim, keepdim=True)
@@ -91,7 +96,7 @@ def _use_of_axis(part: Part, dim: int, kind: str) -> str:
     if part.role == "norm":
         return "gain" if kind == "weight" else "shift"
     if part.role == "embed" or dim == 0:
-        writes = part.role in ("attn.q", "attn.k", "attn.o", "mlp.down") or dim == 1
+        writes = part.role in ("attn.q", "attn.k") or part.axes[dim] == "residual"
         return "write" if writes else "copy"
     return "read"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from baselines.transfer import chains
 from baselines.transfer.base import Transfer
 from baselines.transfer.chains import Chain, ChainDonor
-from baselines.transfer.gather import copy_tensors, gather_tensors
+from baselines.transfer.gather import copy_tensors
 from baselines.transfer.growth.base import ends_residual_branch
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import (
@@ -27,7 +27,7 @@ from baselines.transfer.index_rules import (
     repeated_layer_list,
     spread_query_heads,
 )
-from baselines.transfer.sizes import expert_ffn_size, metadata_pair
+from baselines.transfer.sizes import expert_ffn_size, metadata_pair, shared_ffn_size
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.options import option
@@ -118,7 +118,7 @@ class RowColumn(Transfer):
         else:
             drawn = self._sample_donor(blueprint, seed)
         for name, tensor in drawn:
-            if tensor.ndim >= 2 and self.noise:
+            if tensor.ndim >= 2 and self.noise and tensor.is_floating_point():
                 draws = torch.randn(tensor.shape, generator=stream(seed, f"{self.name}/noise/{name}"))
                 tensor = tensor + self.noise * tensor.std(correction=min(1, tensor.numel() - 1)) * draws
             yield name, tensor
@@ -132,7 +132,7 @@ class RowColumn(Transfer):
             return self._draw_maps(blueprint, stream(seed, f"{self.name}/maps/{name}"))
 
         shares = self._output_shares(coupled.layers)
-        for name, tensor in gather_tensors(self.source, blueprint, maps_of, seed, self.name):
+        for name, tensor in self.gather(blueprint, maps_of, seed):
             spec = blueprint[name]
             if spec.layer is not None and shares[spec.layer] != 1.0 and ends_residual_branch(spec, blueprint):
                 tensor = _scale_output(tensor, shares[spec.layer], spec, blueprint)
@@ -190,7 +190,7 @@ class RowColumn(Transfer):
         fixed: dict[str, Any] = self.fixed_maps(blueprint)
         source_queries, target_queries = source.heads // source.kv_heads, target.heads // target.kv_heads
         residual = draw_axis(source.width, target.width)
-        heads, kv_heads, ffn, experts = [], [], [], []
+        heads, kv_heads, ffn, experts, shared = [], [], [], [], []
         for _ in range(target.layers):
             groups = draw_index(source.kv_heads, target.kv_heads)
             queries = spread_query_heads(groups, source_queries, target_queries)
@@ -200,11 +200,12 @@ class RowColumn(Transfer):
             ffn.append(draw_axis(source.ffn, target.ffn))
             if target.experts:
                 experts.append(draw_axis(expert_ffn_size(source), expert_ffn_size(target)))
+            if shared_ffn_size(target):
+                shared.append(draw_axis(shared_ffn_size(source), shared_ffn_size(target)))
         layers = self._layers(source, target)
         scale = self._embed_scale(source, target)
-        return IndexMaps(
-            layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), embed_scale=scale, **fixed
-        )
+        fixed |= {"expert_ffn": tuple(experts), "shared_ffn": tuple(shared), "embed_scale": scale}
+        return IndexMaps(layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), **fixed)
 
     def _read_scale(self, index: Tensor, n_source: int, n_target: int) -> Tensor | float:
         """The factor of the columns of matrices that read a hidden space."""

@@ -21,6 +21,7 @@ def axis_sizes(source: Metadata, target: Metadata) -> list[tuple[str, int, int]]
     pairs += [("heads per KV head", heads_per_kv_head(source), heads_per_kv_head(target))]
     pairs += [("positions", source.positions, target.positions), ("experts", source.experts, target.experts)]
     pairs += [("expert ffn", expert_ffn_size(source), expert_ffn_size(target))]
+    pairs += [("shared ffn", shared_ffn_size(source), shared_ffn_size(target))]
     return [*pairs, ("vocab", source.vocab, target.vocab)]
 
 
@@ -35,9 +36,19 @@ def describe_changes(source: Metadata, target: Metadata) -> str:
     return ", ".join(f"{axis} {a} -> {b}" for axis, a, b in changed if a != b) or "same shape"
 
 
+def ffn_size(metadata: Metadata) -> int:
+    """The number of neurons of a dense MLP."""
+    return metadata.ffn
+
+
 def expert_ffn_size(metadata: Metadata) -> int:
     """The number of neurons of one expert, 0 without experts."""
     return int(str(metadata.extra.get("expert_ffn", metadata.ffn))) if metadata.experts else 0
+
+
+def shared_ffn_size(metadata: Metadata) -> int:
+    """The number of neurons of the MLP that every token uses beside its experts, 0 without one."""
+    return int(str(metadata.extra.get("shared_ffn", 0)))
 
 
 def rotary_dim(metadata: Metadata) -> int:

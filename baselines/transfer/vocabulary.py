@@ -11,7 +11,7 @@ from baselines.transfer.sizes import metadata_pair
 from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.vocabulary import read_vocabulary, rows_by_token
+from zoo.vocabulary import fits_padded, read_vocabulary, rows_by_token
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,26 @@ class VocabularyRows:
 
     index: Tensor  # [V] int64, -1 where the donor does not have the token
     same_tokenizer: bool  # also true where no tokenizer is known and both vocabularies have the same size
+    padded: bool = False  # whether the target, without a tokenizer, is taken to have the donor's, with padding
 
 
 def vocabulary_rows(donor: Donor, blueprint: Blueprint, tokenizer: str | None) -> VocabularyRows:
     """Matches the tokens of a target to those of a donor by their strings.
 
-    tokenizer: the target's, a folder or a tokenizer.json. Without it the vocabularies must have the same size, and
-    rows keep their places. Raises UserError where the sizes differ, or where no token is shared.
+    tokenizer: the target's, a folder or a tokenizer.json. Without it rows keep their places: the vocabularies must have
+    the same size, or both sizes must be that of the donor's tokenizer with padding. Raises UserError for other sizes,
+    and where no token is shared.
     """
     source, target = metadata_pair(donor, blueprint)
     donor_tokens = donor.vocabulary()
     target_tokens = read_vocabulary(tokenizer) if tokenizer is not None else None
+    other_size = source.vocab != target.vocab
+    if other_size and target_tokens is None and donor_tokens is not None and fits_padded(donor_tokens, target.vocab):
+        index = torch.arange(target.vocab)
+        index[source.vocab :] = -1
+        return VocabularyRows(index, False, padded=True)
     if target_tokens is None or donor_tokens is None:
-        if source.vocab != target.vocab:
+        if other_size:
             more = "" if donor_tokens else ", and a donor that has a tokenizer"
             raise UserError(
                 f"vocab {source.vocab} is not the target's {target.vocab}, and tokens cannot be matched by string:"

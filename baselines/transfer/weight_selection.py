@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from baselines.transfer.base import Transfer
-from baselines.transfer.gather import copy_tensors, gather_tensors
+from baselines.transfer.gather import copy_tensors
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import (
     even_layers,
@@ -21,7 +21,7 @@ from baselines.transfer.index_rules import (
     spread_query_heads,
     uniform_index,
 )
-from baselines.transfer.sizes import expert_ffn_size, metadata_pair
+from baselines.transfer.sizes import expert_ffn_size, metadata_pair, shared_ffn_size
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -72,7 +72,7 @@ class WeightSelection(Transfer):
         def maps_of(name: str) -> IndexMaps:
             return self._choose_maps(blueprint, seed, name) if self.variant == "random-inconsistent" else shared
 
-        yield from gather_tensors(self.source, blueprint, maps_of, seed, self.name)
+        yield from self.gather(blueprint, maps_of, seed)
 
     def _choose_maps(self, blueprint: Blueprint, seed: int, name: str) -> IndexMaps:
         """The index maps of one tensor. Random variants draw from the stream of (seed, name)."""
@@ -91,7 +91,7 @@ class WeightSelection(Transfer):
             return AxisMap(index, self._read_scale(index, n_source, n_target))
 
         fixed: dict[str, Any] = self.fixed_maps(blueprint)
-        heads, kv_heads, ffn, experts = [], [], [], []
+        heads, kv_heads, ffn, experts, shared = [], [], [], [], []
         source_queries, target_queries = source.heads // source.kv_heads, target.heads // target.kv_heads
         residual = choose_axis(source.width, target.width)
         for _ in range(target.layers):
@@ -103,9 +103,12 @@ class WeightSelection(Transfer):
             ffn.append(choose_axis(source.ffn, target.ffn))
             if target.experts:
                 experts.append(choose_axis(expert_ffn_size(source), expert_ffn_size(target)))
+            if shared_ffn_size(target):
+                shared.append(choose_axis(shared_ffn_size(source), shared_ffn_size(target)))
         take_first = self.layers == "first" and target.layers <= source.layers
         layers = tuple(range(target.layers)) if take_first else even_layers(source.layers, target.layers)
-        return IndexMaps(layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), tuple(experts), **fixed)
+        fixed |= {"expert_ffn": tuple(experts), "shared_ffn": tuple(shared)}
+        return IndexMaps(layers, residual, tuple(heads), tuple(kv_heads), tuple(ffn), **fixed)
 
     def _read_scale(self, index: Tensor, n_source: int, n_target: int) -> Tensor:
         """[n_target]: the factor of the columns of matrices that read a hidden space."""

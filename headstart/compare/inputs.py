@@ -14,7 +14,7 @@ from zoo.checkpoints.sources import resolve_source
 from zoo.donors.folder import FolderDonor
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
-from zoo.vocabulary import BYTE_VOCAB, find_tokenizer
+from zoo.vocabulary import BYTE_VOCAB, find_tokenizer, fits_padded
 
 CALIBRATION = 0.8  # share of the corpus' bytes, at its beginning, for methods that look at activations
 
@@ -47,16 +47,12 @@ def _refuse_slow_tokenizer(folder: Path) -> None:
 
 
 def _donors_with_vocabulary(zoo: str | Path | None, vocab: int) -> list[FolderDonor]:
-    """The donors that have a tokenizer and `vocab` tokens."""
+    """The donors that have a tokenizer and `vocab` tokens, else those whose tokenizer fits with padding."""
     donors = Zoo.open(zoo).donors if zoo is not None else ()
-    return [
-        donor
-        for donor in donors
-        if isinstance(donor, FolderDonor)
-        and donor.vocabulary() is not None
-        and donor.blueprint.metadata is not None
-        and donor.blueprint.metadata.vocab == vocab
-    ]
+    tokens = {donor: donor.vocabulary() for donor in donors if isinstance(donor, FolderDonor)}
+    sizes = {donor: meta.vocab for donor in tokens if (meta := donor.blueprint.metadata) is not None}
+    exact = [donor for donor, found in tokens.items() if found is not None and sizes.get(donor) == vocab]
+    return exact or [donor for donor, found in tokens.items() if found is not None and fits_padded(found, vocab)]
 
 
 def check_lengths(corpus: str | Path, tokens: Tensor, sequence: int, config: dict[str, Any]) -> None:

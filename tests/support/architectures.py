@@ -55,19 +55,72 @@ LISTED: dict[str, dict[str, Any]] = {
     "bert-bare": {**SIZES, "model_type": "bert", "architectures": ["BertModel"]},
 }  # fmt: skip
 
+FALCON = {"model_type": "falcon", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+FALCON_40B = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
+BIGCODE = {"model_type": "gpt_bigcode", **GPT2}
+MOE = {**SIZES, **GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DEEPSEEK = {
+    **SIZES, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "q_lora_rank": 16,
+    "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
+
+# Architectures with fused projections that have a table for these alone.
+FUSED: dict[str, dict[str, Any]] = {
+    "bloom": {"model_type": "bloom", "vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": FALCON,
+    "falcon-biased": {**FALCON, "bias": True, "parallel_attn": False},
+    "falcon-mha": {**FALCON, "multi_query": False, "parallel_attn": False},
+    "falcon-mha-alibi": {**FALCON, "multi_query": False, "parallel_attn": False, "alibi": True},
+    "falcon-mqa-alibi": {**FALCON, "parallel_attn": False, "alibi": True},
+    "falcon-40b": FALCON_40B,
+    "falcon-11b": {**FALCON_40B, "num_ln_in_parallel_attn": 1},
+    "mpt": {"model_type": "mpt", "vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32},
+    "gpt_bigcode": BIGCODE,
+    "gpt_bigcode-mha": {**BIGCODE, "multi_query": False},
+    "persimmon": {**SIZES, "model_type": "persimmon"},
+    "codegen": {**GPT2, "model_type": "codegen", "rotary_dim": 4, "n_positions": 32},
+    "glm": {**SIZES, **GQA, "model_type": "glm", "head_dim": 8},
+    "glm4": {**SIZES, **GQA, "model_type": "glm4", "head_dim": 8},
+}  # fmt: skip
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {**SIZES, **GQA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 24},
+    "qwen3_moe": {**MOE, "model_type": "qwen3_moe", "head_dim": 8},
+    "olmoe": {**SIZES, **GQA, "model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {**DEEPSEEK, "model_type": "deepseek_v2"},
+    "deepseek_v3": {**DEEPSEEK, "model_type": "deepseek_v3"},
+}
+
 UNLISTED: dict[str, dict[str, Any]] = {
+    **FUSED,
+    **{name: config for name, config in EXPERTS.items() if name not in ("mixtral", "qwen3_moe")},
     "stablelm": {**SIZES, **GQA, "model_type": "stablelm", "use_qkv_bias": True},
     "cohere": {**SIZES, **GQA, "model_type": "cohere"},
     "starcoder2": {**SIZES, **GQA, "model_type": "starcoder2"},
     "granite": {**SIZES, **GQA, "model_type": "granite"},
-    "falcon": {
-        "model_type": "falcon", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    },
     "qwen3_moe": {
         **SIZES, **GQA, "model_type": "qwen3_moe", "moe_intermediate_size": 16, "num_experts": 3,
         "num_experts_per_tok": 2, "head_dim": 8,
     },
     "roberta": {**SIZES, "model_type": "roberta"},
+    "olmo": {**SIZES, **GQA, "model_type": "olmo"},
+    "apertus": {**SIZES, **GQA, "model_type": "apertus"},
+    "gemma4_text": {
+        **SIZES, **GQA, "model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 16, "sliding_window": 8,
+        "num_hidden_layers": 6, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+    },
+    "bart": {
+        "model_type": "bart", "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+        "max_position_embeddings": 32,
+    },
+    "mamba2": {
+        "model_type": "mamba2", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8,
+        "num_heads": 8, "head_dim": 8, "n_groups": 1,
+    },
     "mamba": {"model_type": "mamba", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2},
     "t5": {"model_type": "t5", "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
 }  # fmt: skip

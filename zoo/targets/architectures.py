@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+LAYOUTS = (
+    "rows",  # one part after the other
+    "columns",  # likewise, stored as [in, out] (GPT-2's Conv1D)
+    "kv groups",  # for each KV head: its query heads, its key, its value (NeoX, Bloom, Falcon, StarCoder, Persimmon)
+    "quarters",  # four times a quarter of every part (CodeGen)
+)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -12,10 +19,10 @@ class Rule:
 
     parts: tuple[tuple[str, tuple[str, ...]], ...]  # (role, axes as [out, in]), in the order on disk
     site: str | None = None  # of NORM_SITES, for norms only
-    layout: str = "rows"  # rows | columns (GPT-2's Conv1D, [in, out]) | heads (NeoX, fused head by head)
+    layout: str = "rows"  # how fused parts lie on disk, one of LAYOUTS
 
 
-def _rule(text: str, layout: str = "rows") -> Rule:
+def parse_rule(text: str, layout: str = "rows") -> Rule:
     """The rule written as 'attn.q[heads,residual] + attn.k[kv_heads,residual]'; a norm as 'norm@attn[residual]'."""
     parts, site = [], None
     for piece in text.split(" + "):
@@ -30,12 +37,22 @@ def norm_rule(site: str | None, axis: str = "residual") -> Rule:
     return Rule((("norm", (axis,)),), site)
 
 
-EMBED, HEAD = _rule("embed[vocab,residual]"), _rule("head[vocab,residual]")
-POSITION = _rule("embed[position,residual]")
-Q, K, V = _rule("attn.q[heads,residual]"), _rule("attn.k[kv_heads,residual]"), _rule("attn.v[kv_heads,residual]")
-O = _rule("attn.o[residual,heads]")
-GATE, UP, DOWN = _rule("mlp.gate[ffn,residual]"), _rule("mlp.up[ffn,residual]"), _rule("mlp.down[residual,ffn]")
+EMBED, HEAD = parse_rule("embed[vocab,residual]"), parse_rule("head[vocab,residual]")
+POSITION = parse_rule("embed[position,residual]")
+Q, K, V = (
+    parse_rule("attn.q[heads,residual]"),
+    parse_rule("attn.k[kv_heads,residual]"),
+    parse_rule("attn.v[kv_heads,residual]"),
+)
+O = parse_rule("attn.o[residual,heads]")
+GATE, UP, DOWN = (
+    parse_rule("mlp.gate[ffn,residual]"),
+    parse_rule("mlp.up[ffn,residual]"),
+    parse_rule("mlp.down[residual,ffn]"),
+)
 QKV = "attn.q[heads,residual] + attn.k[kv_heads,residual] + attn.v[kv_heads,residual]"
+ROUTER = parse_rule("other[experts,residual]")  # one row per expert: the logits that choose among them
+GATE_UP = parse_rule("mlp.gate[ffn,residual] + mlp.up[ffn,residual]")
 OTHER = Rule(())
 
 # Tables: module path -> rule. {L} is the number of the layer, {E} that of the expert.
@@ -63,8 +80,8 @@ _SANDWICH = {  # a norm before and after each block
     "model.layers.{L}.post_feedforward_layernorm": norm_rule("mlp.out"),
 }
 _PHI3 = {
-    "model.layers.{L}.self_attn.qkv_proj": _rule(QKV),
-    "model.layers.{L}.mlp.gate_up_proj": _rule("mlp.gate[ffn,residual] + mlp.up[ffn,residual]"),
+    "model.layers.{L}.self_attn.qkv_proj": parse_rule(QKV),
+    "model.layers.{L}.mlp.gate_up_proj": GATE_UP,
 }
 _OLMO2 = {
     "model.layers.{L}.self_attn.q_norm": norm_rule("q", "heads"),
@@ -73,7 +90,7 @@ _OLMO2 = {
     "model.layers.{L}.post_feedforward_layernorm": norm_rule("mlp.out"),
 }
 _MIXTRAL = {
-    "model.layers.{L}.block_sparse_moe.gate": OTHER,  # the router
+    "model.layers.{L}.block_sparse_moe.gate": ROUTER,
     "model.layers.{L}.block_sparse_moe.experts.{E}.w1": GATE,
     "model.layers.{L}.block_sparse_moe.experts.{E}.w3": UP,
     "model.layers.{L}.block_sparse_moe.experts.{E}.w2": DOWN,
@@ -82,18 +99,18 @@ _GPT2 = {
     "transformer.wte": EMBED,
     "transformer.wpe": POSITION,
     "transformer.h.{L}.ln_1": norm_rule("attn"),
-    "transformer.h.{L}.attn.c_attn": _rule(QKV, "columns"),
-    "transformer.h.{L}.attn.c_proj": _rule("attn.o[residual,heads]", "columns"),
+    "transformer.h.{L}.attn.c_attn": parse_rule(QKV, "columns"),
+    "transformer.h.{L}.attn.c_proj": parse_rule("attn.o[residual,heads]", "columns"),
     "transformer.h.{L}.ln_2": norm_rule("mlp"),
-    "transformer.h.{L}.mlp.c_fc": _rule("mlp.up[ffn,residual]", "columns"),
-    "transformer.h.{L}.mlp.c_proj": _rule("mlp.down[residual,ffn]", "columns"),
+    "transformer.h.{L}.mlp.c_fc": parse_rule("mlp.up[ffn,residual]", "columns"),
+    "transformer.h.{L}.mlp.c_proj": parse_rule("mlp.down[residual,ffn]", "columns"),
     "transformer.ln_f": norm_rule("final"),
     "lm_head": HEAD,
 }
 _NEOX = {
     "gpt_neox.embed_in": EMBED,
     "gpt_neox.layers.{L}.input_layernorm": norm_rule("attn"),
-    "gpt_neox.layers.{L}.attention.query_key_value": _rule(QKV, "heads"),
+    "gpt_neox.layers.{L}.attention.query_key_value": parse_rule(QKV, "kv groups"),
     "gpt_neox.layers.{L}.attention.dense": O,
     "gpt_neox.layers.{L}.post_attention_layernorm": norm_rule("mlp"),
     "gpt_neox.layers.{L}.mlp.dense_h_to_4h": UP,
@@ -151,4 +168,40 @@ ARCHITECTURES: dict[str, Mapping[str, Rule]] = {
     "gpt_neox": _NEOX,
     "opt": _OPT,
     "bert": _BERT,
+}
+
+# model_type -> the modules that inference cannot name, for architectures without a whole table. Their other modules are
+# inferred. A whole table says more: that the symmetries of the architecture are known (zoo/units/canonical.py).
+PARTIAL: dict[str, Mapping[str, Rule]] = {
+    "bloom": {"transformer.h.{L}.self_attention.query_key_value": parse_rule(QKV, "kv groups")},
+    "falcon": {
+        "transformer.h.{L}.self_attention.query_key_value": parse_rule(QKV, "kv groups"),
+        "transformer.h.{L}.ln_attn": norm_rule("attn"),
+        "transformer.h.{L}.ln_mlp": norm_rule("mlp"),
+    },
+    "mpt": {
+        "transformer.blocks.{L}.attn.Wqkv": parse_rule(QKV),
+        "transformer.blocks.{L}.norm_1": norm_rule("attn"),
+        "transformer.blocks.{L}.norm_2": norm_rule("mlp"),
+    },
+    "gpt_bigcode": {"transformer.h.{L}.attn.c_attn": parse_rule(QKV, "kv groups")},
+    "persimmon": {"model.layers.{L}.self_attn.query_key_value": parse_rule(QKV, "kv groups")},
+    "gpt_neox_japanese": {
+        "gpt_neox_japanese.layers.{L}.attention.query_key_value": parse_rule(QKV, "kv groups"),
+        "gpt_neox_japanese.layers.{L}.attention.dense_bias": O,  # of the last layer only
+    },
+    "codegen": {
+        "transformer.h.{L}.attn.qkv_proj": parse_rule(
+            "attn.q[heads,residual] + attn.v[kv_heads,residual] + attn.k[kv_heads,residual]", "quarters"
+        )
+    },
+    "openai-gpt": {
+        "transformer.tokens_embed": EMBED,
+        "transformer.positions_embed": POSITION,
+        "transformer.h.{L}.attn.c_attn": parse_rule(QKV, "columns"),
+        "transformer.h.{L}.ln_1": norm_rule("attn.out"),
+        "transformer.h.{L}.ln_2": norm_rule("mlp.out"),
+    },
+    "glm": {"model.layers.{L}.mlp.gate_up_proj": GATE_UP},
+    "glm4": {"model.layers.{L}.mlp.gate_up_proj": GATE_UP},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from zoo.checkpoints.quantised import CONFIG_KEYS as QUANTISATION_KEYS
+from zoo.checkpoints.quantised import without_quantisation
 from zoo.errors import unknown
 from zoo.targets import roles
 from zoo.targets.adapters import (
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["Blueprint", "meta_model", "to_disk"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,19 @@ class Blueprint:
     adapter: Adapter | None = field(default=None, repr=False)
 
     @classmethod
-    def from_config(cls, source: str | Path | Mapping[str, Any]) -> Blueprint:
+    def from_config(cls, source: str | Path | Mapping[str, Any], where: str | None = None) -> Blueprint:
         """The blueprint of a config.
 
         source: a config.json, a folder that contains one, a hub id (org/name or org/name@revision) or a parsed config.
-        Only a hub id uses the network. UserError for a config that cannot be read, an architecture that transformers
-        does not know, and numbers that disagree.
+        Only a hub id uses the network. where: the name of a parsed config in errors. A quantization_config is left out,
+        because the tensors that fill a blueprint are not quantised. UserError for a config that cannot be read, an
+        architecture that transformers does not know, and numbers that disagree.
         """
-        data, where = read_config(source)
+        data, name = read_config(source)
+        where = where or name
+        if any(data.get(key) for key in QUANTISATION_KEYS):
+            log.info("%s: its quantization_config is left out: the weights are written as they are sampled", where)
+        data = without_quantisation(data)
         return _model_blueprint(meta_model(parse_config(data, where), where), copy.deepcopy(data))
 
     @classmethod
@@ -165,10 +175,21 @@ class Blueprint:
         """The tensors that no method models (role `other`). They keep the default initialisation; tell the user."""
         return tuple(s.name for s in self.specs if s.role == "other")
 
+    @property
+    def has_head(self) -> bool:
+        """Whether it predicts tokens, by a head of its own or by its embedding. Base models and classifiers do not."""
+        own = any(part.axes[0] == "vocab" for _, part in self.find("head") if part.axes)
+        return own or bool(self.ties) or (self.metadata is not None and self.metadata.tied)
+
     def offset(self, spec: TensorSpec) -> float:
         """What the model adds to the stored values of a tensor: 1 for the gains of Gemma's norms."""
         is_gain = spec.role == "norm" and spec.kind == "weight"
         return self.metadata.gain_offset if is_gain and self.metadata is not None else 0.0
+
+    def has_norm(self, site: str) -> bool:
+        """Whether a norm of this site (of NORM_SITES) is in the model, with weights or without (OLMo 1)."""
+        bare = self.metadata.extra.get("bare_norms", ()) if self.metadata is not None else ()
+        return bool(self.find("norm", site=site)) or site in bare  # type: ignore[operator]
 
     def find(
         self,
@@ -254,21 +275,51 @@ def _tensors_blueprint(
         transposed={name for name, module in owner.items() if type(module).__name__ == "Conv1D"},
     )
     if metadata is not None:
-        metadata = _complete_metadata(metadata, specs, owner)
+        metadata = _complete_metadata(metadata, specs, owner, model)
     return Blueprint(specs, metadata, data, ties)
 
 
-def _complete_metadata(metadata: Metadata, specs: tuple[TensorSpec, ...], owner: Mapping[str, nn.Module]) -> Metadata:
-    """The metadata with what the model tells and its config does not. owner: name on disk -> the tensor's module."""
+def _complete_metadata(
+    metadata: Metadata, specs: tuple[TensorSpec, ...], owner: Mapping[str, nn.Module], model: nn.Module
+) -> Metadata:
+    """The metadata with what the model shows and its config does not. owner: name on disk -> the tensor's module."""
     norms = [
         s for s in specs if s.role == "norm" and s.kind == "weight" and s.site not in ("q", "k") and s.name in owner
     ]
     norms.sort(key=lambda s: s.site != "final")
     kind, offset = _norm_kind(owner[norms[0].name]) if norms else (metadata.norm, False)
+    bare = _norms_without_weights(model)
+    if bare and not norms:
+        kind = _bare_norm_kind(next(iter(bare.values())), metadata.width)
     positions = sum(p.shape[0] for s in specs for p in s.parts if p.role == "embed" and p.axes[0] == "position")
     shared = bool(metadata.extra.get("parallel_block")) and not any(s.site == "mlp" for s in specs)
     extra = {**metadata.extra, "rms_offset": offset, "shared_norm": shared}
+    shared_ffn = {
+        n for s in specs for p in s.parts for axis, n in zip(p.axes, p.shape, strict=True) if axis == "shared_ffn"
+    }
+    if shared_ffn:
+        extra["shared_ffn"] = max(shared_ffn)
+    if sites := roles.norm_sites(bare, bool(metadata.extra.get("post_norm"))):
+        extra["bare_norms"] = sites
     return replace(metadata, norm=kind, positions=positions, extra=extra)
+
+
+def _norms_without_weights(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> norm without a gain (OLMo 1): no tensor on disk shows that it is there."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and not any(module.children()) and not module.state_dict()
+    }
+
+
+def _bare_norm_kind(norm: nn.Module, width: int) -> str:
+    """'rms' or 'layer' for a norm without weights: LayerNorm maps a constant vector to zero and RMSNorm does not."""
+    try:
+        with torch.no_grad():
+            return "rms" if norm(torch.ones(1, width)).abs().max() > 0.5 else "layer"
+    except Exception:  # a module that is called a norm, and takes other arguments
+        return "rms"
 
 
 def _norm_kind(norm: nn.Module) -> tuple[str, bool]:

@@ -19,7 +19,9 @@ from zoo.targets.architectures import (
     GATE,
     HEAD,
     OTHER,
+    PARTIAL,
     POSITION,
+    ROUTER,
     UP,
     K,
     O,
@@ -27,6 +29,7 @@ from zoo.targets.architectures import (
     Rule,
     V,
     norm_rule,
+    parse_rule,
 )
 from zoo.tensors import Metadata, Part, TensorSpec
 
@@ -43,6 +46,24 @@ _INFERRED_MLP = [
     (r"(up_proj|fc1|fc_in|c_fc|fc|w3|wi_1|wi|lin1|linear1|linear_1|dense_h_to_4h|intermediate\.dense)", UP),
     (r"(down_proj|fc2|fc_out|c_proj|w2|wo|lin2|linear2|linear_2|dense_4h_to_h|output\.dense)", DOWN),
 ]
+_INFERRED_EXPERTS = [  # of architectures with experts
+    (r"\.(mlp|block_sparse_moe|moe|feed_forward)\.(gate|router|router\.gate|router\.layer|gate\.wg)$", ROUTER),
+    (r"\.e_score_correction_bias$", ROUTER),
+    (r"\.shared_expert_gate$", parse_rule("other[fixed,residual]")),
+    (r"\.shared_(experts?|mlp)\.gate_proj$", parse_rule("mlp.gate[shared_ffn,residual]")),
+    (r"\.shared_(experts?|mlp)\.up_proj$", parse_rule("mlp.up[shared_ffn,residual]")),
+    (r"\.shared_(experts?|mlp)\.down_proj$", parse_rule("mlp.down[residual,shared_ffn]")),
+]
+_LATENT_ATTENTION = {
+    "q_proj": parse_rule("other[fixed,residual]"),
+    "q_a_proj": parse_rule("other[fixed,residual]"),
+    "q_a_layernorm": parse_rule("other[fixed]"),
+    "q_b_proj": parse_rule("other[fixed,fixed]"),
+    "kv_a_proj_with_mqa": parse_rule("other[fixed,residual]"),
+    "kv_a_layernorm": parse_rule("other[fixed]"),
+    "kv_b_proj": parse_rule("other[fixed,fixed]"),
+    "o_proj": parse_rule("other[residual,fixed]"),
+}
 _INFERRED_OUTSIDE = [
     (r"(embed_tokens|tok_embeddings|word_embeddings|embeddings|embed_in|embedding|wte|shared)", EMBED),
     (r"(embed_positions|position_embeddings|wpe)", POSITION),
@@ -54,6 +75,7 @@ _INFERRED_NORM_SITES = [  # norms inside a block; `_norm_site` has the rules tha
     (r"(post_self_attn_layernorm|attention\.output\.LayerNorm)", "attn.out"),
     (r"(post_feedforward_layernorm|post_mlp_layernorm|output\.LayerNorm)", "mlp.out"),
 ]
+_AFTER_BLOCKS = {"attn": "attn.out", "mlp": "mlp.out"}  # the sites of norms in models that normalise after a block
 _FOREIGN = re.compile(r"cross|encoder_attn|encdec|vision|visual|image|audio|rel_pos|relative", re.IGNORECASE)
 _NORM_NAME = re.compile(r"norm|(^|[._])ln([._]|\d|$)", re.IGNORECASE)
 _STACK = re.compile(r"(^|\.)(layers?|h|blocks?)\.(\d+)(?=\.|$)")
@@ -85,6 +107,7 @@ def axis_sizes(metadata: Metadata | None, expert: int | None = None, layer: int 
         "head_dim": metadata.head_dim,
         "ffn": ffn,
         "vocab": metadata.vocab,
+        "experts": metadata.experts,
     }
 
 
@@ -107,11 +130,10 @@ def apply_rule(
         is_fused = len(rule.parts) > 1
         part_shape = tuple(length.get(a, -1) for a in part_axes) if is_fused else logical
         parts.append(Part(role, part_axes, part_shape))
-    interleave = 0
+    interleave = {"kv groups": metadata.kv_heads if metadata else 0, "quarters": 4}.get(rule.layout, 0)
     fits = bool(parts) and all(_agrees_with_config(part, logical, length) for part in parts)
-    if rule.layout == "heads":  # q, k and v of one head follow each other, so every head has all three
-        interleave = metadata.heads if metadata else 0
-        fits = fits and metadata is not None and metadata.heads == metadata.kv_heads
+    if interleave:
+        fits = fits and not any(part.shape[0] % interleave for part in parts)
     if not fits or sum(part.shape[0] for part in parts) != logical[0]:
         return _spec_without_axes(name, shape, dtype)
     return TensorSpec(name, shape, dtype, tuple(parts), layer, kind, rule.site, expert, transposed, interleave)
@@ -136,6 +158,8 @@ def infer_rule(
     """The rule of a module without a table, from the end of its path; `neighbours` are all paths of the model."""
     if _FOREIGN.search(path):
         return OTHER
+    if (rule := _infer_latent(path, neighbours) or _infer_experts(path, metadata)) is not None:
+        return rule
     inside = "{L}" in path
     attention = re.search(r"att", path.rpartition("{L}")[2], re.IGNORECASE)
     if _NORM_NAME.search(path.rpartition("{L}")[2]) and len(shape) == 1:
@@ -147,6 +171,22 @@ def infer_rule(
             is_only_reader = path.endswith("w1") and path[:-1] + "3" not in neighbours
             return UP if is_only_reader else rule
     return OTHER
+
+
+def _infer_latent(path: str, neighbours: Collection[str]) -> Rule | None:
+    """The rule of a module of latent attention (DeepSeek-V2), where keys and values are made from a latent vector.
+
+    Its heads have no single dimension, so that they keep their number and order in a transfer.
+    """
+    parent, _, leaf = path.rpartition(".")
+    return _LATENT_ATTENTION.get(leaf) if f"{parent}.kv_b_proj" in neighbours else None
+
+
+def _infer_experts(path: str, metadata: Metadata | None) -> Rule | None:
+    """The rule of a router, of what belongs to it, or of an MLP beside the experts."""
+    if metadata is None or not metadata.experts:
+        return None
+    return next((rule for pattern, rule in _INFERRED_EXPERTS if re.search(pattern, path)), None)
 
 
 def _infer_norm(path: str, size: int, metadata: Metadata | None, neighbours: Collection[str]) -> Rule:
@@ -176,6 +216,21 @@ def _norm_site(path: str, neighbours: Collection[str]) -> str | None:
     return None
 
 
+def norm_sites(names: Collection[str], post_norm: bool = False) -> tuple[str, ...]:
+    """The sites of norms by the names of their modules, sorted. post_norm: norms follow the blocks (OPT-350m)."""
+    paths = {parse_name(name)[0] for name in names}
+    found = {_infer_norm(path, 0, None, paths).site for path in paths}
+    return tuple(sorted({_AFTER_BLOCKS.get(str(site), str(site)) if post_norm else site for site in found if site}))
+
+
+def with_bare_paths(table: Mapping[str, Rule] | None) -> dict[str, Rule] | None:
+    """A table that also holds each path without its first component, as a model without a head has it on disk."""
+    if table is None:
+        return None
+    prefix = next(iter(table)).split(".")[0]
+    return {path.removeprefix(f"{prefix}."): rule for path, rule in table.items()} | dict(table)
+
+
 def assign_roles(
     tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
     metadata: Metadata | None,
@@ -188,13 +243,10 @@ def assign_roles(
     transformers' Conv1D.
     """
     tensors = list(tensors)
-    table = ARCHITECTURES.get(metadata.architecture) if metadata else None
-    if table is not None:
-        prefix = next(iter(table)).split(".")[0]
-        table = {path.removeprefix(f"{prefix}."): rule for path, rule in table.items()} | dict(table)
-        if metadata and metadata.extra.get("post_norm"):
-            moved = {"attn": "attn.out", "mlp": "mlp.out"}
-            table = {path: replace(rule, site=moved.get(str(rule.site), rule.site)) for path, rule in table.items()}
+    table = with_bare_paths(ARCHITECTURES.get(metadata.architecture)) if metadata else None
+    partial = with_bare_paths(PARTIAL.get(metadata.architecture)) or {} if metadata else {}
+    if table is not None and metadata and metadata.extra.get("post_norm"):
+        table = {path: replace(rule, site=_AFTER_BLOCKS.get(str(rule.site), rule.site)) for path, rule in table.items()}
     neighbours = {parse_name(name)[0] for name, _, _ in tensors}
     specs = []
     for name, shape, dtype in tensors:
@@ -204,7 +256,7 @@ def assign_roles(
         elif table is not None:
             specs.append(apply_rule(table.get(path, OTHER), name, shape, dtype, metadata))
         else:
-            rule = OTHER if path == name else infer_rule(path, shape, metadata, neighbours, layer)
+            rule = OTHER if path == name else partial.get(path) or infer_rule(path, shape, metadata, neighbours, layer)
             layout = "columns" if name in transposed else rule.layout
             specs.append(apply_rule(Rule(rule.parts, rule.site, layout), name, shape, dtype, metadata))
     return tuple(specs)

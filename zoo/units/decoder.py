@@ -81,17 +81,24 @@ def require_decoder(blueprint: Blueprint, where: str) -> Metadata:
         for role in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"):
             if not blueprint.find(role, layer=layer):
                 raise UserError(f"{where}: layer {layer} has no {role}; residual units need a transformer decoder")
-    if not blueprint.find("embed"):
-        raise UserError(f"{where}: no embedding found")
+    if not any(part.axes[0] == "vocab" for _, part in blueprint.find("embed")):
+        raise UserError(
+            f"{where}: no embedding [vocabulary, width] found; residual units need one (OPT-350M's is narrower)"
+        )
     return metadata
 
 
 def read_decoder(
-    blueprint: Blueprint, read: Callable[[str], Tensor], dtype: torch.dtype = torch.float64, where: str = "checkpoint"
+    blueprint: Blueprint,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype = torch.float64,
+    where: str = "checkpoint",
+    copy_head: bool = False,
 ) -> Decoder:
-    """Reads a decoder in `dtype`. read: returns a tensor by its name on disk. where: for messages.
+    """Reads a decoder in `dtype`. read: returns a tensor by its name on disk. where: for messages. copy_head: whether a
+    base model or a classifier gets a copy of its embedding as head.
 
-    Raises UserError if the blueprint is not a dense decoder."""
+    Raises UserError if the blueprint is not a dense decoder, or has no head."""
     meta = require_decoder(blueprint, where)
     offset = meta.gain_offset
 
@@ -129,6 +136,8 @@ def read_decoder(
         part.axes[0]: split_parts(spec, read(spec.name).to(dtype))[part.role] for spec, part in blueprint.find("embed")
     }
     head = get("head", None)
+    if not (blueprint.has_head or copy_head):
+        raise UserError(f"{where}: has no head (a base model or a classifier); give the whole language model")
     return Decoder(
         metadata=meta,
         embed=tables["vocab"],

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from baselines.transfer.base import Transfer
-from baselines.transfer.sizes import metadata_pair
+from baselines.transfer.growth.alibi import alibi_mismatch
+from baselines.transfer.growth.experts import experts_mismatch
+from baselines.transfer.matching import has_unknown_axes
+from baselines.transfer.sizes import expert_ffn_size, metadata_pair, shared_ffn_size
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.configs import ACTIVATIONS, EPSILONS, SIZE_KEYS, parse_config, text_config
-from zoo.tensors import TensorSpec
+from zoo.tensors import NORM_SITES, TensorSpec
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor
@@ -62,14 +65,18 @@ class Growth(Transfer):
 
     def function_differences(self, blueprint: Blueprint) -> list[str]:
         """Why the target will not compute the donor's function on the tokens that both know: one line each."""
+        if blueprint.metadata is None:  # a copy of a donor with the same config
+            return []
         return config_differences(self.source, blueprint)
 
 
 def growth_mismatches(donor: Donor, blueprint: Blueprint) -> list[str]:
     """Why a target cannot be grown from a donor: the axes that would shrink, with both sizes, and missing tensors."""
     source, target = metadata_pair(donor, blueprint)
-    axes = ("layers", "width", "ffn", "head_dim", "kv_heads", "heads")
+    axes = ("layers", "width", "ffn", "head_dim", "kv_heads", "heads", "experts")
     sizes = [(axis, getattr(source, axis), getattr(target, axis)) for axis in axes]
+    sizes += [("expert ffn", expert_ffn_size(source), expert_ffn_size(target))]
+    sizes += [("shared ffn", shared_ffn_size(source), shared_ffn_size(target))]
     smaller = [
         f"{axis} {n_source} would shrink to {n_target}" for axis, n_source, n_target in sizes if n_target < n_source
     ]
@@ -81,12 +88,13 @@ def growth_mismatches(donor: Donor, blueprint: Blueprint) -> list[str]:
                 f"{source_queries} query heads per KV head do not fit the target's {target_queries}"
                 f" (kv_heads {source.kv_heads} -> {target.kv_heads}): give it more of either"
             )
-    if unknown := blueprint.unknown:
+    if unknown := [spec.name for spec in blueprint.specs if has_unknown_axes(spec)]:
         found.append(
             f"{len(unknown)} tensors of the target have no known role ({unknown[0]}) and would be drawn,"
             " which loses the donor's function: use row-column, which accepts that"
         )
-    if target.width > source.width and not blueprint.find("norm"):
+    found += [reason for reason in (alibi_mismatch(source, target), experts_mismatch(donor, blueprint)) if reason]
+    if target.width > source.width and not any(blueprint.has_norm(site) for site in NORM_SITES):
         found.append("the target has no norms, so that its width cannot be read from its tensors: keep the width")
     elif target.width > source.width and blueprint.ties and not blueprint.find("norm", site="final"):
         found.append("its head is tied and has no norm before it to take the scale: untie the head, or keep the width")
@@ -96,7 +104,8 @@ def growth_mismatches(donor: Donor, blueprint: Blueprint) -> list[str]:
 def config_differences(donor: Donor, blueprint: Blueprint) -> list[str]:
     """What two configs with the same kinds of tensors compute differently: one line each."""
     source, target = metadata_pair(donor, blueprint)
-    compared = ("activation", "norm_eps", "rotary_dim", "parallel_block")
+    compared = ["activation", "norm_eps", "rotary_dim", "parallel_block"]
+    compared += ["experts_per_token"] if source.experts == target.experts else []  # else `experts_mismatch` compares
     values = [(key, source.extra.get(key), target.extra.get(key)) for key in compared]
     values += [("rope_theta", source.rope_theta, target.rope_theta)]
     if source.architecture == target.architecture:
@@ -175,4 +184,4 @@ def ends_residual_branch(spec: TensorSpec, blueprint: Blueprint) -> bool:
 def has_post_norm(blueprint: Blueprint) -> bool:
     """Whether norms act on the residual stream itself (BERT, OPT-350m), so that no layer can be made to do nothing."""
     assert blueprint.metadata is not None
-    return blueprint.metadata.norm == "layer" and bool(blueprint.find("norm", site="attn.out"))
+    return blueprint.metadata.norm == "layer" and blueprint.has_norm("attn.out")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.transfer.gather import copy_tensors, gather_tensors
+from baselines.transfer.gather import copy_tensors
+from baselines.transfer.growth.alibi import alibi_head_maps, grows_alibi_heads
 from baselines.transfer.growth.base import Growth
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import copy_numbers, head_maps, leading_index, multiplicity
-from baselines.transfer.sizes import axis_sizes, metadata_pair
+from baselines.transfer.sizes import axis_sizes, expert_ffn_size, metadata_pair, shared_ffn_size
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -21,6 +22,9 @@ from zoo.tensors import Part, TensorSpec, join_parts, split_parts
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor
+
+
+TILED_AXES = ("width", "ffn", "expert ffn", "shared ffn", "kv_heads", "heads per KV head")
 
 
 @dataclass(kw_only=True)
@@ -57,7 +61,7 @@ class HyperCloning(Growth):
             )
         uneven = []
         for axis, n_source, n_target in axis_sizes(source, target):
-            if axis in ("width", "ffn", "kv_heads", "heads per KV head") and n_target % n_source:
+            if axis in TILED_AXES and n_source and n_target % n_source:
                 times = max(1, n_target // n_source)
                 near = f"{times * n_source} or {(times + 1) * n_source}"
                 uneven.append(f"{axis} {n_target} is not a multiple of the donor's {n_source} (use {near})")
@@ -68,7 +72,7 @@ class HyperCloning(Growth):
             yield from copy_tensors(self.source, blueprint)
             return
         maps = self._maps(blueprint)
-        for name, tensor in gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name):
+        for name, tensor in self.gather(blueprint, lambda _: maps, seed):
             spec = blueprint[name]
             if self.noise and spec.layer is not None and tensor.ndim == 2:
                 generator = stream(seed, f"{self.name}/noise/{name}")
@@ -90,6 +94,8 @@ class HyperCloning(Growth):
         queries = leading_index(source_queries, target_queries).expand(len(groups), -1)
         heads, kv_heads = head_maps(source, groups, queries, fixed["head_dim"].index)
         heads = AxisMap(heads.index, 1 / multiplicity(heads.index))
+        if grows_alibi_heads(source, target):
+            heads, kv_heads = alibi_head_maps(source, target)
         n = target.layers
         return IndexMaps(
             tuple(range(n)),
@@ -97,7 +103,8 @@ class HyperCloning(Growth):
             (heads,) * n,
             (kv_heads,) * n,
             (tiled(source.ffn, target.ffn),) * n,
-            (),
+            (tiled(expert_ffn_size(source), expert_ffn_size(target)),) * n if target.experts else (),
+            shared_ffn=(tiled(shared, shared_ffn_size(target)),) * n if (shared := shared_ffn_size(source)) else (),
             embed_scale=source.embed_scale / target.embed_scale,
             **fixed,
         )
@@ -106,7 +113,9 @@ class HyperCloning(Growth):
         self, matrix: Tensor, part: Part, spec: TensorSpec, maps: IndexMaps, generator: torch.Generator
     ) -> Tensor:
         """[out, in]: noise whose columns cancel in pairs of copies of the same input."""
-        index = maps.axis(part.axes[1], spec.layer).index
+        if part.axes[1] == "fixed":
+            return torch.zeros_like(matrix)
+        index = maps.axis(part.axes[1], spec.layer, spec.expert is not None).index
         rank = copy_numbers(index)
         pair, last = rank // 2, multiplicity(index).long() - 1
         sign = (1.0 - 2.0 * (rank % 2)).masked_fill((rank == last) & (rank % 2 == 0), 0.0)

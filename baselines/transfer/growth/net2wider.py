@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from baselines.transfer.gather import copy_tensors, gather_tensors
+from baselines.transfer.gather import copy_tensors
+from baselines.transfer.growth.alibi import alibi_head_maps, grows_alibi_heads
 from baselines.transfer.growth.base import Growth, changed_layer_kind, has_post_norm, repeated_layers, silence_layers
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import (
@@ -24,7 +25,7 @@ from baselines.transfer.index_rules import (
     repeated_layer_list,
     spread_query_heads,
 )
-from baselines.transfer.sizes import metadata_pair
+from baselines.transfer.sizes import expert_ffn_size, ffn_size, metadata_pair, shared_ffn_size
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -101,7 +102,7 @@ class Net2Wider(Growth):
                 found.append(f"{moved}: try depth={other}")
         if not found and target.norm == "layer" and target.width > source.width:
             width, multiple = f"width {source.width} -> {target.width}", f"a multiple of {source.width}"
-            on_stream = any(blueprint.find("norm", site=site) for site in ("attn.out", "mlp.out", "embed"))
+            on_stream = any(blueprint.has_norm(site) for site in ("attn.out", "mlp.out", "embed"))
             if self._residual_rule(source, target) == "pad" and on_stream:
                 found.append(
                     f"{width}: LayerNorms act on the residual stream, which needs residual=copy and {multiple}"
@@ -139,7 +140,7 @@ class Net2Wider(Growth):
     def _grow(self, blueprint: Blueprint, seed: int) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the grown target, without noise."""
         maps = self._draw_maps(blueprint, seed)
-        tensors = gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)
+        tensors = self.gather(blueprint, lambda _: maps, seed)
         if self.expansion == "aki":
             tensors = self._use_next_layer(tensors, blueprint, maps, seed)
         yield from silence_layers(tensors, blueprint, repeated_layers(maps.layers))
@@ -148,7 +149,10 @@ class Net2Wider(Growth):
         source, target = metadata_pair(self.source, blueprint)
         fixed: dict[str, Any] = self.fixed_maps(blueprint)
         norm_over_heads = self._norm_over_heads()
-        heads, kv_heads, ffn = [], [], []
+        heads, kv_heads = [], []
+        ffn: list[AxisMap] = []
+        experts: list[AxisMap] = []
+        shared: list[AxisMap] = []
         for layer in range(target.layers):
             generator = stream(seed, f"{self.name}/layer {layer}")
             share_generator = generator if self.shares == "random" else None
@@ -158,15 +162,20 @@ class Net2Wider(Growth):
             h_scale, kv_scale = (_write_amplitude(index) if norm_over_heads else 1.0 for index in (h, kv))
             heads.append(AxisMap(h, read_shares(h, share_generator), h_scale))
             kv_heads.append(AxisMap(kv, 1.0, kv_scale))
-            index = growth_index(source.ffn, target.ffn, generator)
-            ffn.append(AxisMap(index, read_shares(index, share_generator)))
+            if grows_alibi_heads(source, target):
+                heads[-1], kv_heads[-1] = alibi_head_maps(source, target)
+            for grown, size in ((ffn, ffn_size), (experts, expert_ffn_size), (shared, shared_ffn_size)):
+                if size(target):
+                    index = growth_index(size(source), size(target), generator)
+                    grown.append(AxisMap(index, read_shares(index, share_generator)))
         return IndexMaps(
             self._layers(source, target),
             self._residual_map(source, target, stream(seed, f"{self.name}/residual")),
             tuple(heads),
             tuple(kv_heads),
             tuple(ffn),
-            (),
+            tuple(experts),
+            shared_ffn=tuple(shared),
             embed_scale=source.embed_scale / target.embed_scale,
             **fixed,
         )
@@ -207,14 +216,17 @@ class Net2Wider(Growth):
         """Replaces the rows of copies by the same rows of the donor's next layer (the last layer keeps its own)."""
         last = max(maps.layers)
         next_maps = replace(maps, layers=tuple(min(layer + 1, last) for layer in maps.layers))
-        next_tensors = gather_tensors(self.source, blueprint, lambda _: next_maps, seed, self.name)
+        next_tensors = self.gather(blueprint, lambda _: next_maps, seed)
         for (name, tensor), (_, next_tensor) in zip(tensors, next_tensors, strict=True):
             spec = blueprint[name]
             if spec.layer is not None and spec.role != "norm":
                 parts, next_parts = split_parts(spec, tensor), split_parts(spec, next_tensor)
                 for part in spec.parts:
                     own = parts[part.role]
-                    is_copy = _copied_rows(maps.axis(part.axes[0], spec.layer)).view(-1, *[1] * (own.ndim - 1))
+                    if part.axes[0] == "fixed":
+                        continue
+                    axis = maps.axis(part.axes[0], spec.layer, spec.expert is not None)
+                    is_copy = _copied_rows(axis).view(-1, *[1] * (own.ndim - 1))
                     parts[part.role] = torch.where(is_copy, next_parts[part.role], own)
                 tensor = join_parts(spec, parts)
             yield name, tensor

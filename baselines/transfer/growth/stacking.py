@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.transfer.gather import copy_tensors, gather_tensors
+from baselines.transfer.gather import copy_tensors
 from baselines.transfer.growth.base import (
     Growth,
     changed_layer_kind,
@@ -20,7 +20,7 @@ from baselines.transfer.growth.base import (
 )
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import even_layers, repeated_layer_list
-from baselines.transfer.sizes import axis_sizes, metadata_pair
+from baselines.transfer.sizes import axis_sizes, expert_ffn_size, metadata_pair, shared_ffn_size
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
@@ -95,10 +95,11 @@ class Stacking(Growth):
             (heads,) * target.layers,
             (kv_heads,) * target.layers,
             (AxisMap(torch.arange(source.ffn)),) * target.layers,
-            (),
+            (AxisMap(torch.arange(expert_ffn_size(source))),) * target.layers,
+            shared_ffn=(AxisMap(torch.arange(shared_ffn_size(source))),) * target.layers,
             **fixed,
         )
-        tensors = gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)
+        tensors = self.gather(blueprint, lambda _: maps, seed)
         yield from silence_layers(tensors, blueprint, repeated_layers(layers) if self.exact else ())
 
     def _layers(self, source: Metadata, target: Metadata) -> tuple[int, ...]:

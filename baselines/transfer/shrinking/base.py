@@ -6,7 +6,7 @@ Sizes of the target: L layers, d width, K KV groups, G query heads per group, F 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from baselines.transfer.base import Transfer
+from baselines.transfer.donor_choice import has_uniform_layers
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import even_layers, head_maps, uniform_index
 from baselines.transfer.shrinking.calibration import calibration_windows
 from baselines.transfer.shrinking.importance import Scores, top_indices
-from baselines.transfer.sizes import expert_ffn_size, metadata_pair
+from baselines.transfer.sizes import expert_ffn_size, metadata_pair, shared_ffn_size
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
@@ -42,9 +43,11 @@ class KeptParts:
     queries: Tensor  # [L, K, G], query heads within their group
     ffn: Tensor  # [L, F]
     expert_ffn: Tensor  # [L, E], one set for the experts of a layer; [L, 0] without experts
+    shared_ffn: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))  # [L, S], beside experts
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in tensors.items() if name != "shared_ffn" or tensor.numel()}
 
 
 def select_parts(
@@ -54,7 +57,8 @@ def select_parts(
 
     by_index: keep every n-th residual coordinate instead of the most important ones.
     """
-    groups, queries, ffn, experts = [], [], [], []
+    groups, queries, ffn, experts, shared = [], [], [], [], []
+    shared_scores = scores.shared_ffn if shared_ffn_size(target) else torch.zeros(source.layers, 0)
     group_scores, heads = scores.groups(source.kv_heads), scores.heads.unflatten(1, (source.kv_heads, -1))
     for layer in layers:
         chosen = top_indices(group_scores[layer], target.kv_heads)
@@ -62,8 +66,9 @@ def select_parts(
         queries.append(torch.stack([top_indices(heads[layer, g], target.heads // target.kv_heads) for g in chosen]))
         ffn.append(top_indices(scores.ffn[layer], target.ffn))
         experts.append(top_indices(scores.expert_ffn[layer], expert_ffn_size(target)))
+        shared.append(top_indices(shared_scores[layer], shared_ffn_size(target)))
     residual = uniform_index(source.width, target.width) if by_index else top_indices(scores.residual, target.width)
-    stacked = [torch.stack(x) for x in (groups, queries, ffn, experts)]
+    stacked = [torch.stack(x) for x in (groups, queries, ffn, experts, shared)]
     return KeptParts(torch.tensor(layers), residual, *stacked)
 
 
@@ -108,6 +113,8 @@ class Shrinking(Transfer):
         missing = [role for role in SCORED_ROLES if not donor.blueprint.find(role)]
         if missing:
             return [f"its {', '.join(missing)} are unknown, and importance needs them: use weight-selection"]
+        if not has_uniform_layers(donor.blueprint):
+            return [f"{source.architecture} has layers of several kinds, which no importance compares"]
         if source.layers < target.layers:
             sizes = f"layers {source.layers} are fewer than the target's {target.layers}"
             return [f"{sizes}: {self.name} only shrinks; use row-column or stacking"]
@@ -172,6 +179,7 @@ class Shrinking(Transfer):
             expert_ffn=tuple(axis(index, expert_ffn_size(source)) for index in kept.expert_ffn)
             if target.experts
             else (),
+            shared_ffn=tuple(axis(index, shared_ffn_size(source)) for index in kept.shared_ffn),
             embed_scale=source.embed_scale / target.embed_scale,
             **fixed,
         )
@@ -182,5 +190,5 @@ class Shrinking(Transfer):
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().restore(values, tensors)
-        names = [f.name for f in fields(KeptParts)]
-        self._kept = KeptParts(**{name: tensors[name] for name in names}) if names[0] in tensors else None
+        kept = {f.name: tensors[f.name] for f in fields(KeptParts) if f.name in tensors}
+        self._kept = KeptParts(**kept) if kept else None
