@@ -10,7 +10,6 @@ import dataclasses
 import shlex
 import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -51,7 +50,7 @@ class Dtype(StrEnum):
 
 # Options that several commands share.
 ConfigOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--config",
         metavar="FILE",
@@ -60,12 +59,12 @@ ConfigOption = Annotated[
         is_eager=True,
     ),
 ]
-ZooOption = Annotated[Path, typer.Option("--zoo", metavar="DIR", help="The folder of the zoo.")]
-OptionalZoo = Annotated[Path | None, typer.Option("--zoo", metavar="DIR", help="The folder of the zoo.")]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write; it must not exist.")]
+ZooOption = Annotated[str, typer.Option("--zoo", metavar="DIR", help="The folder of the zoo.")]
+OptionalZoo = Annotated[str | None, typer.Option("--zoo", metavar="DIR", help="The folder of the zoo.")]
+OutOption = Annotated[str, typer.Option("--out", metavar="DIR", help="The folder to write; it must not exist.")]
 TargetOption = Annotated[str, typer.Option("--target", metavar="CONFIG", help="A config.json, its folder or a hub id.")]
 TokenizerOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--tokenizer", metavar="DIR", help="The target's tokenizer [default: from its folder, else from the donors]."
     ),
@@ -143,9 +142,7 @@ def root(
 @app.command(epilog="Example: headstart demo --out demo --quick")
 def demo(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all results.")] = Path(
-        str(DemoConfig.out)
-    ),
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder of all results.")] = str(DemoConfig.out),
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of ten.")] = False,
     seed: SeedOption = 0,
     config: ConfigOption = None,
@@ -241,7 +238,7 @@ def train_autoencoder(
 def train_diffusion(
     ctx: typer.Context,
     zoo: ZooOption,
-    autoencoder: Annotated[Path, typer.Option("--autoencoder", metavar="DIR", help="A trained autoencoder.")],
+    autoencoder: Annotated[str, typer.Option("--autoencoder", metavar="DIR", help="A trained autoencoder.")],
     out: OutOption,
     resume: ResumeOption = False,
     steps: Annotated[
@@ -287,7 +284,7 @@ def compare(
     ctx: typer.Context,
     target: TargetOption,
     methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help="Methods; a variant is NAME:KEY=VALUE.")],
-    corpus: Annotated[Path, typer.Option("--corpus", metavar="FILE", help="UTF-8 text to train on.")],
+    corpus: Annotated[str, typer.Option("--corpus", metavar="FILE", help="UTF-8 text to train on.")],
     out: OutOption,
     zoo: OptionalZoo = None,
     steps: Annotated[int, typer.Option("--steps", help="Training steps of each run.")] = CompareConfig.steps,
@@ -400,7 +397,7 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option("--tasks", metavar="A,B,...", help="Tasks of lm-eval, and JSONL files of questions.")
     ],
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the JSON to this file.")] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Also write the JSON to this file.")] = None,
     base: Annotated[
         str | None,
         typer.Option("--base", metavar="MODEL", help="The model of an adapter [default: what its config names]."),
@@ -424,9 +421,9 @@ def evaluate(
 @app.command("run", epilog="Example: headstart run init/headstart.json --out again")
 def run_record(
     record: Annotated[
-        Path, typer.Argument(metavar="RECORD", help="A headstart.json, its folder, or YAML that names a subcommand.")
+        str, typer.Argument(metavar="RECORD", help="A headstart.json, its folder, or YAML that names a subcommand.")
     ],
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write here instead.")] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Write here instead.")] = None,
     plan: PlanOption = False,
     resume: ResumeOption = False,
     timeout: Annotated[

@@ -8,6 +8,7 @@ ways to write the same object. In YAML and JSON the keys are the names of the op
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import typing
 from collections.abc import Mapping
@@ -15,13 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from headstart.config_values import convert, setting_text
+from headstart.config_values import check_text, convert, setting_text, shown_value
 from zoo.errors import UserError, unknown
 from zoo.options import bounds_problem, option
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 CHOICES = {"device": DEVICES, "dtype": DTYPE_NAMES}
+NAMES = (
+    "target", "method", "methods", "out", "zoo", "donor", "model", "tokenizer", "base", "reference", "corpus", "tasks",
+    "sources", "autoencoder", "preset", "revision", "name", "targets", "shard",
+)  # fmt: skip
 POSITIONAL = ("sources", "name")  # options that the command line takes without a --name
 
 
@@ -38,9 +43,10 @@ class CommandConfig:
             value = convert(hints[item.name], value, f"--{option_key(item.name)}")
             object.__setattr__(self, item.name, value)
             if problem := bounds_problem(item, value):
-                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                shown = ",".join(map(shown_value, value)) if isinstance(value, tuple) else shown_value(value)
                 raise UserError(f"--{option_key(item.name)} {shown}: give {problem}")
             check_device_or_dtype(item.name, value)
+            _check_texts(item.name, value)
 
     def to_record(self) -> dict[str, Any]:
         """JSON values under the names of the options. Options without a value are left out."""
@@ -164,6 +170,8 @@ class CompareConfig(CommandConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.methods:
+            raise UserError("--methods: give one or more methods, such as default,row-column")
         for key in ("seeds", "lrs", "default_scales"):
             values = getattr(self, key)
             if not values or len(set(values)) < len(values):
@@ -228,6 +236,11 @@ class ZooAddConfig(CommandConfig):
     zoo: str | Path
     revision: str | None = None  # for hub ids without one
     shard: str = "0/1"  # I/N: only every N-th source, from number I
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sources:
+            raise UserError("nothing to add: give folders or hub ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,6 +355,20 @@ def is_required(item: dataclasses.Field[Any]) -> bool:
 
 def default_of(item: dataclasses.Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+
+
+def _check_texts(name: str, value: Any) -> None:
+    """UserError for text that no file, record or terminal can hold."""
+    label, is_name = f"--{option_key(name)}", name in NAMES
+    if name == "set":
+        for key, setting in value.items():
+            check_text(label, key, is_name=False)
+            check_text(f"{label} {key}", setting, is_name=False)
+    for text in value if isinstance(value, tuple) else [value]:
+        if isinstance(text, str):
+            check_text(label, text, is_name)
+    if name == "out" and isinstance(value, str) and os.path.abspath(value) == os.path.abspath(os.sep):
+        raise UserError(f"--out {value}: is the root of the file system; give a folder in it")
 
 
 def _normalized(name: str, value: Any) -> Any:

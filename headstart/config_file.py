@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from headstart.config import CONFIGS
-from headstart.config_values import comma_list, settings_of
+from headstart.config_values import check_text, comma_list, settings_of
 from headstart.terminal import session
 from zoo.errors import UserError
 
@@ -26,6 +26,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
     analysis.json that holds one under `config`. A folder stands for the record in it.
 
     Raises UserError where there is no such file, or no configuration in it."""
+    check_text("file of options", str(path), is_name=True)
     path = Path(path)
     if path.is_dir():
         path = next((path / name for name in RECORDS if (path / name).is_file()), path / RECORDS[0])
@@ -57,7 +58,7 @@ def split_flags(record: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
     return {key: value for key, value in record.items() if key not in FLAGS and key != TIMEOUT}, flags
 
 
-def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
+def read_config_file(ctx: typer.Context, path: str | None) -> str | None:
     """The callback of --config: the file's values become defaults of the command line."""
     if path is None:
         return None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from zoo.errors import UserError
+from zoo.limits import MAX_FILE_NAME, MAX_OPTION, MAX_PATH
 
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -32,6 +35,26 @@ def convert(hint: Any, value: Any, label: str) -> Any:
             raise UserError(f"{label} {value}: give a mapping, one KEY: VALUE a line")
         return {str(key): convert(arguments[1], inner, f"{label}.{key}") for key, inner in value.items()}
     return value if hint is Any else _convert_scalar(hint, value, label)
+
+
+def check_text(label: str, text: str, is_name: bool) -> None:
+    """UserError where a text cannot be written to a record, or as a name (of a file, a donor, a method) cannot exist.
+
+    A command line can hold bytes that are not UTF-8, a YAML file any character.
+    """
+    problem = None
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+        problem = "is not UTF-8; give text in UTF-8"
+    elif CONTROL_CHARACTER.search(text):
+        problem = "holds a control character, such as a line break; leave it out"
+    elif len(text) > MAX_OPTION:
+        problem = f"is too long; give at most {MAX_OPTION} characters"
+    elif is_name and not text.strip():
+        problem = "is empty; give a name"
+    elif is_name and (len(text) > MAX_PATH or any(len(part.encode()) > MAX_FILE_NAME for part in text.split("/"))):
+        problem = f"is too long for a name; give at most {MAX_FILE_NAME} bytes between slashes and {MAX_PATH} in all"
+    if problem is not None:
+        raise UserError(f"{label} {text[:MAX_FILE_NAME]!r}: {problem}")
 
 
 def settings_of(assignments: Iterable[str]) -> dict[str, str]:
@@ -71,8 +94,13 @@ def _parse_json(text: str, label: str) -> Any:
         raise UserError(f"{label}: is not a JSON object ({error}); give a file or valid JSON") from error
 
 
+def shown_value(value: Any) -> str:
+    """A value in an error. Python writes no whole number of more than 4300 digits."""
+    return "a number" if isinstance(value, int) and abs(value) > 10**100 else str(value)
+
+
 def _convert_scalar(kind: Any, value: Any, label: str) -> Any:
-    wrong = UserError(f"{label} {value}: give {TYPE_NAMES.get(kind, kind.__name__)}")
+    wrong = UserError(f"{label} {shown_value(value)}: give {TYPE_NAMES.get(kind, kind.__name__)}")
     if kind is bool:
         if isinstance(value, bool):
             return value

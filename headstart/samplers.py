@@ -76,7 +76,8 @@ def get(name: str) -> type[Sampler]:
 
 def check_method(name: str) -> None:
     """Raises UserError for a name that is neither a method nor package.module.Class. Imports nothing."""
-    if name not in METHODS and "." not in name:
+    is_class = "." in name and all(part.isidentifier() for part in name.split("."))
+    if name not in METHODS and not is_class:
         raise unknown("method", name, METHODS)
 
 
@@ -128,8 +129,9 @@ def _import_class(path: str) -> type[Sampler]:
         sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"method {path}: cannot be imported ({error}); write it as package.module.Class") from error
+    except Exception as error:  # the module is the user's own
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"method {path}: cannot be imported ({reason}); write it as package.module.Class") from error
     if not (isinstance(found, type) and issubclass(found, Sampler)):
         raise UserError(f"method {path}: is not a subclass of zoo.sampler.Sampler; give a sampler class")
     return found

@@ -26,8 +26,20 @@ MAX_DIGITS = 100  # digits of a whole number: longer ones are neither sizes nor 
 MAX_CONFIG = 4_000_000  # bytes of a config.json: 21,000 labels take 1.6 million
 MAX_YAML = 250_000  # bytes of a YAML file: PyYAML takes a second for 100,000 values
 MAX_YAML_VALUES = 100_000  # values of a YAML file with its aliases written out
-MAX_CARD = 10_000_000  # bytes of a model card
 MAX_RECORD = 16_000_000  # bytes of a donor.json, a headstart.json or a training record
+
+# Work of a library in a child process (zoo.sandbox). An hour of a stranger's normaliser ends after seconds.
+TOKENIZER_SECONDS = 2  # of CPU for a tokenizer without a text: the usual ones need a tenth
+TOKENIZER_SECONDS_PER_MB = 0.2  # more for each megabyte of its files: one of 33 MB needs three
+TEXT_SECONDS_PER_MB = 30  # more for each megabyte of text: the usual ones need three
+TOKENIZER_MEMORY = 400_000_000  # bytes for a tokenizer without a text: the usual ones need a tenth
+TOKENIZER_MEMORY_PER_BYTE = 20  # more for each byte of its files: one of 33 MB needs eleven
+TEXT_MEMORY_PER_BYTE = 600  # more for each byte of text: a text of one token per byte needs 300
+PATTERN_SECONDS = 1  # of CPU for all regular expressions of an adapter: the usual ones need a thousandth
+PATTERN_MEMORY = 200_000_000  # bytes for them
+MANIFEST_SECONDS = 3  # of CPU for reading a manifest: a million rows take one
+MANIFEST_MEMORY = 600_000_000  # bytes for it
+MAX_CHILD_REPLY = 1 << 30  # bytes that the child process answers: token ids take eight each
 
 # Writing
 MAX_LOCK_WAIT = 60  # seconds that a process waits for another one that writes the same file, which takes milliseconds
@@ -39,9 +51,37 @@ MAX_ASKED_WAIT = 300  # seconds that a hub may ask to wait, in all: huggingface.
 MAX_HUB_JSON = 32_000_000  # bytes of all JSON that a hub answers to one call: lists of 100,000 files
 MAX_HUB_FILES = 100_000  # files that a hub lists in answer to one call
 MAX_HUB_VALUES = 2_000_000  # values of such an answer
-MAX_HUB_PAGES = 1000  # pages of such a list: huggingface.co puts a thousand files on a page
-MAX_HUB_HEAD = 1 << 18  # bytes before the body of an answer: real ones have a few thousand
+MAX_HUB_PAGES = 200  # pages of such a list: huggingface.co puts a thousand files on a page
+MAX_HUB_HEAD = 1 << 17  # bytes before the body of an answer: real ones have a few thousand
 MAX_HUB_TAGS = 1000  # tags of a repository
 MAX_FILE_PATH = 1000  # characters of a file's path in a repository
 MAX_UNSTATED_FILE = 32_000_000  # bytes of a file whose size a hub does not state: weights always have one
 MAX_FILE_TRANSFER = 3  # times that the bytes of a file are downloaded in one call, when it breaks off again and again
+
+# config.json. The largest open models have 126 layers, 512 experts of a layer and a width of 18,432.
+MAX_LAYERS = 1000  # layers, blocks or stages: each takes milliseconds to build
+MAX_EXPERTS = 2048  # experts of a layer: Switch Transformers have as many
+MAX_EXPERT_LAYERS = 40_000  # layers times experts, each with tensors of its own: the largest models have 25,000
+MAX_LABELS = 100_000  # labels of a classifier: ImageNet-21k has 21,843
+MAX_CONFIG_LIST = 10_000  # entries of a list in a config: lists have one per layer, or one per frequency
+MAX_CONFIG_SIZE = 1 << 24  # any size: the largest are contexts of 10 million tokens
+MAX_CONFIG_NUMBER = (1 << 63) - 1  # any other whole number, such as a seed
+MAX_MODULES = 30_000  # modules, parameters and buffers besides experts: a thousand take a tenth of a second to build
+MAX_EXPERT_MODULES = 10  # more for each expert of each layer
+
+# Options of commands.
+MAX_OPTION = 100_000  # characters of a value
+MAX_PATH = 4096  # bytes of a path, as on Linux
+MAX_FILE_NAME = 255  # bytes of a name in a path, as in the usual file systems
+LEAST_INTEGER, MOST_INTEGER = -(2**63), 2**64 - 1  # of options; torch takes no other seeds
+
+# adapter_config.json
+MAX_RANK = 65_536  # a larger rank is above every width
+MAX_ADAPTER_NUMBER = 1_000_000  # any other number, such as lora_alpha
+MAX_PATTERNS = 500  # names or regular expressions of an adapter: PEFT compiles more of them again for every module
+MAX_PATTERN = 1000  # characters of such a name
+MAX_PISSA_STEPS = 100  # steps of `pissa_niter_N`: 16 are usual, and each multiplies every weight
+
+# Zoos
+MAX_ROWS = 1_000_000  # rows of a manifest, one for each tensor: a thousand models of 7 billion weights have 300,000
+MAX_MANIFEST = 300_000_000  # bytes of a manifest, on disk or in memory

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
+from zoo.limits import LEAST_INTEGER, MOST_INTEGER
+
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **bounds: float) -> Any:
     """A dataclass field that the user sets.
@@ -27,6 +29,8 @@ def bounds_problem(field: dataclasses.Field[Any], value: Any) -> str | None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     bounds = field.metadata
+    if isinstance(value, int) and not LEAST_INTEGER <= value <= MOST_INTEGER:
+        return f"a whole number from {LEAST_INTEGER} to {MOST_INTEGER}"
     if not math.isfinite(value):
         return "a finite number"
     if "above" in bounds and value <= bounds["above"]:
