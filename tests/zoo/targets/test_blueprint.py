@@ -243,3 +243,15 @@ def test_any_module_has_a_blueprint() -> None:
     assert blueprint["conv.weight"].role == "conv" and blueprint["conv.bias"].kind == "bias"
     assert blueprint["layers.0.weight"].role == "other" and blueprint["scale"].role == "other"
     assert "scale" in blueprint.unknown and "conv.weight" not in blueprint.unknown
+
+
+@pytest.mark.parametrize(("config", "named"), [
+    ({"model_type": "glm4_moe_lite", "mlp_layer_types": []}, "mlp_layer_types has 0 entries"),
+    ({"model_type": "gpt_neo", "attention_types": [[]]}, "attention_types has 1 entries"),
+    ({"model_type": "smollm3", "no_rope_layers": []}, "no_rope_layers has 0 entries"),
+    ({"model_type": "falcon_h1", "mlp_multipliers": [], "num_hidden_layers": 2}, "mlp_multipliers has 0 entries"),
+    ({"model_type": "falcon_h1", "ssm_multipliers": [], "num_hidden_layers": 2}, "ssm_multipliers has 0 entries"),
+])  # fmt: skip
+def test_a_list_that_is_too_short_is_named(config: dict, named: str) -> None:
+    with pytest.raises(UserError, match=rf"a list is too short: {named}; make it longer$"):
+        Blueprint.from_config(config)
