@@ -4,12 +4,14 @@ from __future__ import annotations
 
 MAX_MESSAGE = 400  # characters of an error message: one line that fits a terminal window
 
-# safetensors files. The largest open models have 100,000 to 200,000 tensors in all.
+# safetensors files. The largest open models have 100,000 to 150,000 tensors in all, scales of quantised ones included.
 MAX_HEADER = 40_000_000  # bytes of a header: parsed, it takes about twenty times as much memory
-MAX_TENSORS = 300_000  # tensors of a checkpoint: reading their list takes seconds
+MAX_TENSORS = 200_000  # tensors of a checkpoint: reading their list takes a second or two
+MAX_SHARDS = 2000  # safetensors files of a checkpoint: the largest models have a few hundred
 MAX_TENSOR_NAME = 1000  # characters of a tensor's name
 MAX_AXES = 64  # axes of a tensor: torch has no more
 MAX_UNKNOWN_VALUES = 1 << 26  # values of all tensors outside the config, unless the model itself has more
+MAX_HASHED_UNCHECKED = 1 << 30  # bytes of a donor that `verify` hashes before it compares their header with the config
 MAX_NAMES_COMPARED = 10_000  # names that are compared with a misspelt one: each takes about 20 microseconds
 
 # Model cards. The longest front matters, with thousands of evaluation results, have a few hundred thousand bytes.
@@ -40,6 +42,8 @@ PATTERN_MEMORY = 200_000_000  # bytes for them
 MANIFEST_SECONDS = 3  # of CPU for reading a manifest: a million rows take one
 MANIFEST_MEMORY = 600_000_000  # bytes for it
 MAX_CHILD_REPLY = 1 << 30  # bytes that the child process answers: token ids take eight each
+
+MAX_QUESTIONS = 200_000_000  # bytes of a file of questions: HellaSwag has 40 million
 
 # Writing
 MAX_LOCK_WAIT = 60  # seconds that a process waits for another one that writes the same file, which takes milliseconds

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from baselines.transfer.donor_choice import DonorRequest, choose_donor, copies_by_name
-from baselines.transfer.gather import fixed_maps
+from baselines.transfer.gather import fixed_maps, gather_tensors
+from baselines.transfer.index_maps import IndexMaps
 from baselines.transfer.sizes import describe_changes, metadata_pair
 from baselines.transfer.vocabulary import VocabularyRows, vocabulary_rows
 from zoo.donors.donor import Donor
@@ -35,6 +37,13 @@ class Transfer(Sampler):
 
     donor: str | None = option(None, "name of the donor; none: the nearest in size that fits")
     tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
+    head: str = option(
+        "default", "the head, for a donor without one: default (the default initialisation) or embedding (a copy of it)"
+    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.choices = {**cls.choices, "head": ("default", "embedding")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,8 +83,28 @@ class Transfer(Sampler):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         self._source = self._choose(zoo, blueprint)
-        log_plan(self._source, blueprint, self.vocabulary_rows(blueprint), self.name)
+        log_plan(self._source, blueprint, self.tokenizer, self.name)
+        self.warn_about_head(blueprint)
         return self
+
+    def gather(
+        self, blueprint: Blueprint, maps_of: Callable[[str], IndexMaps], seed: int, donor: Donor | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """`gather_tensors` from the fitted donor, or from `donor`, with the method's options."""
+        donor = self.source if donor is None else donor
+        yield from gather_tensors(donor, blueprint, maps_of, seed, self.name, self.head == "embedding")
+
+    def warn_about_head(self, blueprint: Blueprint) -> None:
+        """Says what the target's head is where the donor has none."""
+        if self.source.blueprint.has_head or not blueprint.find("head"):
+            return
+        if self.head == "embedding":
+            log.warning("%s: %s has no head: the target's is its embedding", self.name, self.source.name)
+        else:
+            log.warning(
+                "%s: %s has no head: the target's keeps the default initialisation; --set head=embedding copies the"
+                " donor's embedding", self.name, self.source.name,
+            )  # fmt: skip
 
     def _choose(self, zoo: Zoo | None, blueprint: Blueprint) -> Donor:
         request = DonorRequest(
@@ -104,12 +133,18 @@ class Transfer(Sampler):
         self._source = open_ref(values, self.name)
 
 
-def log_plan(donor: Donor, blueprint: Blueprint, rows: VocabularyRows, method: str) -> None:
+def log_plan(donor: Donor, blueprint: Blueprint, tokenizer: str | None, method: str) -> None:
     """Logs which axes change, and what is drawn at random because the donor does not have it."""
+    if blueprint.metadata is None:
+        log.info("%s: from %s: same shape", method, donor.name)
+        return
+    rows = vocabulary_rows(donor, blueprint, tokenizer)
     source, target = metadata_pair(donor, blueprint)
     log.info("%s: from %s: %s", method, donor.name, describe_changes(source, target))
     if target.layers > source.layers:
         log.info("%s: %d layers from %d: layers repeat", method, target.layers, source.layers)
+    if rows.padded:
+        log.info("%s: the target has no tokenizer: it is taken to have the donor's, with rows of padding", method)
     n_new = int((rows.index < 0).sum())
     if n_new or not rows.same_tokenizer:
         shared = f"{target.vocab - n_new} of {target.vocab} tokens are in the donor's vocabulary"

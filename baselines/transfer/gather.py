@@ -32,7 +32,12 @@ def fixed_maps(donor: Donor, blueprint: Blueprint, rows: VocabularyRows) -> dict
 
 
 def gather_tensors(
-    donor: Donor, blueprint: Blueprint, maps_of: Callable[[str], IndexMaps], seed: int, method: str
+    donor: Donor,
+    blueprint: Blueprint,
+    maps_of: Callable[[str], IndexMaps],
+    seed: int,
+    method: str,
+    copy_head: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) for every tensor of the target that the donor has, in float32 (float64 where the donor's is).
 
@@ -40,9 +45,10 @@ def gather_tensors(
     copied whole, in the donor's dtype, where it has the donor's shape; otherwise it is left out.
 
     maps_of: the maps for the tensor of a name; the same maps for all names keep the hidden spaces coupled. method: its
-    name, for the random streams of what the donor lacks. One tensor of the donor is in memory at a time.
+    name, for the random streams of what the donor lacks. copy_head: whether a donor without a head gives a copy of its
+    embedding; otherwise the head is left out. One tensor of the donor is in memory at a time.
     """
-    source, (metadata, _) = DonorParts(donor.blueprint, blueprint), metadata_pair(donor, blueprint)
+    source, (metadata, _) = DonorParts(donor.blueprint, blueprint, copy_head), metadata_pair(donor, blueprint)
     cache: dict[str, dict[str, Tensor]] = {}
 
     def read_parts(spec: TensorSpec) -> dict[str, Tensor]:
@@ -60,10 +66,12 @@ def gather_tensors(
             if found is not None and _keeps_places(maps, metadata, spec.layer if layer is not None else None):
                 yield spec.name, donor.read(found.name)
             continue
+        matches = [source.find(spec, part, layer, expert) for part in spec.parts]
+        if spec.role == "head" and matches == [None]:
+            continue
         parts = {}
         generator = stream(seed, f"{method}/free/{spec.name}")
-        for part in spec.parts:
-            match = source.find(spec, part, layer, expert)
+        for part, match in zip(spec.parts, matches, strict=True):
             assert match is not None, spec.name  # `donor_choice.mismatches` refuses such a donor
             donor_spec, donor_part = match
             matrix = read_parts(donor_spec)[donor_part.role]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 from baselines.transfer.sizes import axis_sizes
 from zoo.donors.donor import Donor
@@ -22,6 +23,11 @@ def name_pattern(spec: TensorSpec) -> str:
     return parse_name(spec.name)[0]
 
 
+def stack_of(spec: TensorSpec) -> str:
+    """The stack of layers that a tensor belongs to: 'model.layers.', or 'encoder.block.'; the whole path outside."""
+    return name_pattern(spec).partition("{L}")[0]
+
+
 def has_unknown_axes(spec: TensorSpec) -> bool:
     """Whether no index map can cut a tensor: its role or what its axes count is unknown, or it has no axis."""
     return any(not part.axes or "other" in part.axes for part in spec.parts)
@@ -30,28 +36,37 @@ def has_unknown_axes(spec: TensorSpec) -> bool:
 def same_tensors(donor: Donor, blueprint: Blueprint) -> bool:
     """Whether donor and target are one architecture of one shape, so that each tensor is copied by its name."""
     source, target = donor.blueprint, blueprint
-    if source.config is None or target.config is None or source.metadata is None or target.metadata is None:
+    if source.config is None or target.config is None:
         return False
     if source.config.get("model_type") != target.config.get("model_type") or source.ties != target.ties:
         return False
     if {spec.name: spec.shape for spec in source.specs} != {spec.name: spec.shape for spec in target.specs}:
         return False
     a, b = source.metadata, target.metadata
+    if a is None or b is None:  # without its sizes, only the whole config shows what the tensors mean
+        return a is b and _settings(source.config) == _settings(target.config)
     same_sizes = all(n_source == n_target for _, n_source, n_target in axis_sizes(a, b))
     return same_sizes and a.norm == b.norm and (a.rope_theta is None) == (b.rope_theta is None)
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config, but for those that do not change what its tensors mean."""
+    ignored = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+    return {key: value for key, value in config.items() if key not in ignored}
 
 
 class DonorParts:
     """The parts of a donor, found by what a target's part does and by its name."""
 
-    def __init__(self, donor: Blueprint, target: Blueprint) -> None:
+    def __init__(self, donor: Blueprint, target: Blueprint, copy_head: bool = False) -> None:
+        """copy_head: whether the embedding of a donor without a head serves as head."""
         self._parts = {_address(spec, part): (spec, part) for spec in donor.specs for part in spec.parts}
         self._unknown = {
             (name_pattern(spec), spec.kind, spec.layer, spec.expert): spec
             for spec in donor.specs
             if has_unknown_axes(spec)
         }
-        self._tied_head = _tied_head(donor)
+        self._tied_head = _tied_head(donor) if donor.has_head or copy_head else None
         self._patterns, self.mismatches = _match_patterns(_purposes(donor), _purposes(target))
 
     def find(
@@ -76,6 +91,22 @@ class DonorParts:
 def unmatched_tensors(donor: Blueprint, target: Blueprint) -> list[str]:
     """Why the tensors of a target cannot be told apart among the donor's: one line each, empty where they can."""
     return DonorParts(donor, target).mismatches
+
+
+def drawn_tensors(donor: Blueprint, target: Blueprint) -> list[str]:
+    """The tensors of a target with unknown axes that are not copied whole: the donor has none of the same shape.
+
+    In a layer of a deeper target, the donor's last layer stands for those that it does not have.
+    """
+    source = DonorParts(donor, target)
+    last = max((spec.layer for spec in donor.specs if spec.layer is not None), default=None)
+    drawn = []
+    for spec in target.specs:
+        if has_unknown_axes(spec):
+            layer = spec.layer if last is None or spec.layer is None else min(spec.layer, last)
+            if source.find_unknown(spec, layer, spec.expert) is None:
+                drawn.append(spec.name)
+    return drawn
 
 
 def _address(spec: TensorSpec, part: Part) -> tuple[str, str, str, int | None, int | None]:
@@ -109,7 +140,9 @@ def _match_patterns(
     for purpose, patterns in target.items():
         candidates = donor.get(purpose, [])
         if not candidates:
-            continue  # `donor_choice.mismatches` says so
+            if purpose != HEAD:
+                problems.append(f"the donor has no tensor with the axes of the target's {patterns[0]}")
+            continue
         found = {pattern: _same_name(pattern, candidates) for pattern in patterns}
         if len(candidates) == len(patterns) == 1:
             found = {patterns[0]: candidates[0]}

@@ -111,6 +111,10 @@ def warnings_section(donors: Sequence[dict[str, Any]]) -> str:
         lines.append(
             "- The weights derive from the donors above. Their licences and the terms of their training data apply."
         )
+    for donor in donors:
+        if donor.get("quantisation"):
+            name, text = escape_markdown(donor["name"]), escape_markdown(donor["quantisation"])
+            lines.append(f"- {name} is quantised: {text}. Its weights were read as the values that it computes with.")
     if any(d["license"] in (None, "unknown") for d in donors):
         lines.append("- The licence of at least one donor is unknown.")
     return "\n".join(["## Before you use it", "", *lines, ""])

@@ -58,6 +58,8 @@ def lora(
         return _plan(job)
     reads_base = job.source.folder is not None or job.sampler.reads_base
     base = StandaloneDonor.open(job.source, quiet) if reads_base else None
+    if base is not None and base.quantisation.weights:
+        raise UserError(f"{base.name}: is quantised ({base.quantisation}); give the original model as --base")
     zoo = _open_zoo(job, base, quiet)
     with new_folder(Path(config.out)) as folder:
         _write(job, base, zoo, folder, command or config.to_command())

@@ -100,15 +100,26 @@ class ModelCheckpoint(Checkpoint):
         raise unknown(f"tensor of {self.folder.name}", name, self.entries)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, as `Checkpoint.read`. UserError also for a weight that is stored as codes without a scale."""
-        problem = self.codes_problem(name)
+        """One tensor, as `Checkpoint.read`. UserError also for a weight that is stored as codes without a scale, or
+        that has another shape than the config says."""
+        problem = self.weight_problem(name)
         if problem:
             raise UserError(f"{self.folder}: {problem}")
         return super().read(name, dtype)
 
-    def codes_problem(self, name: str) -> str | None:
-        """Why the stored values of a tensor cannot be weights, None where they can or where it is no weight."""
+    def weight_problem(self, name: str) -> str | None:
+        """Why a stored tensor cannot be the weight of the blueprint, None where it can or where it is no weight."""
         entry = self.entry(name)
+        problem = self._codes_problem(name, entry)
+        if problem is None and name in self.blueprint and self.blueprint[name].shape != entry.shape:
+            described = list(self.blueprint[name].shape)
+            return (
+                f"config.json and weights disagree: {name!r} has shape {list(entry.shape)}, the config describes"
+                f" {described}; take both from the same checkpoint"
+            )
+        return problem
+
+    def _codes_problem(self, name: str, entry: Entry) -> str | None:
         if not is_code(entry.dtype) or entry.name in self.quantisation.weights:
             return None
         if name in self.blueprint and not self.blueprint[name].dtype.is_floating_point:
@@ -136,15 +147,9 @@ def check_against_blueprint(checkpoint: ModelCheckpoint) -> tuple[str, ...]:
     if missing:
         raise UserError(_missing_tensors(checkpoint, missing))
     for spec in blueprint.specs:
-        shape = checkpoint.entry(spec.name).shape
-        problem = checkpoint.codes_problem(spec.name)
+        problem = checkpoint.weight_problem(spec.name)
         if problem:
             raise UserError(f"{checkpoint.folder}: {problem}")
-        if shape != spec.shape:
-            raise UserError(
-                f"{checkpoint.folder}: config.json and weights disagree: {spec.name!r} has shape {list(shape)}, the"
-                f" config describes {list(spec.shape)}; take both from the same checkpoint"
-            )
     known = {checkpoint.entry(n).name for n in blueprint.names} | set(blueprint.ties)
     unknown_names = tuple(n for n in checkpoint.names if n not in known)
     _check_unknown_size(checkpoint, unknown_names)

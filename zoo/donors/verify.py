@@ -14,9 +14,11 @@ from zoo.checkpoints.files import file_hash, read_json
 from zoo.donors.index import is_damaged
 from zoo.donors.layout import INDEX_FILE, MANIFEST, RECORD, ROWS, donor_folder
 from zoo.donors.manifest import is_made_from, read_manifest
+from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint
 from zoo.donors.records import read_record
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
+from zoo.limits import MAX_HASHED_UNCHECKED
 
 
 def verify(path: str | Path) -> list[str]:
@@ -66,6 +68,8 @@ def _verify_donor(zoo: Path, manifest: pa.Table, name: str) -> Iterator[str]:
     add_again = f"run `headstart zoo add {record['source']}` again"
     if Path(record["source"]).is_absolute() and not Path(record["source"]).exists():
         add_again = f"its source {record['source']} is gone, so remove {folder} and add or train it again"
+    if sum(stamp["size"] for stamp in record["files"].values()) > MAX_HASHED_UNCHECKED:
+        check_against_blueprint(ModelCheckpoint.open(folder))
     for file, stamp in sorted(record["files"].items()):
         path = folder / file
         if not path.is_file():

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from baselines.transfer.gather import copy_tensors, gather_tensors
+from baselines.transfer.gather import copy_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, drop_middle_layers, select_parts
 from baselines.transfer.shrinking.calibration import load_model
 from baselines.transfer.shrinking.importance import score_by_activations, score_by_weights
@@ -49,4 +49,4 @@ class Subcloning(Shrinking):
             yield from copy_tensors(self.source, blueprint)
             return
         maps = self.index_maps(blueprint, rescale=self.rescale == "sqrt")
-        yield from gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)
+        yield from self.gather(blueprint, lambda _: maps, seed)
