@@ -30,17 +30,17 @@ MAX_YAML = 250_000  # bytes of a YAML file: PyYAML takes a second for 100,000 va
 MAX_YAML_VALUES = 100_000  # values of a YAML file with its aliases written out
 MAX_RECORD = 16_000_000  # bytes of a donor.json, a headstart.json or a training record
 
-# Work of a library in a child process (zoo.sandbox). An hour of a stranger's normaliser ends after seconds.
-TOKENIZER_SECONDS = 2  # of CPU for a tokenizer without a text: the usual ones need a tenth
-TOKENIZER_SECONDS_PER_MB = 0.2  # more for each megabyte of its files: one of 33 MB needs three
-TEXT_SECONDS_PER_MB = 30  # more for each megabyte of text: the usual ones need three
+# Work of a library in a child process (zoo.sandbox).
+TOKENIZER_SECONDS = 2  # seconds of CPU for a tokenizer without a text: the usual ones need a tenth
+TOKENIZER_SECONDS_PER_MB = 0.2  # more seconds for each megabyte of a tokenizer's files: one of 33 MB needs three
+TEXT_SECONDS_PER_MB = 30  # more seconds for each megabyte of text: the usual tokenizers need three
 TOKENIZER_MEMORY = 400_000_000  # bytes for a tokenizer without a text: the usual ones need a tenth
-TOKENIZER_MEMORY_PER_BYTE = 20  # more for each byte of its files: one of 33 MB needs eleven
-TEXT_MEMORY_PER_BYTE = 600  # more for each byte of text: a text of one token per byte needs 300
-PATTERN_SECONDS = 1  # of CPU for all regular expressions of an adapter: the usual ones need a thousandth
-PATTERN_MEMORY = 200_000_000  # bytes for them
-MANIFEST_SECONDS = 3  # of CPU for reading a manifest: a million rows take one
-MANIFEST_MEMORY = 600_000_000  # bytes for it
+TOKENIZER_MEMORY_PER_BYTE = 20  # more bytes for each byte of a tokenizer's files: one of 33 MB needs eleven
+TEXT_MEMORY_PER_BYTE = 600  # more bytes for each byte of text: a text of one token per byte needs 300
+PATTERN_SECONDS = 1  # seconds of CPU for all regular expressions of an adapter: the usual ones need a thousandth
+PATTERN_MEMORY = 200_000_000  # bytes for all regular expressions of an adapter
+MANIFEST_SECONDS = 3  # seconds of CPU for reading a manifest: a million rows take one
+MANIFEST_MEMORY = 600_000_000  # bytes for reading a manifest
 MAX_CHILD_REPLY = 1 << 30  # bytes that the child process answers: token ids take eight each
 
 MAX_QUESTIONS = 200_000_000  # bytes of a file of questions: HellaSwag has 40 million
@@ -68,10 +68,10 @@ MAX_EXPERTS = 2048  # experts of a layer: Switch Transformers have as many
 MAX_EXPERT_LAYERS = 40_000  # layers times experts, each with tensors of its own: the largest models have 25,000
 MAX_LABELS = 100_000  # labels of a classifier: ImageNet-21k has 21,843
 MAX_CONFIG_LIST = 10_000  # entries of a list in a config: lists have one per layer, or one per frequency
-MAX_CONFIG_SIZE = 1 << 24  # any size: the largest are contexts of 10 million tokens
-MAX_CONFIG_NUMBER = (1 << 63) - 1  # any other whole number, such as a seed
-MAX_MODULES = 30_000  # modules, parameters and buffers besides experts: a thousand take a tenth of a second to build
-MAX_EXPERT_MODULES = 10  # more for each expert of each layer
+MAX_CONFIG_SIZE = 1 << 24  # any other size in a config: the largest are contexts of 10 million tokens
+MAX_CONFIG_NUMBER = (1 << 63) - 1  # a whole number that is no size, such as a seed
+MAX_MODULES = 30_000  # modules, parameters and buffers of a model: building a thousand takes a tenth of a second
+MAX_EXPERT_MODULES = 10  # more modules for each expert of each layer
 
 # Options of commands.
 MAX_OPTION = 100_000  # characters of a value
@@ -81,9 +81,9 @@ LEAST_INTEGER, MOST_INTEGER = -(2**63), 2**64 - 1  # of options; torch takes no 
 
 # adapter_config.json
 MAX_RANK = 65_536  # a larger rank is above every width
-MAX_ADAPTER_NUMBER = 1_000_000  # any other number, such as lora_alpha
+MAX_ADAPTER_NUMBER = 1_000_000  # any other number of an adapter, such as lora_alpha
 MAX_PATTERNS = 500  # names or regular expressions of an adapter: PEFT compiles more of them again for every module
-MAX_PATTERN = 1000  # characters of such a name
+MAX_PATTERN = 1000  # characters of a name or regular expression of an adapter
 MAX_PISSA_STEPS = 100  # steps of `pissa_niter_N`: 16 are usual, and each multiplies every weight
 
 # Zoos

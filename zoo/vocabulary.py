@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.checkpoints.files import open_regular, read_json
+from zoo.checkpoints.token_ids import read_token_ids
 from zoo.errors import UserError
-from zoo.words import first_line
+from zoo.limits import (
+    MAX_CONFIG,
+    MAX_JSON,
+    TEXT_MEMORY_PER_BYTE,
+    TEXT_SECONDS_PER_MB,
+    TOKENIZER_MEMORY,
+    TOKENIZER_MEMORY_PER_BYTE,
+    TOKENIZER_SECONDS,
+    TOKENIZER_SECONDS_PER_MB,
+)
+from zoo.sandbox import Limits, shared
 
 BYTE_VOCAB = 256  # size of the byte vocabulary: token ids 0 to 255 are the bytes themselves
+BYTE_TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+MAX_PADDING = 1024  # rows of padding after a vocabulary; our choice: more are another vocabulary
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "config.json",
+)  # fmt: skip
 
 
 def byte_characters() -> list[str]:
@@ -37,8 +59,7 @@ def byte_tokenizer() -> Any:
 def save_byte_tokenizer(folder: Path) -> None:
     """Writes the byte tokenizer to a folder, so that AutoTokenizer loads it as a fast tokenizer."""
     byte_tokenizer().save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(BYTE_TOKENIZER_CONFIG, indent=2) + "\n")
 
 
 def find_tokenizer(given: str | Path | None, target: str | Path | dict[str, Any]) -> Path | None:
@@ -58,20 +79,74 @@ def find_tokenizer(given: str | Path | None, target: str | Path | dict[str, Any]
     return folder if path.exists() and (folder / "tokenizer.json").is_file() else None
 
 
+def fits_padded(tokens: dict[str, int], vocab: int) -> bool:
+    """Whether a vocabulary of `vocab` rows can be this one (token string -> id) with rows of padding after it."""
+    return bool(tokens) and max(tokens.values()) < vocab <= max(tokens.values()) + 1 + MAX_PADDING
+
+
 def read_vocabulary(tokenizer: str | Path) -> dict[str, int]:
     """Token string -> id, read from a tokenizer.json or its folder. Raises UserError if it is missing or damaged."""
-    from tokenizers import Tokenizer
-
     path = Path(tokenizer)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file; save the tokenizer with save_pretrained")
+    return read_token_ids(path)
+
+
+def is_byte_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the tokenizer of `save_byte_tokenizer`, whose code we trust: its ids are bytes."""
+    if any((folder / name).exists() for name in ("special_tokens_map.json", "added_tokens.json")):
+        return False
+    with contextlib.suppress(UserError):
+        own = read_json(folder / "tokenizer_config.json", MAX_CONFIG) == BYTE_TOKENIZER_CONFIG
+        return own and read_json(folder / "tokenizer.json") == json.loads(byte_tokenizer().to_str())
+    return False
+
+
+def encode_text(text: str, tokenizer: Path) -> Tensor:
+    """The token ids of a text without special tokens, int64 [N].
+
+    tokenizer: a folder, which transformers reads (AutoTokenizer), or a tokenizer.json, which the tokenizers library
+    reads alone. Either does its work in a child process with limits of time and memory, because a tokenizer's
+    normaliser or pattern may take any time. UserError where the tokenizer is damaged or passes the limits.
+    """
+    data = text.encode()
+    if tokenizer.is_dir():
+        if is_byte_tokenizer(tokenizer):
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else torch.empty(0).long()
+        call = ("encode_with_folder", {"folder": str(tokenizer.resolve())})
+    else:
+        call = ("encode_with_file", {"file": str(tokenizer.resolve())})
+    with tokenizer_errors(tokenizer):
+        _, ids = shared.call(*call, tokenizer_limits(tokenizer, len(data)), str(tokenizer), data)
+    return torch.frombuffer(bytearray(ids), dtype=torch.int64) if ids else torch.empty(0, dtype=torch.int64)
+
+
+def tokenizer_limits(tokenizer: Path, text: int) -> Limits:
+    """What a tokenizer may use for loading and for `text` bytes: an amount that grows with its files and the text.
+
+    UserError for a file of the tokenizer that is too large, or not a regular one.
+    """
+    paths = [tokenizer / name for name in TOKENIZER_FILES] if tokenizer.is_dir() else [tokenizer]
+    size = 0
+    for path in paths:
+        if path.exists():
+            with open_regular(path) as file:
+                size += os.fstat(file.fileno()).st_size
+    if size > MAX_JSON:
+        raise UserError(f"{tokenizer}: its files have {size} bytes, more than the {MAX_JSON} allowed; use another one")
+    seconds = TOKENIZER_SECONDS + size * TOKENIZER_SECONDS_PER_MB / 1e6 + text * TEXT_SECONDS_PER_MB / 1e6
+    return Limits(seconds, TOKENIZER_MEMORY + size * TOKENIZER_MEMORY_PER_BYTE + text * TEXT_MEMORY_PER_BYTE)
+
+
+@contextlib.contextmanager
+def tokenizer_errors(tokenizer: Path) -> Iterator[None]:
+    """Adds to a UserError of the sandbox that the tokenizer at this path is to blame."""
     try:
-        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the tokenizers library has no exception of its own
-        raise UserError(
-            f"{path}: is not a tokenizer ({first_line(error)}); save it again with save_pretrained"
-        ) from error
+        yield
+    except UserError as error:
+        reason = str(error).removeprefix(f"{tokenizer}: ")
+        raise UserError(f"{tokenizer}: the tokenizer cannot be used ({reason}); save it again") from error
 
 
 def rows_by_token(donor: dict[str, int], target: dict[str, int], n_source: int, n_target: int) -> Tensor:

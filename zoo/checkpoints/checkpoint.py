@@ -15,7 +15,9 @@ from torch import Tensor
 from zoo.checkpoints.files import PICKLES, file_inside, read_json
 from zoo.checkpoints.headers import INDEX, Entry, read_header, read_index
 from zoo.checkpoints.quantised import Quantisation, dequantise, find_quantised
+from zoo.checkpoints.token_ids import read_token_ids
 from zoo.errors import NotFinite, UserError, unknown
+from zoo.limits import MAX_CONFIG
 from zoo.words import shortened_list
 
 # The files of a checkpoint besides its weights. facts.json tells about its training: {"loss", "tokens", "seed"}.
@@ -48,7 +50,7 @@ class Checkpoint:
             raise UserError(f"{folder}: no such folder; give one with config.json and safetensors files")
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: has no config.json; {_advice(folder)}")
-        config = read_json(file_inside(folder, "config.json"))
+        config = read_json(file_inside(folder, "config.json"), MAX_CONFIG)
         entries = _entries(folder)
         names = {e.file for e in entries.values()} | {n for n in SIDE_FILES if (folder / n).exists()}
         if (folder / INDEX).exists() and not (folder / "model.safetensors").exists():
@@ -77,7 +79,7 @@ class Checkpoint:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What facts.json tells about its training (loss, tokens, seed), {} without that file."""
-        return read_json(self.folder / "facts.json") if "facts.json" in self.files else {}
+        return read_json(self.folder / "facts.json", MAX_CONFIG) if "facts.json" in self.files else {}
 
     def entry(self, name: str) -> Entry:
         """Where the tensor with this name on disk lies. UserError for an unknown name."""
@@ -119,15 +121,7 @@ class Checkpoint:
         """Token string -> id from tokenizer.json, added tokens included. None without that file."""
         if "tokenizer.json" not in self.files:
             return None
-        tokenizer = read_json(self.folder / "tokenizer.json")
-        model = tokenizer.get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocab, list):  # Unigram: [[token, score], …]
-            vocab = {token: i for i, (token, _) in enumerate(vocab)}
-        if not isinstance(vocab, dict):
-            raise UserError(f"{self.folder / 'tokenizer.json'}: has no vocabulary; write it again with save_pretrained")
-        added = {t["content"]: t["id"] for t in tokenizer.get("added_tokens") or []}
-        return {**vocab, **added}
+        return read_token_ids(self.folder / "tokenizer.json")
 
 
 def is_finite(tensor: Tensor) -> bool:

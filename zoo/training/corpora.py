@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UserError
-from zoo.vocabulary import BYTE_VOCAB
-from zoo.words import first_line
+from zoo.vocabulary import BYTE_VOCAB, encode_text
 
 
 def python_reference() -> bytes:
@@ -68,21 +67,8 @@ def encode_corpus(path: str | Path, tokenizer: str | Path | None, vocab: int) ->
 
 
 def _tokenize(path: Path, folder: Path) -> Tensor:
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library has no exception of its own
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); save it again") from error
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 at byte {error.start}; convert it, or use a model of bytes") from error
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no warning that the text is longer than the model's context
-    try:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    finally:
-        logging.set_verbosity(verbosity)
-    return torch.tensor(ids, dtype=torch.int64)
+    return encode_text(text, folder)

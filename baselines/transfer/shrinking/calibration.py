@@ -17,7 +17,7 @@ from zoo.donors.memory import MemoryDonor
 from zoo.errors import UserError
 from zoo.targets.configs import meta_model, parse_config
 from zoo.training.corpora import byte_tokens
-from zoo.vocabulary import BYTE_VOCAB
+from zoo.vocabulary import BYTE_VOCAB, encode_text
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor
@@ -78,19 +78,13 @@ def calibration_windows(text: str | Path, donor: Donor, tokenizer: str | None, w
 
 
 def _encode(tokenizer: Path, data: bytes, path: Path) -> Tensor:
-    from tokenizers import Tokenizer
-
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         if error.start < len(data) - 3:  # otherwise the read ended within a character
             raise UserError(f"{path}: not UTF-8 text at byte {error.start}; convert it") from error
         text = data[: error.start].decode()
-    try:
-        encoder = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # the tokenizers library has no exception of its own
-        raise UserError(f"{tokenizer}: is not a tokenizer; save it again with save_pretrained") from error
-    return torch.tensor(encoder.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+    return encode_text(text, tokenizer)
 
 
 def load_model(donor: Donor, device: str) -> nn.Module:
@@ -100,11 +94,17 @@ def load_model(donor: Donor, device: str) -> nn.Module:
     if isinstance(donor, MemoryDonor):
         return copy.deepcopy(donor.module).float().to(device).eval()
     assert isinstance(donor, FolderDonor)
-    cls: Any = type(meta_model(parse_config(donor.config, str(donor.folder)), str(donor.folder)))
+    config = parse_config(donor.blueprint.config or {}, str(donor.folder))
+    cls: Any = type(meta_model(config, str(donor.folder)))
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return cls.from_pretrained(donor.folder, dtype=torch.float32).to(device).eval()
+        if donor.quantisation.weights or donor.aliases:  # read by us: dequantised, and under the model's own names
+            tensors = {name: donor.read(name) for name in donor.blueprint.names}
+            model = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+        else:
+            model = cls.from_pretrained(donor.folder, dtype=torch.float32)
+        return model.to(device).eval()
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -1,0 +1,191 @@
+"""What `zoo.sandbox` runs in its child process: a library's work on untrusted files, one call at a time.
+
+A call and its reply are a length of JSON and a length of bytes, then both. Nothing is pickled. Importing this module
+imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+import struct
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+LENGTHS = struct.Struct(">QQ")  # of the JSON and of the bytes
+UNUSED = ("torch", "tensorflow", "jax", "flax")  # transformers would import them, which takes seconds
+
+
+def serve() -> None:
+    """Answers the calls on stdin until it ends. What a library prints is dropped."""
+    calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    while (call := read_message(calls)) is not None:
+        reply, data = _answer(*call)
+        write_message(replies, reply, data)
+
+
+def write_message(stream: IO[bytes], content: dict[str, Any], data: bytes = b"") -> None:
+    text = json.dumps(content).encode()
+    stream.write(LENGTHS.pack(len(text), len(data)) + text)
+    stream.write(data)
+    stream.flush()
+
+
+def read_message(stream: IO[bytes], most: int = sys.maxsize) -> tuple[dict[str, Any], bytes] | None:
+    """(the JSON object, the bytes) of the next message, None where the stream ends or has more than `most` bytes."""
+    lengths = stream.read(LENGTHS.size)
+    if len(lengths) < LENGTHS.size or sum(sizes := LENGTHS.unpack(lengths)) > most:
+        return None
+    text, data = stream.read(sizes[0]), stream.read(sizes[1])
+    return (json.loads(text), data) if len(text) + len(data) == sum(sizes) else None
+
+
+def _answer(call: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    function, modules = FUNCTIONS[call["function"]]
+    for name in modules:  # before the limits: it takes seconds, and reads nothing of the call
+        _import(name)
+    with _limits(call["seconds"], call["memory"]):
+        try:
+            return function(data, **call["arguments"])
+        except MemoryError:
+            return {"memory": True}, b""
+        except BaseException as error:  # a panic of a Rust library is no Exception
+            text = " ".join(str(error).split()) or type(error).__name__
+            return {"error": text[:300].encode("utf-8", "replace").decode()}, b""
+
+
+def _import(name: str) -> None:
+    if name not in sys.modules:
+        for unused in UNUSED:
+            sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
+        importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _limits(seconds: float, memory: int) -> Iterator[None]:
+    """Limits on this process: `seconds` of CPU and `memory` bytes from now on, and no files written.
+
+    The system ends the process where it passes the first. Systems without limits (Windows) have only the deadline of
+    the parent, and those without /proc no limit of memory.
+    """
+    try:
+        import resource
+    except ImportError:
+        yield
+        return
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limits = {
+        resource.RLIMIT_CPU: math.ceil(usage.ru_utime + usage.ru_stime + seconds),
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+    }
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        limits[resource.RLIMIT_AS] = int(file.read().split()[0]) * resource.getpagesize() + memory
+    before = {kind: resource.getrlimit(kind) for kind in limits}
+    for kind, most in limits.items():
+        soft, hard = before[kind]
+        bounds = [most, *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY)]
+        resource.setrlimit(kind, (min(bounds), hard))
+    try:
+        yield
+    finally:
+        for kind, (soft, hard) in before.items():
+            resource.setrlimit(kind, (soft, hard))
+
+
+def match_patterns(data: bytes, patterns: list[str], names: list[str]) -> tuple[dict[str, Any], bytes]:
+    """{matches: [[index of the pattern, index of the name], …]} of regular expressions that match a whole name."""
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return {"matches": [[i, j] for i, p in enumerate(compiled) for j, n in enumerate(names) if p.fullmatch(n)]}, b""
+
+
+def read_parquet(data: bytes, rows: int) -> tuple[dict[str, Any], bytes]:
+    """The table of a Parquet file of at most `rows` rows, as a stream of Arrow's IPC format."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = pq.read_metadata(pa.BufferReader(data)).num_rows
+    if found > rows:
+        raise ValueError(f"{found} rows, more than the {rows} allowed")
+    table = pq.read_table(pa.BufferReader(data), use_threads=False)
+    table.validate(full=True)
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    return {}, stream.getvalue().to_pybytes()
+
+
+def encode_with_file(data: bytes, file: str) -> tuple[dict[str, Any], bytes]:
+    """The token ids, int64, of a UTF-8 text by the tokenizers library alone, for a tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    return {}, _ids(Tokenizer.from_file(file).encode(data.decode(), add_special_tokens=False).ids)
+
+
+def encode_with_folder(data: bytes, folder: str) -> tuple[dict[str, Any], bytes]:
+    """The token ids, int64, of a UTF-8 text by transformers, for a folder with a tokenizer."""
+    return {}, _ids(_load(folder)(data.decode(), add_special_tokens=False)["input_ids"])
+
+
+_open: dict[str, Any] = {}  # the tokenizer that `open_tokenizer` loaded, by its folder
+
+
+def open_tokenizer(data: bytes, folder: str) -> tuple[dict[str, Any], bytes]:
+    """Loads the tokenizer of a folder for the calls of `use_tokenizer`, and returns its values that lm-eval reads."""
+    _open.clear()
+    _open[folder] = _load(folder)
+    return tokenizer_values(_open[folder]), b""
+
+
+def use_tokenizer(
+    data: bytes, folder: str, method: str, arguments: list[Any], options: dict[str, Any]
+) -> tuple[dict[str, Any], bytes]:
+    """{result: what a method of the open tokenizer returns}: encode, decode, batch_decode, __call__."""
+    if method not in ("encode", "decode", "batch_decode", "__call__", "add_special_tokens", "set"):
+        raise ValueError(f"{method} is not allowed")
+    tokenizer = _open[folder]
+    if method == "set":
+        setattr(tokenizer, *arguments)
+        return tokenizer_values(tokenizer), b""
+    if method == "add_special_tokens":
+        tokenizer.add_special_tokens(*arguments)
+        return tokenizer_values(tokenizer), b""
+    result = getattr(tokenizer, method)(*arguments, **options)
+    return {"result": dict(result) if method == "__call__" else result}, b""
+
+
+def tokenizer_values(tokenizer: Any) -> dict[str, Any]:
+    """The special tokens of a tokenizer and their ids, and its sizes."""
+    names = [f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+    values = {name: getattr(tokenizer, name, None) for name in (*names, *(f"{name}_id" for name in names))}
+    sizes = {"vocab_size": tokenizer.vocab_size, "length": len(tokenizer), "padding_side": tokenizer.padding_side}
+    return values | sizes | {"model_max_length": tokenizer.model_max_length, "name_or_path": tokenizer.name_or_path}
+
+
+def _load(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _ids(ids: list[int]) -> bytes:
+    return array("q", ids).tobytes()
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., tuple[dict[str, Any], bytes]], tuple[str, ...]]] = {
+    "match_patterns": (match_patterns, ()),
+    "read_parquet": (read_parquet, ("pyarrow.parquet",)),
+    "encode_with_file": (encode_with_file, ("tokenizers",)),
+    "encode_with_folder": (encode_with_folder, ("transformers.models.auto.tokenization_auto",)),
+    "open_tokenizer": (open_tokenizer, ("transformers.models.auto.tokenization_auto",)),
+    "use_tokenizer": (use_tokenizer, ()),
+}  # name -> (function, modules that it needs)
