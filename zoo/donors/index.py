@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from zoo.checkpoints.atomic import remove_leftovers, replace_file
+from zoo.checkpoints.files import expect, is_bare_name, parse_json, read_bytes, read_text
 from zoo.donors.layout import INDEX_FILE, MANIFEST, RECORD, donor_folder
 from zoo.donors.records import seal
 from zoo.errors import UserError
+from zoo.limits import MAX_MANIFEST, MAX_RECORD
+
+KINDS = {
+    "name": str, "revision": str, "license": str, "architecture": str, "parameters": int, "tensors": int,
+    "roles": {str: int},
+}  # fmt: skip
 
 
 def list_donors(path: str | Path) -> list[dict[str, Any]]:
@@ -50,12 +57,19 @@ def is_damaged(path: Path) -> bool:
 
 def _read_index(path: Path) -> dict[str, Any] | None:
     """The index as it was written, or None where there is none or any of its bytes has changed."""
+    where = str(path / INDEX_FILE)
     try:
-        text = (path / INDEX_FILE).read_text()
-        index = json.loads(text)
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(index, dict) or index.get("seal") != seal(index) or text != _as_text(index):
+        text = read_text(path / INDEX_FILE, MAX_RECORD)
+        index = parse_json(text, where)
+        if not isinstance(index, dict) or index.get("seal") != seal(index) or text != _as_text(index):
+            return None
+        expect(index, "fingerprint", str, where)
+        for donor in expect(index, "donors", [dict], where):
+            for key, kind in KINDS.items():
+                expect(donor, key, kind, where)
+            if not is_bare_name(donor["name"]):
+                return None
+    except UserError:
         return None
     return index
 
@@ -76,12 +90,12 @@ def _fingerprint(path: Path, donors: list[dict[str, Any]]) -> str:
     """
     digest = hashlib.sha256()
     try:
-        digest.update((path / MANIFEST).read_bytes())
+        digest.update(read_bytes(path / MANIFEST, MAX_MANIFEST))
         for donor in donors:
             folder = donor_folder(path, donor["name"])
-            digest.update((folder / RECORD).read_bytes())
+            digest.update(read_bytes(folder / RECORD, MAX_RECORD))
             sizes = sorted((file.name, file.stat().st_size) for file in os.scandir(folder))
             digest.update(json.dumps(sizes).encode())
-    except OSError:
+    except (OSError, UserError):
         return "incomplete"
     return digest.hexdigest()

@@ -9,15 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from zoo.checkpoints.atomic import remove_leftovers, replace_file
 from zoo.checkpoints.checkpoint import Checkpoint, is_finite
+from zoo.checkpoints.files import is_bare_name, read_bytes
 from zoo.checkpoints.headers import Entry
 from zoo.donors.layout import MANIFEST
 from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.errors import UserError
+from zoo.limits import MANIFEST_MEMORY, MANIFEST_SECONDS, MAX_MANIFEST, MAX_ROWS
+from zoo.sandbox import Limits, library_errors, shared
+from zoo.words import first_line
 
 CHUNK = 1 << 24  # bytes of a tensor in memory at a time
 
@@ -40,6 +45,9 @@ SCHEMA = pa.schema(
         ("kurtosis", pa.float64()),
     ]
 )
+
+
+NULLABLE = ("layer", "mean", "std", "kurtosis")  # columns that may lack a value
 
 
 @dataclass(frozen=True)
@@ -125,21 +133,52 @@ def read_manifest(zoo: Path) -> pa.Table:
 
 
 def read_rows(path: Path) -> pa.Table:
-    """A manifest, or one donor's rows of it. UserError where the file is missing, damaged or something else."""
+    """A manifest, or one donor's rows of it. UserError where the file is missing, damaged or something else.
+
+    Parquet is decoded in a child process: a small file may describe any number of rows, and texts of any size.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such manifest; fill the zoo with `headstart zoo add` or `zoo train`")
+    data = read_bytes(path, MAX_MANIFEST)
+    advice = "remove it and run `headstart zoo add` again"
     try:
-        table = pq.read_table(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such manifest; fill the zoo with `headstart zoo add` or `zoo train`") from error
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable manifest; remove it and run `headstart zoo add` again") from error
+        limits = Limits(MANIFEST_SECONDS, MANIFEST_MEMORY)
+        _, table_bytes = shared.call("read_parquet", {"rows": MAX_ROWS}, limits, "Parquet", data)
+    except UserError as error:
+        raise UserError(f"{path}: not a readable manifest ({first_line(error)}); {advice}") from error
+    if len(table_bytes) > MAX_MANIFEST:
+        raise UserError(f"{path}: takes {len(table_bytes)} bytes of memory, more than the {MAX_MANIFEST} allowed")
+    with library_errors(str(path), advice):
+        table = pa.ipc.open_stream(table_bytes).read_all()
     if table.schema != SCHEMA:
         raise UserError(f"{path}: is not the manifest of a zoo; give the folder of a zoo")
+    _check_rows(table, path)
     return table
+
+
+def _check_rows(table: pa.Table, path: Path) -> None:
+    """UserError for rows that `donor_rows` does not write: without a value, or with paths out of the zoo."""
+    advice = "remove it and run `headstart zoo add` again"
+    empty = next((name for name in table.column_names if name not in NULLABLE and table[name].null_count), None)
+    if empty is not None:
+        raise UserError(f"{path}: has rows without {empty}; {advice}")
+    for column in ("model", "file"):
+        odd = next((name for name in pc.unique(table[column]).to_pylist() if not is_bare_name(name)), None)
+        if odd is not None:
+            raise UserError(f"{path}: has the {column} {odd!r:.60}, which is not a name without folders; {advice}")
+    for column in ("offset", "nbytes"):
+        if len(table) and pc.min(table[column]).as_py() < 0:
+            raise UserError(f"{path}: has a negative {column}; {advice}")
 
 
 def join_rows(parts: Iterable[Path]) -> pa.Table:
     """The manifest made from the files with the donors' rows, sorted by model."""
-    tables = sorted((read_rows(p) for p in parts), key=lambda t: t["model"][0].as_py())
+    tables = []
+    for path in parts:
+        tables.append(read_rows(path))
+        if not len(tables[-1]):
+            raise UserError(f"{path}: has no rows; remove the donor's folder and add it again")
+    tables.sort(key=lambda table: table["model"][0].as_py())
     return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 
@@ -152,8 +191,9 @@ def is_made_from(path: Path, parts: Iterable[Path]) -> bool:
     if not read_rows(path).equals(table):
         return False
     data = _to_parquet(table)
-    same_writer = pq.read_metadata(path).created_by == pq.read_metadata(pa.BufferReader(data)).created_by
-    return not same_writer or path.read_bytes() == data
+    with library_errors(str(path), "remove it and run `headstart zoo add` again"):
+        same_writer = pq.read_metadata(path).created_by == pq.read_metadata(pa.BufferReader(data)).created_by
+    return not same_writer or read_bytes(path, MAX_MANIFEST) == data
 
 
 def _to_parquet(table: pa.Table) -> bytes:

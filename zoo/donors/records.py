@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from zoo.checkpoints.atomic import replace_file
-from zoo.checkpoints.files import file_hash, read_json
+from zoo.checkpoints.files import expect, file_hash, is_bare_name, read_json
 from zoo.donors.layout import RECORD, ROWS
 from zoo.errors import UserError
+from zoo.limits import MAX_RECORD
+
+KINDS = {"source": str, "revision": str, "license": str, "sha256": str, "rows": str, "files": {str: dict}}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -22,9 +25,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     advice = f"remove {folder} and add the donor again"
     if not (folder / RECORD).is_file():
         raise UserError(f"{folder}: has no {RECORD}, so the donor is incomplete; {advice}")
-    record = read_json(folder / RECORD)
+    record = read_json(folder / RECORD, MAX_RECORD)
     if record.get("seal") != seal(record):
         raise UserError(f"{folder / RECORD}: was changed after the donor was added; {advice}")
+    for key, kind in KINDS.items():
+        expect(record, key, kind, str(folder / RECORD), advice)
+    for name, file in record["files"].items():
+        if not is_bare_name(name):
+            raise UserError(f"{folder / RECORD}: names the file {name!r:.60}, which is outside its folder; {advice}")
+        expect(file, "size", int, f"{folder / RECORD}: {name!r:.60}", advice)
+        expect(file, "sha256", str, f"{folder / RECORD}: {name!r:.60}", advice)
     return record
 
 
