@@ -45,6 +45,9 @@ class Scorer(HFLM):
         self.lacking: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
 
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
+        self.tokenizer = tokenizer  # lm-eval accepts only the classes of transformers
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives the same) of each request (context, continuation). A
         continuation without any character of the tokenizer has no tokens, so its probability is 1."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoo.checkpoints.files import read_bytes
 from zoo.errors import UserError
+from zoo.limits import MAX_QUESTIONS
 
 Row = dict[str, Any]
 
@@ -168,8 +170,8 @@ def local_task(name: str, path: Path) -> dict[str, Any]:
 
 def _decoded(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
+        return read_bytes(path, MAX_QUESTIONS).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); give a file of JSON lines") from error
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from headstart.evaluate.tokenizer import SandboxedTokenizer
 from headstart.generate.sampling import language_model_blueprint
 from headstart.lora.lora import BASE_FOLDER
 from zoo.checkpoints.checkpoint import Checkpoint
@@ -16,10 +18,14 @@ from zoo.checkpoints.headers import read_header
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.sources import fetch_files, resolve_source
 from zoo.errors import UserError, unknown
+from zoo.limits import MAX_CONFIG
+from zoo.sandbox import library_errors
+from zoo.targets.adapter_bounds import check_adapter, check_patterns
 from zoo.targets.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_lora_config, require_peft
 from zoo.vocabulary import BYTE_VOCAB, byte_tokenizer
 
 RECORD = "headstart.json"
+USUAL_RANK = 256  # a rank that any base has memory for
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -64,7 +70,7 @@ def load_model(folder: Path, adapter: Path | None, dtype: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     language_model_blueprint(folder)
-    with _without_progress_bars():
+    with _without_progress_bars(), library_errors(str(folder), "give another checkpoint"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
@@ -77,15 +83,12 @@ def load_model(folder: Path, adapter: Path | None, dtype: str | None) -> Any:
 
 def load_tokenizer(folder: Path, adapter: Path | None = None) -> Any:
     """The tokenizer of the adapter, else of the checkpoint, else bytes for a vocabulary of 256. Raises UserError where
-    there is none."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    there is none. What a tokenizer from outside does runs in a child process."""
+    from transformers import PreTrainedTokenizerFast
 
     for place in filter(None, (adapter, folder)):
         if any((place / name).is_file() for name in TOKENIZERS):
-            try:
-                return AutoTokenizer.from_pretrained(place, local_files_only=True)
-            except Exception as error:  # the tokenizers library has no exception of its own
-                raise UserError(f"{place}: its tokenizer cannot be loaded ({error}); save it again") from error
+            return SandboxedTokenizer(place)
     vocab = read_json(folder / "config.json").get("vocab_size")
     if vocab != BYTE_VOCAB:
         raise UserError(
@@ -100,6 +103,7 @@ def _load_adapter(model: Any, folder: Path, adapter: Path) -> Any:
 
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{adapter}: has no {ADAPTER_WEIGHTS}; save the adapter as safetensors")
+    _check_against_weights(adapter, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -122,11 +126,32 @@ def _load_adapter(model: Any, folder: Path, adapter: Path) -> Any:
     return adapted
 
 
+def _check_against_weights(adapter: Path, model: Any) -> None:
+    """Raises UserError where PEFT would build more than the adapter's weights hold, or its patterns take too long."""
+    import peft
+
+    path, entries = adapter / ADAPTER_CONFIG, read_header(adapter / ADAPTER_WEIGHTS)
+    settings = read_json(path, MAX_CONFIG)
+    stored = [entry.shape[0] for name, entry in entries.items() if "lora_" in name and "_A" in name and entry.shape]
+    rank = max([settings.get("r") or 0, *(settings.get("rank_pattern") or {}).values()])
+    if rank > max([*stored, USUAL_RANK]):
+        found = max(stored, default=0)
+        raise UserError(f"{path}: states rank {rank}, its weights have {found}; give both of one adapter")
+    values = sum(math.prod(entry.shape) for entry in entries.values())
+    prompt = math.prod(settings.get(key) or 1 for key in ("num_virtual_tokens", "token_dim"))
+    if prompt > max(values, 1 << 20):
+        raise UserError(f"{path}: describes {prompt} values, its weights have {values}; give both of one adapter")
+    config = peft.PeftConfig.from_pretrained(str(adapter))
+    check_patterns(config, [name for name, _ in model.named_modules()], str(path))
+
+
 def _check_settings(adapter: Path) -> None:
     """Raises UserError for an adapter_config.json that PEFT refuses, whatever the base."""
     peft = require_peft()
     path = adapter / ADAPTER_CONFIG
-    kind = read_json(path).get("peft_type")
+    settings = read_json(path, MAX_CONFIG)
+    check_adapter(settings, str(path))
+    kind = settings.get("peft_type")
     known = [known.value for known in peft.PeftType]
     if kind not in known:
         raise unknown(f"peft_type in {path}", str(kind), known)

@@ -19,6 +19,8 @@ from torch import nn
 
 from zoo.checkpoints.files import read_json
 from zoo.errors import UserError, unknown
+from zoo.limits import MAX_CONFIG
+from zoo.targets.adapter_bounds import check_adapter, check_patterns
 from zoo.targets.configs import to_disk
 from zoo.tensors import Part, TensorSpec
 
@@ -56,7 +58,8 @@ def as_lora_config(given: Any) -> LoraConfig:
     if isinstance(given, str | Path):
         path = Path(given)
         path = path / ADAPTER_CONFIG if path.is_dir() else path
-        given, where = read_json(path), str(path)
+        given, where = read_json(path, MAX_CONFIG), str(path)
+        check_adapter(given, where)
     if isinstance(given, Mapping):
         kind = given.get("peft_type") or "LORA"
         if getattr(kind, "value", kind) != "LORA":
@@ -64,8 +67,8 @@ def as_lora_config(given: Any) -> LoraConfig:
         try:
             with _quiet():
                 given = peft.LoraConfig(**{k: v for k, v in given.items() if k not in ("peft_type", "peft_version")})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: PEFT refuses it: {str(error)[:300]}") from error
+        except Exception as error:  # PEFT checks few settings, so unusual ones fail anywhere
+            raise UserError(f"{where}: PEFT refuses it: {_reason(error)}") from error
     if not isinstance(given, peft.LoraConfig):
         raise UserError(f"{where}: is a {type(given).__name__}; give a LoraConfig, its options or an adapter's folder")
     ranks = [given.r, *(given.rank_pattern or {}).values()]
@@ -81,11 +84,12 @@ def make_peft_model(model: PreTrainedModel, lora_config: LoraConfig, where: str)
     config = copy.deepcopy(lora_config)
     config.init_lora_weights = True  # the sampler decides how to initialise; PEFT needs weights for some ways
     _check_targets(model, config.target_modules, where)
+    check_patterns(config, [name for name, _ in model.named_modules()], where)
     try:
         with _quiet():
             return peft.get_peft_model(model, config, low_cpu_mem_usage=True)
-    except ValueError as error:  # PEFT's reason for a combination of settings that no check above covers
-        raise UserError(f"{where}: PEFT cannot adapt it: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # PEFT's reason for a combination of settings that no check above covers
+        raise UserError(f"{where}: PEFT cannot adapt it: {_reason(error)}") from error
 
 
 def adapter_config_of(model: PeftModel, adapter_name: str) -> dict[str, Any]:
@@ -223,6 +227,10 @@ def _check_ranks(pairs: list[Pair]) -> None:
         )
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _check_targets(model: nn.Module, targets: Any, where: str) -> None:
     """UserError for a target that is not the name of a linear layer of the base."""
     from transformers.pytorch_utils import Conv1D
@@ -231,8 +239,13 @@ def _check_targets(model: nn.Module, targets: Any, where: str) -> None:
         return
     modules = dict(model.named_modules())
     linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+    by_end: dict[str, list[str]] = {}  # the end of a name, at a dot -> the names with it
+    for name in modules:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            by_end.setdefault(".".join(parts[i:]), []).append(name)
     for target in sorted(targets):
-        matches = [n for n in modules if n == target or n.endswith(f".{target}")]
+        matches = by_end.get(target, ())
         if not matches:
             raise unknown(f"adapter target of {where}", target, linear)
         other = next((n for n in matches if not isinstance(modules[n], nn.Linear | Conv1D)), None)

@@ -17,6 +17,8 @@ from zoo.checkpoints.files import read_json, refuse_pickle
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.quantised import without_quantisation
 from zoo.errors import UserError, unknown
+from zoo.limits import MAX_CONFIG, MAX_EXPERT_LAYERS, MAX_EXPERT_MODULES, MAX_EXPERTS, MAX_LAYERS, MAX_MODULES
+from zoo.targets.config_bounds import check_bounds, limited_modules
 from zoo.tensors import Metadata
 
 if TYPE_CHECKING:
@@ -38,10 +40,8 @@ SIZE_KEYS = {
     "expert_ffn": ("moe_intermediate_size",),
     "experts_per_token": ("num_experts_per_tok",),
 }
-LARGEST = {
-    "layers": 10_000,
-    "experts": 100_000,
-}  # a larger number is a typing error, and its model would take minutes to build
+MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64", "float", "half", "double")  # in which torch computes
+LARGEST = {"layers": MAX_LAYERS, "experts": MAX_EXPERTS}
 MOST_PARAMETERS = 10**14
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "afn")
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
@@ -69,7 +69,7 @@ def read_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
         repo, _, revision = source.partition("@")
         path = Path(with_retries(lambda: hf_hub_download(repo, "config.json", revision=revision or None), source))
     refuse_pickle(path)
-    return read_json(path), str(path)
+    return read_json(path, MAX_CONFIG), str(path)
 
 
 def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedConfig:
@@ -87,17 +87,18 @@ def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedCo
         if "auto_map" in data:
             raise UserError(f"{where}: model_type {model_type!r} needs remote code (auto_map), which is never run")
         raise UserError(f"{where}: {unknown('model_type', model_type, CONFIG_MAPPING)}"[:300])
+    check_bounds(data, where)
     data = without_quantisation(data)
     _check_sizes(data, CONFIG_MAPPING[model_type], where)
     for key in ("dtype", "torch_dtype"):
-        if isinstance(name := data.get(key), str) and not isinstance(getattr(torch, name, None), torch.dtype):
-            raise UserError(f"{where}: {key} is {name!r}, which torch does not have; give float32, bfloat16 or float16")
+        if isinstance(name := data.get(key), str) and name not in MODEL_DTYPES:
+            raise UserError(f"{where}: {key} is {name!r}, not a dtype of a model; give float32, bfloat16 or float16")
     rest = {k: v for k, v in data.items() if k not in ("model_type", "auto_map", "transformers_version")}
     try:
         with quiet_transformers():
             config = AutoConfig.for_model(model_type, **decode_floats(rest))
     except Exception as error:  # strict validation, an unknown dtype, a missing sub-config
-        raise UserError(f"{where}: {_first_reason(error)}") from error
+        raise UserError(f"{where}: {_reason(error, data)}") from error
     check_config(config, where)
     return config
 
@@ -110,6 +111,8 @@ def check_config(config: PretrainedConfig, where: str = "config") -> None:
         _check_layer(layer, where)
     name = {size: _key(text, size) for size in SIZE_KEYS}
     experts, chosen = _size(text, "experts"), _size(text, "experts_per_token")
+    if experts * _size(text, "layers") > MAX_EXPERT_LAYERS:
+        raise UserError(f"{where}: {name['experts']} {experts} in {_size(text, 'layers')} layers are too many experts")
     if experts and chosen and chosen > experts:
         raise UserError(f"{where}: {name['experts_per_token']} {chosen} exceeds {name['experts']} {experts}")
 
@@ -156,13 +159,15 @@ def meta_model(config: PretrainedConfig, where: str = "config") -> PreTrainedMod
     """
     config = copy.deepcopy(config)
     try:
-        with torch.device("meta"), quiet_transformers():
+        text = text_config(config)
+        most = MAX_MODULES + MAX_EXPERT_MODULES * _size(text, "layers") * _size(text, "experts")
+        with torch.device("meta"), quiet_transformers(), limited_modules(most, where):
             model = _model_class(config)._from_config(config)
     except UserError:
         raise
     except Exception as error:  # a constructor's reason for values that no check above covers
-        kind = config.model_type
-        raise UserError(f"{where}: transformers cannot build this {kind}: {_reason(error, config)}") from error
+        reason = _reason(error, config.to_dict())
+        raise UserError(f"{where}: transformers cannot build this {config.model_type}: {reason}") from error
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > MOST_PARAMETERS:
         raise UserError(f"{where}: its sizes give {parameters:.1e} parameters; check them for a typing error")
@@ -253,6 +258,7 @@ def metadata_of(config: PretrainedConfig) -> Metadata | None:
         "experts_per_token": _size(text, "experts_per_token") or None,
         "parallel_block": _parallel(text),
         "post_norm": getattr(text, "do_layer_norm_before", True) is False,  # OPT-350m
+        "alibi": text.model_type in ("bloom", "mpt") or bool(getattr(text, "alibi", False)) or None,
         "layer_sizes": _layer_sizes(text) or None,  # sizes that differ between layers
     }
     return Metadata(
@@ -394,13 +400,22 @@ def _parallel(config: PretrainedConfig) -> bool:
     return config.model_type in always or any(bool(getattr(config, k, False)) for k in keys)
 
 
-def _reason(error: BaseException, config: PretrainedConfig) -> str:
-    """Why a model was not built. A KeyError is a value that transformers does not know: this adds the value's key."""
+def _reason(error: BaseException, config: Mapping[str, Any]) -> str:
+    """Why a config was not read, or its model not built.
+
+    Python's words for a list that is too short name no list, and a KeyError names only a value. This adds the key.
+    """
+    if isinstance(error, IndexError) or "not enough values to unpack" in str(error):
+        layers = next((config[k] for k in SIZE_KEYS["layers"] if isinstance(config.get(k), int)), 1)
+        lists = {k: v for k, v in config.items() if isinstance(v, list | tuple) and k != "architectures"}
+        # An inner list can be too short as well, such as those of GPT-Neo's attention_types.
+        short = {k: len(v) for k, v in lists.items() if len(v) < layers or any(v == [] or v == () for v in v)}
+        named = ", ".join(f"{key} has {count} entries" for key, count in sorted(short.items())[:3])
+        return f"a list is too short: {named or _first_reason(error)}; make it longer"
     if not isinstance(error, KeyError):
         return _first_reason(error)
     value = error.args[0]
-    values = config.to_dict().items()
-    key = next((k for k, v in values if v == value or (isinstance(v, dict) and value in v.values())), "a value")
+    key = next((k for k, v in config.items() if v == value or (isinstance(v, dict) and value in v.values())), "a value")
     return f"{key} is {value!r}, which it does not know"
 
 

@@ -145,7 +145,7 @@ BAD = {
     "text": ({**LISTED["llama"], "hidden_size": "32"}, "hidden_size is '32'"),
     "fraction": ({**LISTED["llama"], "num_hidden_layers": 1.5}, "num_hidden_layers is 1.5"),
     "absurd": ({**LISTED["llama"], "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-    "absurd together": ({**LISTED["llama"], "hidden_size": 2**30, "vocab_size": 2**30}, "parameters"),
+    "absurd together": ({**LISTED["llama"], "hidden_size": 2**24, "vocab_size": 2**24}, "parameters"),
     "heads do not divide the width": ({**LISTED["gpt2"], "n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
     "heads do not divide the width, checked by transformers": ({**LISTED["llama"], "num_attention_heads": 5}, "(32)"),
     "kv heads do not divide heads": (
