@@ -22,6 +22,7 @@ from zoo.options import bounds_problem, option
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+DTYPE_ADVICE = "give --dtype float32, bfloat16 or float16"
 CHOICES = {"device": DEVICES, "dtype": DTYPE_NAMES}
 NAMES = (
     "target", "method", "methods", "out", "zoo", "donor", "model", "tokenizer", "base", "reference", "corpus", "tasks",
@@ -340,6 +341,8 @@ def config_of(record: Mapping[str, Any], where: str = "config") -> CommandConfig
 
 def check_device_or_dtype(name: str, value: Any) -> None:
     """Raises UserError for a device or a dtype that is not among the known ones."""
+    if name == "dtype" and value is not None and value not in DTYPE_NAMES:
+        raise UserError(f"dtype {value!r} cannot be written; {DTYPE_ADVICE}")
     if name in CHOICES and value is not None and value not in CHOICES[name]:
         raise unknown(name, str(value), CHOICES[name])
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from headstart.config import DTYPE_NAMES
-from zoo.errors import UserError, unknown
+from headstart.config import DTYPE_ADVICE, DTYPE_NAMES
+from zoo.errors import UserError
 
 
 def torch_device(name: str) -> str:
@@ -20,9 +20,12 @@ def torch_device(name: str) -> str:
     return name
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype for float32, bfloat16 or float16, with or without `torch.` before it. Raises UserError for others."""
+def torch_dtype(name: str, where: str = "--dtype") -> torch.dtype:
+    """The dtype for float32, bfloat16 or float16, with or without `torch.` before it.
+
+    UserError for others. It says `where` the name comes from.
+    """
     short = name.removeprefix("torch.")
     if short not in DTYPE_NAMES:
-        raise unknown("dtype", short, DTYPE_NAMES)
+        raise UserError(f"{where}: dtype {short!r} cannot be written; {DTYPE_ADVICE}")
     return getattr(torch, short)

@@ -96,9 +96,16 @@ def _prepare(config: GenerateConfig) -> GenerateJob:
     )
     _check_needs(sampler, config)
     blueprint = language_model_blueprint(config.target)
+    return GenerateJob(config, sampler, blueprint, _output_dtype(config, blueprint), standalone, tokenizer)
+
+
+def _output_dtype(config: GenerateConfig, blueprint: Blueprint) -> torch.dtype:
+    """The dtype of --dtype, else of the target's config, else float32."""
+    if config.dtype is not None:
+        return torch_dtype(config.dtype)
     stated = blueprint.config or {}
-    dtype = torch_dtype(str(config.dtype or stated.get("dtype") or stated.get("torch_dtype") or "float32"))
-    return GenerateJob(config, sampler, blueprint, dtype, standalone, tokenizer)
+    where = "config" if isinstance(config.target, dict) else str(config.target)
+    return torch_dtype(str(stated.get("dtype") or stated.get("torch_dtype") or "float32"), where)
 
 
 def _open_zoo(job: GenerateJob, quiet: bool) -> Zoo | None:

@@ -146,6 +146,21 @@ def test_dtype_is_the_asked_one_or_the_configs(tmp_path: Path, asked: str, state
     assert "torch_dtype" not in config and config["dtype"] in ("float32", "bfloat16", "float16")
 
 
+def test_a_dtype_that_cannot_be_written_is_refused_with_its_file(tmp_path: Path) -> None:
+    target = config_file(tmp_path / "target", CONFIGS["llama"] | {"dtype": "float64"})
+    with pytest.raises(UserError) as caught:
+        generate(target, "default", tmp_path / "out")
+    advice = "give --dtype float32, bfloat16 or float16"
+    assert str(caught.value) == f"{target}: dtype 'float64' cannot be written; {advice}"
+    generate(target, "default", tmp_path / "out", dtype="float32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    for stated in ("auto", "float8_e4m3fn", "int8"):
+        with pytest.raises(
+            UserError, match=rf"config.json: dtype is '{stated}', not a dtype of a model; give float32, bfloat16"
+        ):
+            generate(config_file(tmp_path / "target", CONFIGS["llama"] | {"dtype": stated}), "default", tmp_path / "no")
+
+
 def save_tokenizer(folder: Path, word: str) -> None:
     from tokenizers import Tokenizer, models
 
@@ -222,7 +237,7 @@ def test_settings_are_parsed_by_the_type_of_the_option() -> None:
     ({"method": "row-column", "model": "somewhere"}, "takes no --model"),
     ({"method": "row-column", "donor": "no-such-folder"}, "no such folder"),
     ({"method": "row-column", "zoo": "no-such-zoo"}, "is not a zoo"),
-    ({"method": "default", "dtype": "float64"}, "unknown dtype 'float64'"),
+    ({"method": "default", "dtype": "float64"}, "^dtype 'float64' cannot be written; give --dtype float32"),
     ({"method": "default", "tokenizer": "nowhere"}, "no tokenizer.json"),
     ({"method": "diffusion", "model": "no such/pipe"}, "is neither a folder nor a hub id"),
 ])  # fmt: skip

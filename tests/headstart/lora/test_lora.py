@@ -481,7 +481,7 @@ def test_what_does_not_fit_is_refused_in_one_line_before_anything_is_written(bas
     assert "pareto, peft-default" in refusal(base, "row-column")
     assert "did you mean" in refusal(base, "pisa")
     assert "even rank" in refusal(base, "orthogonal", rank=3)
-    assert "unknown dtype" in refusal(base, dtype="int8")
+    assert "dtype 'int8' cannot be written" in refusal(base, dtype="int8")
     assert "at least 0" in refusal(base, settings=["niter=-1"])
     assert "without dots" in refusal(base, out=tmp_path / "my.adapter")
     assert "default" in refusal(base, out=tmp_path / "default")
