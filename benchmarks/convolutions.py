@@ -19,6 +19,7 @@ from benchmarks import paths
 from benchmarks.head_start.costs import fit_and_sample_rates
 from headstart import samplers
 from headstart.report.scores import interval
+from zoo.checkpoints.atomic import replace_file
 from zoo.donors.memory import load_into, zoo_of
 from zoo.donors.zoo import Zoo
 from zoo.targets.blueprint import Blueprint
@@ -136,7 +137,7 @@ def main() -> None:
             sampler, train_donors(load_digits_split()), Blueprint.from_module(build_network(WIDTH))
         )
     content = {"steps": STEPS, "seeds": SEEDS, "lrs": LRS, "scales": SCALES, "torch": torch.__version__}
-    RESULTS.write_text(json.dumps(content | {"cost": cost, "methods": found}, indent=1) + "\n")
+    replace_file(RESULTS, (json.dumps(content | {"cost": cost, "methods": found}, indent=1) + "\n").encode())
     print(table(found))
 
 

@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 import warnings
@@ -40,6 +39,7 @@ from headstart.evaluate.local_tasks import is_question_path, local_task, questio
 from headstart.evaluate.models import load_model, load_tokenizer
 from headstart.report.scores import interval
 from headstart.versions import package_versions
+from zoo.checkpoints.atomic import replacement_file
 from zoo.donors.folder import StandaloneDonor
 from zoo.errors import UserError
 from zoo.statistics.grouping import Grouping, group_donor
@@ -189,10 +189,8 @@ def train(experiment: LoraExperiment, job: Job) -> dict[str, Any]:
     if not all(map(math.isfinite, ended.values())):
         return {"before": before, "a": None, "b": None, "diverged": experiment.steps}
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    path = adapter_path(experiment, job)
-    path.parent.mkdir(exist_ok=True)
-    save_file(trained, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with replacement_file(adapter_path(experiment, job)) as partial:
+        save_file(trained, partial)
     return {"before": before, **ended, "max_grad_norm": norm, "diverged": None}
 
 

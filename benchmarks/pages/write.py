@@ -12,6 +12,7 @@ from benchmarks.pages import audit_tables, comparison_tables, method_tables, spe
 from benchmarks.pages.claims import claims
 from benchmarks.pages.marks import fill_mark
 from benchmarks.paths import RESULTS, ROOT
+from zoo.checkpoints.atomic import replace_file
 
 TABLES, DETAILS, FIGURES = RESULTS / "tables.md", RESULTS / "details.md", RESULTS / "figures"
 TEMPLATE = Path(__file__).with_name("tables.template.md")
@@ -76,14 +77,13 @@ def write_tables(rows: Rows, facts: Facts) -> None:
     from benchmarks.pages.figures import draw_figures
 
     results = BenchmarkResults.from_rows(rows, facts)
-    TABLES.write_text(tables_page(results))
+    replace_file(TABLES, tables_page(results).encode())
     for path, text in marked_pages(results):
-        path.write_text(text)
-    FIGURES.mkdir(exist_ok=True)
+        replace_file(path, text.encode())
     for name, content in draw_figures(results.entries).items():
-        (FIGURES / f"{name}.png").write_bytes(content)
+        replace_file(FIGURES / f"{name}.png", content)
 
 
 def write_details(rows: Rows, facts: Facts) -> None:
     """details.md, which git ignores."""
-    DETAILS.write_text(training_tables.details_page(BenchmarkResults.from_rows(rows, facts)))
+    replace_file(DETAILS, training_tables.details_page(BenchmarkResults.from_rows(rows, facts)).encode())

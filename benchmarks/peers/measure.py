@@ -337,7 +337,7 @@ def main() -> None:
     identity = MeasurementIdentity(str(a.model), a.seconds, target, a.quick, a.seeds)
     _claim_work(a.work, {"run": run_identity(identity, zoo)})
     found = measure(setup) | {"command": "python -m benchmarks.peers.measure", "cpu_threads": 1}
-    (a.work / "peers.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    replace_file(a.work / "peers.json", (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     print(format_table(found))
 
 
@@ -346,8 +346,7 @@ def _claim_work(work: Path, run: dict[str, str]) -> None:
     record = work / "run.json"
     if record.is_file() and json.loads(record.read_text()) != run:
         raise UserError(f"{work}: holds another measurement; give another --work")
-    work.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(run) + "\n")
+    replace_file(record, (json.dumps(run) + "\n").encode())
 
 
 def _parse_arguments() -> argparse.Namespace:

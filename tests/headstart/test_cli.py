@@ -31,10 +31,15 @@ class Done:
     stderr: str
 
 
-def headstart(*arguments: object, stdout: int | None = None, interrupt: Callable[[], bool] | None = None) -> Done:
+def headstart(
+    *arguments: object,
+    stdout: int | None = None,
+    interrupt: Callable[[], bool] | None = None,
+    number: int = signal.SIGINT,
+) -> Done:
     """The command in a process of its own, forked from this one, because to import transformers takes seconds.
 
-    stdout: a file descriptor instead of what is returned; interrupt: sends SIGINT once this is true."""
+    stdout: a file descriptor instead of what is returned; interrupt: sends the signal `number` once this is true."""
     import transformers.modeling_utils  # noqa: F401
 
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -57,7 +62,7 @@ def headstart(*arguments: object, stdout: int | None = None, interrupt: Callable
             deadline = time.monotonic() + 60
             while not interrupt() and time.monotonic() < deadline:
                 time.sleep(0.02)
-            os.kill(child, signal.SIGINT)
+            os.kill(child, number)
         _, status = os.waitpid(child, 0)
         out.seek(0)
         err.seek(0)
@@ -218,12 +223,13 @@ def test_our_own_faults_are_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None
     assert done.returncode == 1 and "Traceback" in done.stderr and done.stdout == ""
 
 
-def test_an_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path: Path, number: int) -> None:
     config = CONFIGS["llama"] | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 40}
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = headstart(
         "generate", "--target", tmp_path, "--method", "default", "--out", tmp_path / "out",
-        interrupt=lambda: any(tmp_path.rglob("*.safetensors")),
+        interrupt=lambda: any(tmp_path.rglob("*.safetensors")), number=number,
     )  # fmt: skip
     assert done.returncode == 130 and done.stderr.endswith("interrupted; run the same command again to continue\n")
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -151,10 +151,10 @@ def scratch_folder() -> Iterator[Path]:
     Those that killed processes of the same user left there are removed too.
     """
     parent = Path(tempfile.gettempdir())
-    for left in parent.glob(".headstart.*.partial"):
-        with contextlib.suppress(UserError, OSError), hold_lock(left.with_suffix(".lock"), left, wait=0) as locked:
+    for lock in parent.glob(".headstart.*.lock"):
+        with contextlib.suppress(UserError, OSError), hold_lock(lock, lock, wait=0) as locked:
             if locked:
-                shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
     folder = parent / _temporary_name("headstart")
     with disk_errors(folder), hold_lock(folder.with_suffix(".lock"), folder, wait=0):
         try:
@@ -299,7 +299,10 @@ def _existing_parents(folder: Path) -> Iterator[None]:
     """Creates a folder and its missing parents. On an error those of them that are empty are removed again."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
         for new in missing:
             sync(new.parent)
         yield

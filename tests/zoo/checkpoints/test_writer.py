@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from zoo.checkpoints.atomic import new_folder, replace_file
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.headers import INDEX
-from zoo.checkpoints.writer import write_checkpoint
+from zoo.checkpoints.writer import fill_folder, write_checkpoint
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
@@ -136,9 +136,9 @@ def test_an_output_that_exists_is_left_alone(tmp_path: Path, blueprint: Blueprin
     assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
-def test_folders_may_be_nested_and_need_no_parent(tmp_path: Path, blueprint: Blueprint) -> None:
+def test_a_checkpoint_can_be_one_part_of_a_new_folder(tmp_path: Path, blueprint: Blueprint) -> None:
     with new_folder(tmp_path / "a" / "b" / "out") as folder:
-        write_checkpoint(folder, blueprint, values(blueprint).items())
+        fill_folder(folder, blueprint, values(blueprint).items())
         (folder / "README.md").write_text("card")
         assert not (tmp_path / "a" / "b" / "out").exists()
     assert (tmp_path / "a" / "b" / "out" / "model.safetensors").exists()

@@ -1,0 +1,153 @@
+"""The commands that write, with small inputs: what the kill harness cuts off."""
+
+from __future__ import annotations
+
+import shutil
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from safetensors import safe_open
+
+from tests.fuzz.materials import TEXT, language_model
+from tests.support import commands
+from tests.support.tiny import config
+
+SHAPES = (dict(hidden_size=16, kv=2, vocab_size=48), dict(hidden_size=24, kv=2, vocab_size=48))
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One command that writes.
+
+    run      (inputs, place, again): runs it into `place`; `again` after an interruption
+    prepare  (inputs, place): fills `place` with what is there before
+    states   globs of the files in `place` that an interrupted command leaves visible, besides complete outputs
+    refuses_a_second   whether a second process with the same output is refused; else it waits for the first
+    """
+
+    run: Callable[[Path, Path, bool], object]
+    prepare: Callable[[Path, Path], object] = lambda inputs, place: None
+    states: tuple[str, ...] = ()
+    refuses_a_second: bool = True
+
+
+def build_inputs(folder: Path) -> None:
+    """Fills a folder with what the commands read: donors, a zoo, a target, a model with a tokenizer, an autoencoder."""
+    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+    from tests.support.tiny import make_zoo
+    from zoo.add import add
+
+    make_zoo(folder, SHAPES)
+    add([str(folder / "sources" / "d0")], folder / "zoo-of-one", quiet=True)
+    config(16, 2, layers=1).save_pretrained(folder / "target")
+    language_model(folder / "model")
+    train_autoencoder(AutoencoderTrainConfig(steps=1), folder / "zoo", folder / "autoencoder", device="cpu", quiet=True)
+    (folder / "corpus.txt").write_text(TEXT)
+
+
+def generate(inputs: Path, place: Path, again: bool) -> None:
+    commands.generate(inputs / "model", "weight-selection", place / "out", donor=str(inputs / "model"))
+
+
+def generate_with_scratch(inputs: Path, place: Path, again: bool) -> None:
+    """The method keeps intermediate files; the output's folder and its parent are new."""
+    commands.generate(inputs / "target", "matrix-normal", place / "new" / "out", zoo=inputs / "zoo")
+
+
+def lora(inputs: Path, place: Path, again: bool) -> None:
+    """PiSSA writes the changed base too."""
+    commands.lora(inputs / "model", "pissa", 2, place / "out")
+
+
+def zoo_add(inputs: Path, place: Path, again: bool) -> None:
+    from zoo.add import add
+
+    add([str(inputs / "sources" / "d0"), str(inputs / "sources" / "d1")], place / "zoo", quiet=True)
+
+
+def zoo_train(inputs: Path, place: Path, again: bool) -> None:
+    from zoo.training.embedded_zoo import DonorRecipe, train_zoo
+
+    recipes = [
+        DonorRecipe(16, 1, heads=2, kv_heads=1, head_dim=8, ffn=32, steps=1, seed=seed, batch_size=1, sequence=16)
+        for seed in (0, 1)
+    ]
+    train_zoo(place / "zoo", recipes, workers=1, quiet=True)
+
+
+def train_autoencoder(inputs: Path, place: Path, again: bool) -> None:
+    from autoencoder import training
+
+    small = training.AutoencoderTrainConfig(steps=3, batch=16, hidden=8)
+    with patch.object(training, "SAVE_EVERY", 1):
+        training.train_autoencoder(small, inputs / "zoo", place / "out", resume=again, device="cpu", quiet=True)
+
+
+def train_diffusion(inputs: Path, place: Path, again: bool) -> None:
+    from diffusion import training
+    from diffusion.config import DiffusionTrainConfig
+
+    small = DiffusionTrainConfig(steps=2, batch=16, hidden=32, blocks=1, pool=2)
+    paths = inputs / "zoo", inputs / "autoencoder", place / "out"
+    with patch.object(training, "SAVE_EVERY", 1):
+        training.train_diffusion(small, *paths, resume=again, device="cpu", quiet=True)
+
+
+def compare(inputs: Path, place: Path, again: bool) -> None:
+    from headstart.compare import trials
+
+    options: dict[str, Any] = dict(steps=1, seeds=(0,), lrs=(1e-3,), batch_size=1, sequence=16, windows=1, workers=1)
+    methods, corpus = ("default", "normal"), inputs / "corpus.txt"
+    with patch.object(trials, "time", types.SimpleNamespace(perf_counter=lambda: 0.0)):  # seconds are recorded
+        commands.compare(
+            target=inputs / "model", methods=methods, corpus=corpus, donor=str(inputs / "model"), out=place / "out",
+            **options,
+        )  # fmt: skip
+
+
+def analyze(inputs: Path, place: Path, again: bool) -> None:
+    commands.analyze(place / "out", donor=str(inputs / "model"), ranks=(4,), bootstraps=2)
+
+
+def evaluate(inputs: Path, place: Path, again: bool) -> None:
+    (inputs / "questions.jsonl").write_text('{"query": "a b", "choices": [" c", " d"], "gold": 0}\n')
+    commands.evaluate(inputs / "model", [str(inputs / "questions.jsonl")], out=place / "scores.json")
+
+
+def save_sampler(inputs: Path, place: Path, again: bool) -> None:
+    """A fitted sampler in place of an older one, through the Python interface."""
+    from headstart import samplers
+    from zoo.donors.zoo import Zoo
+    from zoo.targets.blueprint import Blueprint
+
+    sampler = samplers.get("histogram")()
+    sampler.fit(Zoo.open(inputs / "zoo"), Blueprint.from_config(inputs / "target"))
+    sampler.save(place / "out")
+
+
+WRITERS: dict[str, Writer] = {
+    "generate": Writer(generate),
+    "generate with scratch files": Writer(generate_with_scratch),
+    "lora": Writer(lora),
+    "zoo add": Writer(zoo_add, refuses_a_second=False),
+    "zoo add to a zoo": Writer(
+        zoo_add, lambda inputs, place: shutil.copytree(inputs / "zoo-of-one", place / "zoo"), refuses_a_second=False
+    ),
+    "zoo train": Writer(zoo_train),
+    "train autoencoder": Writer(train_autoencoder, states=("out/training.safetensors",)),
+    "train diffusion": Writer(train_diffusion, states=("out/training.safetensors",)),
+    "compare": Writer(compare),
+    "analyze": Writer(analyze),
+    "evaluate": Writer(evaluate, refuses_a_second=False),
+    "save a sampler": Writer(save_sampler, refuses_a_second=False),
+}
+
+
+def is_whole_state(path: Path) -> bool:
+    """Whether a training state can be read to its end."""
+    with safe_open(path, "pt") as f:
+        return all(f.get_tensor(name) is not None for name in f.keys())  # noqa: SIM118
