@@ -84,10 +84,10 @@ def mismatches(donor: Donor, blueprint: Blueprint, allow_larger: bool) -> list[s
         if not has_uniform_layers(side) and not _same_layers(donor.blueprint, blueprint):
             return [f"{who} ({side.metadata.architecture}) has layers of several kinds; index maps need one kind"]
         if depths := _other_depths(side):
-            sizes = ", ".join(f"{stack} {n}" for stack, n in depths.items())
+            sizes = ", ".join(f"{depth} in {stack}" for stack, depth in depths.items())
             return [
-                f"{who} ({side.metadata.architecture}) has stacks of different depths ({sizes}) and only its own shape"
-                " is possible"
+                f"{who} ({side.metadata.architecture}) has other numbers of layers ({sizes}) than its config's"
+                f" {side.metadata.layers}: only a donor of the target's own shape can be copied"
             ]
     found = [f"the target has {role} and the donor has none" for role in sorted(target_kinds - donor_kinds)]
     found += [f"the donor has {role} and the target has none" for role in sorted(donor_kinds - target_kinds)]
@@ -151,7 +151,7 @@ def _tensor_kinds(blueprint: Blueprint) -> set[str]:
     found = set()
     for spec in blueprint.specs:
         for part in spec.parts:
-            if "other" not in part.axes and (part.role, spec.kind) != ("head", "weight"):
+            if not has_unknown_axes(spec) and (part.role, spec.kind) != ("head", "weight"):
                 site = f" ({spec.site})" if spec.site else f" ({part.axes[0]})" if part.role == "embed" else ""
                 experts = " per expert" if spec.expert is not None else ""
                 experts = " beside the experts" if "shared_ffn" in part.axes else experts

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baselines.transfer.index_maps import AxisMap, IndexMaps, map_part
 from baselines.transfer.index_rules import number_new_rows, rope_index
-from baselines.transfer.matching import DonorParts, has_unknown_axes
+from baselines.transfer.matching import DonorParts, has_unknown_axes, norms_before_head
 from baselines.transfer.sizes import metadata_pair, rotary_dim
 from baselines.transfer.vocabulary import VocabularyRows
 from zoo.donors.donor import Donor
@@ -49,6 +49,7 @@ def gather_tensors(
     embedding; otherwise the head is left out. One tensor of the donor is in memory at a time.
     """
     source, (metadata, _) = DonorParts(donor.blueprint, blueprint, copy_head), metadata_pair(donor, blueprint)
+    tied_norms = norms_before_head(blueprint) if blueprint.ties else []
     cache: dict[str, dict[str, Tensor]] = {}
 
     def read_parts(spec: TensorSpec) -> dict[str, Tensor]:
@@ -80,7 +81,7 @@ def gather_tensors(
             mapped = map_part(matrix, part, part_maps, spec.layer, spec.expert is not None, spec.kind, generator)
             parts[part.role] = mapped
         tensor = join_parts(spec, parts)
-        if spec.role == "norm" and spec.site == "final" and blueprint.ties:
+        if spec.name in tied_norms:
             tensor = _scale_final_norm(tensor, spec, blueprint, maps)
         yield spec.name, tensor
 

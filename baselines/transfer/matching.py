@@ -55,6 +55,12 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ignored}
 
 
+def norms_before_head(blueprint: Blueprint) -> list[str]:
+    """The names of the gains and shifts of the final norm, of an encoder-decoder the decoder's."""
+    found = [spec.name for spec in blueprint.specs if spec.role == "norm" and spec.site == "final"]
+    return [name for name in found if "encoder" not in name.split(".")] or found
+
+
 class DonorParts:
     """The parts of a donor, found by what a target's part does and by its name."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -299,7 +300,9 @@ def _complete_metadata(
     }
     if shared_ffn:
         extra["shared_ffn"] = max(shared_ffn)
-    if sites := roles.norm_sites(bare, bool(metadata.extra.get("post_norm"))):
+    if any(re.search("sinusoid", type(module).__name__, re.IGNORECASE) for module in model.modules()):
+        extra["sinusoidal_positions"] = positions == 0
+    if sites := roles.norm_sites(bare, metadata):
         extra["bare_norms"] = sites
     return replace(metadata, norm=kind, positions=positions, extra=extra)
 
@@ -326,8 +329,16 @@ def _norm_kind(norm: nn.Module) -> tuple[str, bool]:
     """('rms' or 'layer', whether gains are stored minus one), found by applying a copy of the norm.
 
     LayerNorm maps a constant vector to zero and RMSNorm does not. Gains of zero give zero, unless the norm adds one to
-    them (Gemma).
+    them (Gemma). The name of the class decides where the norm cannot be applied to a vector (I-BERT).
     """
+    try:
+        return _applied_norm_kind(norm)
+    except Exception:  # a norm with a forward of its own
+        return ("layer" if "LayerNorm" in type(norm).__name__ else "rms"), False
+
+
+def _applied_norm_kind(norm: nn.Module) -> tuple[str, bool]:
+    """`_norm_kind` by applying a copy of the norm."""
     probe = copy.deepcopy(norm).float().to_empty(device="cpu")
     with torch.no_grad():
         for parameter in probe.parameters():

@@ -200,7 +200,7 @@ def _infer_norm(path: str, size: int, metadata: Metadata | None, neighbours: Col
         return norm_rule(_norm_site(path, neighbours), axis)
     if re.search(r"embed", path, re.IGNORECASE):
         return norm_rule("embed", axis)
-    is_final = re.fullmatch(r"norm|norm_f|ln_f|final_norm|final_layer_?norm", leaf)
+    is_final = "lm_head" not in path and re.fullmatch(r"norm|norm_f|ln_f|final_norm|(final_)?layer_?norm", leaf)
     return norm_rule("final" if is_final else None, axis)
 
 
@@ -216,11 +216,13 @@ def _norm_site(path: str, neighbours: Collection[str]) -> str | None:
     return None
 
 
-def norm_sites(names: Collection[str], post_norm: bool = False) -> tuple[str, ...]:
-    """The sites of norms by the names of their modules, sorted. post_norm: norms follow the blocks (OPT-350m)."""
+def norm_sites(names: Collection[str], metadata: Metadata) -> tuple[str, ...]:
+    """The sites of norms by the names of their modules, sorted."""
     paths = {parse_name(name)[0] for name in names}
-    found = {_infer_norm(path, 0, None, paths).site for path in paths}
-    return tuple(sorted({_AFTER_BLOCKS.get(str(site), str(site)) if post_norm else site for site in found if site}))
+    table = with_bare_paths(ARCHITECTURES.get(metadata.architecture)) or {}
+    found = {(table.get(path) or _infer_norm(path, 0, None, paths)).site for path in paths}
+    moved = _AFTER_BLOCKS if metadata.extra.get("post_norm") else {}
+    return tuple(sorted({moved.get(site, site) for site in found if site}))
 
 
 def with_bare_paths(table: Mapping[str, Rule] | None) -> dict[str, Rule] | None:

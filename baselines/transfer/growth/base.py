@@ -13,7 +13,7 @@ from torch import Tensor
 from baselines.transfer.base import Transfer
 from baselines.transfer.growth.alibi import alibi_mismatch
 from baselines.transfer.growth.experts import experts_mismatch
-from baselines.transfer.matching import has_unknown_axes
+from baselines.transfer.matching import drawn_tensors, has_unknown_axes
 from baselines.transfer.sizes import expert_ffn_size, metadata_pair, shared_ffn_size
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.configs import ACTIVATIONS, EPSILONS, SIZE_KEYS, parse_config, text_config
@@ -55,7 +55,8 @@ class Growth(Transfer):
         return True
 
     def extra_mismatches(self, donor: Donor, blueprint: Blueprint) -> list[str]:
-        return growth_mismatches(donor, blueprint)
+        source, target = metadata_pair(donor, blueprint)
+        return growth_mismatches(donor, blueprint, silent=target.layers > source.layers)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         super().fit(zoo, blueprint)
@@ -70,8 +71,11 @@ class Growth(Transfer):
         return config_differences(self.source, blueprint)
 
 
-def growth_mismatches(donor: Donor, blueprint: Blueprint) -> list[str]:
-    """Why a target cannot be grown from a donor: the axes that would shrink, with both sizes, and missing tensors."""
+def growth_mismatches(donor: Donor, blueprint: Blueprint, silent: bool) -> list[str]:
+    """Why a target cannot be grown from a donor: the axes that would shrink, with both sizes, and missing tensors.
+
+    silent: whether layers of the target are copies that add nothing at first.
+    """
     source, target = metadata_pair(donor, blueprint)
     axes = ("layers", "width", "ffn", "head_dim", "kv_heads", "heads", "experts")
     sizes = [(axis, getattr(source, axis), getattr(target, axis)) for axis in axes]
@@ -88,13 +92,21 @@ def growth_mismatches(donor: Donor, blueprint: Blueprint) -> list[str]:
                 f"{source_queries} query heads per KV head do not fit the target's {target_queries}"
                 f" (kv_heads {source.kv_heads} -> {target.kv_heads}): give it more of either"
             )
-    if unknown := [spec.name for spec in blueprint.specs if has_unknown_axes(spec)]:
+    unknown = drawn_tensors(donor.blueprint, blueprint)
+    if silent:  # whether a layer with such tensors adds nothing is not known
+        unknown = [
+            s.name for s in blueprint.specs if has_unknown_axes(s) and (s.layer is not None or s.name in unknown)
+        ]
+    if unknown:
         found.append(
             f"{len(unknown)} tensors of the target have no known role ({unknown[0]}) and would be drawn,"
             " which loses the donor's function: use row-column, which accepts that"
         )
     found += [reason for reason in (alibi_mismatch(source, target), experts_mismatch(donor, blueprint)) if reason]
-    if target.width > source.width and not any(blueprint.has_norm(site) for site in NORM_SITES):
+    if target.width > source.width and target.extra.get("sinusoidal_positions"):
+        found.append("its positions are sine waves over the width, and differ at another width: keep the width")
+    has_norms = blueprint.find("norm") or any(blueprint.has_norm(site) for site in NORM_SITES)
+    if target.width > source.width and not has_norms:
         found.append("the target has no norms, so that its width cannot be read from its tensors: keep the width")
     elif target.width > source.width and blueprint.ties and not blueprint.find("norm", site="final"):
         found.append("its head is tied and has no norm before it to take the scale: untie the head, or keep the width")
@@ -137,11 +149,14 @@ def _other_settings(blueprint: Blueprint) -> dict[str, Any]:
     """The settings of a config that may change the function, but for those that other checks compare."""
     if blueprint.config is None:
         return {}
-    settings = text_config(parse_config(blueprint.config)).to_dict()
+    config = text_config(parse_config(blueprint.config))
+    settings, own_names = config.to_dict(), {config.attribute_map.get(key, key) for key in IGNORED_KEYS}
     if isinstance(rope := settings.get("rope_parameters"), dict):
         settings["rope_parameters"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return {
-        key: value for key, value in settings.items() if key not in IGNORED_KEYS and not key.endswith(IGNORED_ENDINGS)
+        key: value
+        for key, value in settings.items()
+        if key not in IGNORED_KEYS | own_names and not key.endswith(IGNORED_ENDINGS)
     }
 
 

@@ -61,7 +61,7 @@ class Stacking(Growth):
         ]
         if different:
             return [f"{', '.join(different)}: stacking only changes the depth; use net2wider"]
-        found = growth_mismatches(donor, blueprint)
+        found = growth_mismatches(donor, blueprint, silent=self.exact and target.layers > source.layers)
         if not found and self.exact and target.layers > source.layers:
             if has_post_norm(blueprint):
                 found.append(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.transfer.matching import stack_of
+from baselines.transfer.matching import norms_before_head, stack_of
 from baselines.transfer.shrinking.calibration import (
     block_path,
     first_input,
@@ -112,12 +112,13 @@ class _WeightScorer:
         return next((g + self.meta.gain_offset for g in self.matrices("norm", layer, site, stack)), 1.0)
 
     def add_vocabulary(self) -> None:
-        """Adds embeddings and head to `writes` and `reads`. The last of several final norms is before the head."""
+        """Adds embeddings and head to `writes` and `reads`."""
         for table in self.matrices("embed"):
             self.writes += _divide_by_mean(_squared_columns(table))
         final: Tensor | float = 1.0
-        for norm in self.matrices("norm", site="final"):
-            final = norm + self.meta.gain_offset
+        for name in norms_before_head(self.blueprint):
+            if self.blueprint[name].kind == "weight":
+                final = self.donor.read(name, torch.float32).to(self.device) + self.meta.gain_offset
         for head in self.matrices("head" if self.blueprint.find("head") else "embed"):
             if head.shape[0] == self.meta.vocab:
                 self.reads += _divide_by_mean(_squared_columns(head * final))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from baselines.transfer.gather import copy_tensors, gather_tensors
+from baselines.transfer.gather import copy_tensors
 from baselines.transfer.index_maps import IndexMaps
+from baselines.transfer.matching import DonorParts
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, select_layers, select_parts, spread_ratio
 from baselines.transfer.shrinking.calibration import load_model, observe_inputs, run_windows
 from baselines.transfer.shrinking.importance import Scores, score_by_activations, score_by_weights
@@ -89,7 +90,7 @@ class Pruning(Shrinking):
         layers = select_layers(rule, scores.influence, source.layers, target.layers)
         self._kept = select_parts(scores, layers, source, target, self.residual == "index")
         maps = self.index_maps(blueprint, rescale=False)
-        self._gains = norm_gains(blueprint, maps, scores) if self.correct else {}
+        self._gains = norm_gains(self.source, blueprint, maps, scores) if self.correct else {}
         self._refitted = {}
         if self.compensate and model is not None and windows is not None:
             self._refitted = refit_outputs(self.source, model, windows, blueprint, maps, self.ridge)
@@ -102,7 +103,7 @@ class Pruning(Shrinking):
         maps = self.index_maps(blueprint, rescale=False)
         assert blueprint.metadata is not None
         offset = blueprint.metadata.gain_offset
-        for name, tensor in gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name):
+        for name, tensor in self.gather(blueprint, lambda _: maps, seed):
             if name in self._gains:
                 tensor = (tensor + offset) * self._gains[name] - offset
             yield name, self._refitted.get(name, tensor)
@@ -117,12 +118,14 @@ class Pruning(Shrinking):
         self._refitted = {k.removeprefix("refitted."): t for k, t in tensors.items() if k.startswith("refitted.")}
 
 
-def norm_gains(blueprint: Blueprint, maps: IndexMaps, scores: Scores) -> dict[str, float]:
+def norm_gains(donor: Donor, blueprint: Blueprint, maps: IndexMaps, scores: Scores) -> dict[str, float]:
     """Disk name -> the factor sqrt(e n_source / n_target) of the gain, for norms that lose coordinates."""
-    gains = {}
+    source, gains = DonorParts(donor.blueprint, blueprint), {}
     for spec, part in blueprint.find("norm"):
         index = maps.axis(part.axes[0], spec.layer).index
-        energy = scores.energy[spec.site, None if spec.layer is None else maps.layers[spec.layer]]
+        match = source.find(spec, part, None if spec.layer is None else maps.layers[spec.layer], None)
+        assert match is not None, spec.name  # `donor_choice.mismatches` refuses such a donor
+        energy = scores.energy[match[0].name]
         if len(index) < len(energy):
             gains[spec.name] = spread_ratio(len(energy), len(index)) * float(energy[index].sum()) ** 0.5
     return gains
@@ -137,12 +140,13 @@ def refit_outputs(
     The refit W' minimises E|W x - W' x_k|^2 + ridge E[x_k^2] |W' - W_k|^2, in closed form from E[x x^T]. A bias
     stays.
     """
-    to_refit = []
+    source, to_refit = DonorParts(donor.blueprint, blueprint), []
     for role, axis in WRITER_INPUTS.items():
-        donor_parts = {spec.layer: (spec, part) for spec, part in donor.blueprint.find(role)}
         for spec, part in blueprint.find(role):
             assert spec.layer is not None
-            donor_spec, donor_part = donor_parts[maps.layers[spec.layer]]
+            match = source.find(spec, part, maps.layers[spec.layer], None)
+            assert match is not None, spec.name  # `donor_choice.mismatches` refuses such a donor
+            donor_spec, donor_part = match
             if part.shape[1] < donor_part.shape[1]:
                 to_refit.append((spec, maps.axis(axis, spec.layer).index, donor_spec, donor_part.shape[1]))
     found: dict[str, Tensor] = {}

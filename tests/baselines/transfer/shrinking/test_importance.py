@@ -63,7 +63,8 @@ def test_scores_from_activations_are_means_over_the_text(name: str) -> None:
     weights = score_by_weights(source)
     scores = score_by_activations(load_model(source, "cpu"), source, WINDOWS, weights)
     seen = {}
-    last = model.model.norm if name == "llama" else model.transformer.ln_f
+    last_name = "model.norm" if name == "llama" else "transformer.ln_f"
+    last = model.get_submodule(last_name)
     down = model.model.layers[1].mlp.down_proj if name == "llama" else model.transformer.h[1].mlp.c_proj
     o = model.model.layers[0].self_attn.o_proj if name == "llama" else model.transformer.h[0].attn.c_proj
     for key, module in (("final", last), ("ffn", down), ("heads", o)):
@@ -80,7 +81,7 @@ def test_scores_from_activations_are_means_over_the_text(name: str) -> None:
     torch.testing.assert_close(scores.heads[0].float(), heads, rtol=1e-4, atol=1e-6)
     x = seen["final"] - (seen["final"].mean(-1, keepdim=True) if name == "gpt2" else 0)
     share = (x.square() / x.square().sum(-1, keepdim=True)).mean((0, 1))
-    torch.testing.assert_close(scores.energy["final", None].float(), share, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scores.energy[f"{last_name}.weight"].float(), share, rtol=1e-4, atol=1e-6)
     assert all(abs(float(e.sum()) - 1) < 1e-5 for e in [*scores.energy.values(), *weights.energy.values()])
 
 
