@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fuzz clean
+.PHONY: demo test check fuzz walk clean
 
 demo: $(VENV)/.ready
 	$(BIN)/headstart demo --out demo
@@ -17,6 +17,10 @@ check: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every architecture of transformers through every transfer method: writes benchmarks/results/architectures.md.
+walk: $(VENV)/.ready-test
+	$(BIN)/python -m benchmarks.architectures
 
 # torch first, as pinned: a bare range downloads gigabytes of CUDA packages on a machine without a GPU.
 $(VENV)/.ready: pyproject.toml constraints.txt
