@@ -52,8 +52,8 @@ def test_a_donor_without_heads_is_passed_over(name: str) -> None:
 def test_layers_of_several_kinds_are_refused() -> None:
     moe = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32)
     donor, target = (
-        model("qwen2_moe", **SMALL | {"vocab_size": vocab}, **moe, num_key_value_heads=4, mlp_only_layers=[0])
-        for vocab in (48, 40)
+        model("qwen2_moe", **SMALL | {"num_hidden_layers": n}, **moe, num_key_value_heads=4, mlp_only_layers=[0])
+        for n in (3, 2)
     )
     for name in ("weight-selection", "row-column", "pruning", "subcloning"):
         with pytest.raises(UserError, match="has layers of several kinds; index maps need one kind"):
@@ -61,8 +61,9 @@ def test_layers_of_several_kinds_are_refused() -> None:
 
 
 def test_importance_needs_a_known_attention_layout() -> None:
-    zoo, target = zoo_of({"falcon": model("falcon", **SMALL)}), model("falcon", **SMALL | {"num_hidden_layers": 1})
-    blueprint = Blueprint.from_module(target)
+    ctrl = dict(vocab_size=48, n_embd=32, n_head=4, dff=64, n_positions=16)
+    zoo = zoo_of({"ctrl": model("ctrl", **ctrl, n_layer=2)})
+    blueprint = Blueprint.from_module(model("ctrl", **ctrl, n_layer=1))
     assert samplers.get("weight-selection")().planned_donors(zoo, blueprint)
     for name in ("pruning", "subcloning"):
         with pytest.raises(UserError, match=r"attn\.q.* are unknown, and importance needs them: use weight-selection"):
