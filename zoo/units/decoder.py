@@ -79,8 +79,12 @@ def require_decoder(blueprint: Blueprint, where: str) -> Metadata:
         raise UserError(f"{where}: {metadata.architecture} has experts; residual units are defined for dense decoders")
     for layer in range(metadata.layers):
         for role in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"):
-            if not blueprint.find(role, layer=layer):
+            found = [spec.name for spec, _ in blueprint.find(role, layer=layer)]
+            if not found:
                 raise UserError(f"{where}: layer {layer} has no {role}; residual units need a transformer decoder")
+            if len(found) > 1:
+                names = f"{found[0]}, {found[1]}"
+                raise UserError(f"{where}: layer {layer} has {len(found)} {role} ({names}); residual units need one")
     if not any(part.axes[0] == "vocab" for _, part in blueprint.find("embed")):
         raise UserError(
             f"{where}: no embedding [vocabulary, width] found; residual units need one (OPT-350M's is narrower)"

@@ -60,14 +60,14 @@ class Growth(Transfer):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         super().fit(zoo, blueprint)
+        if blueprint.metadata is None:  # a copy of a donor with the same config
+            return self
         for reason in self.function_differences(blueprint):
             log.info("%s: the function differs from the donor's: %s", self.name, reason)
         return self
 
     def function_differences(self, blueprint: Blueprint) -> list[str]:
         """Why the target will not compute the donor's function on the tokens that both know: one line each."""
-        if blueprint.metadata is None:  # a copy of a donor with the same config
-            return []
         return config_differences(self.source, blueprint)
 
 
@@ -92,15 +92,11 @@ def growth_mismatches(donor: Donor, blueprint: Blueprint, silent: bool) -> list[
                 f"{source_queries} query heads per KV head do not fit the target's {target_queries}"
                 f" (kv_heads {source.kv_heads} -> {target.kv_heads}): give it more of either"
             )
-    unknown = drawn_tensors(donor.blueprint, blueprint)
-    if silent:  # whether a layer with such tensors adds nothing is not known
-        unknown = [
-            s.name for s in blueprint.specs if has_unknown_axes(s) and (s.layer is not None or s.name in unknown)
-        ]
-    if unknown:
+    resized = any(n_source != n_target for axis, n_source, n_target in sizes if axis != "layers")
+    if unknown := _unknown_tensors(donor, blueprint, resized, silent):
         found.append(
-            f"{len(unknown)} tensors of the target have no known role ({unknown[0]}) and would be drawn,"
-            " which loses the donor's function: use row-column, which accepts that"
+            f"{len(unknown)} tensors of the target have no known role ({unknown[0]}), and drawing or copying them"
+            " loses the donor's function: use row-column, which accepts that"
         )
     found += [reason for reason in (alibi_mismatch(source, target), experts_mismatch(donor, blueprint)) if reason]
     if target.width > source.width and target.extra.get("sinusoidal_positions"):
@@ -111,6 +107,21 @@ def growth_mismatches(donor: Donor, blueprint: Blueprint, silent: bool) -> list[
     elif target.width > source.width and blueprint.ties and not blueprint.find("norm", site="final"):
         found.append("its head is tied and has no norm before it to take the scale: untie the head, or keep the width")
     return found
+
+
+def _unknown_tensors(donor: Donor, blueprint: Blueprint, resized: bool, silent: bool) -> list[str]:
+    """The tensors with unknown axes that stand against growth.
+
+    Those are all that are drawn. Of those that are copied whole only a single number (of an activation) means the same
+    in a model that is resized, and none that lies in a layer if that must be silent.
+    """
+    drawn = set(drawn_tensors(donor.blueprint, blueprint))
+    return [
+        spec.name
+        for spec in blueprint.specs
+        if has_unknown_axes(spec)
+        and (spec.name in drawn or (resized and spec.numel > 1) or (silent and spec.layer is not None))
+    ]
 
 
 def config_differences(donor: Donor, blueprint: Blueprint) -> list[str]:

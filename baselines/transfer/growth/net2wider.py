@@ -113,6 +113,8 @@ class Net2Wider(Growth):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         super().fit(zoo, blueprint)
+        if blueprint.metadata is None:  # a copy of a donor with the same config
+            return self
         source, target = metadata_pair(self.source, blueprint)
         if target.layers > source.layers:
             log.info("%s: %d layers are copies that write nothing at first", self.name, target.layers - source.layers)

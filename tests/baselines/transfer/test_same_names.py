@@ -28,6 +28,7 @@ from zoo.errors import UserError
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Part, TensorSpec
+from zoo.units.decoder import require_decoder
 
 FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 2}  # one parallel block
 CAUSAL: dict[str, dict[str, Any]] = {
@@ -180,6 +181,12 @@ def test_tables_of_positions_of_different_lengths(tmp_path: Path) -> None:
     shorter = target(coded, "led", NARROW, **lengths)
     outcome = same_name_values(WeightSelection(), coded, codes, shorter)
     assert outcome.text.startswith("values of the same name"), outcome.text
+
+
+def test_an_encoder_decoder_has_no_residual_units() -> None:
+    """Its layers have two tensors of each role, of which residual units would take the first."""
+    with pytest.raises(UserError, match=r"layer 0 has 2 attn\.q \(.*\); residual units need one"):
+        require_decoder(Blueprint.from_pretrained_config(config("t5")), "t5")
 
 
 def test_a_donor_with_other_heads_is_not_copied() -> None:
