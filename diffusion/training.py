@@ -22,7 +22,7 @@ from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, mask_to_group
 from diffusion.pipeline import WeightDiffusionPipeline, make_scheduler
 from diffusion.training_data import family_numbers, prepare_training_data
 from zoo.donors.zoo import Zoo
-from zoo.training.resumable import restore_training, training_tensors
+from zoo.training.resumable import restore_training, stored_tensor, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
 from zoo.units.units import ROLES
 
@@ -113,9 +113,9 @@ class _DiffusionTrainer:
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         restore_training(state, self.denoiser, self.optimizer)
         for i, p in enumerate(self.ema.shadow_params):
-            p.copy_(state[f"ema.{i}"])
+            p.copy_(stored_tensor(state, f"ema.{i}", p))
         self.ema.optimization_step = step
-        self.average_loss = float(state["average"])
+        self.average_loss = float(stored_tensor(state, "average", torch.tensor(0.0, dtype=torch.float64)))
 
     def progress_note(self) -> str:
         return f"loss={self.average_loss:.3f}"

@@ -19,7 +19,9 @@ import torch
 
 from zoo.add import add, merge_manifest
 from zoo.checkpoints.atomic import disk_errors, hold_lock, new_folder
+from zoo.checkpoints.files import read_json
 from zoo.errors import UserError, unknown
+from zoo.limits import MAX_CONFIG
 from zoo.streams import stream_seed
 from zoo.training.corpora import byte_tokens, python_reference, split_held_out
 from zoo.training.loop import TrainingConfig, evaluate, reproducible, train_steps
@@ -28,6 +30,7 @@ from zoo.vocabulary import BYTE_VOCAB, save_byte_tokenizer
 
 STAGING = ".nursery"  # inside the zoo: trained donors that are not added yet
 CORPUS = "Python language reference (pydoc_data.topics)"
+ORIGIN = "headstart zoo train"  # the source in the donors' records, which must not depend on where the zoo is
 LICENSE = "mit"
 REPORT_EVERY = 10  # steps between two reports to the progress bar
 
@@ -153,7 +156,7 @@ def _train_missing(zoo: Path, recipes: list[DonorRecipe], workers: int, quiet: b
 
         run_jobs(partial(_train_into, staging), todo, workers, bar.update, on_finish)
     if missing:
-        add([str(staging / r.name) for r in missing], zoo, quiet=True)
+        add([str(staging / r.name) for r in missing], zoo, quiet=True, origin=ORIGIN)
     else:  # the process that trained them may have been killed before it wrote the manifest
         merge_manifest(zoo)
     shutil.rmtree(staging)
@@ -224,7 +227,7 @@ def _is_complete(folder: Path, recipe: DonorRecipe) -> bool:
     facts = folder / "facts.json"
     if not facts.is_file():
         return False
-    if json.loads(facts.read_text()).get("recipe") != asdict(recipe):
+    if read_json(facts, MAX_CONFIG).get("recipe") != asdict(recipe):
         raise UserError(f"{folder}: holds a donor of this name from another recipe; give another --zoo")
     return True
 

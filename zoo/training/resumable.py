@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from zoo.checkpoints.atomic import replacement_file
+from zoo.checkpoints.headers import read_header
 from zoo.errors import UserError
+from zoo.sandbox import library_errors
 
 STATE_FILE = "training.safetensors"
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of each parameter
 NOTE_EVERY = 50  # steps between two updates of the note beside the progress bar
 
 
@@ -31,18 +34,20 @@ def save_state(path: Path, tensors: dict[str, Tensor], step: int, identity: str)
         save_file(on_cpu, partial, {"step": str(step), "recipe": identity})
 
 
-def load_state(path: Path, identity: str) -> tuple[dict[str, Tensor], int]:
-    """The inverse of `save_state`. Raises UserError if the state is damaged or belongs to another run."""
-    try:
+def load_state(path: Path, identity: str, steps: int) -> tuple[dict[str, Tensor], int]:
+    """The inverse of `save_state`. Raises UserError if the state is damaged or belongs to another run of `steps`."""
+    read_header(path)  # checks that it is a regular file, and all that its header states
+    with library_errors(f"{path}: a run cannot be resumed from it", "remove it to start again"):
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
             if metadata.get("recipe") != identity:
                 raise UserError(
                     f"{path}: is the state of a run with other settings or another zoo; remove it, or use its settings"
                 )
-            return {k: f.get_tensor(k) for k in f.keys()}, int(metadata["step"])  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{path}: a run cannot be resumed from it ({error}); remove it to start again") from error
+            tensors, step = {k: f.get_tensor(k) for k in f.keys()}, int(metadata["step"])  # noqa: SIM118
+        if not 0 <= step <= steps:
+            raise ValueError(f"its step {step} is not one of {steps}")
+    return tensors, step
 
 
 def training_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
@@ -55,15 +60,29 @@ def training_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_training(tensors: dict[str, Tensor], model: nn.Module, optimizer: Any) -> None:
-    """The inverse of `training_tensors`, in place; other tensors are ignored."""
+    """The inverse of `training_tensors`, in place; other tensors are ignored. ValueError for another model's state."""
     for name, p in model.named_parameters():
-        p.copy_(tensors[f"model.{name}"])
+        p.copy_(stored_tensor(tensors, f"model.{name}", p))
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for key in tensors:
         if key.startswith("moment."):
             _, index, name = key.split(".", 2)
-            moments.setdefault(int(index), {})[name] = value
+            like = torch.zeros(()) if name == "step" else trained[int(index)]
+            moments.setdefault(int(index), {})[name] = stored_tensor(tensors, key, like)
+    if any(found.keys() != ADAM_STATE for found in moments.values()):
+        raise ValueError("it lacks moments of the optimizer")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def stored_tensor(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """The tensor of a state called `name`. ValueError where it is missing or has another shape or dtype than `like`."""
+    if name not in tensors:
+        raise ValueError(f"it lacks the tensor {name!r}")
+    tensor = tensors[name]
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise ValueError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, not {like.dtype} {list(like.shape)}")
+    return tensor
 
 
 @contextlib.contextmanager

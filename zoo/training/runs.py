@@ -16,8 +16,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from zoo.checkpoints.atomic import disk_errors, is_unused, sync, sync_tree, work_folder
+from zoo.checkpoints.files import read_json
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
+from zoo.limits import MAX_RECORD
+from zoo.sandbox import library_errors
 from zoo.training.resumable import STATE_FILE, load_state, resumable_steps, save_state
 
 STAGING_FOLDER = ".finished"  # inside the run's folder: where the finished files are put together
@@ -86,8 +89,9 @@ def _train(run: Run, prepare: Callable[[], Trainer]) -> None:
     trainer = prepare()
     is_main, state_file, start = trainer.accelerator.is_main_process, run.out / STATE_FILE, 0
     if state_file.is_file():
-        state, start = load_state(state_file, run.identity)
-        trainer.restore(state, start)
+        state, start = load_state(state_file, run.identity, run.steps)
+        with library_errors(f"{state_file}: a run cannot be resumed from it", "remove it to start again"):
+            trainer.restore(state, start)
 
     def save(step: int) -> None:
         if is_main:
@@ -122,7 +126,7 @@ def finished_identity(run: Run) -> str | None:
     if not run.resume:
         raise UserError(f"{out}: exists and is not empty; give another --out, or --resume to continue")
     if (out / run.record_file).is_file():
-        return str(json.loads((out / run.record_file).read_text()).get("identity"))
+        return str(read_json(out / run.record_file, MAX_RECORD).get("identity"))
     if not (out / STATE_FILE).is_file() and not (out / STAGING_FOLDER).is_dir():
         raise UserError(f"{out}: holds no run to resume; give another --out")
     return None

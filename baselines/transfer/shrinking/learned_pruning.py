@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from baselines.transfer.gather import copy_tensors, gather_tensors
+from baselines.transfer.gather import copy_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking
 from baselines.transfer.shrinking.calibration import load_model, window_length
 from baselines.transfer.shrinking.importance import Scores, score_by_weights, top_indices
@@ -25,6 +25,7 @@ from baselines.transfer.sizes import metadata_pair
 from zoo.donors.memory import ModuleDonor
 from zoo.errors import UserError
 from zoo.options import option
+from zoo.sandbox import library_errors
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
@@ -104,6 +105,8 @@ class LearnedPruning(Shrinking):
         if source.architecture not in SUPPORTED:
             known = ", ".join(SUPPORTED)
             found.append(f"masks are exact only for {known}, not for {source.architecture}: use pruning")
+        if not donor.blueprint.has_head:
+            found.append("it has no head, which training its masks needs: use pruning")
         if source.head_dim != target.head_dim:
             found.append(f"head_dim {source.head_dim} cannot be masked to {target.head_dim}: use pruning")
         before, after = source.heads // source.kv_heads, target.heads // target.kv_heads
@@ -144,8 +147,9 @@ class LearnedPruning(Shrinking):
         identity, start = self._identity(windows, masks), 0
         path = None if self.work is None else _state_path(Path(self.work))
         if path is not None and path.is_file():
-            state, start = load_state(path, identity)
-            restore_training(state, trained, optimizer)
+            state, start = load_state(path, identity, self.steps)
+            with library_errors(f"{path}: a run cannot be resumed from it", "remove it to start again"):
+                restore_training(state, trained, optimizer)
 
         def save(step: int) -> None:
             if path is not None:
@@ -201,7 +205,7 @@ class LearnedPruning(Shrinking):
 
     def _gather(self, donor: Donor, blueprint: Blueprint) -> dict[str, Tensor]:
         maps = self.index_maps(blueprint, rescale=False)
-        return dict(gather_tensors(donor, blueprint, lambda _: maps, self.mask_seed, self.name))
+        return dict(self.gather(blueprint, lambda _: maps, self.mask_seed, donor))
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self.is_copy(blueprint):
@@ -211,7 +215,7 @@ class LearnedPruning(Shrinking):
             yield from self._trained.items()
             return
         maps = self.index_maps(blueprint, rescale=False)
-        yield from gather_tensors(self.source, blueprint, lambda _: maps, seed, self.name)
+        yield from self.gather(blueprint, lambda _: maps, seed)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
