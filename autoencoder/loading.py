@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from autoencoder.model import UnitAutoencoder
-from zoo.checkpoints.files import read_json
+import torch
+
+from zoo.checkpoints.checkpoint import is_finite
+from zoo.checkpoints.files import expect, read_json
+from zoo.checkpoints.headers import read_header
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.errors import UserError
+from zoo.limits import MAX_MODULES
+from zoo.sandbox import library_errors
+from zoo.targets.config_bounds import limited_modules
+from zoo.units.units import ROLES
+
+if TYPE_CHECKING:
+    from autoencoder.model import UnitAutoencoder
 
 
 def local_folder(source: str | Path, what: str) -> Path:
@@ -46,25 +56,63 @@ def _request(source: str) -> dict[str, Any]:
 def load_component(cls: type[Any], folder: Path, config: str, how: str) -> Any:
     """Loads `cls` from a folder, if the class in its `config` file is `cls`.
 
-    how: advice for messages. Raises UserError for another class, and for missing or damaged files."""
+    how: advice for messages. Raises UserError for another class, for missing or damaged files, and for a config that
+    describes other tensors than the files hold, before any of them is read."""
     path = folder / config
     if not path.is_file():
         raise UserError(f"{folder}: holds no {cls.__name__}; {how}")
-    found = read_json(path).get("_class_name")
+    values = read_json(path)
+    found = values.get("_class_name")
     if found != cls.__name__:
-        raise UserError(f"{path}: describes {found or 'no class'}, not {cls.__name__}; {how}")
-    try:
-        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # diffusers and safetensors raise errors of many types
-        raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); {how}") from error
-    if missing := info["missing_keys"]:  # diffusers would leave their initial values
-        raise UserError(f"{folder}: lacks the tensor {min(missing)}, so it is damaged or from another version; {how}")
+        raise UserError(f"{path}: describes {_short(found)}, not {cls.__name__}; {how}")
+    for key, kind in cls.CONFIG_KINDS.items():
+        expect(values, key, kind, str(path), how)
+    for donor in values.get("donors") or ():
+        expect(donor, "name", str, f"{path}: donors", how)
+        for key in ("revision", "sha256", "license"):
+            expect(donor, key, (None, str), f"{path}: donors", how)
+    _check_shapes(cls, folder, values, how)
+    with library_errors(f"{folder}: cannot be loaded", how):
+        model = cls.from_pretrained(folder, use_safetensors=True)
+    odd = next((name for name, tensor in model.state_dict().items() if not is_finite(tensor)), None)
+    if odd is not None:
+        raise UserError(f"{folder}: tensor {odd!r} holds NaN or infinity; {how}")
     return model
+
+
+def _check_shapes(cls: type[Any], folder: Path, values: dict[str, Any], how: str) -> None:
+    """UserError where the tensors in a folder have other shapes than a config gives, which may be of any size."""
+    errors = library_errors(f"{folder}: its config cannot be used", how)
+    with errors, torch.device("meta"), limited_modules(MAX_MODULES, str(folder)):
+        described = cls.from_config(values).state_dict()
+    stored = {name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in read_header(path).items()}
+    for name, tensor in described.items():
+        if name in stored and stored[name].shape != tuple(tensor.shape):
+            raise UserError(
+                f"{folder}: {name!r} has shape {list(stored[name].shape)}, its config gives {list(tensor.shape)}; {how}"
+            )
+        if name not in stored:
+            raise UserError(f"{folder}: lacks the tensor {name}, so it is damaged or from another version; {how}")
+
+
+def _short(value: object) -> str:
+    return value[:60] if isinstance(value, str) else "no class"
+
+
+def check_kinds(folder: Path, autoencoder: UnitAutoencoder, how: str) -> None:
+    """Raises UserError for an autoencoder that lacks a kind of unit."""
+    missing = sorted(ROLES.keys() - autoencoder.config["latent"].keys())
+    if missing:
+        raise UserError(f"{folder}: its autoencoder knows no {missing[0]} units; {how}")
 
 
 def load_autoencoder(source: str | Path) -> UnitAutoencoder:
     """Loads the autoencoder in a folder, in a pipeline's folder, or of a hub id. Raises UserError if there is none."""
+    from autoencoder.model import UnitAutoencoder  # imports diffusers, which takes seconds
+
     folder = local_folder(source, "an autoencoder")
     inner = folder / "autoencoder" if (folder / "model_index.json").is_file() else folder
     how = "train one with `headstart train autoencoder`"
-    return load_component(UnitAutoencoder, inner, "config.json", how).eval()
+    model = load_component(UnitAutoencoder, inner, "config.json", how).eval()
+    check_kinds(inner, model, how)
+    return model

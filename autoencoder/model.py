@@ -9,7 +9,7 @@ Letters: N units, P residual vectors per unit, d their width, W width of the aut
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -28,6 +28,8 @@ class UnitAutoencoder(ModelMixin, ConfigMixin):
 
     width: W, the widest residual stream. latent: kind -> R. hidden: size of the correcting network, 0 for none, which
     leaves a linear autoencoder. donors: provenance of the donors it was trained on."""
+
+    CONFIG_KINDS: ClassVar = {"width": int, "latent": {str: int}, "hidden": int, "donors": (None, [dict])}
 
     @register_to_config
     def __init__(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -95,6 +96,11 @@ class UnitDenoiser(ModelMixin, ConfigMixin):
     tokens: kind -> T, including `context`. families: architectures in the training data; others share one embedding.
     hidden, blocks, expand: size of the network. bandwidth: standard deviation around the bank's tokens, in RMS of a
     token; None for no bank, which is a plain diffusion."""
+
+    CONFIG_KINDS: ClassVar = {
+        "tokens": {str: int}, "families": [str], "hidden": int, "blocks": int, "expand": int,
+        "bandwidth": (None, float),
+    }  # fmt: skip
 
     @register_to_config
     def __init__(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -76,6 +76,11 @@ class ZooMemory(ModelMixin, ConfigMixin):
 
     Buffers: `vocabulary` [V, T], the mean vocabulary token of each string over the donors; `contexts` [D, X] with the
     features of their donors; the bank of each kind; the strings of the vocabulary's bank."""
+
+    CONFIG_KINDS: ClassVar = {
+        "scales": {str: dict}, "tokens": [str], "sizes": {str: [int]}, "context": int, "donors": [dict],
+        "best_loss": (None, float),
+    }  # fmt: skip
 
     @register_to_config
     def __init__(

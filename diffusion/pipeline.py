@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from autoencoder.loading import load_component, local_folder
+from autoencoder.loading import check_kinds, load_component, local_folder
 from autoencoder.model import UnitAutoencoder
 from diffusion.conditions import (
     MODEL_ADDRESS,
@@ -32,6 +32,7 @@ from diffusion.memory import Bank, ZooMemory
 from diffusion.views import first_head_unit
 from zoo.checkpoints.hub import with_retries
 from zoo.errors import UserError
+from zoo.sandbox import library_errors
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, Layer
@@ -375,4 +376,27 @@ def load_pipeline(source: str) -> WeightDiffusionPipeline:
         raise UserError(f"{source}: holds no pipeline; {how}")
     parts: dict[str, type] = {"autoencoder": UnitAutoencoder, "denoiser": UnitDenoiser, "memory": ZooMemory}
     loaded = {name: load_component(cls, folder / name, "config.json", how).eval() for name, cls in parts.items()}
+    check_kinds(folder, loaded["autoencoder"], how)
+    with library_errors(f"{folder}: its parts do not fit together", how):
+        _check_parts(**loaded)
     return WeightDiffusionPipeline(scheduler=make_scheduler(), **loaded)
+
+
+def _check_parts(autoencoder: UnitAutoencoder, denoiser: UnitDenoiser, memory: ZooMemory) -> None:
+    """ValueError where the parts of a pipeline have different sizes, or an index of the memory points at nothing."""
+    sizes = {kind: autoencoder.latent_size(kind) + len(roles) for kind, roles in ROLES.items()}
+    stored = {kind: size for kind, (_, size) in memory.config["sizes"].items()}
+    expected = sizes | {CONTEXT: memory.config["context"]}
+    if stored != sizes or denoiser.config["tokens"] != expected:
+        raise ValueError(f"the tokens have the sizes {expected}, {stored} and {denoiser.config['tokens']}")
+    for kind, roles in ROLES.items():
+        scale = memory.scale[kind]
+        if not (len(scale.mean) == len(scale.std) == len(roles)):
+            raise ValueError(f"the scale of {kind} has {len(scale.mean)} means for {len(roles)} vectors")
+        torch.tensor([scale.latent, *scale.mean, *scale.std], dtype=torch.float32)
+    donors, families = len(memory.config["donors"]), len(denoiser.config["families"]) + 1
+    limits = {f"donor_{kind}": donors for kind in ROLES} | {"families": families}
+    for name, most in (limits | {"strings_vocab": len(memory.config["tokens"])}).items():
+        index = memory.get_buffer(name)
+        if len(index) == 0 or index.min() < 0 or index.max() >= most:
+            raise ValueError(f"{name} has a value that is not from 0 to {most - 1}")
