@@ -13,7 +13,10 @@ import typer
 from headstart.config import CONFIGS
 from headstart.config_values import check_text, comma_list, settings_of
 from headstart.terminal import session
+from zoo.checkpoints.files import parse_json, read_bytes, read_text
+from zoo.checkpoints.yaml_files import parse_yaml
 from zoo.errors import UserError
+from zoo.limits import MAX_JSON, MAX_YAML
 
 RECORDS = ("headstart.json", "results.json", "analysis.json", "report.json")  # files with a configuration
 FLAGS = {"plan": "plan", "quiet": "quiet", "json": "as_json", "resume": "resume"}  # option -> field of Invocation
@@ -124,10 +127,6 @@ def _as_typed(name: str, value: Any) -> Any:
 
 
 def _parse(path: Path) -> Any:
-    import yaml
-
-    try:
-        text = path.read_text()
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: is neither YAML nor JSON ({' '.join(str(error).split())[:200]})") from error
+    if path.suffix == ".json":
+        return parse_json(read_bytes(path, MAX_JSON), str(path))
+    return parse_yaml(read_text(path, MAX_YAML), str(path))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from zoo.checkpoints.files import parse_json
 from zoo.errors import UserError
 from zoo.limits import MAX_FILE_NAME, MAX_OPTION, MAX_PATH
 
@@ -89,9 +89,9 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, label: str) -> Any:
 
 def _parse_json(text: str, label: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{label}: is not a JSON object ({error}); give a file or valid JSON") from error
+        return parse_json(text, label)
+    except UserError as error:
+        raise UserError(f"{str(error).partition('; correct')[0]}; give a file or valid JSON") from error
 
 
 def shown_value(value: Any) -> str:

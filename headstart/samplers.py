@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.checkpoints.atomic import replace_file
+from zoo.checkpoints.files import expect, read_json
 from zoo.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -163,7 +164,10 @@ def load(folder: Path) -> Sampler:
     path = Path(folder) / "sampler.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no sampler.json; give a folder that a fitted sampler was saved to")
-    return get(json.loads(path.read_text())["method"]).load(Path(folder))
+    method = expect(read_json(path), "method", str, str(path))
+    if method not in METHODS and method.rpartition(".")[0] not in sys.modules:  # a file must not make us run code
+        raise UserError(f"{path}: is of the method {method[:60]!r}, which is none of ours; import its module first")
+    return get(method).load(Path(folder))
 
 
 if __name__ == "__main__":

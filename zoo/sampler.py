@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zoo.checkpoints.atomic import replace_file, replacement_file
+from zoo.checkpoints.files import expect, file_hash, read_json
+from zoo.checkpoints.headers import read_header
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
 from zoo.options import bounds_problem, type_name
+from zoo.sandbox import library_errors
 from zoo.targets.blueprint import Blueprint
 
 
@@ -79,7 +83,7 @@ class Sampler(ABC):
         """Puts the result of `state` into a new instance with the same options."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes the fitted sampler: sampler.json {method, options, state}, and state.safetensors if it has tensors."""
+        """Writes the fitted sampler: sampler.json {method, options, state, seal} and state.safetensors."""
         folder = Path(folder)
         values, tensors = self.state()
         for file in ("sampler.json", "state.safetensors"):  # of a sampler saved here before
@@ -88,6 +92,7 @@ class Sampler(ABC):
             with replacement_file(folder / "state.safetensors") as partial:
                 save_file({k: t.contiguous() for k, t in tensors.items()}, partial)
         content = {"method": self.name, "options": self.options(), "state": values}
+        content["seal"] = _seal(content, folder)
         replace_file(folder / "sampler.json", (json.dumps(content, indent=2) + "\n").encode())  # last: it is complete
 
     @classmethod
@@ -96,12 +101,17 @@ class Sampler(ABC):
         path = Path(folder) / "sampler.json"
         if not path.is_file():
             raise UserError(f"{folder}: has no sampler.json; give a folder with a saved sampler")
-        content = json.loads(path.read_text())
+        content, advice = read_json(path), "fit the sampler and save it again"
+        for key, kind in (("method", str), ("options", dict), ("state", dict)):
+            expect(content, key, kind, str(path), advice)
         if content["method"] != cls.name:
-            raise UserError(f"{path}: is a sampler of method {content['method']!r}, not {cls.name!r}")
-        sampler = cls(**cls.current_options(content["options"]))
+            raise UserError(f"{path}: is a sampler of method {content['method'][:60]!r}, not {cls.name!r}")
+        if "seal" in content and content["seal"] != _seal(content, path.parent):  # older ones have none
+            raise UserError(f"{path}: it or its tensors were changed after they were saved; {advice}")
         stored = path.with_name("state.safetensors")
-        sampler.restore(content["state"], load_file(stored) if stored.exists() else {})
+        with library_errors(f"{path}: cannot be opened", advice):
+            sampler = cls(**cls.current_options(content["options"]))
+            sampler.restore(content["state"], load_file(stored) if stored.exists() and read_header(stored) else {})
         return sampler
 
     @classmethod
@@ -121,3 +131,12 @@ class Sampler(ABC):
     def options(self) -> dict[str, Any]:
         """The options of this instance as JSON values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "help" in f.metadata}
+
+
+def _seal(content: dict[str, Any], folder: Path) -> str:
+    """sha256 of a saved sampler: of its JSON object without the seal, and of its tensors."""
+    stored = folder / "state.safetensors"
+    parts = {k: v for k, v in content.items() if k != "seal"} | {
+        "tensors": file_hash(stored) if stored.exists() else None
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

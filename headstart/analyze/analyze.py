@@ -6,6 +6,7 @@ after a hash of all that it depends on. So the same command continues after an i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -23,9 +24,11 @@ from headstart.devices import torch_device
 from headstart.report.analysis import render_analysis
 from headstart.versions import package_versions
 from zoo.checkpoints.atomic import new_folder, replace_file
+from zoo.checkpoints.files import parse_json, read_bytes
 from zoo.donors.donor import Donor, provenance
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
+from zoo.limits import MAX_JSON
 from zoo.statistics.signature import signature_distances
 
 DIGITS = 10  # of all numbers: the last two or three digits of a sum depend on where its values lie in memory
@@ -107,7 +110,8 @@ def _cache(folder: Path, bar: Any, donor: str) -> Cache:
         digest = hashlib.sha256(json.dumps([__version__, what, depends_on]).encode()).hexdigest()
         path = folder / f"{what}-{digest[:24]}.json"
         if path.is_file():
-            return json.loads(path.read_text())
+            with contextlib.suppress(UserError):  # a damaged part is computed again
+                return parse_json(read_bytes(path, MAX_JSON), str(path))
         done, last_shown = 0, 0.0
 
         def report(more: int) -> None:

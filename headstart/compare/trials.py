@@ -26,14 +26,23 @@ from headstart.config import GenerateConfig
 from headstart.generate.generate import generate
 from headstart.report.scores import REFERENCE, RunResult, count_gradient_spikes, evaluation_points
 from zoo.checkpoints.atomic import replace_file
+from zoo.checkpoints.files import expect, read_json
 from zoo.checkpoints.sources import resolve_source
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo, open_standalone
+from zoo.errors import UserError
+from zoo.limits import MAX_RECORD
 from zoo.streams import stream_seed
 from zoo.training.loop import TrainingConfig, activation_rms, evaluate, reproducible, train_steps
 from zoo.training.workers import ReportProgress
 
 HELD_OUT = 0.1  # share of the corpus, at its end
+
+
+RUN_KINDS = {
+    "method": str, "scale": float, "seed": int, "lr": float, "steps": [int], "losses": [float],
+    "max_grad_norm": float, "diverged": (None, int), "grad_spikes": int, "activation_rms": dict, "init": dict,
+}  # fmt: skip  # key of a run's file -> its kind (`zoo.checkpoints.files.expect`)
 
 
 @dataclass(frozen=True)
@@ -232,8 +241,27 @@ def run_path(settings: TrialSettings, trial: Trial, lr: float) -> Path:
 
 
 def read_run(settings: TrialSettings, trial: Trial, lr: float) -> RunResult:
-    """A finished run."""
-    return json.loads(run_path(settings, trial, lr).read_text())
+    """A finished run. Raises UserError for a file that `run_trial` did not write."""
+    path, advice = run_path(settings, trial, lr), "remove it and run the same command again"
+    run = read_json(path, MAX_RECORD)
+    for key, kind in RUN_KINDS.items():
+        expect(run, key, kind, str(path), advice)
+    expect(run["init"], "seconds", float, f"{path}: init", advice)
+    expect(run["init"], "donors", [dict], f"{path}: init", advice)
+    for when in ("start", "end"):
+        expect(run["activation_rms"], when, (None, [float]), f"{path}: activation_rms", advice)
+    expected = {"method": trial.label, "scale": trial.scale, "seed": trial.seed, "lr": lr}
+    wrong = next((key for key, value in expected.items() if run[key] != value), None)
+    if wrong is not None:
+        raise UserError(f"{path}: is a run of another {wrong}; {advice}")
+    points = evaluation_points(settings.steps)
+    if run["steps"] != points[: len(run["steps"])] or len(run["losses"]) != len(run["steps"]):
+        raise UserError(f"{path}: was not measured at the steps of this comparison; {advice}")
+    try:
+        json.dumps(run, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{path}: has a value that is NaN or infinite; {advice}") from error
+    return run
 
 
 def unfinished(settings: TrialSettings, trial: Trial) -> Trial:

@@ -80,10 +80,10 @@ def test_a_folder_that_cannot_be_written_is_listed_without_an_index(
 ) -> None:
     (filled / INDEX).unlink()
 
-    def read_only(self: Path, text: str) -> None:
+    def read_only(self: Path, data: bytes) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "write_text", read_only)
+    monkeypatch.setattr(Path, "write_bytes", read_only)
     assert list_donors(filled) == summarize_donors(filled)
     assert not (filled / INDEX).exists()
 

@@ -69,7 +69,8 @@ LARGEST: dict[str, dict[str, Any]] = {
     },
     "Kimi K2": {
         "model_type": "deepseek_v3", "vocab_size": 163_840, "hidden_size": 7168, "intermediate_size": 18_432,
-        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 64, "n_routed_experts": 384,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 64, "num_key_value_heads": 64,
+        "n_routed_experts": 384,
         "num_experts_per_tok": 8,
     },
     "Qwen3-Next": {
@@ -138,7 +139,7 @@ def test_an_adapter_config_beyond_the_bounds_is_refused_before_peft_reads_it(cas
 )
 def test_a_regular_expression_that_backtracks_ends_after_a_second(key: str) -> None:
     pytest.importorskip("peft")
-    pattern = "(_?[a-z]+)+!"
+    pattern = r"([\w.]+)+!"
     options = {"r": 2, "target_modules": ["q_proj"]} | {key: {pattern: 4} if key == "rank_pattern" else pattern}
     with pytest.raises(UserError, match="regular expression: takes more than the 1 seconds allowed; give names"):
         Blueprint.from_lora(LLAMA, options)
