@@ -68,7 +68,7 @@ class Quantisation:
     ignored: tuple[str, ...] = ()  # those of them that the values do not depend on
 
     def __str__(self) -> str:
-        """'28 weights in float8_e4m3fn with one scale per block of [128, 128]', empty without quantised weights."""
+        """'28 weights in float8_e4m3fn with one scale per block', empty without quantised weights."""
         counts = Counter(_describe(weight) for weight in self.weights.values())
         return "; ".join(f"{count} weights in {what}" for what, count in counts.items())
 
@@ -310,6 +310,6 @@ def _describe(weight: QuantisedWeight) -> str:
     elif all(b in (1, n) for n, b in zip(shape, blocks, strict=True)):
         unit = "channel"
     else:
-        unit = f"block of {list(blocks)}"
+        unit = "block"
     offset = " and zero point" if weight.zero_point is not None else ""
     return f"{str(weight.codes.dtype).removeprefix('torch.')} with one scale{offset} per {unit}"

@@ -76,7 +76,7 @@ class ModelCheckpoint(Checkpoint):
         if a.shape != b.shape:
             return False
         if a.dtype != b.dtype or a.name in self.quantisation.weights or b.name in self.quantisation.weights:
-            return torch.equal(self.read(a.name, torch.float32), self.read(b.name, torch.float32))
+            return torch.equal(super().read(a.name, torch.float32), super().read(b.name, torch.float32))
         count = math.prod(a.shape)
         for begin in range(0, count, VALUES_COMPARED):
             end = min(begin + VALUES_COMPARED, count)

@@ -15,9 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from zoo.checkpoints import headers
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.headers import DTYPES, INDEX, read_header, read_index
 from zoo.errors import UserError
+from zoo.limits import MAX_NAMES_COMPARED
 
 Make = Callable[..., Path]
 
@@ -68,6 +70,77 @@ def test_an_inconsistent_header_is_refused(tmp_path: Path, header: object, data:
     with pytest.raises(UserError, match=words) as caught:
         read_header(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"])
+def test_a_valid_dtype_that_is_not_read_is_not_called_damaged(tmp_path: Path, dtype: str) -> None:
+    path = raw(tmp_path / "x.safetensors", {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 8]}}, bytes(8))
+    with pytest.raises(
+        UserError, match=f"'a' has the dtype {dtype}, which is not supported; give a checkpoint in float32"
+    ):
+        read_header(path)
+
+
+def test_headers_are_bounded_before_they_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real bound of 200,000 tensors, each would take gigabytes or minutes when it is parsed."""
+    monkeypatch.setattr(headers, "MAX_TENSORS", 1000)
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    bombs = {
+        "lists": b"[" + b"[]," * 3500 + b"[]]",
+        "objects": b"[" + b"{}," * 2500 + b"{}]",
+        "keys": b"{" + b",".join(b'"%d":0' % i for i in range(5001)) + b"}",
+        "tensors": json.dumps({str(i): empty for i in range(2001)}, separators=(",", ":")).encode(),
+    }
+    monkeypatch.setattr(json, "loads", lambda *args, **kwargs: pytest.fail("was parsed"))
+    for name, content in bombs.items():
+        path = raw(tmp_path / f"{name}.safetensors", content)
+        with pytest.raises(UserError, match="lists more than 1000 tensors, which is too many"):
+            read_header(path)
+    assert headers.MAX_HEADER == 40_000_000
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"a": f32(0, 4, *[1] * 100_000)}, r"'a' has a shape of 100000 axes; at most 64"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0] * 100_000}}, "a list of 100000 elements"),
+        ({"a": {"dtype": "x" * 100_000, "shape": [1], "data_offsets": [0, 4]}}, "dtype 'xxx.*…, which is none of"),
+        ({"a" * 100_000: f32(0, 4, 1)}, "'aaa.*… has a name of 100000 characters"),
+        ({str(i): f32(0, 0, 0) for i in range(1001)}, "lists 1001 tensors; at most 1000"),
+    ],
+    ids=["axes", "offsets", "dtype", "name", "tensors"],
+)
+def test_what_is_too_large_is_counted_and_not_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: object, words: str
+) -> None:
+    monkeypatch.setattr(headers, "MAX_TENSORS", 1000)
+    path = raw(tmp_path / "x.safetensors", header, bytes(4))
+    with pytest.raises(UserError, match=words) as caught:
+        read_header(path)
+    assert len(str(caught.value)) <= 400 and "\n" not in str(caught.value)
+
+
+def test_an_index_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers, "MAX_TENSORS", 1000)
+    monkeypatch.setattr(headers, "MAX_SHARDS", 100)
+    for count, files, words in ((1001, 7, "lists 1001 tensors; at most"), (101, 101, "lists 101 files; at most 100")):
+        weight_map = {f"t{i}": f"{i % files}.safetensors" for i in range(count)}
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError, match=words):
+            read_index(tmp_path / INDEX)
+
+
+def test_an_unknown_tensor_among_many_is_not_compared_with_all(tmp_path: Path) -> None:
+    """Comparing a name with a hundred thousand others takes minutes."""
+    (tmp_path / "config.json").write_text("{}")
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(MAX_NAMES_COMPARED + 1)]
+    for count, words in (
+        (20, "did you mean 'model.layers.0.mlp.down_proj.weight'"),
+        (len(names), "known: model.*more"),
+    ):
+        raw(tmp_path / "model.safetensors", {name: f32(0, 0, 0) for name in names[:count]})
+        with pytest.raises(UserError, match=words):
+            Checkpoint.open(tmp_path).read("model.layers.0.mlp.down_proj.weights")
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 3) + b"{}"])
