@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCORED_ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")  # the roles that importance scores need
+SCORED_ROLES = {  # the roles that importance scores need, and an axis of each
+    "attn.q": "heads", "attn.k": "kv_heads", "attn.v": "kv_heads", "attn.o": "heads", "mlp.up": "ffn",
+    "mlp.down": "ffn",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ def select_parts(
     return KeptParts(torch.tensor(layers), residual, *stacked)
 
 
+def _has_axis(blueprint: Blueprint, role: str, axis: str) -> bool:
+    """Whether a tensor of a role has an axis. (Llama 4's only known neurons are those beside its experts.)"""
+    return any(axis in part.axes for _, part in blueprint.find(role))
+
+
 def drop_middle_layers(n_source: int, n_target: int) -> tuple[int, ...]:
     """The first half of the target's layers, rounded up, from the start of the donor, the others from its end."""
     return (*range((n_target + 1) // 2), *range(n_source - n_target // 2, n_source))
@@ -110,7 +118,7 @@ class Shrinking(Transfer):
     def extra_mismatches(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         source, target = donor.blueprint.metadata, blueprint.metadata
         assert source is not None and target is not None
-        missing = [role for role in SCORED_ROLES if not donor.blueprint.find(role)]
+        missing = [role for role, axis in SCORED_ROLES.items() if not _has_axis(donor.blueprint, role, axis)]
         if missing:
             return [f"its {', '.join(missing)} are unknown, and importance needs them: use weight-selection"]
         if not has_uniform_layers(donor.blueprint):
