@@ -63,7 +63,7 @@ MAX_UNSTATED_FILE = 32_000_000  # bytes of a file whose size a hub does not stat
 MAX_FILE_TRANSFER = 3  # times that the bytes of a file are downloaded in one call, when it breaks off again and again
 
 # config.json. The largest open models have 126 layers, 512 experts of a layer and a width of 18,432.
-MAX_LAYERS = 1000  # layers, blocks or stages: each takes milliseconds to build
+MAX_LAYERS = 512  # layers, blocks or stages: each takes milliseconds to build
 MAX_EXPERTS = 2048  # experts of a layer: Switch Transformers have as many
 MAX_EXPERT_LAYERS = 40_000  # layers times experts, each with tensors of its own: the largest models have 25,000
 MAX_LABELS = 100_000  # labels of a classifier: ImageNet-21k has 21,843

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zoo.checkpoints.hub import with_retries
-from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
 from zoo.options import type_name
 from zoo.targets.blueprint import Blueprint
@@ -61,15 +59,6 @@ def _parse_setting(method: str, key: str, value: str, kind: str) -> Any:
         return {"int": int, "float": float}.get(kind, str)(value)
     except (KeyError, ValueError):
         raise UserError(f"--set {key}={value}: give {method} a {kind}") from None
-
-
-def fit_sampler(sampler: Sampler, zoo: Zoo | None, blueprint: Blueprint) -> None:
-    """Fits the sampler. The download of a trained model from the hub is tried several times."""
-    model = getattr(sampler, "model", None)
-    if model is None or Path(model).exists():
-        sampler.fit(zoo, blueprint)
-    else:
-        with_retries(lambda: sampler.fit(zoo, blueprint), f"--model {model}")
 
 
 def sample_with_defaults(

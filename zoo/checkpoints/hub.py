@@ -186,7 +186,7 @@ def _missing_file(url: str, what: str) -> str:
 def _failure(causes: list[BaseException], what: str) -> str | None:
     """The message for a hub that does not answer, or not with what was asked for."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, FileMetadataError, HTTPError, LocalEntryNotFoundError
 
     from zoo.checkpoints.hub_client import HubStalled
 
@@ -196,6 +196,8 @@ def _failure(causes: list[BaseException], what: str) -> str | None:
         return f"{what}: {hub} made {reason}; try again later, or give a longer --timeout"
     if status is not None:
         return f"{what}: {hub} answered {status} repeatedly; try again later"
+    if any(isinstance(e, FileMetadataError) for e in causes):
+        return f"{what}: the answer of {hub} has no ETag or no X-Repo-Commit; check the network, or set HF_ENDPOINT"
     if any(isinstance(e, HTTPError) for e in causes):
         return (
             f"{what}: cannot reach {hub} ({type(causes[-1]).__name__}); check the network, or set HF_HUB_OFFLINE=1 "

@@ -290,6 +290,8 @@ def _after_head(response: httpx.Response) -> None:
     if has_content and headers.get("content-encoding", "identity").lower() != "identity":
         raise bad_answer(url, "it is compressed, which was not asked for")
     check_headers(url, headers)
+    if not response.has_redirect_location:
+        headers.pop("location", None)  # huggingface_hub would use it, whatever the status
     if response.status_code < 200:
         raise bad_answer(url, f"its status is {response.status_code}")
     if response.status_code >= 300:
