@@ -1,12 +1,13 @@
-"""A small server that speaks the part of the hub's HTTP API that downloads use, with faults on demand."""
+"""A small server that speaks the part of the hub's HTTP API that downloads use, with faults and lies on demand."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,9 +16,23 @@ from urllib.parse import unquote, urlparse
 
 
 @dataclass
+class Answer:
+    """An answer before it is sent."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+# Changes an honest answer, or sends something else through the handler and returns None.
+Lie = Callable[["Handler", Answer], Answer | None]
+
+
+@dataclass
 class Repo:
     """Files of one commit. `faults`: kind of request (info, tree, head, get) + " " + file -> what to do wrong with the
-    next requests of that kind, in order: 429, 503, drop (hang up), truncate, short, corrupt."""
+    next requests of that kind, in order: 429, 503, drop (hang up), truncate, short, corrupt. `lies`: the same kinds, or
+    "*" for all -> what is done to every answer of that kind."""
 
     files: dict[str, bytes]
     license: str | None = "mit"
@@ -25,6 +40,7 @@ class Repo:
     redirect: bool = False
     faults: dict[str, list[str]] = field(default_factory=dict)
     gated: bool = False
+    lies: dict[str, Lie] = field(default_factory=dict)
 
     @property
     def commit(self) -> str:
@@ -43,6 +59,8 @@ class Hub:
     url: str
     repos: dict[str, Repo]
     log: list[str] = field(default_factory=list)  # "METHOD path" of every request
+    tokens: list[tuple[str, str]] = field(default_factory=list)  # (Host, Authorization) of every request with a token
+    closing: threading.Event = field(default_factory=threading.Event)
 
     @property
     def cdn(self) -> str:
@@ -55,6 +73,7 @@ class Handler(BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a head and its body are two writes: each answer would take 40 milliseconds
 
     def log_message(self, *args: object) -> None:
         pass
@@ -68,6 +87,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = urlparse(self.path).path  # still quoted: a branch may hold a slash
         self.hub.log.append(f"{self.command} {path}")
+        self.lie: Lie | None = None
+        if token := self.headers.get("Authorization"):
+            self.hub.tokens.append((self.headers["Host"], token))
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self.about(match[1], unquote(match[2] or "main"), "info")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
@@ -95,6 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.find(name, revision)
         if repo is None or self.fault(repo, kind):
             return
+        self.lie = repo.lies.get(kind, repo.lies.get("*"))
         if kind == "tree":
             value: object = [
                 {"type": "file", "path": n, "size": len(d), "oid": repo.oid(n)} | self.pointer(repo, n, "oid")
@@ -119,6 +142,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None:
             return
         about = {"X-Repo-Commit": repo.commit}
+        self.lie = repo.lies.get(f"{self.command.lower()} {file}", repo.lies.get("*"))
         if file not in repo.files:
             self.send(404, about | {"X-Error-Code": "EntryNotFound"})
             return
@@ -134,6 +158,7 @@ class Handler(BaseHTTPRequestHandler):
             self.body(repo, file, about | {"ETag": f'"{etag}"'})
 
     def body(self, repo: Repo, file: str, headers: dict[str, str] | None = None) -> None:
+        self.lie = repo.lies.get(f"get {file}", repo.lies.get("*"))
         data, status, headers = repo.files[file], 200, dict(headers or {})
         if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(ranged[1]), min(int(ranged[2] or len(data) - 1), len(data) - 1)
@@ -162,14 +187,27 @@ class Handler(BaseHTTPRequestHandler):
         return fault
 
     def send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-        headers = {"Content-Length": str(len(body))} | headers
-        self.send_response(status)
-        for key, value in headers.items():
+        answer: Answer | None = Answer(status, {"Content-Length": str(len(body))} | headers, body)
+        if self.lie is not None:
+            answer = self.lie(self, answer)  # type: ignore[arg-type]
+        if answer is None:
+            self.close_connection = True
+            return
+        self.send_response(answer.status)
+        for key, value in answer.headers.items():
             if value:
                 self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(answer.body)
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the client hangs up in the middle of a lie
+            super().handle()
+
+    def finish(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().finish()
 
 
 @contextmanager
@@ -183,6 +221,7 @@ def serve() -> Iterator[Hub]:
         try:
             yield hub
         finally:
+            hub.closing.set()
             server.shutdown()
 
 
