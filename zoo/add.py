@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def add(
     plan: bool = False,
     shard: tuple[int, int] = (0, 1),
     quiet: bool = False,
+    origin: str | None = None,
 ) -> list[dict[str, Any]]:
     """Copies checkpoints into the zoo at `zoo`, which is created if needed.
 
@@ -52,6 +54,7 @@ def add(
     revision  of the hub ids without one
     plan      only report what would be done
     shard     (i, n): only sources[i::n], for n parallel processes
+    origin    what the donors' records state as their source, instead of the folder or hub id
 
     Returns for each source {source, name, revision, license, state, tensors, read, download, write, health}. `read`,
     `download` and `write` are bytes. `state` is new or present in a plan, else added or present. `revision` is the
@@ -70,6 +73,8 @@ def add(
     if zoo.exists() and not zoo.is_dir():
         raise UserError(f"{zoo}: is a file; give a folder for the zoo")
     resolved = [resolve_source(s, revision) for s in sources[index::count]]
+    if origin is not None:
+        resolved = [replace(source, address=origin) for source in resolved]
     for source in resolved:
         if source.folder is not None:
             check_against_blueprint(ModelCheckpoint.open(source.folder))

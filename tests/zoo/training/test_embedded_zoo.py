@@ -15,11 +15,12 @@ from zoo.training import embedded_zoo
 from zoo.training.embedded_zoo import PRESETS, DonorRecipe, train_zoo
 
 MICRO = [DonorRecipe(16, 1, heads=2, kv_heads=1, head_dim=8, ffn=32, steps=12, seed=seed) for seed in (0, 1)]
-FILES = ("config.json", "facts.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = {"manifest.parquet", "index.json", "config.json", "donor.json", "facts.json", "model.safetensors"}
 
 
 def contents(zoo: Path) -> dict[str, bytes]:
-    return {f"{p.parent.name}/{p.name}": p.read_bytes() for p in zoo.glob("models/*/*") if p.name in FILES}
+    """Every file of a zoo, by its path."""
+    return {str(p.relative_to(zoo)): p.read_bytes() for p in zoo.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,11 @@ def test_seeds_are_lineages_of_their_own(zoo: Path) -> None:
 
 
 def test_the_number_of_processes_changes_no_byte(zoo: Path, tmp_path: Path) -> None:
+    """Nor does the folder of the zoo."""
     train_zoo(tmp_path / "zoo", MICRO, workers=2, quiet=True)
     assert contents(tmp_path / "zoo") == contents(zoo)
+    assert {Path(name).name for name in contents(zoo)} > FILES
+    assert {donor.source for donor in Zoo.open(zoo).donors} == {"headstart zoo train"}
 
 
 def test_an_interrupted_run_gives_the_same_donors(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
