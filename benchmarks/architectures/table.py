@@ -88,10 +88,11 @@ def _cell(cell: dict[str, Any], notes: dict[str, int]) -> str:
 
 
 def _general(text: str) -> str:
-    """A refusal without what differs between architectures: names and numbers."""
+    """The first reason of a refusal, without what differs between architectures: names and numbers."""
     text = text.removeprefix("refused: ")
     text = re.sub(r"^[a-z0-9-]+: ", "", text)  # the method: it is the column
     text = re.sub(r"donor '\w+' does not fit the target: ", "", text)
     text = re.sub(r"\(\w+\) has", "has", text)
     text = re.sub(r"\((\w+\.)+\w+\)", "(NAME)", text)
+    text = re.split(r"; (?=its |the donor|the target)", text)[0]  # the first of several reasons
     return re.sub(r"\b\d+ (tensors|norms)", r"N \1", text)

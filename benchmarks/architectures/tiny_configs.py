@@ -144,17 +144,29 @@ OVERRIDES: dict[str, Override] = {
     "esm": lambda shape: {"mask_token_id": 4, "vocab_size": shape.vocab},
     "esmc": _equal_heads,
     "fsmt": lambda shape: {"src_vocab_size": 96, "tgt_vocab_size": 96, "langs": ["en", "de"]},
+    "neomme": lambda shape: {"head_dim": 16},
+    "perceiver": lambda shape: {
+        "d_latents": shape.width, "num_latents": 8, "qk_channels": shape.width, "v_channels": shape.width,
+        "num_self_attends_per_block": shape.layers, "num_cross_attention_heads": shape.heads,
+        "num_self_attention_heads": shape.heads,
+    },
     "luke": lambda shape: {"entity_vocab_size": 20, "entity_emb_size": 8},
 }  # fmt: skip
 
 
-def tiny_config(model_type: str, shape: Shape = OWN) -> Any:
-    """The config of an architecture with these sizes. Raises whatever transformers raises where it refuses them."""
+def tiny_config(model_type: str, shape: Shape = OWN, is_encoder: bool = False) -> Any:
+    """The config of an architecture with these sizes. Raises whatever transformers raises where it refuses them.
+
+    is_encoder: for the masked language model of an architecture that has both (Reformer).
+    """
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[model_type]
     with quiet_transformers():
-        return cls(**small_settings(cls, shape))
+        config = cls(**small_settings(cls, shape))
+    if is_encoder and getattr(config, "is_decoder", False):
+        config.is_decoder = False
+    return config
 
 
 def small_settings(cls: Any, shape: Shape) -> dict[str, Any]:

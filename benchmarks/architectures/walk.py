@@ -47,6 +47,7 @@ DEEPER = ("stacking",)  # with `exact=false`, which copies layers without silenc
 KINDS = ("causal", "encoder-decoder", "encoder")
 
 Row = dict[str, Any]
+Checks = list[tuple[str, Callable[[], Outcome]]]
 
 
 def architectures() -> list[tuple[str, str]]:
@@ -98,11 +99,14 @@ def walk_architecture(pair: tuple[str, str]) -> Row:
     row: Row = {"kind": kind, "architecture": model_type}
     with tempfile.TemporaryDirectory(prefix="walk-") as folder:
         try:
-            model = build_model(kind, tiny_config(model_type))
+            model = build_model(kind, tiny_config(model_type, is_encoder=kind == "encoder"))
         except Exception as error:  # whatever a constructor of transformers raises
             return row | {"reason": _one_line(error)}
-        donor, name = random_donor(Path(folder) / "donor", model), type(model).__name__
-        row["cells"] = {column: _guarded(check) for column, check in _checks(name, model_type, donor, Path(folder))}
+        donor = random_donor(Path(folder) / "donor", model)
+        names = (model.config.model_type, type(model).__name__)  # a multimodal config gives its text model
+        row["cells"] = {
+            column: _guarded(check) for column, check in _checks(names, kind == "encoder", donor, Path(folder))
+        }
     return row | {"seconds": round(time.monotonic() - start, 1)}
 
 
@@ -110,14 +114,15 @@ class NoSuchConfig(Exception):
     """transformers accepts no config of a shape."""
 
 
-def _checks(architecture: str, model_type: str, donor: Path, work: Path) -> list[tuple[str, Callable[[], Outcome]]]:
-    """[(column, check)]; architecture: the model's class."""
+def _checks(names: tuple[str, str], is_encoder: bool, donor: Path, work: Path) -> Checks:
+    """[(column, check)]; names: the model_type of the model's own config, and the model's class."""
+    model_type, architecture = names
 
     def target(*shapes: Shape) -> dict[str, Any]:
         """The config of the first of the shapes that transformers accepts."""
         for shape in shapes:
             try:
-                config = tiny_config(model_type, shape).to_dict()
+                config = tiny_config(model_type, shape, is_encoder).to_dict()
                 Blueprint.from_config(config | {"model_type": model_type, "architectures": [architecture]})
             except Exception as error:
                 reason = _one_line(error)
@@ -140,7 +145,7 @@ def _checks(architecture: str, model_type: str, donor: Path, work: Path) -> list
         shape, options = LARGER[method]
         return same_function(samplers.get(method)(**options), donor, target(shape), work)
 
-    found: list[tuple[str, Callable[[], Outcome]]] = []
+    found: Checks = []
     found += [(f"own {method}", lambda m=method: own_shape(m, donor, work)) for method in OWN_SHAPE]
     found += [(f"narrower {method}", lambda m=method: narrower(m)) for method in NARROWER]
     found += [(f"deeper {method}", lambda m=method: deeper(m)) for method in DEEPER]

@@ -38,6 +38,15 @@ IGNORED_KEYS = {
 }  # fmt: skip
 IGNORED_ENDINGS = ("_token_id", "_dropout", "_implementation", "_dropout_prob")
 
+# Architectures in which no layer can be silent, for reasons that names and shapes of tensors do not show.
+NEVER_SILENT = {
+    "distilbert": "its norms act on the residual stream",
+    "flaubert": "its norms act on the residual stream",
+    "openai-gpt": "its norms act on the residual stream",
+    "xlm": "its norms act on the residual stream",
+    "esmc": "it divides what layers add by a number that depends on the depth",
+}
+
 SHRINKING_METHODS = "for a smaller one use weight-selection, subcloning, pruning or sliced"
 
 
@@ -98,6 +107,8 @@ def growth_mismatches(donor: Donor, blueprint: Blueprint, silent: bool) -> list[
             f"{len(unknown)} tensors of the target have no known role ({unknown[0]}), and drawing or copying them"
             " loses the donor's function: use row-column, which accepts that"
         )
+    if silent and (reason := _never_silent(blueprint)):
+        found.append(f"layers {source.layers} -> {target.layers}: {reason}, so that no layer can be silent")
     found += [reason for reason in (alibi_mismatch(source, target), experts_mismatch(donor, blueprint)) if reason]
     if target.width > source.width and target.extra.get("sinusoidal_positions"):
         found.append("its positions are sine waves over the width, and differ at another width: keep the width")
@@ -107,6 +118,15 @@ def growth_mismatches(donor: Donor, blueprint: Blueprint, silent: bool) -> list[
     elif target.width > source.width and blueprint.ties and not blueprint.find("norm", site="final"):
         found.append("its head is tied and has no norm before it to take the scale: untie the head, or keep the width")
     return found
+
+
+def _never_silent(blueprint: Blueprint) -> str | None:
+    """Why no layer of a model can be made to add nothing, None where each layer can."""
+    assert blueprint.metadata is not None
+    ends = {spec.layer for spec in blueprint.specs if ends_residual_branch(spec, blueprint)}
+    if not ends.issuperset(range(blueprint.metadata.layers)):
+        return "its layers share weights, or what they add is unknown"
+    return NEVER_SILENT.get(blueprint.metadata.architecture)
 
 
 def _unknown_tensors(donor: Donor, blueprint: Blueprint, resized: bool, silent: bool) -> list[str]:
@@ -210,4 +230,4 @@ def ends_residual_branch(spec: TensorSpec, blueprint: Blueprint) -> bool:
 def has_post_norm(blueprint: Blueprint) -> bool:
     """Whether norms act on the residual stream itself (BERT, OPT-350m), so that no layer can be made to do nothing."""
     assert blueprint.metadata is not None
-    return blueprint.metadata.norm == "layer" and blueprint.has_norm("attn.out")
+    return blueprint.metadata.norm == "layer" and (blueprint.has_norm("attn.out") or blueprint.has_norm("mlp.out"))

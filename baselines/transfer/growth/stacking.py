@@ -73,6 +73,8 @@ class Stacking(Growth):
         return found
 
     def function_differences(self, blueprint: Blueprint) -> list[str]:
+        if blueprint.metadata is None:  # a copy of a donor with the same config
+            return []
         source, target = metadata_pair(self.source, blueprint)
         found = super().function_differences(blueprint)
         if target.layers > source.layers and not self.exact:

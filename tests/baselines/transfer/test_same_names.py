@@ -48,7 +48,7 @@ def config(name: str, shape: Shape = OWN, **changes: Any) -> Any:
 
 def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     torch.manual_seed(0)
-    auto: Any = OTHERS.get(name, AutoModelForCausalLM)
+    auto: Any = AutoModelForMaskedLM if name == "albert" else OTHERS.get(name, AutoModelForCausalLM)
     return random_donor(folder, auto.from_config(config(name, **changes)).to(dtype).eval())
 
 
@@ -181,6 +181,15 @@ def test_tables_of_positions_of_different_lengths(tmp_path: Path) -> None:
     shorter = target(coded, "led", NARROW, **lengths)
     outcome = same_name_values(WeightSelection(), coded, codes, shorter)
     assert outcome.text.startswith("values of the same name"), outcome.text
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("albert", "its layers share weights"), ("distilbert", "its norms act on")]
+)
+def test_layers_that_cannot_be_silent_are_refused(tmp_path: Path, name: str, reason: str) -> None:
+    donor = save(tmp_path / "donor", name)
+    with pytest.raises(UserError, match=f"layers 2 -> 4: {reason}"):
+        Stacking(exact=True).fit(open_standalone(donor), Blueprint.from_config(target(donor, name, DEEP)))
 
 
 def test_an_encoder_decoder_has_no_residual_units() -> None:
