@@ -159,13 +159,14 @@ class Kills:
             name: data
             for name, data in contents(self.place).items()
             if not any(part.startswith(".") for part in Path(name).parts)
-            and self.place / name not in states
             and not name.endswith("/")  # an empty folder cannot be taken for an output
         }
-        problems = [f"{path}: is half a state" for path in states if not is_whole_state(path)]
-        for name, data in visible.items():
-            if data not in (reference.before.get(name), reference.after.get(name)):
-                problems.append(f"{name}: is half a file, or has other bytes")
+        problems = [
+            f"{name}: is half a file, or has other bytes"
+            for name, data in visible.items()
+            if data not in (reference.before.get(name), reference.after.get(name))
+            and not (self.place / name in states and is_whole_state(self.place / name))
+        ]
         return problems + self._half_folders(reference, visible)
 
     def _half_folders(self, reference: Reference, visible: Contents) -> list[str]:

@@ -15,7 +15,9 @@ from safetensors import safe_open
 from tests.fuzz.materials import TEXT, language_model
 from tests.support import commands
 from tests.support.tiny import config
+from zoo.donors.verify import verify
 
+ZOO_LISTS = ("zoo/manifest.parquet", "zoo/index.json")
 SHAPES = (dict(hidden_size=16, kv=2, vocab_size=48), dict(hidden_size=24, kv=2, vocab_size=48))
 
 
@@ -25,7 +27,8 @@ class Writer:
 
     run      (inputs, place, again): runs it into `place`; `again` after an interruption
     prepare  (inputs, place): fills `place` with what is there before
-    states   globs of the files in `place` that an interrupted command leaves visible, besides complete outputs
+    states   globs of the files in `place` that may have other bytes after an interruption than in the end: the state
+             of a training, the list of a zoo's donors so far
     refuses_a_second   whether a second process with the same output is refused; else it waits for the first
     """
 
@@ -133,11 +136,11 @@ WRITERS: dict[str, Writer] = {
     "generate": Writer(generate),
     "generate with scratch files": Writer(generate_with_scratch),
     "lora": Writer(lora),
-    "zoo add": Writer(zoo_add, refuses_a_second=False),
+    "zoo add": Writer(zoo_add, states=ZOO_LISTS, refuses_a_second=False),
     "zoo add to a zoo": Writer(
-        zoo_add, lambda inputs, place: shutil.copytree(inputs / "zoo-of-one", place / "zoo"), refuses_a_second=False
+        zoo_add, lambda inputs, place: shutil.copytree(inputs / "zoo-of-one", place / "zoo"), ZOO_LISTS, False
     ),
-    "zoo train": Writer(zoo_train),
+    "zoo train": Writer(zoo_train, states=ZOO_LISTS),
     "train autoencoder": Writer(train_autoencoder, states=("out/training.safetensors",)),
     "train diffusion": Writer(train_diffusion, states=("out/training.safetensors",)),
     "compare": Writer(compare),
@@ -148,6 +151,8 @@ WRITERS: dict[str, Writer] = {
 
 
 def is_whole_state(path: Path) -> bool:
-    """Whether a training state can be read to its end."""
+    """Whether a training state can be read to its end, or a manifest or index is that of its zoo."""
+    if path.suffix != ".safetensors":
+        return verify(path.parent) == []
     with safe_open(path, "pt") as f:
         return all(f.get_tensor(name) is not None for name in f.keys())  # noqa: SIM118
