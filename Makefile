@@ -30,7 +30,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peft,eval,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peft,eval,sentencepiece,dev]"
 	touch $@
 
 # Damaged files and killed commands with fresh seeds, for as long as one likes.

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from zoo.checkpoints.atomic import (
 )
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.files import FileHashes, content_hash, file_hash
+from zoo.checkpoints.side_files import CHAT_TEMPLATES, names_in_earlier_hash
 from zoo.checkpoints.sources import Source, count_tensors, open_source, resolve_source
 from zoo.donors.index import refresh_index
 from zoo.donors.layout import MANIFEST, RECORD, ROWS
@@ -34,6 +35,7 @@ from zoo.donors.model_checkpoint import (
 from zoo.donors.records import read_record, write_record
 from zoo.errors import UserError
 from zoo.statistics.health import Finding, check_health, summarise_findings
+from zoo.words import shortened_list
 
 CHUNK = 1 << 22
 LOCK = ".lock"  # held while a donor gets its name and while the manifest is written
@@ -102,10 +104,10 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
 
     Reads weights only where a donor with one of the source's names has files of the same sizes, to compare the two.
     """
-    revision = source.commit
+    revisions = [source.commit] if source.commit else []
     if source.folder is not None and any(_has_same_sizes(zoo / "models" / name, source) for name in source.names):
-        revision = f"sha256:{content_hash(open_source(source, quiet=True)[1])}"
-    home = _find_donor(zoo / "models", source, revision)
+        revisions = _revisions(source, open_source(source, quiet=True)[1])
+    home = _find_donor(zoo / "models", source, revisions)
     record = read_record(home) if home else None
     name = home.name if home else _free_name(zoo / "models", source)
     missing = _missing_files(home, record) if home and record else list(source.files)
@@ -113,7 +115,7 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
     return {
         "source": source.address,
         "name": name,
-        "revision": revision,
+        "revision": record["revision"] if record else next(iter(revisions), None),
         "license": record["license"] if record else source.license,
         "state": "present" if record else "new",
         "tensors": count_tensors(source),
@@ -125,14 +127,16 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
 
 
 def _has_same_sizes(home: Path, source: Source) -> bool:
-    """Whether the donor in `home` has the file names and sizes of the source."""
+    """Whether the donor in `home` has the file names and sizes of the source, those of `_revisions` at least."""
     files = read_record(home)["files"] if home.exists() else {}
-    return {n: stamp["size"] for n, stamp in files.items()} == {n: f.size for n, f in source.files.items()}
+    names, own = names_in_earlier_hash(source.files), names_in_earlier_hash(files)
+    return {n: files[n]["size"] for n in own} == {n: source.files[n].size for n in names}
 
 
 def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
-    home = _find_donor(models, source, source.commit)
+    home = _find_donor(models, source, [source.commit] if source.commit else [])
     if home is not None and not _missing_files(home, read_record(home)) and (home / ROWS).exists():
+        _note_absent_files(home, source.files, quiet)
         return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
 
     download = source.download
@@ -141,15 +145,16 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
     extra = check_against_blueprint(checkpoint)
     if not quiet:
         notes = [f"{len(extra)} tensors are not in its config ({extra[0]}, …)"] if extra else []
+        notes += [f"{CHAT_TEMPLATES}/ is not copied"] if (files.folder / CHAT_TEMPLATES).is_dir() else []
         for note in notes + describe_reading(checkpoint):
             print(f"{source.names[0]}: {note}", file=sys.stderr)
-    revision = source.commit or f"sha256:{content_hash(hashes)}"
-    home = _find_donor(models, source, revision)
+    home = _find_donor(models, source, _revisions(source, hashes))
     if home is not None:
+        _note_absent_files(home, hashes, quiet)
         with disk_errors(models), hold_lock(models / f".{home.name}.lock", home):
             _restore(home, checkpoint, read_record(home))
         return _summary(source, home, "present", download)
-    home, findings = _copy_donor(models, source, checkpoint, hashes, revision, quiet)
+    home, findings = _copy_donor(models, source, checkpoint, hashes, quiet)
     if findings is None:
         return _summary(source, home, "present", download)
     if not quiet:
@@ -159,12 +164,12 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
 
 
 def _copy_donor(
-    models: Path, source: Source, checkpoint: ModelCheckpoint, hashes: FileHashes, revision: str, quiet: bool
+    models: Path, source: Source, checkpoint: ModelCheckpoint, hashes: FileHashes, quiet: bool
 ) -> tuple[Path, list[Finding] | None]:
     """Measures and copies a new donor. Returns its folder and its health, None where another process added it."""
     from tqdm import tqdm
 
-    sha256 = content_hash(hashes)
+    sha256, revisions = content_hash(hashes), _revisions(source, hashes)
     weights = sum(e.nbytes for e in checkpoint.entries.values())
     bytes_per_value = weights / max(1, checkpoint.blueprint.parameters)
     total = source.size + 2 * weights  # every weight is measured, copied and examined
@@ -180,21 +185,21 @@ def _copy_donor(
         _check_free_space(models, source.size - sum(p.stat().st_size for p in staging.glob("*")))
         # Of two processes with the same source, the second waits here and then finds the donor present.
         stack.enter_context(hold_lock(staging.with_name(f"{staging.name}.lock"), staging))
-        home = _find_donor(models, source, revision)
+        home = _find_donor(models, source, revisions)
         if home is not None:
             return home, None
         stack.enter_context(_removed_on_error(staging))
         _copy_files(staging, checkpoint, hashes, bar.update)
         findings = check_health(checkpoint, progress=lambda values: bar.update(values * bytes_per_value))
         stack.enter_context(hold_lock(models / LOCK, models))
-        name = _free_name(models, source)
-        if name is None:
+        free = _free_name(models, source)
+        if free is None:
             raise UserError(f"{source.address}: all its names are taken in {models}; rename the folder")
-        write_rows(staging / ROWS, donor_rows(checkpoint, name, revision, source.license, measures))
-        record = {"source": source.address, "revision": revision, "license": source.license}
+        write_rows(staging / ROWS, donor_rows(checkpoint, free, revisions[0], source.license, measures))
+        record = {"source": source.address, "revision": revisions[0], "license": source.license}
         write_record(staging, {**record, "sha256": sha256, "files": hashes})
-        rename_folder(staging, models / name)
-        return models / name, findings
+        rename_folder(staging, models / free)
+        return models / free, findings
 
 
 def _free_name(models: Path, source: Source) -> str | None:
@@ -202,12 +207,30 @@ def _free_name(models: Path, source: Source) -> str | None:
     return next((n for n in source.names if not (models / n).exists()), None)
 
 
-def _find_donor(models: Path, source: Source, revision: str | None) -> Path | None:
-    """The folder of the donor that is the source at this revision, None where it is not in the zoo."""
-    for name in source.names if revision else ():
-        if (models / name).exists() and read_record(models / name)["revision"] == revision:
+def _revisions(source: Source, hashes: FileHashes) -> list[str]:
+    """The revisions under which a zoo may have a source: its commit, or hashes of its content.
+
+    The second hash is that of a zoo from before chat templates and slow tokenizers were copied.
+    """
+    earlier = {name: hashes[name] for name in names_in_earlier_hash(hashes)}
+    found = [source.commit] if source.commit else [f"sha256:{content_hash(files)}" for files in (hashes, earlier)]
+    return list(dict.fromkeys(found))
+
+
+def _find_donor(models: Path, source: Source, revisions: Sequence[str]) -> Path | None:
+    """The folder of the donor that is the source at one of its revisions, None where it is not in the zoo."""
+    for name in source.names if revisions else ():
+        if (models / name).exists() and read_record(models / name)["revision"] in revisions:
             return models / name
     return None
+
+
+def _note_absent_files(home: Path, files: Iterable[str], quiet: bool) -> None:
+    """Names the files of a source that its donor was added without."""
+    absent = sorted(set(files) - set(read_record(home)["files"]))
+    if absent and not quiet:
+        advice = f"remove {home} and add it again to have them"
+        print(f"{home.name}: was added without {shortened_list(absent)}; {advice}", file=sys.stderr)
 
 
 def _missing_files(home: Path, record: dict[str, Any]) -> list[str]:

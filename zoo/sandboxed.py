@@ -71,6 +71,19 @@ def _import(name: str) -> None:
 
 
 @contextlib.contextmanager
+def _without_placeholders() -> Iterator[None]:
+    """Inside, the modules of UNUSED are not marked as missing: `datasets` imports those that `sys.modules` names."""
+    placeholders = [name for name in UNUSED if name in sys.modules and sys.modules[name] is None]
+    for name in placeholders:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in placeholders:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
 def _limits(seconds: float, memory: int) -> Iterator[None]:
     """Limits on this process: `seconds` of CPU and `memory` bytes from now on, and no files written.
 
@@ -124,6 +137,43 @@ def read_parquet(data: bytes, rows: int) -> tuple[dict[str, Any], bytes]:
     return {}, stream.getvalue().to_pybytes()
 
 
+def read_documents(
+    data: bytes, files: list[str], kind: str, column: str, separator: str, most: int
+) -> tuple[dict[str, Any], bytes]:
+    """The texts in a column of JSON, Parquet or CSV files, joined by a separator: at most the first `most` bytes.
+
+    {documents, empty: rows without a text, whole: whether nothing was cut off}. `datasets` reads them row by row.
+    """
+    import tempfile
+
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    parts: list[bytes] = []
+    size, empty, whole, between = 0, 0, True, separator.encode()
+    with tempfile.TemporaryDirectory(prefix="headstart-") as cache, _without_placeholders():
+        rows = load_dataset(kind, data_files={"train": files}, split="train", streaming=True, cache_dir=cache)
+        for number, row in enumerate(rows, 1):
+            if column not in row:
+                names = ", ".join(map(repr, row)) or "none"
+                raise ValueError(f"has no column {column!r}; name one with --text-column: {names}")
+            if not isinstance(row[column], str | None):
+                kind_name = type(row[column]).__name__
+                raise ValueError(f"row {number}: {column!r} is a {kind_name}, not a text; name another --text-column")
+            if row[column] is None:
+                empty += 1
+                continue
+            text = (between if parts else b"") + row[column].encode()
+            if size >= most:
+                whole = False
+                break
+            whole = size + len(text) <= most
+            parts.append(text[: most - size])
+            size += len(parts[-1])
+    return {"documents": len(parts), "empty": empty, "whole": whole}, b"".join(parts)
+
+
 def encode_with_file(data: bytes, file: str) -> tuple[dict[str, Any], bytes]:
     """The token ids, int64, of a UTF-8 text by the tokenizers library alone, for a tokenizer.json."""
     from tokenizers import Tokenizer
@@ -134,6 +184,21 @@ def encode_with_file(data: bytes, file: str) -> tuple[dict[str, Any], bytes]:
 def encode_with_folder(data: bytes, folder: str) -> tuple[dict[str, Any], bytes]:
     """The token ids, int64, of a UTF-8 text by transformers, for a folder with a tokenizer."""
     return {}, _ids(_load(folder)(data.decode(), add_special_tokens=False)["input_ids"])
+
+
+def vocabulary_with_folder(data: bytes, folder: str) -> tuple[dict[str, Any], bytes]:
+    """{vocabulary: token string -> id} of a folder with a tokenizer, added tokens included."""
+    return {"vocabulary": _load(folder).get_vocab()}, b""
+
+
+def compare_tokenizers(data: bytes, folders: list[str]) -> tuple[dict[str, Any], bytes]:
+    """{classes: the class of each folder's tokenizer, equal: whether all encode alike} as transformers loads them."""
+    tokenizers = [_load(folder) for folder in folders]
+    states = {
+        backend.to_str() if (backend := getattr(found, "backend_tokenizer", None)) else json.dumps(found.get_vocab())
+        for found in tokenizers
+    }
+    return {"classes": [type(found).__name__ for found in tokenizers], "equal": len(states) == 1}, b""
 
 
 _open: dict[str, Any] = {}  # the tokenizer that `open_tokenizer` loaded, by its folder
@@ -184,8 +249,11 @@ def _ids(ids: list[int]) -> bytes:
 FUNCTIONS: dict[str, tuple[Callable[..., tuple[dict[str, Any], bytes]], tuple[str, ...]]] = {
     "match_patterns": (match_patterns, ()),
     "read_parquet": (read_parquet, ("pyarrow.parquet",)),
+    "read_documents": (read_documents, ("datasets",)),
     "encode_with_file": (encode_with_file, ("tokenizers",)),
     "encode_with_folder": (encode_with_folder, ("transformers.models.auto.tokenization_auto",)),
+    "vocabulary_with_folder": (vocabulary_with_folder, ("transformers.models.auto.tokenization_auto",)),
+    "compare_tokenizers": (compare_tokenizers, ("transformers.models.auto.tokenization_auto",)),
     "open_tokenizer": (open_tokenizer, ("transformers.models.auto.tokenization_auto",)),
     "use_tokenizer": (use_tokenizer, ()),
 }  # name -> (function, modules that it needs)

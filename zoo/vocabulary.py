@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.checkpoints.files import open_regular, read_json
+from zoo.checkpoints.side_files import SENTENCEPIECE_FILES, TOKENIZER_FILES, VOCABULARY_FILES, vocabulary_file
 from zoo.checkpoints.token_ids import read_token_ids
 from zoo.errors import UserError
 from zoo.limits import (
@@ -30,11 +32,6 @@ from zoo.sandbox import Limits, shared
 BYTE_VOCAB = 256  # size of the byte vocabulary: token ids 0 to 255 are the bytes themselves
 BYTE_TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 MAX_PADDING = 1024  # rows of padding after a vocabulary; our choice: more are another vocabulary
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json", "config.json",
-)  # fmt: skip
 
 
 def byte_characters() -> list[str]:
@@ -65,18 +62,24 @@ def save_byte_tokenizer(folder: Path) -> None:
 def find_tokenizer(given: str | Path | None, target: str | Path | dict[str, Any]) -> Path | None:
     """The folder of the `given` tokenizer, else of the one beside the target's config, else None.
 
-    Raises UserError if the given one has no tokenizer.json, the file whose tokens can be matched by their strings."""
+    UserError where the given folder, or the folder of the given file, holds no tokenizer."""
     if given is not None:
         path = Path(given)
         folder = path.parent if path.is_file() else path
-        if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"{given}: no tokenizer.json found; save the tokenizer with save_pretrained")
+        if not has_tokenizer(folder):
+            kinds = "tokenizer.json, tokenizer.model, vocab.json with merges.txt, or vocab.txt"
+            raise UserError(f"{given}: no tokenizer found ({kinds}); save it with save_pretrained")
         return folder
     if isinstance(target, dict):
         return None
     path = Path(target)
     folder = path if path.is_dir() else path.parent
-    return folder if path.exists() and (folder / "tokenizer.json").is_file() else None
+    return folder if path.exists() and has_tokenizer(folder) else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the vocabulary of a tokenizer, in any format that transformers reads."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 def fits_padded(tokens: dict[str, int], vocab: int) -> bool:
@@ -85,12 +88,38 @@ def fits_padded(tokens: dict[str, int], vocab: int) -> bool:
 
 
 def read_vocabulary(tokenizer: str | Path) -> dict[str, int]:
-    """Token string -> id, read from a tokenizer.json or its folder. Raises UserError if it is missing or damaged."""
+    """Token string -> id of a tokenizer: a folder, or a file of it. UserError where it is missing or damaged.
+
+    A tokenizer.json is read here. transformers reads older formats, in a child process with limits of time and memory.
+    """
     path = Path(tokenizer)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; save the tokenizer with save_pretrained")
-    return read_token_ids(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if file.is_file() and file.name not in (*VOCABULARY_FILES[1:], "merges.txt"):
+        return read_token_ids(file)
+    folder = path if path.is_dir() else path.parent
+    if not path.exists() or not has_tokenizer(folder):
+        raise UserError(f"{file}: no such file; save the tokenizer with save_pretrained")
+    require_tokenizer_packages(folder)
+    call = ("vocabulary_with_folder", {"folder": str(folder.resolve())})
+    with tokenizer_errors(folder):
+        reply, _ = shared.call(*call, tokenizer_limits(folder, 0), str(folder))
+    return {str(token): int(row) for token, row in reply["vocabulary"].items()}
+
+
+def require_tokenizer_packages(folder: Path) -> None:
+    """UserError where the tokenizer of a folder is a SentencePiece model, and what reads it is not installed."""
+    file = vocabulary_file([p.name for p in folder.iterdir()])
+    if file in SENTENCEPIECE_FILES and not all(map(_is_installed, ("sentencepiece", "google.protobuf"))):
+        raise UserError(
+            f"{folder / file}: needs the packages sentencepiece and protobuf: pip install 'headstart[sentencepiece]'"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that should hold it
+        return False
 
 
 def is_byte_tokenizer(folder: Path) -> bool:
@@ -122,12 +151,25 @@ def encode_text(text: str, tokenizer: Path) -> Tensor:
     return torch.frombuffer(bytearray(ids), dtype=torch.int64) if ids else torch.empty(0, dtype=torch.int64)
 
 
+def compare_tokenizers(first: Path, second: Path) -> tuple[bool, list[str]]:
+    """(whether the tokenizers of two folders encode alike, their classes), as transformers loads them.
+
+    UserError where one of them cannot be loaded.
+    """
+    limits = [tokenizer_limits(folder, 0) for folder in (first, second)]
+    both = Limits(sum(limit.seconds for limit in limits), sum(limit.memory for limit in limits))
+    arguments = {"folders": [str(folder.resolve()) for folder in (first, second)]}
+    with tokenizer_errors(first):
+        reply, _ = shared.call("compare_tokenizers", arguments, both, str(first))
+    return reply["equal"], reply["classes"]
+
+
 def tokenizer_limits(tokenizer: Path, text: int) -> Limits:
     """What a tokenizer may use for loading and for `text` bytes: an amount that grows with its files and the text.
 
     UserError for a file of the tokenizer that is too large, or not a regular one.
     """
-    paths = [tokenizer / name for name in TOKENIZER_FILES] if tokenizer.is_dir() else [tokenizer]
+    paths = [tokenizer / name for name in (*TOKENIZER_FILES, "config.json")] if tokenizer.is_dir() else [tokenizer]
     size = 0
     for path in paths:
         if path.exists():

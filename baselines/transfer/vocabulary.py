@@ -26,14 +26,14 @@ class VocabularyRows:
 def vocabulary_rows(donor: Donor, blueprint: Blueprint, tokenizer: str | None) -> VocabularyRows:
     """Matches the tokens of a target to those of a donor by their strings.
 
-    tokenizer: the target's, a folder or a tokenizer.json. Without it rows keep their places: the vocabularies must have
+    tokenizer: the target's, a folder or a file of it. Without it rows keep their places: the vocabularies must have
     the same size, or both sizes must be that of the donor's tokenizer with padding. Raises UserError for other sizes,
     and where no token is shared.
     """
     source, target = metadata_pair(donor, blueprint)
-    donor_tokens = donor.vocabulary()
     target_tokens = read_vocabulary(tokenizer) if tokenizer is not None else None
     other_size = source.vocab != target.vocab
+    donor_tokens = donor.vocabulary() if other_size or target_tokens is not None else None
     if other_size and target_tokens is None and donor_tokens is not None and fits_padded(donor_tokens, target.vocab):
         index = torch.arange(target.vocab)
         index[source.vocab :] = -1

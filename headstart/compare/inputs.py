@@ -27,8 +27,6 @@ def find_target_tokenizer(
     found = find_tokenizer(given, target)
     if found is not None:
         return found
-    if not isinstance(target, dict) and Path(target).exists():
-        _refuse_slow_tokenizer(Path(target) if Path(target).is_dir() else Path(target).parent)
     donors = _donors_with_vocabulary(zoo, vocab)
     if not donors:
         return None
@@ -37,13 +35,6 @@ def find_target_tokenizer(
             return None
         raise UserError(f"{zoo}: the donors have different tokenizers; give the target's own with --tokenizer")
     return donors[0].folder
-
-
-def _refuse_slow_tokenizer(folder: Path) -> None:
-    for name in ("tokenizer.model", "vocab.json"):
-        if (folder / name).is_file():
-            advice = "load it with AutoTokenizer and write it with save_pretrained"
-            raise UserError(f"{folder}: its tokenizer has {name} and no tokenizer.json; {advice}")
 
 
 def _donors_with_vocabulary(zoo: str | Path | None, vocab: int) -> list[FolderDonor]:

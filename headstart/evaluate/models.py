@@ -22,11 +22,10 @@ from zoo.limits import MAX_CONFIG
 from zoo.sandbox import library_errors
 from zoo.targets.adapter_bounds import check_adapter, check_patterns
 from zoo.targets.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_lora_config, require_peft
-from zoo.vocabulary import BYTE_VOCAB, byte_tokenizer
+from zoo.vocabulary import BYTE_VOCAB, byte_tokenizer, has_tokenizer, require_tokenizer_packages
 
 RECORD = "headstart.json"
 USUAL_RANK = 256  # a rank that any base has memory for
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def locate_checkpoint_and_adapter(
@@ -87,7 +86,8 @@ def load_tokenizer(folder: Path, adapter: Path | None = None) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     for place in filter(None, (adapter, folder)):
-        if any((place / name).is_file() for name in TOKENIZERS):
+        if has_tokenizer(place):
+            require_tokenizer_packages(place)
             return SandboxedTokenizer(place)
     vocab = read_json(folder / "config.json").get("vocab_size")
     if vocab != BYTE_VOCAB:

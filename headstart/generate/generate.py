@@ -16,13 +16,14 @@ from headstart import samplers
 from headstart.config import GenerateConfig
 from headstart.devices import torch_device, torch_dtype
 from headstart.generate.card import checkpoint_card
+from headstart.generate.generation_config import copy_generation_config
 from headstart.generate.sampling import (
     build_sampler,
     language_model_blueprint,
     option_fields,
     sample_with_defaults,
 )
-from headstart.generate.tokenizer_files import copy_tokenizer, shared_tokenizer
+from headstart.generate.tokenizer_files import copy_tokenizer, keep_tokenizer_class, shared_tokenizer
 from headstart.versions import package_versions
 from zoo.checkpoints.atomic import new_folder
 from zoo.checkpoints.hub import HUB_ID
@@ -124,6 +125,8 @@ def _write(job: GenerateJob, zoo: Zoo | None, folder: Path, command: str) -> Non
     tokenizer = job.tokenizer or shared_tokenizer(donors, blueprint)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
+        keep_tokenizer_class(tokenizer, folder)
+    copy_generation_config(config.target, donors, blueprint, folder)
     record = {
         "method": config.method,
         "options": sampler.options(),

@@ -15,16 +15,11 @@ from torch import Tensor
 from zoo.checkpoints.files import PICKLES, file_inside, read_json
 from zoo.checkpoints.headers import INDEX, Entry, read_header, read_index
 from zoo.checkpoints.quantised import Quantisation, dequantise, find_quantised
+from zoo.checkpoints.side_files import side_files
 from zoo.checkpoints.token_ids import read_token_ids
 from zoo.errors import NotFinite, UserError, unknown
 from zoo.limits import MAX_CONFIG
 from zoo.words import shortened_list
-
-# The files of a checkpoint besides its weights. facts.json tells about its training: {"loss", "tokens", "seed"}.
-SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "facts.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +47,9 @@ class Checkpoint:
             raise UserError(f"{folder}: has no config.json; {_advice(folder)}")
         config = read_json(file_inside(folder, "config.json"), MAX_CONFIG)
         entries = _entries(folder)
-        names = {e.file for e in entries.values()} | {n for n in SIDE_FILES if (folder / n).exists()}
+        names = {e.file for e in entries.values()} | set(side_files([p.name for p in folder.iterdir()]))
         if (folder / INDEX).exists() and not (folder / "model.safetensors").exists():
             names.add(INDEX)
-        if "tokenizer.json" not in names and (folder / "tokenizer.model").exists():
-            names.add("tokenizer.model")
         for name in names:
             file_inside(folder, name)
         return cls(folder, config, entries, tuple(sorted(names)))

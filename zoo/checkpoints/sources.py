@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.checkpoints.atomic import disk_errors
-from zoo.checkpoints.checkpoint import SIDE_FILES, Checkpoint
+from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.files import PICKLES, FileHashes, file_hash, refuse_pickle
 from zoo.checkpoints.headers import INDEX, read_index
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.licenses import KEYS, UNKNOWN, folder_license, license_text
+from zoo.checkpoints.quantised import count_weights
+from zoo.checkpoints.side_files import side_files
 from zoo.errors import UserError
 
 if TYPE_CHECKING:
@@ -150,17 +152,18 @@ def open_source(source: Source, quiet: bool = False) -> tuple[Checkpoint, FileHa
 def count_tensors(source: Source) -> int:
     """The number of tensors of a source, read from its headers or its index (of a hub file, from its first bytes)."""
     if source.folder is not None:
-        return len(Checkpoint.open(source.folder).entries)
+        return len(Checkpoint.open(source.folder).names)
     from huggingface_hub import HfApi, hf_hub_download
 
     what = f"{source.repo}@{source.commit}"
     repo, commit = source.repo, source.commit
     assert repo is not None
     if INDEX in source.files:
-        return len(read_index(Path(with_retries(lambda: hf_hub_download(repo, INDEX, revision=commit), what))))
+        index = Path(with_retries(lambda: hf_hub_download(repo, INDEX, revision=commit), what))
+        return count_weights(read_index(index))
     weights = next(n for n in source.files if n.endswith(".safetensors"))
     header = with_retries(lambda: HfApi().parse_safetensors_file_metadata(repo, weights, revision=commit), what)
-    return len(header.tensors)
+    return count_weights(header.tensors)
 
 
 def _folder_source(path: Path) -> Source:
@@ -183,7 +186,8 @@ def _hub_source(repo: str, revision: str | None) -> Source:
     if constants.HF_HUB_OFFLINE:
         return _cached_source(repo, revision or "main", what)
     info: ModelInfo = with_retries(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
-    assert info.sha is not None
+    if info.sha is None:
+        raise UserError(f"{what}: the hub names no commit; try again later, or set another HF_ENDPOINT")
     sizes = {s.rfilename: _source_file(s) for s in info.siblings or ()}
     names = _checkpoint_files(repo, info.sha, sizes, what)
     found = {name: try_to_load_from_cache(repo, name, revision=info.sha) for name in names}
@@ -221,9 +225,7 @@ def _checkpoint_files(repo: str, commit: str, sizes: dict[str, SourceFile], what
 
     if "config.json" not in sizes:
         raise UserError(f"{what}: has no config.json; give a model repository in Hugging Face layout")
-    side = [n for n in SIDE_FILES if n in sizes and n != "facts.json"]
-    if "tokenizer.json" not in sizes and "tokenizer.model" in sizes:
-        side.append("tokenizer.model")
+    side = [name for name in side_files(sizes) if name != "facts.json"]
     if "model.safetensors" in sizes:
         return [*side, "model.safetensors"]
     if INDEX in sizes:
@@ -231,7 +233,9 @@ def _checkpoint_files(repo: str, commit: str, sizes: dict[str, SourceFile], what
         shards = sorted(set(read_index(Path(index)).values()))
         missing = [s for s in shards if s not in sizes]
         if missing:
-            raise UserError(f"{what}: its index names {missing[0]!r}, which is missing; give another revision")
+            raise UserError(
+                f"{repo}@{commit}: its index names {missing[0]!r}, which the repository has not; give another revision"
+            )
         return [*side, INDEX, *shards]
     weights = [n for n in sizes if n.endswith(".safetensors") and "/" not in n]
     if len(weights) == 1:

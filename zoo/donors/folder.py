@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from zoo.checkpoints.checkpoint import Checkpoint
-from zoo.checkpoints.files import content_hash
+from zoo.checkpoints.files import content_hash, file_hash
+from zoo.checkpoints.side_files import names_in_earlier_hash, vocabulary_file
 from zoo.checkpoints.sources import Source, open_source, resolve_source
 from zoo.donors.donor import Donor
 from zoo.donors.layout import RECORD
 from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint, describe_reading
 from zoo.donors.records import read_record
 from zoo.errors import UserError
+from zoo.vocabulary import read_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,15 @@ class FolderDonor(ModelCheckpoint):
     revision: str
     license: str
     sha256: str  # of the names and hashes of its files, sorted
+
+    def vocabulary(self) -> dict[str, int] | None:
+        """Token string -> id, added tokens included. None without a tokenizer; UserError for one that is damaged."""
+        return super().vocabulary() if "tokenizer.json" in self.files else self._slow_vocabulary
+
+    @cached_property
+    def _slow_vocabulary(self) -> dict[str, int] | None:
+        """The vocabulary of a tokenizer in an older format, which takes seconds to read."""
+        return None if vocabulary_file(self.files) is None else read_vocabulary(self.folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +100,14 @@ def donor_ref(donor: Donor) -> dict[str, str]:
 def open_ref(ref: Mapping[str, str], method: str) -> FolderDonor:
     """The donor of a `donor_ref`. UserError where it is gone or has changed since `method` was fitted to it."""
     donor = open_donor(ref["folder"])
-    if donor.sha256 != ref["sha256"]:
+    if ref["sha256"] != donor.sha256 and ref["sha256"] != _earlier_sha256(donor):
         raise UserError(f"{donor.folder}: is not the donor that {method} was fitted to; fit it again")
     return donor
+
+
+def _earlier_sha256(donor: FolderDonor) -> str:
+    """The content hash of a donor as fitted samplers kept it before it covered chat templates and slow tokenizers."""
+    names = names_in_earlier_hash(donor.files)
+    if len(names) == len(donor.files):
+        return donor.sha256
+    return content_hash({name: {"sha256": file_hash(donor.folder / name)} for name in names})

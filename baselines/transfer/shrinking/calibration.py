@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zoo.checkpoints.side_files import vocabulary_file
 from zoo.donors.folder import FolderDonor
 from zoo.donors.memory import MemoryDonor
 from zoo.errors import UserError
@@ -37,7 +38,7 @@ def window_length(donor: Donor) -> int:
 def calibration_windows(text: str | Path, donor: Donor, tokenizer: str | None, windows: int, method: str) -> Tensor:
     """The start of a UTF-8 file as tokens, int64 [B, S] with B <= windows and S = window_length(donor).
 
-    Tokens come from the donor's tokenizer.json, or from `tokenizer` (a folder or a tokenizer.json), or are bytes for a
+    Tokens come from the donor's tokenizer, or from `tokenizer` (a folder or a tokenizer.json), or are bytes for a
     vocabulary of 256. Raises UserError where the file is missing, not UTF-8 or shorter than one window, and where no
     tokenizer is known.
     """
@@ -53,18 +54,17 @@ def calibration_windows(text: str | Path, donor: Donor, tokenizer: str | None, w
     with path.open("rb") as f:
         data = f.read(min(windows * length * BYTES_PER_TOKEN, path.stat().st_size))
     found = None
-    if isinstance(donor, FolderDonor) and "tokenizer.json" in donor.files:
-        found = donor.folder / "tokenizer.json"
+    if isinstance(donor, FolderDonor) and vocabulary_file(donor.files) is not None:
+        found = _fast_or_folder(donor.folder)
     if found is None and tokenizer is not None:
-        given = Path(tokenizer)
-        found = given / "tokenizer.json" if given.is_dir() else given
+        found = _fast_or_folder(Path(tokenizer))
     if found is not None:
         tokens = _encode(found, data, path)
     elif vocab == BYTE_VOCAB:
         tokens = byte_tokens(data)
     else:
         raise UserError(
-            f"{method}: donor {donor.name!r} has no tokenizer.json and its {vocab} tokens are not bytes: "
+            f"{method}: donor {donor.name!r} has no tokenizer and its {vocab} tokens are not bytes: "
             "put its tokenizer into its folder, or leave text out"
         )
     if len(tokens) and int(tokens.max()) >= vocab:
@@ -75,6 +75,11 @@ def calibration_windows(text: str | Path, donor: Donor, tokenizer: str | None, w
         raise UserError(f"{method}: {path}: {len(tokens)} tokens are too few for calibration; give at least {length}")
     count = min(windows, len(tokens) // length)
     return tokens[: count * length].view(count, length)
+
+
+def _fast_or_folder(tokenizer: Path) -> Path:
+    """The tokenizer.json of a folder, else the folder with an older format; a file stays as it is."""
+    return tokenizer / "tokenizer.json" if (tokenizer / "tokenizer.json").is_file() else tokenizer
 
 
 def _encode(tokenizer: Path, data: bytes, path: Path) -> Tensor:
