@@ -43,6 +43,16 @@ MANIFEST_SECONDS = 3  # seconds of CPU for reading a manifest: a million rows ta
 MANIFEST_MEMORY = 600_000_000  # bytes for reading a manifest
 MAX_CHILD_REPLY = 1 << 30  # bytes that the child process answers: token ids take eight each
 
+# Texts to train on. Each byte of text takes eight bytes of memory as a token of a byte vocabulary.
+MAX_CORPUS = 256_000_000  # bytes of text that are read: a run of a million windows of 64 tokens sees as many
+MAX_CORPUS_FILES = 10_000  # files of a folder or data set: those of the hub have up to a few thousand
+MAX_HUB_CORPUS_FILE = 1 << 33  # bytes of a file of a data set: the hub's guidelines ask for files below 5 GB
+MAX_EXPANSION = 30  # bytes of text for each byte of a compressed file: Parquet packs text to a third or less
+CORPUS_SECONDS = 20  # seconds of CPU for `datasets` without a text: it needs one or two
+CORPUS_SECONDS_PER_MB = 10  # more seconds for each megabyte of text: short documents need one
+CORPUS_MEMORY = 600_000_000  # bytes for `datasets` without a text: JSON is read in pieces of 10 MB
+CORPUS_MEMORY_PER_BYTE = 4  # more bytes for each byte of text: the text and its copies
+
 MAX_QUESTIONS = 200_000_000  # bytes of a file of questions: HellaSwag has 40 million
 
 # Writing

@@ -6,13 +6,13 @@ can panic or abort. What it does is one of the functions of `zoo.sandboxed`.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,8 @@ class Limits:
 class Sandbox:
     """A child process that runs functions of `zoo.sandboxed`, one at a time.
 
-    It starts with the first call, and again after a call that it did not survive. It ends with this process.
+    It starts with the first call, and again after a call that it did not survive. It ends with this object,
+    at the latest with this process.
     """
 
     def __init__(self) -> None:
@@ -101,7 +102,7 @@ class Sandbox:
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends the child
             )
             self._owner = os.getpid()
-            atexit.register(self.close)
+            weakref.finalize(self, _kill, self._process, self._owner)
         return self._process
 
     def _end(self) -> int:
@@ -109,11 +110,7 @@ class Sandbox:
         if self._process is None:
             return 0
         process, self._process = self._process, None
-        process.kill()
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):
-                assert stream is not None
-                stream.close()
+        _kill(process, self._owner)
         return process.wait()
 
 
@@ -134,6 +131,17 @@ def library_errors(where: str, advice: str) -> Iterator[None]:
         raise UserError(f"{where}: needs more memory than there is; {advice}") from error
     except BaseException as error:
         raise UserError(f"{where}: {first_line(error)}; {advice}") from error
+
+
+def _kill(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Ends a child process and closes its pipes. owner: the id of the process that started it."""
+    if owner == os.getpid():  # not in a process that was forked since
+        process.kill()
+        process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
 
 
 def _reason_of_death(status: int, is_late: bool, limits: Limits) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,27 @@ def test_a_saved_sampler_is_found_by_its_method(tmp_path) -> None:  # type: igno
     assert loaded.name == "default" and loaded.options() == {"scale": 0.5}
     with pytest.raises(UserError, match=r"has no sampler\.json"):
         samplers.load(tmp_path / "elsewhere")
+
+
+def test_a_saved_sampler_that_was_changed_is_refused(tmp_path: Path) -> None:
+    samplers.get("default")(scale=2.0).save(tmp_path)
+    path = tmp_path / "sampler.json"
+    sound = json.loads(path.read_text())
+    assert samplers.load(tmp_path).options() == sound["options"]
+    for change, problem in (
+        ({"options": sound["options"] | {"scale": 3.0}}, "were changed after they were saved; fit the sampler"),
+        ({"state": None}, "state is None; it must be an object"),
+        ({"options": {"scale": "x"}, "seal": None}, "were changed after they were saved"),
+        ({"method": 1}, "method is 1; it must be text"),
+        ({"method": "antigravity.Nothing"}, "method 'antigravity.Nothing', which is none of ours; import its module"),
+    ):
+        path.write_text(json.dumps(sound | change))
+        with pytest.raises(UserError, match=problem):
+            samplers.load(tmp_path)
+    assert "antigravity" not in sys.modules
+    old = {key: value for key, value in sound.items() if key != "seal"}
+    path.write_text(json.dumps(old))
+    assert samplers.load(tmp_path).options() == sound["options"], "older samplers have no seal"
+    path.write_text(json.dumps(old | {"options": {"no such option": 1}}))
+    with pytest.raises(UserError, match=r"cannot be opened: .*no such option"):
+        samplers.load(tmp_path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zoo.checkpoints.files import is_bare_name, read_json, refuse_pickle, unique_keys
+from zoo.checkpoints.files import is_bare_name, open_regular, read_json, refuse_other_formats, unique_keys
 from zoo.errors import UserError
 from zoo.limits import MAX_AXES, MAX_HEADER, MAX_SHARDS, MAX_TENSOR_NAME, MAX_TENSORS
 from zoo.words import first_line
@@ -51,7 +52,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     shapes agree with its byte counts, and its tensors tile the rest of the file without hole or overlap (the rule of
     the safetensors library). UserError names the file and the tensor. The sizes in `zoo.limits` bound the work.
     """
-    refuse_pickle(path)
+    refuse_other_formats(path)
     header, start, size = _read_raw_header(path)
     header.pop("__metadata__", None)  # text for readers
     if len(header) > MAX_TENSORS:
@@ -78,8 +79,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """(the header's JSON object, the offset of the data, the size of the file)."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
+        with open_regular(path) as f:
+            size = os.fstat(f.fileno()).st_size
             prefix = f.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
@@ -133,7 +134,7 @@ def read_index(path: Path) -> dict[str, str]:
             raise UserError(
                 f"{path}: assigns tensor {name!r} to {file!r}; an index may name only files in its own folder"
             )
-        refuse_pickle(path.parent / file)
+        refuse_other_formats(path.parent / file)
         if not file.endswith(".safetensors"):
             raise UserError(f"{path}: assigns tensor {name!r} to {file!r}, which is not a safetensors file")
     return weight_map

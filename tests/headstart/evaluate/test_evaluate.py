@@ -260,7 +260,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
         ({"r": 1000}, "states rank 1000, its weights have 4; give both of one adapter"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "has a megatron_config, which can run code"),
         ({"init_lora_weights": "pissa_niter_10000000"}, r"asks for 1e\+07 steps, more than the 100 allowed"),
-        ({"layer_replication": [[0, 100_000]]}, "layer_replication makes 100000 layers, more than the 1000 allowed"),
+        ({"layer_replication": [[0, 100_000]]}, "layer_replication makes 100000 layers, more than the 512 allowed"),
         ({"lora_dropout": 5}, "PEFT refuses it .*; correct it"),
         ({"target_modules": ["nowhere"]}, "does not fit .*base .*; give its own base with --base"),
     ],

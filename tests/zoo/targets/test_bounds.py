@@ -32,7 +32,7 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
     "named labels": (LLAMA | {"id2label": {str(i): "a" for i in range(100_001)}}, "id2label has 100001 entries"),
     "width": (LLAMA | {"hidden_size": 10**9}, "hidden_size is 1000000000, more than the 16777216"),
     "vocabulary": (LLAMA | {"vocab_size": 10**12}, "vocab_size is 1000000000000"),
-    "layers": (LLAMA | {"num_hidden_layers": 10_000}, "num_hidden_layers is 10000, more than the 1000"),
+    "layers": (LLAMA | {"num_hidden_layers": 10_000}, "num_hidden_layers is 10000, more than the 512"),
     "kinds of layers": (LLAMA | {"layer_types": ["full_attention"] * 10**6}, "layer_types has 1000000 entries"),
     "experts": (MIXTRAL | {"num_local_experts": 10**6}, "num_local_experts is 1000000, more than the 2048"),
     "experts of all layers": (
