@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from zoo.checkpoints.files import PICKLES, file_inside, read_json
+from zoo.checkpoints.files import GGUF, GGUF_ADVICE, PICKLES, file_inside, read_json
 from zoo.checkpoints.headers import INDEX, Entry, read_header, read_index
 from zoo.checkpoints.quantised import Quantisation, dequantise, find_quantised
 from zoo.checkpoints.side_files import side_files
@@ -153,6 +153,8 @@ def _entries(folder: Path) -> dict[str, Entry]:
         raise UserError(
             f"{folder / pickles[0]}: a pickle can run code when it is loaded; convert it to safetensors and give that"
         )
+    if any(p.suffix.lower() == GGUF for p in folder.iterdir()):
+        raise UserError(f"{folder}: {GGUF_ADVICE}")
     raise UserError(f"{folder}: has no safetensors file; give a folder with weights")
 
 
@@ -161,4 +163,6 @@ def _advice(folder: Path) -> str:
     inner = sorted(str(p.parent) for depth in ("*", "*/*") for p in folder.glob(f"{depth}/config.json"))
     if inner:
         return f"give the folders inside it: {shortened_list(inner)}"
+    if any(p.suffix.lower() == GGUF for p in folder.iterdir()):
+        return GGUF_ADVICE
     return "give a folder with config.json and safetensors files"

@@ -20,6 +20,8 @@ from zoo.errors import UserError
 from zoo.limits import MAX_DIGITS, MAX_JSON, MAX_JSON_VALUES, MAX_KEYS, MAX_NESTING
 from zoo.words import first_line
 
+GGUF = ".gguf"
+GGUF_ADVICE = "GGUF files cannot be read yet; give the model's folder or hub id with safetensors files"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 FileHashes = dict[str, dict[str, Any]]  # file name -> {"size": bytes, "sha256": hex digest}
@@ -37,10 +39,12 @@ _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
 
-def refuse_pickle(path: Path) -> None:
-    """UserError for a pickle, which can run code when it is loaded. Does not open it."""
+def refuse_other_formats(path: Path) -> None:
+    """UserError for a pickle, which can run code when it is loaded, and for a GGUF file. Opens neither."""
     if path.suffix in PICKLES:
         raise UserError(f"{path}: a pickle can run code when it is loaded; convert it to safetensors and give that")
+    if path.suffix.lower() == GGUF:
+        raise UserError(f"{path}: {GGUF_ADVICE}")
 
 
 def open_regular(path: Path) -> BufferedReader:

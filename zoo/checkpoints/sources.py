@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.checkpoints.atomic import disk_errors
 from zoo.checkpoints.checkpoint import Checkpoint
-from zoo.checkpoints.files import PICKLES, FileHashes, file_hash, refuse_pickle
+from zoo.checkpoints.files import GGUF, GGUF_ADVICE, PICKLES, FileHashes, file_hash, refuse_other_formats
 from zoo.checkpoints.headers import INDEX, read_index
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.licenses import KEYS, UNKNOWN, folder_license, license_text
@@ -80,8 +80,9 @@ def resolve_source(source: str, revision: str | None = None) -> Source:
         if revision is not None:
             raise UserError(f"{source}: is a folder, which has no revision {revision!r}; leave --revision out")
         return _folder_source(path)
+    if path.exists() or not HUB_ID.fullmatch(source):
+        refuse_other_formats(path)
     if path.exists():
-        refuse_pickle(path)
         raise UserError(f"{source}: is a file; give the folder that contains it")
     if not HUB_ID.fullmatch(source):
         raise UserError(f"{source}: no such folder, and not a hub id (org/name or org/name@revision)")
@@ -223,6 +224,8 @@ def _checkpoint_files(repo: str, commit: str, sizes: dict[str, SourceFile], what
     """The files of a repository that belong to its checkpoint: safetensors and JSON files at its top."""
     from huggingface_hub import hf_hub_download
 
+    if any(n.lower().endswith(GGUF) for n in sizes) and not any(n.endswith(".safetensors") for n in sizes):
+        raise UserError(f"{what}: {GGUF_ADVICE}")
     if "config.json" not in sizes:
         raise UserError(f"{what}: has no config.json; give a model repository in Hugging Face layout")
     side = [name for name in side_files(sizes) if name != "facts.json"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zoo.checkpoints.files import read_json, refuse_pickle
+from zoo.checkpoints.files import read_json, refuse_other_formats
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.quantised import without_quantisation
 from zoo.errors import UserError, unknown
@@ -77,7 +77,7 @@ def read_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
 
         repo, _, revision = source.partition("@")
         path = Path(with_retries(lambda: hf_hub_download(repo, "config.json", revision=revision or None), source))
-    refuse_pickle(path)
+    refuse_other_formats(path)
     return read_json(path, MAX_CONFIG), str(path)
 
 

@@ -315,3 +315,24 @@ def test_nan_and_infinity_are_refused_on_reading(
     checkpoint.read("model.embed_tokens.weight")
     with pytest.raises(UserError, match=r"model\.norm\.weight"):
         checkpoint.read("model.norm.weight")
+
+
+def test_a_gguf_file_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    from zoo.checkpoints.sources import resolve_source
+    from zoo.targets.configs import read_config
+
+    advice = "GGUF files cannot be read yet; give the model's folder or hub id with safetensors files"
+    file = tmp_path / "folder" / "model-Q4_K.GGUF"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF\x03")
+    with pytest.raises(UserError) as caught:
+        Checkpoint.open(file.parent)
+    assert str(caught.value) == f"{file.parent}: has no config.json; {advice}"
+    for call, given in ((resolve_source, file), (read_config, file), (resolve_source, "org/name@main:model.gguf")):
+        with pytest.raises(UserError) as caught:
+            call(str(given))
+        assert str(caught.value) == f"{given}: {advice}"
+    (file.parent / "config.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        Checkpoint.open(file.parent)
+    assert str(caught.value) == f"{file.parent}: {advice}"
