@@ -19,8 +19,12 @@ from baselines.distributions.kronecker import (
     shrink_covariance,
 )
 from baselines.distributions.matrix_normal import MatrixNormal
+from tests.support.architectures import LISTED
 from tests.support.tiny import config, make_zoo
+from tests.zoo.targets.test_blueprint import real_model
+from zoo.add import add
 from zoo.donors.memory import load_into, zoo_of
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 
@@ -248,6 +252,7 @@ def test_refusals(tmp_path: Path) -> None:
     own = zoo.donors[0].config
     targets = {
         "LayerNorm.*basis=stored": Blueprint.from_pretrained_config(GPT2Config(n_embd=32, n_layer=1, n_head=4)),
+        "no embedding .vocabulary, width. found.*OPT-350M's is narrower": Blueprint.from_config(LISTED["opt-350m"]),
         "head_dim 8 is not the target's 16": Blueprint.from_config({**own, "head_dim": 16}),
         "vocab 48 is not the target's 50": Blueprint.from_config({**own, "vocab_size": 50}),
         "no matrix with the name and shape": Blueprint.from_module(nn.Linear(3, 3)),
@@ -260,6 +265,20 @@ def test_refusals(tmp_path: Path) -> None:
         MatrixNormal().fit(None, zoo.donors[0].blueprint)
     with pytest.raises(UserError, match="shrinkage"):
         MatrixNormal(shrinkage=1.5)
+
+
+def test_a_model_without_units_is_drawn_as_it_is_stored(tmp_path: Path) -> None:
+    """OPT-350M, whose embedding is narrower than its stream."""
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        real_model(LISTED["opt-350m"]).save_pretrained(tmp_path / f"d{seed}")
+    add([str(tmp_path / f"d{seed}") for seed in (0, 1)], tmp_path / "zoo", quiet=True)
+    zoo, blueprint = Zoo.open(tmp_path / "zoo"), Blueprint.from_config(LISTED["opt-350m"])
+    drawn = dict(MatrixNormal(basis="stored").fit(zoo, blueprint).sample(blueprint))
+    assert set(drawn) == set(blueprint.names)
+    name = "model.decoder.project_in.weight"
+    mean, spread = (f(torch.stack([d.read(name) for d in zoo.donors])) for f in (torch.mean, torch.std))
+    assert (drawn[name].mean() - mean).abs() < 0.01 and 0.7 < drawn[name].std() / spread < 1.4
 
 
 def test_a_tied_target_and_a_single_donor(tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from baselines.transfer.row_column import RowColumn
 from baselines.transfer.shrinking.sliced import Sliced
 from baselines.transfer.weight_selection import WeightSelection
 from tests.support.shaken import CONFIGS, donor, filled, logits
+from zoo.add import add
 from zoo.donors.donor import size_gap
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 
-EXACT = [name for name in CONFIGS if name != "mixtral"]  # its router keeps the default initialisation
+EXACT = list(CONFIGS)
 GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
 
@@ -131,13 +132,15 @@ def test_weight_selection_of_fused_transposed_tensors(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got["transformer.wpe.weight"], select(positions, list(range(20)), every_second))
 
 
-def test_experts_are_selected_and_the_router_is_left_out(tmp_path: Path) -> None:
+def test_experts_are_selected_with_their_rows_of_the_router(tmp_path: Path) -> None:
     zoo = donor(tmp_path / "donor", CONFIGS["mixtral"])
     blueprint = Blueprint.from_config(CONFIGS["mixtral"] | {"num_local_experts": 2, "intermediate_size": 24})
     got = dict(WeightSelection().fit(zoo, blueprint).sample(blueprint))
-    assert set(blueprint.names) - set(got) == set(blueprint.unknown) and blueprint.unknown
+    assert set(blueprint.names) == set(got)
     name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
     assert torch.equal(got[name.format(1)], zoo.donors[0].read(name.format(2))[:, ::2])
+    router = "model.layers.1.block_sparse_moe.gate.weight"
+    assert torch.equal(got[router], zoo.donors[0].read(router)[::2])
 
 
 def test_one_residual_index_set_unless_asked_otherwise(tmp_path: Path) -> None:
@@ -198,6 +201,42 @@ def test_other_tokenizers_are_matched_by_string(tmp_path: Path, caplog: pytest.L
         WeightSelection(tokenizer=str(foreign)).fit(zoo, blueprint)
     with pytest.raises(UserError, match="vocab 60 is not the target's 40"):
         WeightSelection().fit(zoo, blueprint)
+
+
+@pytest.mark.parametrize("vocab", [58, 60, 96])
+def test_a_padded_vocabulary_without_a_tokenizer_takes_the_donors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, vocab: int
+) -> None:
+    """50 tokens, in a donor with 60 rows: a target with other padding has the same tokens in the same rows."""
+    donor(tmp_path / "donor", CONFIGS["llama"])
+    zoo = open_standalone(save_tokenizer(tmp_path / "donor", [f"t{i}" for i in range(50)]))
+    blueprint = Blueprint.from_config(CONFIGS["llama"] | {"vocab_size": vocab})
+    caplog.set_level(logging.INFO)
+    got = dict(WeightSelection().fit(zoo, blueprint).sample(blueprint))
+    assert ("it is taken to have the donor's, with rows of padding" in caplog.text) == (vocab != 60)
+    table = zoo.donors[0].read("model.embed_tokens.weight")
+    rows = min(vocab, 60)
+    assert torch.equal(got["model.embed_tokens.weight"][:rows], table[:rows])
+    drawn = got["model.embed_tokens.weight"][rows:]
+    assert ((drawn - table.mean(0)).abs() < 6 * table.std(0).max()).all()
+
+
+@pytest.mark.parametrize("vocab", [49, 50 + 1025])
+def test_a_vocabulary_that_is_not_the_donors_with_padding_needs_a_tokenizer(tmp_path: Path, vocab: int) -> None:
+    donor(tmp_path / "donor", CONFIGS["llama"])
+    zoo = open_standalone(save_tokenizer(tmp_path / "donor", [f"t{i}" for i in range(50)]))
+    with pytest.raises(UserError, match=f"vocab 60 is not the target's {vocab}, .*give the target's --tokenizer"):
+        WeightSelection().fit(zoo, Blueprint.from_config(CONFIGS["llama"] | {"vocab_size": vocab}))
+
+
+def test_a_donor_of_the_same_vocabulary_comes_before_one_with_padding(tmp_path: Path) -> None:
+    sources = []
+    for name, vocab in (("larger", 96), ("own", 60)):
+        donor(tmp_path / name, CONFIGS["llama"] | {"vocab_size": vocab, "hidden_size": 32 if name == "larger" else 64})
+        sources.append(str(save_tokenizer(tmp_path / name, [f"t{i}" for i in range(50)])))
+    add(sources, tmp_path / "zoo", quiet=True)
+    blueprint = Blueprint.from_config(CONFIGS["llama"])
+    assert WeightSelection().planned_donors(Zoo.open(tmp_path / "zoo"), blueprint) == ("own",)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

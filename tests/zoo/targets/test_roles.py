@@ -53,7 +53,7 @@ def test_every_tensor_of_a_listed_architecture_has_its_role(name: str) -> None:
 def test_axes_are_as_long_as_the_config_says(name: str) -> None:
     blueprint = Blueprint.from_config(EVERY[name])
     for spec in blueprint.specs:
-        length = axis_sizes(blueprint.metadata, spec.expert)
+        length = axis_sizes(blueprint.metadata, spec.expert, spec.layer)
         for part in spec.parts:
             assert part.role in ROLES and set(part.axes) <= set(AXES)
             assert len(part.axes) == len(part.shape)
@@ -187,9 +187,9 @@ def test_an_unlisted_llama_like_model_has_the_roles_of_llama() -> None:
     assert inferred == {name: listed[name] for name in inferred}
 
 
-def test_fused_projections_of_unknown_order_stay_unknown() -> None:
+def test_a_fused_projection_has_the_role_of_all_its_parts() -> None:
     roles = roles_of("falcon")
-    assert roles["transformer.h.0.self_attention.query_key_value.weight"] == "other"
+    assert roles["transformer.h.0.self_attention.query_key_value.weight"] == "attn.qkv"
     assert roles["transformer.h.0.self_attention.dense.weight"] == "attn.o"
     assert roles["transformer.h.1.mlp.dense_4h_to_h.weight"] == "mlp.down"
 
