@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from headstart import samplers
-from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint
+from headstart.generate.sampling import build_sampler, language_model_blueprint
 from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 from zoo.sampler import Sampler
@@ -83,7 +83,7 @@ def fit_and_sample_rates(sampler: Sampler, zoo: Zoo, blueprint: Blueprint) -> di
     torch.set_num_threads(1)
     try:
         start = time.perf_counter()
-        fit_sampler(sampler, zoo if sampler.needs or "donor" in sampler.__dataclass_fields__ else None, blueprint)
+        sampler.fit(zoo if sampler.needs or "donor" in sampler.__dataclass_fields__ else None, blueprint)
         fitted = time.perf_counter() - start
         seconds, reference, shapes = [], [], []
         for seed in range(5):

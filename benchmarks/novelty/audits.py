@@ -33,7 +33,7 @@ from benchmarks.peers.weights import stored_tensors
 from headstart import samplers
 from headstart.compare.inputs import hash_model, hash_zoo
 from headstart.compare.trials import training_token_count
-from headstart.generate.sampling import build_sampler, fit_sampler, language_model_blueprint, sample_with_defaults
+from headstart.generate.sampling import build_sampler, language_model_blueprint, sample_with_defaults
 from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 from zoo.sampler import Sampler
@@ -193,7 +193,7 @@ def _fitted_sampler(inputs: AuditInputs, shape: str, label: str) -> Sampler:
         return PEERS[label](**{"model": str(Path(inputs.peers) / label)}).fit(None, blueprint)
     cls = samplers.get(label)
     sampler = build_sampler(cls, model=inputs.model) if "model" in cls.__dataclass_fields__ else build_sampler(cls)
-    fit_sampler(sampler, zoo, blueprint)
+    sampler.fit(zoo, blueprint)
     return sampler
 
 
