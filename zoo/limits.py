@@ -74,14 +74,14 @@ MAX_FILE_TRANSFER = 3  # times that the bytes of a file are downloaded in one ca
 
 # config.json. The largest open models have 126 layers, 512 experts of a layer and a width of 18,432.
 MAX_LAYERS = 512  # layers, blocks or stages: each takes milliseconds to build
-MAX_EXPERTS = 2048  # experts of a layer: Switch Transformers have as many
-MAX_EXPERT_LAYERS = 40_000  # layers times experts, each with tensors of its own: the largest models have 25,000
+MAX_EXPERTS = 16_384  # experts of a layer: Doge has as many, each of one row
+MAX_EXPERT_MATRICES = 100_000  # matrices of experts that are stored one by one: the largest models have 50,000 fused
 MAX_LABELS = 100_000  # labels of a classifier: ImageNet-21k has 21,843
 MAX_CONFIG_LIST = 10_000  # entries of a list in a config: lists have one per layer, or one per frequency
 MAX_CONFIG_SIZE = 1 << 24  # any other size in a config: the largest are contexts of 10 million tokens
 MAX_CONFIG_NUMBER = (1 << 63) - 1  # a whole number that is no size, such as a seed
-MAX_MODULES = 30_000  # modules, parameters and buffers of a model: building a thousand takes a tenth of a second
-MAX_EXPERT_MODULES = 10  # more modules for each expert of each layer
+MAX_MODULES = 15_000  # modules, parameters and buffers of a model, without experts: the largest models have 8000
+MAX_EXPERT_MODULES = 80_000  # modules of experts that are not fused: Switch Transformers have 72,000
 
 # Options of commands.
 MAX_OPTION = 100_000  # characters of a value

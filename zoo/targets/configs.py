@@ -17,7 +17,7 @@ from zoo.checkpoints.files import read_json, refuse_other_formats
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.quantised import without_quantisation
 from zoo.errors import UserError, unknown
-from zoo.limits import MAX_CONFIG, MAX_EXPERT_LAYERS, MAX_EXPERT_MODULES, MAX_EXPERTS, MAX_LAYERS, MAX_MODULES
+from zoo.limits import MAX_CONFIG, MAX_EXPERT_MATRICES, MAX_EXPERT_MODULES, MAX_EXPERTS, MAX_LAYERS, MAX_MODULES
 from zoo.targets.config_bounds import check_bounds, limited_modules
 from zoo.tensors import Metadata
 
@@ -120,8 +120,6 @@ def check_config(config: PretrainedConfig, where: str = "config") -> None:
         _check_layer(layer, where)
     name = {size: _key(text, size) for size in SIZE_KEYS}
     experts, chosen = _size(text, "experts"), _size(text, "experts_per_token")
-    if experts * _size(text, "layers") > MAX_EXPERT_LAYERS:
-        raise UserError(f"{where}: {name['experts']} {experts} in {_size(text, 'layers')} layers are too many experts")
     if experts and chosen and chosen > experts:
         raise UserError(f"{where}: {name['experts_per_token']} {chosen} exceeds {name['experts']} {experts}")
 
@@ -169,7 +167,7 @@ def meta_model(config: PretrainedConfig, where: str = "config") -> PreTrainedMod
     config = copy.deepcopy(config)
     try:
         text = text_config(config)
-        most = MAX_MODULES + MAX_EXPERT_MODULES * _size(text, "layers") * _size(text, "experts")
+        most = MAX_MODULES + min(MAX_EXPERT_MODULES, 10 * _size(text, "layers") * _size(text, "experts"))
         with torch.device("meta"), quiet_transformers(), limited_modules(most, where):
             model = _model_class(config)._from_config(config)
     except UserError:
@@ -177,6 +175,11 @@ def meta_model(config: PretrainedConfig, where: str = "config") -> PreTrainedMod
     except Exception as error:  # a constructor's reason for values that no check above covers
         reason = _reason(error, config.to_dict())
         raise UserError(f"{where}: transformers cannot build this {config.model_type}: {reason}") from error
+    experts = sum(p.shape[0] for p in model.parameters() if p.ndim == 3 and p.shape[1] > 1)  # fused: [experts, out, in]
+    if experts > MAX_EXPERT_MATRICES:
+        raise UserError(
+            f"{where}: its layers have {experts} expert matrices, more than the {MAX_EXPERT_MATRICES} allowed"
+        )
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > MOST_PARAMETERS:
         raise UserError(f"{where}: its sizes give {parameters:.1e} parameters; check them for a typing error")
