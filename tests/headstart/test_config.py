@@ -122,6 +122,8 @@ def test_four_ways_to_generate_give_the_same_bytes(tmp_path: Path) -> None:
     ("seed: [1, 2]", "run.yaml: seed [1, 2]: give a whole number"),
     ("set: scale", "run.yaml: set scale: give a mapping"),
     ("quiet: perhaps", "run.yaml: quiet perhaps: give true or false"),
+    ("timeout: soon", "run.yaml: timeout soon: give a number of seconds"),
+    ("timeout: -1", "--timeout -1: give a number of seconds above 0"),
     ("resume: true", "run.yaml: generate has no option 'resume'"),
     ("- seed", "is not a mapping of options"),
     ("device: tpu", "unknown device 'tpu'"),

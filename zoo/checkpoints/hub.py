@@ -91,6 +91,12 @@ def _status(error: BaseException) -> int | None:
     return next((r.status_code for r in responses if r is not None), None)
 
 
+def _url(error: BaseException) -> str:
+    """The URL of the request that failed, empty where there was none."""
+    response = getattr(error, "response", None)
+    return "" if response is None else str(response.request.url)
+
+
 def _is_temporary(error: BaseException) -> bool:
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
@@ -170,7 +176,8 @@ def _refusal(causes: list[BaseException], what: str) -> str | None:
     if missing is not None:
         return _missing_file(str(missing.response.request.url), what)
     if has(RepositoryNotFoundError) or status in (401, 404):
-        return f"{what}: no such model on {hub}, or it is private; check the id, or run `hf auth login`"
+        kind = "data set" if any("/datasets/" in _url(e) for e in causes) else "model"
+        return f"{what}: no such {kind} on {hub}, or it is private; check the id, or run `hf auth login`"
     if has(HFValidationError):
         return f"{what}: is not a hub id; give org/name or org/name@revision"
     return None
