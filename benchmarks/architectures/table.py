@@ -21,12 +21,13 @@ def write_page(rows: list[Row], versions: str) -> str:
     own_shape = ", ".join(f"`{method}`" for method in OWN_SHAPE)
     return f"""# Every architecture, every transfer method
 
-Written by `make walk` with {versions}: a tiny random donor of every language model that transformers can build.
+Written by `make walk` with {versions}: a tiny random donor of every language model that transformers can build
+(encoder-decoders for speech are left out).
 
 {_summary(rows)}
 
-- **own shape**: the donor into its own config by {own_shape}. `identity`: the written file has the donor's tensors, bit
-  for bit.
+- **own shape**: the donor into its own config by {own_shape}.
+  `identity`: the written file has the donor's tensors, bit for bit.
 - **narrower**: half the width, heads and FFN, and half the layers. `by name`: each tensor of the target has only values
   of the donor's tensor of its name, with layer and expert mapped. `n drawn`: tensors that keep the default
   initialisation, which the command says.
