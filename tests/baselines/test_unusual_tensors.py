@@ -1,4 +1,4 @@
-"""Tensors without dimensions (Apertus) and buffers (BART) under every method that learns from a donor."""
+"""Tensors without dimensions (Apertus) and buffers (BART, Gemma 4) under every method that learns from a donor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from zoo.targets.blueprint import Blueprint
 
 DISTRIBUTIONS = ("normal", "laplace", "student-t", "histogram", "permuted", "hybrid", "mimetic", "identity")
 TRANSFERS = ("weight-selection", "row-column", "subcloning", "pruning", "stacking", "net2wider", "hypercloning")
-UNUSUAL = {"apertus": "model.layers.1.mlp.act_fn.beta", "bart": "final_logits_bias"}
+UNUSUAL = {
+    "apertus": "model.layers.1.mlp.act_fn.beta",
+    "bart": "final_logits_bias",
+    "gemma4_text": "model.layers.5.layer_scalar",  # beside heads of two dimensions
+}
 
 
 @pytest.fixture(scope="module", params=UNUSUAL)

@@ -126,6 +126,8 @@ def _never_silent(blueprint: Blueprint) -> str | None:
     ends = {spec.layer for spec in blueprint.specs if ends_residual_branch(spec, blueprint)}
     if not ends.issuperset(range(blueprint.metadata.layers)):
         return "its layers share weights, or what they add is unknown"
+    if (blueprint.config or {}).get("apply_residual_connection_post_layernorm"):  # Bloom
+        return "its norms act on the residual stream"
     return NEVER_SILENT.get(blueprint.metadata.architecture)
 
 

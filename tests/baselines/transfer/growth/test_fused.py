@@ -128,6 +128,15 @@ def test_experts_that_would_not_be_chosen_together_are_refused() -> None:
     assert "experts 4 would shrink to 2" in refusal("mixtral", {"num_local_experts": 2})
 
 
+def test_norms_on_the_stream_of_bloom_allow_no_silent_layer() -> None:
+    config = {**CONFIGS["bloom"], "apply_residual_connection_post_layernorm": True}
+    donor, deeper = random_donor(config), Blueprint.from_config({**config, "n_layer": 3})
+    with pytest.raises(UserError, match="its norms act on the residual stream, so that no layer can be silent"):
+        Net2Wider().fit(zoo_of({"donor": donor}), deeper)
+    wider = logits(grown(Net2Wider(), donor, {**config, **WIDER["bloom"]}))
+    assert (wider - logits(donor)).abs().max() < 1e-12 * logits(donor).std()
+
+
 def test_another_number_of_experts_per_token_is_said() -> None:
     donor, config = random_donor(CONFIGS["mixtral"]), {**CONFIGS["mixtral"], "num_experts_per_tok": 1}
     blueprint = Blueprint.from_config(config)
