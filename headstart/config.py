@@ -149,8 +149,10 @@ class CompareConfig(CommandConfig):
 
     target: str | Path | dict[str, Any]
     methods: tuple[str, ...]  # NAME or NAME:KEY=VALUE:…; `default` comes first if it is not among them
-    corpus: str | Path
+    corpus: str | Path  # a text, JSON lines, Parquet or CSV file, a folder of such files, or a hub data set
     out: str | Path
+    split: str | None = None  # of a data set, else train
+    text_column: str | None = None  # of a data set, else text
     zoo: str | Path | None = None
     donor: str | None = None  # for methods that take one
     model: str | Path | None = None
@@ -334,7 +336,7 @@ def config_of(record: Mapping[str, Any], where: str = "config") -> CommandConfig
     subcommand = record.get("subcommand")
     if subcommand is None:
         raise UserError(f"{where}: names no command; add a line such as `subcommand: generate`")
-    if subcommand not in CONFIGS:
+    if not isinstance(subcommand, str) or subcommand not in CONFIGS:
         raise unknown(f"subcommand in {where}", str(subcommand), CONFIGS)
     return CONFIGS[subcommand].from_record(record, where)
 

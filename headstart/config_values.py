@@ -111,5 +111,5 @@ def _convert_scalar(kind: Any, value: Any, label: str) -> Any:
         raise wrong
     try:
         return kind(value)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None

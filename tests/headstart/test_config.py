@@ -128,6 +128,8 @@ def test_four_ways_to_generate_give_the_same_bytes(tmp_path: Path) -> None:
     ("- seed", "is not a mapping of options"),
     ("device: tpu", "unknown device 'tpu'"),
     ("a: [", "is neither YAML nor JSON"),
+    ("seed: 2001-01-01", "run.yaml: seed 2001-01-01: give a whole number"),
+    ("set: &a {b: *a}", "the alias 'a' stands for nothing that comes before it"),
 ])  # fmt: skip
 def test_a_wrong_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -135,6 +137,12 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = headstart("generate", "--target", "t", "--method", "default", "--out", "o", "--config", "run.yaml")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("headstart: ") and reason in done.stderr
+
+
+@pytest.mark.parametrize("subcommand", [{"a": 1}, ["generate"], 3])
+def test_a_command_of_another_type_is_refused(subcommand: object) -> None:
+    with pytest.raises(UserError, match="unknown subcommand in config"):
+        config_of({"subcommand": subcommand})
 
 
 def test_run_refuses_what_it_cannot_repeat(tmp_path: Path) -> None:
