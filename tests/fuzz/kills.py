@@ -76,7 +76,10 @@ class Kills:
             raise AssertionError(f"{command}: an undisturbed run ends with {outcome.code}\n{outcome.output}")
         operations, violations = outcome.report["operations"], outcome.report["violations"]
         assert isinstance(operations, list) and isinstance(violations, list)
-        return Reference(operations, before, contents(self.place), violations)
+        after = contents(self.place)
+        names = {part for name in after for part in Path(name).parts}
+        violations += [f"{name}: is left by an undisturbed run" for name in sorted(names) if is_temporary(name)]
+        return Reference(operations, before, after, violations)
 
     def problems(self, command: str, reference: Reference, kill_at: int, second_kill: int | None = None) -> list[str]:
         """Kills a command once or twice, then lets it finish. Returns what is wrong, nothing if all is well."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import shutil
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from safetensors import safe_open
@@ -16,6 +19,9 @@ from tests.fuzz.materials import TEXT, language_model
 from tests.support import commands
 from tests.support.tiny import config
 from zoo.donors.verify import verify
+
+if TYPE_CHECKING:
+    from zoo.training.embedded_zoo import DonorRecipe
 
 ZOO_LISTS = ("zoo/manifest.parquet", "zoo/index.json")
 SHAPES = (dict(hidden_size=16, kv=2, vocab_size=48), dict(hidden_size=24, kv=2, vocab_size=48))
@@ -73,13 +79,18 @@ def zoo_add(inputs: Path, place: Path, again: bool) -> None:
 
 
 def zoo_train(inputs: Path, place: Path, again: bool) -> None:
-    from zoo.training.embedded_zoo import DonorRecipe, train_zoo
+    from zoo.training.embedded_zoo import train_zoo
 
-    recipes = [
+    train_zoo(place / "zoo", micro_recipes(), workers=1, quiet=True)
+
+
+def micro_recipes() -> list[DonorRecipe]:
+    from zoo.training.embedded_zoo import DonorRecipe
+
+    return [
         DonorRecipe(16, 1, heads=2, kv_heads=1, head_dim=8, ffn=32, steps=1, seed=seed, batch_size=1, sequence=16)
         for seed in (0, 1)
     ]
-    train_zoo(place / "zoo", recipes, workers=1, quiet=True)
 
 
 def train_autoencoder(inputs: Path, place: Path, again: bool) -> None:
@@ -121,6 +132,27 @@ def evaluate(inputs: Path, place: Path, again: bool) -> None:
     commands.evaluate(inputs / "model", [str(inputs / "questions.jsonl")], out=place / "scores.json")
 
 
+def demo(inputs: Path, place: Path, again: bool) -> None:
+    """All stages in one folder. demo.json lists the stages that a run had to do, so it is removed in the end."""
+    from headstart import demo as module
+    from headstart.compare import trials
+    from headstart.config import DemoConfig
+    from zoo.training import embedded_zoo
+
+    sizes = module.DemoSizes(
+        "micro", autoencoder_steps=1, diffusion_steps=1, compare_steps=1, seeds=(0,), lrs=(3e-3,),
+        default_scales=(1.0,), batch_size=1, methods=("default",), diffusion=dict(hidden=32, blocks=1, pool=2),
+    )  # fmt: skip
+    with (
+        patch.dict(embedded_zoo.PRESETS, micro=micro_recipes),
+        patch("os.cpu_count", return_value=1),
+        patch.object(trials, "time", types.SimpleNamespace(perf_counter=lambda: 0.0)),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        module.demo(DemoConfig(out=str(place / "out")), sizes=sizes, quiet=True)
+    (place / "out" / "demo.json").unlink()
+
+
 def save_sampler(inputs: Path, place: Path, again: bool) -> None:
     """A fitted sampler in place of an older one, through the Python interface."""
     from headstart import samplers
@@ -146,12 +178,17 @@ WRITERS: dict[str, Writer] = {
     "compare": Writer(compare),
     "analyze": Writer(analyze),
     "evaluate": Writer(evaluate, refuses_a_second=False),
+    "demo": Writer(
+        demo, states=("out/*/training.safetensors", "out/zoo/manifest.parquet", "out/zoo/index.json", "out/demo.json")
+    ),
     "save a sampler": Writer(save_sampler, refuses_a_second=False),
 }
 
 
 def is_whole_state(path: Path) -> bool:
     """Whether a training state can be read to its end, or a manifest or index is that of its zoo."""
+    if path.name == "demo.json":
+        return set(json.loads(path.read_text())) == {"stages", "versions"}
     if path.suffix != ".safetensors":
         return verify(path.parent) == []
     with safe_open(path, "pt") as f:
