@@ -9,7 +9,7 @@ SENTENCEPIECE_FILES = (
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "sentencepiece.model", "source.spm",
 )  # fmt: skip
 VOCABULARY_FILES = ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt", "tekken.json")
-SLOW_TOKENIZER_FILES = (*VOCABULARY_FILES[1:], "target.spm", "merges.txt", "bpe.codes")
+SLOW_TOKENIZER_FILES = (*VOCABULARY_FILES[1:], "target.spm", "target_vocab.json", "merges.txt", "bpe.codes")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     *SLOW_TOKENIZER_FILES,
