@@ -319,7 +319,7 @@ def test_report_escapes_and_warns() -> None:
         ({"seeds": [0, 0]}, "--seeds"),
         ({"lrs": [0.0]}, "--lrs"),
         ({"sequence": 65}, "positions"),
-        ({"target": TARGET | {"vocab_size": 300}}, "--tokenizer"),
+        ({"target": TARGET | {"vocab_size": 2000}}, "--tokenizer"),  # too many for padding
         ({"corpus": Path("nowhere.txt")}, "nowhere.txt"),
         ({"sequence": 0}, "--sequence 0"),
         ({"batch_size": 0}, "--batch-size 0"),
