@@ -91,6 +91,13 @@ TimeoutOption = Annotated[
 ]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Print what would be read and written, and do nothing.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted training in --out.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", help="Processes of one thread [default: one per core, or 1 above 5 M weights]."),
+]
+TuningSeedsOption = Annotated[
+    int | None, typer.Option("--tuning-seeds", metavar="N", help="Tune on the first N seeds [default: on all].")
+]
 AUTOENCODER_STEPS, DIFFUSION_STEPS = 400, 4000  # defaults of the training configurations, which import torch
 
 app = typer.Typer(
@@ -284,8 +291,21 @@ def compare(
     ctx: typer.Context,
     target: TargetOption,
     methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help="Methods; a variant is NAME:KEY=VALUE.")],
-    corpus: Annotated[str, typer.Option("--corpus", metavar="FILE", help="UTF-8 text to train on.")],
+    corpus: Annotated[
+        str,
+        typer.Option(
+            "--corpus",
+            metavar="TEXT",
+            help="Text to train on: a file of text, JSON lines, Parquet or CSV, a folder, or a hub data set.",
+        ),
+    ],
     out: OutOption,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="NAME", help="The split of a data set [default: train].")
+    ] = CompareConfig.split,
+    text_column: Annotated[
+        str | None, typer.Option("--text-column", metavar="NAME", help="The column of a data set [default: text].")
+    ] = CompareConfig.text_column,
     zoo: OptionalZoo = None,
     steps: Annotated[int, typer.Option("--steps", help="Training steps of each run.")] = CompareConfig.steps,
     seeds: Annotated[
@@ -314,13 +334,8 @@ def compare(
     ] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", help="Processes of one thread [default: one per core, or 1 above 5 M weights]."),
-    ] = CompareConfig.workers,
-    tuning_seeds: Annotated[
-        int | None, typer.Option("--tuning-seeds", metavar="N", help="Tune on the first N seeds [default: on all].")
-    ] = CompareConfig.tuning_seeds,
+    workers: WorkersOption = CompareConfig.workers,
+    tuning_seeds: TuningSeedsOption = CompareConfig.tuning_seeds,
     device: DeviceOption = Device.auto,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out methods that refuse the target, and report why.")

@@ -137,6 +137,10 @@ def read_parquet(data: bytes, rows: int) -> tuple[dict[str, Any], bytes]:
     return {}, stream.getvalue().to_pybytes()
 
 
+class UnsuitableText(ValueError):
+    """Texts that a library can read and that are refused, with advice."""
+
+
 def read_documents(
     data: bytes, files: list[str], kind: str, column: str, separator: str, most: int
 ) -> tuple[dict[str, Any], bytes]:
@@ -153,25 +157,36 @@ def read_documents(
     parts: list[bytes] = []
     size, empty, whole, between = 0, 0, True, separator.encode()
     with tempfile.TemporaryDirectory(prefix="headstart-") as cache, _without_placeholders():
-        rows = load_dataset(kind, data_files={"train": files}, split="train", streaming=True, cache_dir=cache)
-        for number, row in enumerate(rows, 1):
-            if column not in row:
-                names = ", ".join(map(repr, row)) or "none"
-                raise ValueError(f"has no column {column!r}; name one with --text-column: {names}")
-            if not isinstance(row[column], str | None):
-                kind_name = type(row[column]).__name__
-                raise ValueError(f"row {number}: {column!r} is a {kind_name}, not a text; name another --text-column")
-            if row[column] is None:
-                empty += 1
-                continue
-            text = (between if parts else b"") + row[column].encode()
-            if size >= most:
-                whole = False
-                break
-            whole = size + len(text) <= most
-            parts.append(text[: most - size])
-            size += len(parts[-1])
+        try:
+            rows = load_dataset(kind, data_files={"train": files}, split="train", streaming=True, cache_dir=cache)
+            for number, row in enumerate(rows, 1):
+                text = _text_of_row(row, column, number)
+                if size >= most:
+                    whole = False
+                    break
+                if text is None:
+                    empty += 1
+                    continue
+                joined = (between if parts else b"") + text.encode()
+                whole = size + len(joined) <= most
+                parts.append(joined[: most - size])
+                size += len(parts[-1])
+        except (UnsuitableText, MemoryError):
+            raise
+        except Exception as error:
+            raise ValueError(f"cannot be read as {kind} ({error}); correct the file, or give another one") from error
     return {"documents": len(parts), "empty": empty, "whole": whole}, b"".join(parts)
+
+
+def _text_of_row(row: dict[str, Any], column: str, number: int) -> str | None:
+    if column not in row:
+        names = ", ".join(map(repr, row)) or "none"
+        raise UnsuitableText(f"has no column {column!r}; name one with --text-column: {names}")
+    text = row[column]
+    if not isinstance(text, str | None):
+        found = type(text).__name__
+        raise UnsuitableText(f"row {number}: {column!r} is a {found}, not a text; name another --text-column")
+    return text
 
 
 def encode_with_file(data: bytes, file: str) -> tuple[dict[str, Any], bytes]:

@@ -42,7 +42,8 @@ from zoo.checkpoints.atomic import is_unused, remove_temporaries, replace_file, 
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.training.corpora import encode_corpus
+from zoo.training.corpora import encode_read_corpus, read_for_tokenizer
+from zoo.training.documents import Corpus, TextSource
 from zoo.training.workers import default_workers, run_jobs
 
 RUNS = "runs"  # the folder of finished runs
@@ -70,7 +71,7 @@ def compare(config: CompareConfig, *, quiet: bool = False, command: str | None =
     """
     inputs, out = _validate(config), Path(config.out)
     with work_folder(out, lambda: _check_out(out)), temporary_folder(out) as work:
-        text, tokens = write_calibration_text(config.corpus, work), work / "tokens.npy"
+        text, tokens = write_calibration_text(inputs.corpus.text, work), work / "tokens.npy"
         inputs = replace(inputs, settings=replace(inputs.settings, text=str(text), tokens=str(tokens)))
         plan = _list_trials(config, inputs)
         runs = _run(config, inputs, plan, quiet)
@@ -86,6 +87,7 @@ class Inputs:
 
     blueprint: Blueprint
     labels: tuple[str, ...]  # `default` among them
+    corpus: Corpus
     tokens: Tensor  # int64, the encoded corpus
     tokenizer: Path | None  # None for bytes
     settings: TrialSettings
@@ -110,7 +112,9 @@ def _validate(config: CompareConfig) -> Inputs:
     if blueprint.config is None or blueprint.metadata is None:
         raise UserError(f"{config.target}: is not a language model's config; compare only trains language models")
     tokenizer = find_target_tokenizer(config.tokenizer, config.target, config.zoo, blueprint.metadata.vocab)
-    tokens = encode_corpus(config.corpus, tokenizer, blueprint.metadata.vocab)
+    source = TextSource(str(config.corpus), config.split, config.text_column)
+    corpus = read_for_tokenizer(source, tokenizer, blueprint.metadata.vocab)
+    tokens = encode_read_corpus(corpus, str(config.corpus), tokenizer, blueprint.metadata.vocab)
     check_lengths(config.corpus, tokens, config.sequence, blueprint.config)
     _check_out(Path(config.out))
     device = torch_device(config.device)
@@ -137,7 +141,7 @@ def _validate(config: CompareConfig) -> Inputs:
             "model": hash_model(config.model),
         },
     )
-    return Inputs(blueprint, labels, tokens, tokenizer, settings, is_small)
+    return Inputs(blueprint, labels, corpus, tokens, tokenizer, settings, is_small)
 
 
 def _check_out(out: Path) -> None:
@@ -222,13 +226,13 @@ def _results(config: CompareConfig, inputs: Inputs, plan: ComparePlan, runs: dic
         entry |= {"summary": sampler.summary, "reference": sampler.reference, "options": options}
         if sampler.family == "generative":
             entry |= {"novelty": None, "novelty_note": OTHER_COORDINATES}
-    corpus = Path(config.corpus)
     return {
         "target": inputs.blueprint.config,
         "parameters": inputs.blueprint.parameters,
         "corpus": {
-            "name": corpus.name,
-            "sha256": hashlib.sha256(corpus.read_bytes()).hexdigest(),
+            "name": Path(config.corpus).name,
+            "sha256": hashlib.sha256(inputs.corpus.text).hexdigest(),
+            **inputs.corpus.about,
             "tokens": len(inputs.tokens),
             "held_out": int(len(inputs.tokens) - training_token_count(inputs.tokens)),
             "tokenizer": "bytes" if inputs.tokenizer is None else inputs.tokenizer.name,

@@ -16,7 +16,8 @@ from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.vocabulary import BYTE_VOCAB, find_tokenizer, fits_padded
 
-CALIBRATION = 0.8  # share of the corpus' bytes, at its beginning, for methods that look at activations
+MAX_CALIBRATION = 100_000  # bytes at the beginning of the corpus, for methods that look at activations
+CALIBRATION = 0.8  # largest share of the corpus for them: the last tenth of the tokens is held out
 
 
 def find_target_tokenizer(
@@ -59,11 +60,11 @@ def check_lengths(corpus: str | Path, tokens: Tensor, sequence: int, config: dic
         )
 
 
-def write_calibration_text(corpus: str | Path, folder: Path) -> Path:
-    """Writes the beginning of the corpus, without any held-out text, to a file."""
-    text = Path(corpus).read_bytes()
+def write_calibration_text(text: bytes, folder: Path) -> Path:
+    """Writes the beginning of a corpus, without any held-out text, to a file."""
     path = folder / "calibration.txt"
-    path.write_bytes(text[: int(len(text) * CALIBRATION)].decode("utf-8", errors="ignore").encode())
+    beginning = text[: min(MAX_CALIBRATION, int(len(text) * CALIBRATION))]
+    path.write_bytes(beginning.decode("utf-8", errors="ignore").encode())
     return path
 
 

@@ -90,11 +90,11 @@ class Handler(BaseHTTPRequestHandler):
         self.lie: Lie | None = None
         if token := self.headers.get("Authorization"):
             self.hub.tokens.append((self.headers["Host"], token))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self.about(match[1], unquote(match[2] or "main"), "info")
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
+        elif match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/(.+)", path):
             self.about(match[1], unquote(match[2]), "tree")
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.file(*map(unquote, match.groups()))
         elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
             self.body(self.hub.repos[match[1]], match[2])

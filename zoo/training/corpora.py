@@ -1,4 +1,4 @@
-"""Corpora: files as token tensors, and the text that every Python ships."""
+"""Corpora as token tensors, and the text that every Python ships."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zoo.checkpoints.files import read_json
 from zoo.errors import UserError
+from zoo.limits import MAX_CORPUS
+from zoo.training.documents import BLANK_LINE, Corpus, TextSource, file_kind, read_corpus
 from zoo.vocabulary import BYTE_VOCAB, encode_text
+
+MAX_END_OF_TEXT = 100  # characters of the token that ends a text
 
 
 def python_reference() -> bytes:
@@ -38,37 +43,54 @@ def reference_corpus() -> bytes:
 
 def byte_tokens(data: bytes) -> Tensor:
     """The bytes of a text as token ids, int64 [len(data)]."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else torch.empty(0, dtype=torch.int64)
 
 
-def encode_corpus(path: str | Path, tokenizer: str | Path | None, vocab: int) -> Tensor:
-    """A text file as token ids, int64 [N], for a model with a vocabulary of `vocab` tokens.
+def encode_corpus(corpus: str | Path | TextSource, tokenizer: str | Path | None, vocab: int) -> Tensor:
+    """A corpus as token ids, int64 [N], for a model with a vocabulary of `vocab` tokens.
 
-    tokenizer: folder of the tokenizer; None reads the bytes, if `vocab` is 256. Raises UserError for a missing file, a
-    missing tokenizer, or a tokenizer that produces token ids outside the vocabulary."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such corpus; give a text file with --corpus")
+    tokenizer: folder of the tokenizer; None reads the bytes, if `vocab` is 256. Raises UserError for a corpus that
+    cannot be read, a missing tokenizer, or a tokenizer that produces token ids outside the vocabulary."""
+    source = corpus if isinstance(corpus, TextSource) else TextSource(str(corpus))
+    return encode_read_corpus(read_for_tokenizer(source, tokenizer, vocab), source.address, tokenizer, vocab)
+
+
+def read_for_tokenizer(source: TextSource, tokenizer: str | Path | None, vocab: int, most: int = MAX_CORPUS) -> Corpus:
+    """The text of a source, at most its first `most` bytes. Documents of a data set are joined by the tokenizer's
+    end-of-text token, if it has one among the `vocab` tokens."""
+    path = Path(source.address)
+    if tokenizer is None or (path.is_file() and file_kind(path) == "text"):
+        return read_corpus(source, most=most)
+    return read_corpus(source, end_of_text(Path(tokenizer), vocab) or BLANK_LINE, most)
+
+
+def encode_read_corpus(corpus: Corpus, address: str, tokenizer: str | Path | None, vocab: int) -> Tensor:
+    """A text that was read, as `encode_corpus`. address: of the corpus, for errors."""
     if tokenizer is None:
         if vocab != BYTE_VOCAB:
             raise UserError(
                 f"no tokenizer for a vocabulary of {vocab} tokens: give one with --tokenizer, or put it beside the "
                 f"target's config.json (text is read as bytes only for a vocabulary of {BYTE_VOCAB})"
             )
-        tokens = byte_tokens(path.read_bytes())
+        tokens = byte_tokens(corpus.text)
     else:
-        tokens = _tokenize(path, Path(tokenizer))
+        tokens = encode_text(corpus.decode(address), Path(tokenizer))
     if len(tokens) and int(tokens.max()) >= vocab:
         raise UserError(
-            f"{tokenizer}: the tokenizer produces token id {int(tokens.max())} for {path}, but the target's vocabulary "
-            f"has {vocab} tokens; give the target's own tokenizer"
+            f"{tokenizer}: the tokenizer produces token id {int(tokens.max())} for {address}, but the target's "
+            f"vocabulary has {vocab} tokens; give the target's own tokenizer"
         )
     return tokens
 
 
-def _tokenize(path: Path, folder: Path) -> Tensor:
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte {error.start}; convert it, or use a model of bytes") from error
-    return encode_text(text, folder)
+def end_of_text(tokenizer: Path, vocab: int) -> str | None:
+    """The token by which a tokenizer (a folder or a tokenizer.json) marks the end of a text.
+
+    None if it has none that is one of the first `vocab` tokens; transformers adds one that the tokenizer lacks."""
+    config = (tokenizer if tokenizer.is_dir() else tokenizer.parent) / "tokenizer_config.json"
+    token = read_json(config).get("eos_token") if config.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str) or not token or len(token) > MAX_END_OF_TEXT:
+        return None
+    ids = encode_text(token, tokenizer)
+    return token if len(ids) == 1 and int(ids[0]) < vocab else None

@@ -23,6 +23,7 @@ from baselines.transfer.sizes import expert_ffn_size, metadata_pair, shared_ffn_
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
+from zoo.training.documents import TextSource
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor
@@ -106,7 +107,9 @@ class Shrinking(Transfer):
     layer is in memory.
     """
 
-    text: str | None = option(None, "a UTF-8 file to measure importance on; none: by the weights alone")
+    text: str | None = option(None, "text, a folder or a data set to measure importance on; none: weights alone")
+    split: str | None = option(None, "split of a data set; none: train")
+    text_column: str | None = option(None, "column of a data set; none: text")
     windows: int = option(
         64, "calibration windows of 256 tokens, read from the start of the text", least=1, most=1_000_000
     )
@@ -148,7 +151,8 @@ class Shrinking(Transfer):
         """The calibration windows, int64 [B, S]; None without a text."""
         if self.text is None:
             return None
-        return calibration_windows(self.text, donor, self.tokenizer, self.windows, self.name)
+        source = TextSource(self.text, self.split, self.text_column)
+        return calibration_windows(source, donor, self.tokenizer, self.windows, self.name)
 
     def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
         """The parts to keep. windows: int64 [B, S], None without a text."""

@@ -16,8 +16,10 @@ from zoo.checkpoints.side_files import vocabulary_file
 from zoo.donors.folder import FolderDonor
 from zoo.donors.memory import MemoryDonor
 from zoo.errors import UserError
+from zoo.sandbox import library_errors
 from zoo.targets.configs import meta_model, parse_config
-from zoo.training.corpora import byte_tokens
+from zoo.training.corpora import byte_tokens, read_for_tokenizer
+from zoo.training.documents import TextSource
 from zoo.vocabulary import BYTE_VOCAB, encode_text
 
 if TYPE_CHECKING:
@@ -35,44 +37,38 @@ def window_length(donor: Donor) -> int:
     return min(WINDOW_TOKENS, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
 
 
-def calibration_windows(text: str | Path, donor: Donor, tokenizer: str | None, windows: int, method: str) -> Tensor:
-    """The start of a UTF-8 file as tokens, int64 [B, S] with B <= windows and S = window_length(donor).
+def calibration_windows(text: TextSource, donor: Donor, tokenizer: str | None, windows: int, method: str) -> Tensor:
+    """The start of a text as tokens, int64 [B, S] with B <= windows and S = window_length(donor).
 
     Tokens come from the donor's tokenizer, or from `tokenizer` (a folder or a tokenizer.json), or are bytes for a
     vocabulary of 256. Raises UserError where the file is missing, not UTF-8 or shorter than one window, and where no
     tokenizer is known.
     """
-    length, path = window_length(donor), Path(text)
+    length, where = window_length(donor), f"{method}: {text.address}"
     assert donor.blueprint.metadata is not None
     vocab = donor.blueprint.metadata.vocab
     if donor.blueprint.config is not None and parse_config(donor.blueprint.config).is_encoder_decoder:
         raise UserError(
             f"{method}: donor {donor.name!r} is an encoder-decoder, which cannot read a text alone: leave text out"
         )
-    if not path.is_file():
-        raise UserError(f"{method}: {path}: no such file; give a UTF-8 text with --set text=FILE")
-    with path.open("rb") as f:
-        data = f.read(min(windows * length * BYTES_PER_TOKEN, path.stat().st_size))
     found = None
     if isinstance(donor, FolderDonor) and vocabulary_file(donor.files) is not None:
         found = _fast_or_folder(donor.folder)
     if found is None and tokenizer is not None:
         found = _fast_or_folder(Path(tokenizer))
-    if found is not None:
-        tokens = _encode(found, data, path)
-    elif vocab == BYTE_VOCAB:
-        tokens = byte_tokens(data)
-    else:
+    if found is None and vocab != BYTE_VOCAB:
         raise UserError(
             f"{method}: donor {donor.name!r} has no tokenizer and its {vocab} tokens are not bytes: "
             "put its tokenizer into its folder, or leave text out"
         )
+    corpus = read_for_tokenizer(text, found, vocab, windows * length * BYTES_PER_TOKEN)
+    tokens = byte_tokens(corpus.text) if found is None else encode_text(corpus.decode(where), found)
     if len(tokens) and int(tokens.max()) >= vocab:
         raise UserError(
-            f"{method}: {found} produces token id {int(tokens.max())} on {path}, outside the {vocab} of {donor.name!r}"
+            f"{where}: {found} produces token id {int(tokens.max())}, outside the {vocab} of {donor.name!r}"
         )
     if len(tokens) < length:
-        raise UserError(f"{method}: {path}: {len(tokens)} tokens are too few for calibration; give at least {length}")
+        raise UserError(f"{where}: {len(tokens)} tokens are too few for calibration; give at least {length}")
     count = min(windows, len(tokens) // length)
     return tokens[: count * length].view(count, length)
 
@@ -80,16 +76,6 @@ def calibration_windows(text: str | Path, donor: Donor, tokenizer: str | None, w
 def _fast_or_folder(tokenizer: Path) -> Path:
     """The tokenizer.json of a folder, else the folder with an older format; a file stays as it is."""
     return tokenizer / "tokenizer.json" if (tokenizer / "tokenizer.json").is_file() else tokenizer
-
-
-def _encode(tokenizer: Path, data: bytes, path: Path) -> Tensor:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        if error.start < len(data) - 3:  # otherwise the read ended within a character
-            raise UserError(f"{path}: not UTF-8 text at byte {error.start}; convert it") from error
-        text = data[: error.start].decode()
-    return encode_text(text, tokenizer)
 
 
 def load_model(donor: Donor, device: str) -> nn.Module:
@@ -104,11 +90,12 @@ def load_model(donor: Donor, device: str) -> nn.Module:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        if donor.quantisation.weights or donor.aliases:  # read by us: dequantised, and under the model's own names
-            tensors = {name: donor.read(name) for name in donor.blueprint.names}
-            model = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
-        else:
-            model = cls.from_pretrained(donor.folder, dtype=torch.float32)
+        with library_errors(str(donor.folder), "use another donor, or leave text out"):
+            if donor.quantisation.weights or donor.aliases:  # read by us: dequantised, and under the model's own names
+                tensors = {name: donor.read(name) for name in donor.blueprint.names}
+                model = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+            else:
+                model = cls.from_pretrained(donor.folder, dtype=torch.float32)
         return model.to(device).eval()
     finally:
         if bars:

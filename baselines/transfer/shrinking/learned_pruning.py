@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 128  # predicted tokens of a window in a batch
 SAVE_EVERY = 100
+IDENTITY_IN_CONTENT = ("work", "text", "split", "text_column", "tokenizer", "donor")  # hashed by content, or not at all
 
 
 @dataclass(kw_only=True)
@@ -80,6 +81,7 @@ class LearnedPruning(Shrinking):
     summary: ClassVar[str] = "a larger donor under masks that are trained on a text to the target's exact shape"
     reference: ClassVar[str] = "2310.06694"
     needs: ClassVar[tuple[str, ...]] = ("donor", "text")
+    on_other_machines: ClassVar[str] = "maybe other parts, because training amplifies rounding errors"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"constraint": ("at-most", "equality")}
 
     windows: int = option(512, "windows of 256 tokens, read from the start of the text", least=1, most=1_000_000)
@@ -198,7 +200,7 @@ class LearnedPruning(Shrinking):
 
     def _identity(self, windows: Tensor, masks: MaskDistribution) -> str:
         """A hash of everything that the result of the run depends on."""
-        options = {k: v for k, v in self.options().items() if k not in ("work", "text", "tokenizer", "donor")}
+        options = {k: v for k, v in self.options().items() if k not in IDENTITY_IN_CONTENT}
         text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
         content = [options, self.source.sha256, text, sorted(masks.target.items())]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -26,6 +26,7 @@ from zoo.streams import stream
 from zoo.targets.architectures import ARCHITECTURES
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
+from zoo.training.documents import TextSource
 from zoo.units.canonical import canonicalise
 from zoo.units.decoder import READERS, Decoder, Layer, read_decoder, require_decoder, write_decoder
 from zoo.units.gains import tie_head
@@ -67,7 +68,9 @@ class Sliced(Transfer):
     axes: str = option(
         "auto", "principal axes of the weights or the activations; auto: activations where there is a text"
     )
-    text: str | None = option(None, "a UTF-8 file to measure activations on")
+    text: str | None = option(None, "text, a folder or a data set to measure activations on")
+    split: str | None = option(None, "split of a data set; none: train")
+    text_column: str | None = option(None, "column of a data set; none: text")
     windows: int = option(
         64, "calibration windows of 256 tokens, read from the start of the text", least=1, most=1_000_000
     )
@@ -98,7 +101,8 @@ class Sliced(Transfer):
             return None
         if self.text is None:
             raise UserError("sliced: axes=activations needs a text: give a UTF-8 file with --set text=FILE")
-        return calibration_windows(self.text, donor, self.tokenizer, self.windows, self.name)
+        source = TextSource(self.text, self.split, self.text_column)
+        return calibration_windows(source, donor, self.tokenizer, self.windows, self.name)
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         """Only the rows of tokens that the donor does not have are random."""

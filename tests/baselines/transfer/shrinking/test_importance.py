@@ -17,6 +17,7 @@ from zoo.donors.memory import zoo_of
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import encode_corpus
+from zoo.training.documents import TextSource
 
 WINDOWS = torch.randint(0, 60, (6, 16), generator=torch.Generator().manual_seed(0))
 
@@ -95,11 +96,10 @@ def test_every_architecture_can_be_watched(name: str) -> None:
 
 def test_the_text_is_read_by_the_donors_tokenizer(shared_data: Path) -> None:
     folder, text = shared_data / "models" / "stories260K", shared_data / "corpora" / "tinystories_sample.txt"
-    windows = calibration_windows(text, StandaloneDonor.open(folder), None, 8, "x")
+    windows = calibration_windows(TextSource(str(text)), StandaloneDonor.open(folder), None, 8, "x")
     assert windows.shape == (8, 256)
-    short = calibration_windows(
-        text, StandaloneDonor.open(folder), None, 2, "x"
-    )  # less of the file is read: the same tokens
+    # less of the file is read: the same tokens
+    short = calibration_windows(TextSource(str(text)), StandaloneDonor.open(folder), None, 2, "x")
     assert torch.equal(short, windows[:2])
     whole = encode_corpus(text, folder, 512)
     assert torch.equal(windows.flatten(), whole[: 8 * 256])
@@ -107,16 +107,18 @@ def test_the_text_is_read_by_the_donors_tokenizer(shared_data: Path) -> None:
 
 def test_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     bytewise = donor(tmp_path / "bytes", config("llama")).donors[0]
-    good = tmp_path / "good.txt"
-    good.write_text("ä" * 40)  # 80 bytes
+    (tmp_path / "good.txt").write_text("ä" * 40)  # 80 bytes
+    good, missing, short, latin = (
+        TextSource(str(tmp_path / f"{n}.txt")) for n in ("good", "missing", "short", "latin")
+    )
     assert calibration_windows(good, bytewise, None, 64, "x").shape == (2, 32)  # the donor knows 32 positions
-    with pytest.raises(UserError, match=r"missing\.txt: no such file; give a UTF-8 text with --set text=FILE"):
-        calibration_windows(tmp_path / "missing.txt", bytewise, None, 64, "x")
+    with pytest.raises(UserError, match=r"missing\.txt: no such corpus; give a file, a folder, or a hub data set"):
+        calibration_windows(missing, bytewise, None, 64, "x")
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(UserError, match="9 tokens are too few for calibration; give at least 32"):
-        calibration_windows(tmp_path / "short.txt", bytewise, None, 64, "x")
+        calibration_windows(short, bytewise, None, 64, "x")
     wordwise = donor(tmp_path / "words", CONFIGS["llama"]).donors[0]
-    with pytest.raises(UserError, match=r"has no tokenizer\.json and its 60 tokens are not bytes"):
+    with pytest.raises(UserError, match="has no tokenizer and its 60 tokens are not bytes"):
         calibration_windows(good, wordwise, None, 64, "x")
     from tests.baselines.transfer.test_transfer import save_tokenizer
 
@@ -124,8 +126,8 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 tokens are too few"):  # the target's tokenizer stands in: one unknown word
         calibration_windows(good, wordwise, str(given), 64, "x")
     (tmp_path / "latin.txt").write_bytes("naïve ".encode("latin-1") * 200)
-    with pytest.raises(UserError, match="not UTF-8 text at byte 2"):
-        calibration_windows(tmp_path / "latin.txt", wordwise, str(given), 64, "x")
+    with pytest.raises(UserError, match="is not UTF-8 at byte 2"):
+        calibration_windows(latin, wordwise, str(given), 64, "x")
 
 
 def test_an_architecture_kept_elsewhere_in_memory_is_refused() -> None:
