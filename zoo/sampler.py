@@ -24,6 +24,8 @@ from zoo.options import bounds_problem, type_name
 from zoo.sandbox import library_errors
 from zoo.targets.blueprint import Blueprint
 
+SAME_MACHINE = "same bytes on the same machine with the same versions, device and number of threads"
+
 
 @dataclass(kw_only=True)
 class Sampler(ABC):
@@ -36,6 +38,7 @@ class Sampler(ABC):
     # What it needs: donor (one), donors (several), model (a trained pipeline), text; LoRA: base, reference
     needs: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # option -> the values that it can have
+    on_other_machines: ClassVar[str] = "equal up to rounding errors"  # what the same options and seed give there
 
     device: str = "cpu"  # where it computes; random numbers are drawn on the CPU, results return there
 
@@ -66,6 +69,11 @@ class Sampler(ABC):
     def donors(self) -> tuple[str, ...]:
         """The names of the donors that the fitted sampler uses."""
         return ()
+
+    @classmethod
+    def reproducibility(cls) -> str:
+        """What the same options, donors and seed give again, for `headstart.json`."""
+        return f"{SAME_MACHINE}; on other machines {cls.on_other_machines}"
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
         """[{name, revision, sha256, license}] of the donors that it uses, for cards and `headstart.json`."""

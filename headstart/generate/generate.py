@@ -133,6 +133,7 @@ def _write(job: GenerateJob, zoo: Zoo | None, folder: Path, command: str) -> Non
         "seed": config.seed,
         "command": command,
         "versions": package_versions(),
+        "reproducible": sampler.reproducibility(),
         "donors": sampler.provenance(zoo),
         "tensors": counts,
         "parameters": blueprint.parameters,

@@ -183,6 +183,7 @@ def _write(job: LoraJob, base: FolderDonor | None, zoo: Zoo | None, folder: Path
         "seed": job.config.seed,
         "command": command,
         "versions": package_versions() | {"peft": importlib.metadata.version("peft")},
+        "reproducible": job.sampler.reproducibility(),
         "donors": _provenances(job, base, zoo),
         "grouping": None if grouping is None else grouping.to_json(),
         "tensors": {"sampled": len(job.blueprint.names), "defaulted": 0},

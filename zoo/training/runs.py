@@ -20,9 +20,11 @@ from zoo.checkpoints.files import read_json
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.limits import MAX_RECORD
+from zoo.sampler import SAME_MACHINE
 from zoo.sandbox import library_errors
 from zoo.training.resumable import STATE_FILE, load_state, resumable_steps, save_state
 
+REPRODUCIBLE = f"{SAME_MACHINE}; on other machines other weights, because training amplifies rounding errors"
 STAGING_FOLDER = ".finished"  # inside the run's folder: where the finished files are put together
 
 
@@ -137,7 +139,7 @@ def _publish(run: Run, trainer: Trainer) -> None:
     staging = run.out / STAGING_FOLDER
     with disk_errors(run.out):
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
-        record = trainer.save(staging)
+        record = trainer.save(staging) | {"reproducible": REPRODUCIBLE}
         (staging / run.record_file).write_text(json.dumps(record, indent=2) + "\n")
         sync_tree(staging)
         for path in sorted(staging.iterdir(), key=lambda p: (p.name == run.record_file, p.name)):
