@@ -84,6 +84,8 @@ def plane_side(chunk: int) -> int:
 class ChunkAutoencoder(ModelMixin, ConfigMixin):
     """A linear map to a plane, a convolutional VAE with two halvings, a linear map back. channels: its width."""
 
+    CONFIG_KINDS: ClassVar = dict.fromkeys(("chunk", "latent", "channels"), int)
+
     @register_to_config
     def __init__(self, chunk: int, latent: int, channels: int) -> None:
         super().__init__()
@@ -112,6 +114,8 @@ class ChunkAutoencoder(ModelMixin, ConfigMixin):
 
 class ChunkDenoiser(ModelMixin, ConfigMixin):
     """A UNet with one more input channel, the embedded condition."""
+
+    CONFIG_KINDS: ClassVar = dict.fromkeys(("latent", "side", "channels", "features"), int)
 
     @register_to_config
     def __init__(self, latent: int, side: int, channels: int, features: int) -> None:

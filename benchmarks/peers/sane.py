@@ -82,6 +82,11 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
     """token: T; latent: R; hidden: width of the transformers; positions: rows of the three tables of position
     embeddings; window: W, which the projection head of the contrastive loss is made for."""
 
+    CONFIG_KINDS: ClassVar = {
+        **dict.fromkeys(("token", "latent", "hidden", "layers", "window"), int),
+        "positions": [int],
+    }
+
     @register_to_config
     def __init__(self, token: int, latent: int, hidden: int, layers: int, positions: list[int], window: int) -> None:
         super().__init__()

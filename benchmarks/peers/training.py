@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def train_resumable(
     step, elapsed = 0, 0.0
     history: list[float] = []
     if state.is_file():
-        tensors, step = load_state(state, identity)
+        tensors, step = load_state(state, identity, budget.steps or sys.maxsize)
         restore_training(tensors, model, optimizer)
         restore(tensors, step)
         elapsed, history = float(tensors["elapsed"]), tensors["history"].tolist()

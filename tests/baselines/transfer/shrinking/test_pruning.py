@@ -185,7 +185,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"hidden_size": 64}, {}, "width 32 is smaller than the target's 64"),
     ({}, {"layers": "influence"}, "layers=influence needs a text: give a UTF-8 file"),
     ({}, {"compensate": True}, "compensate needs a text"),
-    ({}, {"text": "nowhere.txt"}, "nowhere.txt: no such file"),
+    ({}, {"text": "nowhere.txt"}, "nowhere.txt: no such corpus"),
     ({}, {"ridge": 0.0}, "pruning: ridge is 0.0; give more than 0"),
     ({}, {"windows": 0}, "pruning: windows is 0; give at least 1"),
 ]

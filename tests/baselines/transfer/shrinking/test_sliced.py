@@ -252,7 +252,7 @@ def test_activations_need_a_text(tmp_path: Path) -> None:
     blueprint = Blueprint.from_config(UNTIED["llama"])
     for sampler, message in (
         (Sliced(axes="activations"), "needs a text"),
-        (Sliced(text=str(tmp_path / "none")), "no such file"),
+        (Sliced(text=str(tmp_path / "none")), "has no tokenizer and its 60 tokens are not bytes"),
     ):
         for work in (sampler.fit, sampler.planned_donors):
             with pytest.raises(UserError, match=message):

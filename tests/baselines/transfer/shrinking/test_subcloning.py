@@ -86,7 +86,7 @@ def test_a_fitted_sampler_is_saved_and_loaded(tmp_path: Path, text: str) -> None
     [
         ({"num_hidden_layers": 4}, {}, "layers 3 are fewer than the target's 4: subcloning only shrinks"),
         ({"intermediate_size": 64}, {}, "ffn 48 is smaller than the target's 64"),
-        ({}, {"text": "nowhere.txt"}, "nowhere.txt: no such file"),
+        ({}, {"text": "nowhere.txt"}, "nowhere.txt: no such corpus"),
     ],
 )
 def test_refusals_come_before_any_work(changes: dict[str, Any], options: dict[str, Any], reason: str) -> None:
