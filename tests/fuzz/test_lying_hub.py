@@ -53,6 +53,12 @@ def run(timeout, blueprint=None, **record):
         with hub_session(timeout):
             Blueprint.from_config(blueprint)
 
+def peak():
+    if sys.platform == "linux":  # ru_maxrss would count what the parent had when it started this process
+        with open("/proc/self/status") as status:
+            return int(status.read().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 for line in sys.stdin:
     before, error, kind = time.process_time(), None, None
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -62,8 +68,7 @@ for line in sys.stdin:
             error, kind = str(found), type(found).__name__
             if kind not in ("UserError", "BadAnswer"):
                 error = traceback.format_exc()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    answer = {"error": error, "kind": kind, "cpu": time.process_time() - before, "peak": peak}
+    answer = {"error": error, "kind": kind, "cpu": time.process_time() - before, "peak": peak()}
     print(json.dumps(answer), flush=True)
 """
 
