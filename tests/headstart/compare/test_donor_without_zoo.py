@@ -15,8 +15,9 @@ def test_the_report_knows_the_donor_and_a_changed_donor_is_compared_again(tmp_pa
     donor = language_model(tmp_path / "donor")
     (tmp_path / "text.txt").write_text(TEXT)
     options = dict(
-        target=donor, methods=("weight-selection",), donor=str(donor), corpus=tmp_path / "text.txt", out=tmp_path / "out",
-        steps=1, seeds=(0,), lrs=(1e-3,), default_scales=(1.0,), batch_size=1, sequence=8, windows=1, workers=1,
+        target=donor, methods=("weight-selection",), donor=str(donor), corpus=tmp_path / "text.txt",
+        out=tmp_path / "out", steps=1, seeds=(0,), lrs=(1e-3,), default_scales=(1.0,), batch_size=1, sequence=8,
+        windows=1, workers=1,
     )  # fmt: skip
     method = compare(**options)["methods"]["weight-selection"]
     weights = load_file(donor / "model.safetensors")

@@ -102,14 +102,16 @@ def test_the_folder_says_what_made_it(tmp_path: Path) -> None:
 def test_what_a_donor_lacks_keeps_the_default(tmp_path: Path) -> None:
     zoo = donor(tmp_path / "donor", CONFIGS["mixtral"])
     target = config_file(tmp_path / "target", CONFIGS["mixtral"])
-    generate(target, "weight-selection", tmp_path / "out", donor=str(zoo.path), seed=1)
-    generate(target, "default", tmp_path / "default", seed=1)
-    record = json.loads((tmp_path / "out" / "headstart.json").read_text())
-    assert record["tensors"]["defaulted"] == 2  # the routers of two layers
-    ours, default = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "default")
+    for method in ("weight-selection", "normal", "default"):
+        generate(target, method, tmp_path / method, donor=None if method == "default" else str(zoo.path), seed=1)
+    read = {m: Checkpoint.open(tmp_path / m) for m in ("weight-selection", "normal", "default")}
+    records = {m: json.loads((tmp_path / m / "headstart.json").read_text())["tensors"]["defaulted"] for m in read}
     router = "model.layers.1.block_sparse_moe.gate.weight"
-    assert torch.equal(ours.read(router), default.read(router))
-    logits(tmp_path / "out")
+    assert records["normal"] == 2  # the routers of two layers, which no law describes
+    assert torch.equal(read["normal"].read(router), read["default"].read(router))
+    assert records["weight-selection"] == 0
+    assert torch.equal(read["weight-selection"].read(router), zoo.donors[0].read(router))
+    logits(tmp_path / "normal")
 
 
 def weights(folder: Path) -> bytes:
@@ -243,7 +245,7 @@ def test_settings_are_parsed_by_the_type_of_the_option() -> None:
     ({"method": "row-column", "donor": "no-such-folder"}, "no such folder"),
     ({"method": "row-column", "zoo": "no-such-zoo"}, "is not a zoo"),
     ({"method": "default", "dtype": "float64"}, "^dtype 'float64' cannot be written; give --dtype float32"),
-    ({"method": "default", "tokenizer": "nowhere"}, "no tokenizer.json"),
+    ({"method": "default", "tokenizer": "nowhere"}, "nowhere: no tokenizer found"),
     ({"method": "diffusion", "model": "no such/pipe"}, "is neither a folder nor a hub id"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, arguments: dict, reason: str) -> None:
@@ -287,7 +289,7 @@ def test_the_config_of_a_headless_model_is_written_as_a_language_model(
 def test_tensors_that_no_method_models_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     projected = CONFIGS["opt"] | {"word_embed_proj_dim": 16}
     with caplog.at_level("INFO"):
-        generate(projected, "default", tmp_path / "out")
+        generate(projected, "gpt2", tmp_path / "out")
     assert "3 tensors have an unknown role" in caplog.text and "model.decoder.project_in.weight" in caplog.text
 
 
