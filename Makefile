@@ -36,7 +36,10 @@ $(VENV)/.ready-test: $(VENV)/.ready
 # Damaged files and killed commands with fresh seeds, for as long as one likes.
 MINUTES ?= 30
 fuzz: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(shell expr $(MINUTES) \* 2 / 3)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.kills --kills 100000 --minutes $(shell expr $(MINUTES) / 4 + 1)
+	OMP_NUM_THREADS=1 HEADSTART_FUZZ_HUB=$(shell expr $(MINUTES) \* 20) HEADSTART_FUZZ_SEED=$(shell date +%s) \
+		$(BIN)/python -m pytest -q tests/fuzz/test_lying_hub.py -k random
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -20,7 +20,8 @@ from typing import Any
 from zoo.errors import UserError
 
 MAX_MESSAGE = 400  # characters
-MAX_CPU = 5.0  # seconds of this process and of its children
+MAX_CPU = 5.0  # seconds of this process, and of its children beyond their start
+CHILD_START = 3.0  # seconds of CPU in which a child of ours imports its libraries; counted once the child has ended
 MAX_MEMORY = 1_000_000_000  # bytes above what the process had before the input
 MAX_WALL = 60.0  # seconds until an input counts as hanging
 
@@ -162,26 +163,35 @@ def _serve(pipe: Connection, base: Path, work: Path, run: Callable[[Path, str], 
     os.dup2(null, 1)
     os.dup2(null, 2)
     sys.stdout = sys.stderr = os.fdopen(null, "w")
-    watch = Watch(work)
+    watch, folder, started = Watch(work), work / "input", False
     while True:
         try:
             files, damaged = pipe.recv()
         except EOFError:
             return
-        folder = work / "input"
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(base, folder, symlinks=True)
-        tempfile.tempdir = str(work / "tmp")
-        os.mkdir(tempfile.tempdir)
+        if not started:  # imports what is imported late, which takes seconds and opens files and sockets
+            _fresh_copy(base, folder)
+            with contextlib.suppress(UserError):
+                run(folder, damaged)
+            started = True
+        _fresh_copy(base, folder)
         for name, data in files.items():
             (folder / name).write_bytes(data)
         pipe.send(_verdict(partial(run, folder, damaged), watch))
 
 
+def _fresh_copy(base: Path, folder: Path) -> None:
+    """Makes `folder` a copy of `base`, beside an empty folder for temporary files."""
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    shutil.copytree(base, folder, symlinks=True)
+    tempfile.tempdir = str(folder.parent / "tmp")
+    os.mkdir(tempfile.tempdir)
+
+
 def _verdict(run: Callable[[], object], watch: Watch) -> Verdict:
-    before_cpu, before_memory = _cpu(), _reset_peak()
+    before, before_memory = _cpu_times(), _reset_peak()
     watch.seen.clear()
-    with _limits(before_cpu):
+    with _limits():
         watch.on = True
         try:
             run()
@@ -195,7 +205,8 @@ def _verdict(run: Callable[[], object], watch: Watch) -> Verdict:
             verdict = Verdict("raises", traceback.format_exc()[-3000:])
         finally:
             watch.on = False
-    cpu, memory = _cpu() - before_cpu, _peak() - before_memory
+    own, children = (now - then for now, then in zip(_cpu_times(), before, strict=True))
+    cpu, memory = own + max(0.0, children - CHILD_START), _peak() - before_memory
     if watch.seen and not verdict.failed:
         return Verdict("escapes", "; ".join(watch.seen[:3]))
     if cpu > MAX_CPU and not verdict.failed:
@@ -206,7 +217,7 @@ def _verdict(run: Callable[[], object], watch: Watch) -> Verdict:
 
 
 @contextlib.contextmanager
-def _limits(cpu: float) -> Iterator[None]:
+def _limits() -> Iterator[None]:
     """Kills this process soon after the limits of time and memory, so that a bomb does not take the machine down."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     used = own.ru_utime + own.ru_stime
@@ -223,9 +234,11 @@ def _limits(cpu: float) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, hard_memory))
 
 
-def _cpu() -> float:
+def _cpu_times() -> tuple[float, float]:
+    """Seconds of CPU of this process, and of its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    own, children = (usage.ru_utime + usage.ru_stime for usage in usages)
+    return own, children
 
 
 def _reset_peak() -> int:
