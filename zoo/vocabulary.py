@@ -53,6 +53,11 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
+def byte_tokens(data: bytes) -> Tensor:
+    """The bytes of a text as token ids, int64 [len(data)]."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else torch.empty(0, dtype=torch.int64)
+
+
 def save_byte_tokenizer(folder: Path) -> None:
     """Writes the byte tokenizer to a folder, so that AutoTokenizer loads it as a fast tokenizer."""
     byte_tokenizer().save(str(folder / "tokenizer.json"))
@@ -142,7 +147,7 @@ def encode_text(text: str, tokenizer: Path) -> Tensor:
     data = text.encode()
     if tokenizer.is_dir():
         if is_byte_tokenizer(tokenizer):
-            return torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else torch.empty(0).long()
+            return byte_tokens(data)
         call = ("encode_with_folder", {"folder": str(tokenizer.resolve())})
     else:
         call = ("encode_with_file", {"file": str(tokenizer.resolve())})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from baselines.transfer.index_rules import rope_index
-from baselines.transfer.matching import has_unknown_axes, name_pattern, same_tensors, unmatched_tensors
+from baselines.transfer.matching import has_unknown_axes, name_pattern, same_tensors, stack_of, unmatched_tensors
 from baselines.transfer.sizes import axis_sizes, rotary_dim
 from baselines.transfer.vocabulary import vocabulary_rows
 from zoo.donors.donor import Donor, dissimilarity
@@ -210,7 +210,7 @@ def _other_depths(blueprint: Blueprint) -> dict[str, int]:
     depths: dict[str, int] = {}
     for spec in blueprint.specs:
         if spec.layer is not None and not has_unknown_axes(spec):
-            stack = name_pattern(spec).partition("{L}")[0].strip(".")
+            stack = stack_of(spec).strip(".")
             depths[stack] = max(depths.get(stack, 0), spec.layer + 1)
     assert blueprint.metadata is not None
     return depths if any(depth != blueprint.metadata.layers for depth in depths.values()) else {}

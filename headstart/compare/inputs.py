@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from headstart.compare.trials import HELD_OUT, training_token_count
-from zoo.checkpoints.sources import resolve_source
+from headstart.compare.trials import HELD_OUT, open_zoo, training_token_count
 from zoo.donors.folder import FolderDonor
-from zoo.donors.zoo import Zoo, open_standalone
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.vocabulary import BYTE_VOCAB, find_tokenizer, fits_padded
 
@@ -70,9 +69,9 @@ def write_calibration_text(text: bytes, folder: Path) -> Path:
 
 def hash_zoo(zoo: str | Path | None, donor: str | None = None) -> str | None:
     """sha256 of the names and hashes of the donors of a zoo; without a zoo, of the `donor` outside one."""
-    if zoo is None and donor is None:
+    opened = open_zoo(zoo, donor)
+    if opened is None:
         return None
-    opened = Zoo.open(zoo) if zoo is not None else open_standalone(resolve_source(str(donor)), quiet=True)
     lines = "".join(f"{d.name} {d.sha256}\n" for d in opened.donors)
     return hashlib.sha256(lines.encode()).hexdigest()
 

@@ -156,7 +156,7 @@ def _initialize(settings: TrialSettings, trial: Trial, folder: Path) -> dict[str
     generate(config, quiet=True)
     seconds = time.perf_counter() - start
     records = json.loads((folder / "headstart.json").read_text())["donors"]
-    zoo = _open_zoo(settings)
+    zoo = open_zoo(settings.zoo, settings.donor)
     # A pipeline may have learned from donors that this zoo does not hold.
     unknown = dict.fromkeys(("parameters", "loss", "tokens"))
     names = [d["name"] for d in records if zoo is not None and d["name"] in zoo.names]
@@ -170,11 +170,11 @@ def _initialize(settings: TrialSettings, trial: Trial, folder: Path) -> dict[str
     }
 
 
-def _open_zoo(settings: TrialSettings) -> Zoo | None:
+def open_zoo(zoo: str | Path | None, donor: str | None) -> Zoo | None:
     """The zoo, else the donor outside a zoo, else None."""
-    if settings.zoo is not None:
-        return Zoo.open(settings.zoo)
-    return None if settings.donor is None else open_standalone(resolve_source(settings.donor), quiet=True)
+    if zoo is not None:
+        return Zoo.open(zoo)
+    return None if donor is None else open_standalone(resolve_source(donor), quiet=True)
 
 
 def generate_config(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.sources import fetch_files, resolve_source
 from zoo.errors import UserError, unknown
 from zoo.limits import MAX_CONFIG
+from zoo.progress import without_progress_bars
 from zoo.sandbox import library_errors
 from zoo.targets.adapter_bounds import check_adapter, check_patterns
 from zoo.targets.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_lora_config, require_peft
@@ -69,7 +69,7 @@ def load_model(folder: Path, adapter: Path | None, dtype: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     language_model_blueprint(folder)
-    with _without_progress_bars(), library_errors(str(folder), "give another checkpoint"):
+    with without_progress_bars(), library_errors(str(folder), "give another checkpoint"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
@@ -203,16 +203,3 @@ def _find_checkpoint(model: str, quiet: bool) -> Path:
         folder = fetch_files(resolve_source(model), quiet)
     Checkpoint.open(folder)
     return folder
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -21,7 +21,8 @@ from tests.support.tiny import config, make_zoo
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.training.corpora import byte_tokens, python_reference
+from zoo.training.corpora import python_reference
+from zoo.vocabulary import byte_tokens
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from tests.support.tiny import config, make_zoo
 from zoo.add import add
 from zoo.donors.zoo import Zoo
 from zoo.targets.blueprint import Blueprint
-from zoo.training.corpora import byte_tokens, python_reference
+from zoo.training.corpora import python_reference
 from zoo.training.loop import evaluate
-from zoo.vocabulary import save_byte_tokenizer
+from zoo.vocabulary import byte_tokens, save_byte_tokenizer
 
 SMALL = replace(
     tasks.small_comparison(), target="tiny", config=TARGET, lrs=(1e-2,), methods=("default", "normal", "hypercloning")

@@ -11,8 +11,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import pytest
 from tests.conftest import make_llama
 from tests.support.hub_lies import LIES, VICTIM, endless_body, next_page, redirect, with_status
 from tests.support.hub_server import Answer, Handler, Hub, Lie, Repo, files_of, serve
+from tests.support.json_worker import json_worker
 
 KINDS = ("info", "info", "tree", "head config.json", "get config.json", "head model.safetensors", "*")
 VALUES = ("", "0", "-1", "9" * 25, VICTIM, "/tmp/headstart-victim", "a\tb", "W/", '"', "\xb2", "x" * 3000)
@@ -93,28 +92,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(hub: Hub, place: Path) -> Iterator[Run]:
-    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-    unset = ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE")
-    env = {k: v for k, v in os.environ.items() if k not in unset and not k.lower().endswith("_proxy")}
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORKER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env | settings | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(root)},
-        cwd=place,
-    )
-    assert process.stdin is not None and process.stdout is not None
-
-    def send(**command: Any) -> dict[str, Any]:
-        process.stdin.write(json.dumps({"timeout": PATIENCE, **command}) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    yield send
-    process.stdin.close()
-    process.wait(timeout=30)
+    hub_settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_TOKEN": TOKEN}
+    with json_worker(WORKER, place, **hub_settings) as ask:
+        yield lambda **command: ask({"timeout": PATIENCE, **command})
 
 
 @pytest.fixture(scope="module")

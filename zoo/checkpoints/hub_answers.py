@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
 from zoo.checkpoints.files import is_kind, parse_json
+from zoo.checkpoints.licenses import KEYS as LICENSE_KEYS
 from zoo.errors import UserError
 from zoo.limits import MAX_FILE_PATH, MAX_HUB_FILES, MAX_HUB_TAGS, MAX_HUB_VALUES
 from zoo.words import one_line
@@ -154,11 +155,7 @@ def _checked_repository(url: str, value: object) -> dict[str, Any]:
         checked["tags"] = [tag for tag in tags if isinstance(tag, str) and len(tag) <= MAX_FILE_PATH][:MAX_HUB_TAGS]
     card = value.get("cardData")
     if isinstance(card, dict):  # only what says the licence
-        checked["cardData"] = {
-            key: card[key]
-            for key in ("license", "license_name", "license_link")
-            if is_kind(card.get(key), (str, [str]))
-        }
+        checked["cardData"] = {key: card[key] for key in LICENSE_KEYS if is_kind(card.get(key), (str, [str]))}
     return checked
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from zoo.checkpoints.files import read_json
 from zoo.errors import UserError
 from zoo.limits import MAX_CORPUS
 from zoo.training.documents import BLANK_LINE, Corpus, TextSource, file_kind, read_corpus
-from zoo.vocabulary import BYTE_VOCAB, encode_text
+from zoo.vocabulary import BYTE_VOCAB, byte_tokens, encode_text
 
 MAX_END_OF_TEXT = 100  # characters of the token that ends a text
 
@@ -39,11 +38,6 @@ def reference_corpus() -> bytes:
 
     That is more than a tenth, so no donor of the embedded zoo has seen the last tenth of this text."""
     return b"".join(split_held_out(python_reference()))
-
-
-def byte_tokens(data: bytes) -> Tensor:
-    """The bytes of a text as token ids, int64 [len(data)]."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else torch.empty(0, dtype=torch.int64)
 
 
 def encode_corpus(corpus: str | Path | TextSource, tokenizer: str | Path | None, vocab: int) -> Tensor:

@@ -22,11 +22,12 @@ from zoo.checkpoints.atomic import disk_errors, hold_lock, new_folder
 from zoo.checkpoints.files import read_json
 from zoo.errors import UserError, unknown
 from zoo.limits import MAX_CONFIG
+from zoo.progress import without_progress_bars
 from zoo.streams import stream_seed
-from zoo.training.corpora import byte_tokens, python_reference, split_held_out
+from zoo.training.corpora import python_reference, split_held_out
 from zoo.training.loop import TrainingConfig, evaluate, reproducible, train_steps
 from zoo.training.workers import ReportProgress, default_workers, run_jobs
-from zoo.vocabulary import BYTE_VOCAB, save_byte_tokenizer
+from zoo.vocabulary import BYTE_VOCAB, byte_tokens, save_byte_tokenizer
 
 STAGING = ".nursery"  # inside the zoo: trained donors that are not added yet
 CORPUS = "Python language reference (pydoc_data.topics)"
@@ -171,7 +172,6 @@ def train_donor(recipe: DonorRecipe, folder: Path, report: ReportProgress = lamb
 
     report: called with the number of steps since its last call."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
 
     text = python_reference()
     training_text, held_out = (byte_tokens(part) for part in split_held_out(text))
@@ -208,11 +208,8 @@ def train_donor(recipe: DonorRecipe, folder: Path, report: ReportProgress = lamb
     }
     shutil.rmtree(folder, ignore_errors=True)
     with new_folder(folder) as partial_folder:
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        model.save_pretrained(partial_folder)
-        if bars:
-            logging.enable_progress_bar()
+        with without_progress_bars():
+            model.save_pretrained(partial_folder)
         save_byte_tokenizer(partial_folder)
         (partial_folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
         (partial_folder / "README.md").write_text(_card(recipe, facts))

@@ -16,11 +16,12 @@ from zoo.checkpoints.side_files import vocabulary_file
 from zoo.donors.folder import FolderDonor
 from zoo.donors.memory import MemoryDonor
 from zoo.errors import UserError
+from zoo.progress import without_progress_bars
 from zoo.sandbox import library_errors
 from zoo.targets.configs import meta_model, parse_config
-from zoo.training.corpora import byte_tokens, read_for_tokenizer
+from zoo.training.corpora import read_for_tokenizer
 from zoo.training.documents import TextSource
-from zoo.vocabulary import BYTE_VOCAB, encode_text
+from zoo.vocabulary import BYTE_VOCAB, byte_tokens, encode_text
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor
@@ -80,26 +81,18 @@ def _fast_or_folder(tokenizer: Path) -> Path:
 
 def load_model(donor: Donor, device: str) -> nn.Module:
     """The donor as a transformers model in float32 on `device`, in evaluation mode. A module in memory is copied."""
-    from transformers.utils import logging
-
     if isinstance(donor, MemoryDonor):
         return copy.deepcopy(donor.module).float().to(device).eval()
     assert isinstance(donor, FolderDonor)
     config = parse_config(donor.blueprint.config or {}, str(donor.folder))
     cls: Any = type(meta_model(config, str(donor.folder)))
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with library_errors(str(donor.folder), "use another donor, or leave text out"):
-            if donor.quantisation.weights or donor.aliases:  # read by us: dequantised, and under the model's own names
-                tensors = {name: donor.read(name) for name in donor.blueprint.names}
-                model = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
-            else:
-                model = cls.from_pretrained(donor.folder, dtype=torch.float32)
-        return model.to(device).eval()
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with without_progress_bars(), library_errors(str(donor.folder), "use another donor, or leave text out"):
+        if donor.quantisation.weights or donor.aliases:  # read by us: dequantised, and under the model's own names
+            tensors = {name: donor.read(name) for name in donor.blueprint.names}
+            model = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+        else:
+            model = cls.from_pretrained(donor.folder, dtype=torch.float32)
+    return model.to(device).eval()
 
 
 def module_holding(model: nn.Module, name: str) -> nn.Module:

@@ -29,7 +29,7 @@ from zoo.sandbox import library_errors
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
-from zoo.training.corpora import byte_tokens, reference_corpus
+from zoo.training.corpora import reference_corpus
 from zoo.training.loop import next_token_loss
 from zoo.training.resumable import (
     STATE_FILE,
@@ -39,7 +39,7 @@ from zoo.training.resumable import (
     save_state,
     training_tensors,
 )
-from zoo.vocabulary import BYTE_VOCAB
+from zoo.vocabulary import BYTE_VOCAB, byte_tokens
 
 if TYPE_CHECKING:
     from zoo.donors.donor import Donor

@@ -224,9 +224,9 @@ def test_the_run_is_what_a_user_would_do(compared: Path, donors: Path, corpus: P
 
     from tests.support.commands import generate
     from zoo.streams import stream_seed
-    from zoo.training.corpora import byte_tokens
     from zoo.training.loop import TrainingConfig as T
     from zoo.training.loop import evaluate, sample_windows
+    from zoo.vocabulary import byte_tokens
 
     generate(TARGET, "default", tmp_path / "init", seed=1, dtype="float32", quiet=True)
     tokens = byte_tokens(corpus.read_bytes())

@@ -4,9 +4,6 @@ offline switch are read when huggingface_hub is imported)."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 
 from tests.conftest import make_llama
 from tests.support.hub_server import Hub, Repo, files_of, serve
+from tests.support.json_worker import ROOT, json_worker
 from zoo.donors.verify import verify
 from zoo.donors.zoo import Zoo
 
@@ -47,28 +45,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def worker(hub: Hub, home: Path, **more: str) -> Iterator[Add]:
-    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    unset = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE")
-    env = {k: v for k, v in os.environ.items() if k not in unset and not k.lower().endswith("_proxy")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORKER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=env | settings | more,
-        cwd=Path(__file__).parents[3],
-    )
-    assert process.stdin is not None and process.stdout is not None
+    with json_worker(WORKER, ROOT, HF_ENDPOINT=hub.url, HF_HOME=str(home), **more) as ask:
 
-    def add(*sources: str, zoo: Path, **options: Any) -> dict[str, Any]:
-        process.stdin.write(json.dumps({"sources": sources, "zoo": str(zoo), "quiet": True, **options}) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
+        def add(*sources: str, zoo: Path, **options: Any) -> dict[str, Any]:
+            return ask({"sources": sources, "zoo": str(zoo), "quiet": True, **options})
 
-    yield add
-    process.stdin.close()
-    process.wait(timeout=30)
+        yield add
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from zoo.errors import UserError
-from zoo.training.corpora import byte_tokens, encode_corpus, python_reference, reference_corpus, split_held_out
-from zoo.vocabulary import read_vocabulary, save_byte_tokenizer
+from zoo.training.corpora import encode_corpus, python_reference, reference_corpus, split_held_out
+from zoo.vocabulary import byte_tokens, read_vocabulary, save_byte_tokenizer
 
 
 @pytest.fixture(scope="module")

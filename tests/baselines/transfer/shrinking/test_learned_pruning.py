@@ -23,8 +23,9 @@ from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
-from zoo.training.corpora import byte_tokens, python_reference
+from zoo.training.corpora import python_reference
 from zoo.training.loop import TrainingConfig, evaluate, train_steps
+from zoo.vocabulary import byte_tokens
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1,

@@ -18,8 +18,9 @@ from zoo.donors.memory import load_into, zoo_of
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.training.corpora import byte_tokens, encode_corpus, python_reference
+from zoo.training.corpora import encode_corpus, python_reference
 from zoo.training.loop import evaluate
+from zoo.vocabulary import byte_tokens
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1,
