@@ -24,7 +24,8 @@ from zoo.units.decoder import write_decoder
 from zoo.units.gains import tie_head
 from zoo.units.resizing import principal_axes, project_to_axes, residual_energy, resize_units
 from zoo.units.units import ROLES, require_unit_target, units_to_decoder
-from zoo.vocabulary import read_vocabulary, rows_by_token
+from zoo.vocabularies.build import DEFAULT_RULE, RULES, VOCABULARY_HELP, build_row_map, match_vocabularies
+from zoo.vocabularies.tokens import Tokens, read_tokens
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,7 @@ class AutoencoderSampler(Sampler):
     summary: ClassVar[str] = "what encoding and decoding alone keep of a donor's most important units"
     reference: ClassVar[str] = "autoencoder/README.md"
     needs: ClassVar[tuple[str, ...]] = ("donor", "model")
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"vocabulary": RULES}
 
     donor: str | None = option(
         None, "donor's name; none: by shared tokens (most first), sufficient width, lowest loss, nearest size"
@@ -44,6 +46,7 @@ class AutoencoderSampler(Sampler):
     tokenizer: str | None = option(
         None, "the target's tokenizer (folder or tokenizer.json), to match tokens by their strings"
     )
+    vocabulary: str = option(DEFAULT_RULE, VOCABULARY_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,8 +73,8 @@ class AutoencoderSampler(Sampler):
             )
         return load_autoencoder(self.model)
 
-    def _vocabulary(self) -> dict[str, int] | None:
-        return None if self.tokenizer is None else read_vocabulary(self.tokenizer)
+    def _tokens(self) -> Tokens | None:
+        return None if self.tokenizer is None else read_tokens(self.tokenizer)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         target = require_unit_target(blueprint, "target")
@@ -80,7 +83,7 @@ class AutoencoderSampler(Sampler):
             raise UserError("autoencoder: needs a donor; give --zoo, or --donor with a folder or a hub id")
         if self.donor is not None and self.donor not in {d.name for d in zoo.donors}:
             raise unknown("donor", self.donor, (d.name for d in zoo.donors))
-        vocabulary = self._vocabulary()
+        tokens = self._tokens()
         reasons = []
         best: tuple[tuple[float, ...], AlignedDonor] | None = None
         for aligned in align_donors(zoo):
@@ -90,7 +93,7 @@ class AutoencoderSampler(Sampler):
             if problem:
                 reasons.append(f"{aligned.name}: {problem}")
                 continue
-            known = round((donor_rows(aligned, target, vocabulary) >= 0).double().mean().item(), 1)
+            known = round((copied_rows(aligned, target, tokens, self.vocabulary) >= 0).double().mean().item(), 1)
             narrower = max(0, target.width - aligned.metadata.width)
             loss = recorded_loss(aligned.facts)
             gap = size_gap(zoo.donor(aligned.name), blueprint)
@@ -109,7 +112,7 @@ class AutoencoderSampler(Sampler):
             raise RuntimeError("autoencoder: call fit before sample")
         donor, target = self._source, blueprint.metadata
         assert target is not None
-        units = {**donor.units, "vocab": vocabulary_units(donor, target, self._vocabulary())}
+        units = {**donor.units, "vocab": vocabulary_units(donor, target, self._tokens(), self.vocabulary)}
         source = replace(donor.metadata, vocab=target.vocab)
         width = max(source.width, target.width)  # a narrower target is cut at the end, along its principal axes
         resized = resize_units(units, source, replace(target, width=width))
@@ -123,6 +126,11 @@ class AutoencoderSampler(Sampler):
             decoded = project_to_axes(decoded, principal_axes(residual_energy(decoded, target), target.width))
         decoder = units_to_decoder(decoded, target)
         yield from write_decoder(tie_head(decoder) if target.tied else decoder, blueprint)
+
+    @classmethod
+    def current_options(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """Samplers that were saved before there was a choice match equal strings only."""
+        return {"vocabulary": "strings", **saved}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self._source is None:
@@ -144,17 +152,26 @@ def mismatch_reason(donor: Metadata, target: Metadata, tokenizer: str | None) ->
     return None
 
 
-def donor_rows(donor: AlignedDonor, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
-    """The donor's row for each token of the target, int64 [V]; -1 if it has none.
+def own_tokens(donor: AlignedDonor) -> Tokens:
+    """The donor's tokens, of which only the strings are known."""
+    return Tokens.of_strings({token: i for i, token in enumerate(donor.tokens)})
 
-    vocabulary: the target's, token string -> id; None if it is the donor's."""
-    if vocabulary is None:
+
+def copied_rows(donor: AlignedDonor, target: Metadata, tokens: Tokens | None, rule: str) -> Tensor:
+    """The donor's row of the same token for each row of the target, int64 [V]; -1 if it has none.
+
+    tokens: the target's; None if it has the donor's vocabulary. rule: one of `zoo.vocabularies.build.RULES`."""
+    if tokens is None:
         return torch.arange(target.vocab)
-    own = {token: i for i, token in enumerate(donor.tokens)}
-    return rows_by_token(own, vocabulary, len(own), target.vocab)
+    return match_vocabularies(own_tokens(donor), tokens, len(donor.tokens), target.vocab, rule)
 
 
-def vocabulary_units(donor: AlignedDonor, target: Metadata, vocabulary: dict[str, int] | None) -> Tensor:
-    """The donor's vocabulary pairs for the target's tokens, [V, P, d]; the mean pair for tokens that it lacks."""
-    pairs, index = donor.units["vocab"], donor_rows(donor, target, vocabulary)
-    return torch.where((index >= 0)[:, None, None], pairs[index], pairs.mean(0))
+def vocabulary_units(donor: AlignedDonor, target: Metadata, tokens: Tokens | None, rule: str) -> Tensor:
+    """The donor's vocabulary pairs for the target's tokens, [V, P, d]; the mean pair for tokens without a counterpart.
+
+    tokens, rule: as for `copied_rows`."""
+    pairs = donor.units["vocab"]
+    if tokens is None:
+        return pairs[: target.vocab]
+    row_map = build_row_map(own_tokens(donor), tokens, len(donor.tokens), target.vocab, rule)
+    return row_map.apply(pairs, pairs.mean(0).expand(target.vocab, *pairs.shape[1:]))

@@ -18,7 +18,8 @@ from zoo.targets.blueprint import Blueprint
 from zoo.units.decoder import write_decoder
 from zoo.units.gains import tie_head
 from zoo.units.units import require_unit_target
-from zoo.vocabulary import read_vocabulary
+from zoo.vocabularies.matching import match_rows
+from zoo.vocabularies.tokens import Tokens, read_tokens
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,7 @@ class DiffusionSampler(Sampler):
                 )
             self._tokens = None
         else:
-            strings = {i: token for token, i in read_vocabulary(self.tokenizer).items()}
-            self._tokens = tuple(strings.get(i, f"<row {i}>") for i in range(target.vocab))
+            self._tokens = zoo_strings(read_tokens(self.tokenizer), known, target.vocab)
             shared = sum(token in known for token in self._tokens)
             if shared < target.vocab:
                 log.info(
@@ -109,3 +109,13 @@ class DiffusionSampler(Sampler):
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._pipeline = self._load()
         self._tokens = None if values["tokens"] is None else tuple(values["tokens"])
+
+
+def zoo_strings(target: Tokens, known: dict[str, int], n_target: int) -> tuple[str, ...]:
+    """The zoo's string of each token of a target, [n_target]; the target's own string for a token unknown to the zoo.
+
+    known: the zoo's token strings -> row. A row without a token is `<row i>`."""
+    strings = {i: token for token, i in target.ids.items()}
+    names = {row: token for token, row in known.items()}
+    rows = match_rows(Tokens.of_strings(known), target, len(known), n_target).tolist()
+    return tuple(names[row] if row >= 0 else strings.get(i, f"<row {i}>") for i, row in enumerate(rows))

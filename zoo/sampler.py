@@ -79,6 +79,10 @@ class Sampler(ABC):
         """[{name, revision, sha256, license}] of the donors that it uses, for cards and `headstart.json`."""
         return [provenance(zoo.donor(name)) for name in self.donors] if zoo is not None else []
 
+    def details(self, blueprint: Blueprint) -> dict[str, Any]:
+        """What `headstart.json` says of a fitted sampler besides its options and donors: key -> JSON value."""
+        return {}
+
     def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
         """The names of the donors whose weights `fit` or `sample` would read, for `--plan`. Reads no weight itself."""
         return tuple(d.name for d in zoo.donors) if zoo is not None and "donors" in self.needs else ()

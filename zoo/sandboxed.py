@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 LENGTHS = struct.Struct(">QQ")  # of the JSON and of the bytes
+STRINGS_AT_ONCE = 4096  # strings that are encoded at once: each takes about a kilobyte
+PATTERN_SIGNS = re.compile(r"[*?\[\]{}!]|::")  # in a path, by which fsspec looks for other files
 UNUSED = ("torch", "tensorflow", "jax", "flax")  # transformers would import them, which takes seconds
 
 
@@ -158,6 +160,9 @@ def read_documents(
     size, empty, whole, between = 0, 0, True, separator.encode()
     with tempfile.TemporaryDirectory(prefix="headstart-") as cache, _without_placeholders():
         try:
+            files = _plain_names(_with_rows(files, kind), cache)
+            if not files:
+                return {"documents": 0, "empty": 0, "whole": True}, b""
             rows = load_dataset(kind, data_files={"train": files}, split="train", streaming=True, cache_dir=cache)
             for number, row in enumerate(rows, 1):
                 text = _text_of_row(row, column, number)
@@ -174,8 +179,30 @@ def read_documents(
         except (UnsuitableText, MemoryError):
             raise
         except Exception as error:
-            raise ValueError(f"cannot be read as {kind} ({error}); correct the file, or give another one") from error
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"cannot be read as {kind} ({reason}); correct the file, or give another one") from error
     return {"documents": len(parts), "empty": empty, "whole": whole}, b"".join(parts)
+
+
+def _with_rows(files: list[str], kind: str) -> list[str]:
+    """The files that are not empty, which `datasets` refuses."""
+    import pyarrow.parquet as pq
+
+    if kind == "parquet":
+        return [file for file in files if pq.read_metadata(file).num_rows]
+    return [file for file in files if os.path.getsize(file)]
+
+
+def _plain_names(files: list[str], folder: str) -> list[str]:
+    """The files by names that `datasets` takes literally: links in a folder for those that it takes for patterns."""
+    found = []
+    for number, file in enumerate(files):
+        name = file
+        if PATTERN_SIGNS.search(file):
+            name = os.path.join(folder, f"{number:06}{os.path.splitext(file)[1]}")
+            os.symlink(file, name)
+        found.append(name)
+    return found
 
 
 def _text_of_row(row: dict[str, Any], column: str, number: int) -> str | None:
@@ -201,9 +228,88 @@ def encode_with_folder(data: bytes, folder: str) -> tuple[dict[str, Any], bytes]
     return {}, _ids(_load(folder)(data.decode(), add_special_tokens=False)["input_ids"])
 
 
+def encode_strings_with_file(data: bytes, file: str, word_inside: bool) -> tuple[dict[str, Any], bytes]:
+    """The token ids of each string of a JSON list by a tokenizer.json, as parts of a text: nothing is put before them.
+
+    Returns int64: the number of ids of each string, then all ids. word_inside: whether the strings are not split.
+    """
+    with open(file, "rb") as stream:
+        return {}, _encode_parts(json.loads(data), json.load(stream), word_inside)
+
+
+def encode_strings_with_folder(data: bytes, folder: str, word_inside: bool) -> tuple[dict[str, Any], bytes]:
+    """`encode_strings_with_file` for a folder with a tokenizer in any format that transformers reads."""
+    tokenizer, strings = _load(folder), json.loads(data)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return {}, _encode_parts(strings, json.loads(backend.to_str()), word_inside)
+    found = [tokenizer.encode(string, add_special_tokens=False) for string in strings]
+    return {}, _ids([len(ids) for ids in found]) + _ids([i for ids in found for i in ids])
+
+
+def _encode_parts(strings: list[str], content: dict[str, Any], word_inside: bool) -> bytes:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps(as_part_tokenizer(content, word_inside)))
+    counts, ids = array("q"), array("q")
+    for start in range(0, len(strings), STRINGS_AT_ONCE):
+        for found in tokenizer.encode_batch_fast(strings[start : start + STRINGS_AT_ONCE], add_special_tokens=False):
+            counts.append(len(found.ids))
+            ids.extend(found.ids)
+    return counts.tobytes() + ids.tobytes()
+
+
+def as_part_tokenizer(content: dict[str, Any], word_inside: bool) -> dict[str, Any]:
+    """A tokenizer.json that encodes a string as a part of a text: without a word marker or space before it.
+
+    word_inside: whether strings are also not split into words, as for the inside of a word of WordPiece.
+    """
+    content = {**content, "post_processor": None, "truncation": None, "padding": None}
+    content["normalizer"] = _without_prefix(content.get("normalizer"), "normalizers", ("Prepend", "Strip"))
+    splits = ("WhitespaceSplit",) if _has_type(content.get("pre_tokenizer"), "Metaspace") else ()
+    content["pre_tokenizer"] = (
+        None if word_inside else _without_prefix(content.get("pre_tokenizer"), "pretokenizers", splits)
+    )
+    if isinstance(content.get("model"), dict) and content["model"].get("dropout"):
+        content["model"] = {**content["model"], "dropout": None}
+    return content
+
+
+def _without_prefix(part: Any, key: str, dropped: tuple[str, ...]) -> Any:
+    """A normaliser or pre-tokenizer that puts nothing before a text. dropped: the types that are left out of it."""
+    if not isinstance(part, dict) or part.get("type") in dropped:
+        return None
+    if part.get("type") == "Sequence" and isinstance(part.get(key), list):
+        inner = [_without_prefix(one, key, dropped) for one in part[key]]
+        return {**part, key: [one for one in inner if one is not None]}
+    if part.get("type") == "Metaspace":
+        return {
+            **part,
+            "prepend_scheme": "never",
+            **({"add_prefix_space": False} if "add_prefix_space" in part else {}),
+        }
+    return {**part, "add_prefix_space": False} if part.get("type") == "ByteLevel" else part
+
+
+def _has_type(part: Any, name: str) -> bool:
+    """Whether a pre-tokenizer is of a type, or has a component of it."""
+    inner = part.get("pretokenizers") if isinstance(part, dict) else None
+    return isinstance(part, dict) and (
+        part.get("type") == name or any(_has_type(one, name) for one in (inner if isinstance(inner, list) else ()))
+    )
+
+
 def vocabulary_with_folder(data: bytes, folder: str) -> tuple[dict[str, Any], bytes]:
-    """{vocabulary: token string -> id} of a folder with a tokenizer, added tokens included."""
-    return {"vocabulary": _load(folder).get_vocab()}, b""
+    """{vocabulary: token string -> id, parts: its tokenizer.json without the vocabulary} of a folder with a tokenizer.
+
+    The vocabulary has the added tokens. The parts are empty where the tokenizer is not one of the tokenizers library.
+    """
+    tokenizer = _load(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if backend is not None else {}
+    if isinstance(parts.get("model"), dict):
+        parts["model"] = {k: v for k, v in parts["model"].items() if k not in ("vocab", "merges")}
+    return {"vocabulary": tokenizer.get_vocab(), "parts": parts}, b""
 
 
 def compare_tokenizers(data: bytes, folders: list[str]) -> tuple[dict[str, Any], bytes]:
@@ -214,6 +320,30 @@ def compare_tokenizers(data: bytes, folders: list[str]) -> tuple[dict[str, Any],
         for found in tokenizers
     }
     return {"classes": [type(found).__name__ for found in tokenizers], "equal": len(states) == 1}, b""
+
+
+def rebuild_gguf_tokenizer(data: bytes, architecture: str) -> tuple[dict[str, Any], bytes]:
+    """The tokenizer.json of the vocabulary in a GGUF file, as transformers converts it.
+
+    data: JSON, {tokenizer: its parts by transformers' names, before, after: the special token that a text gets there}.
+    """
+    from tokenizers import processors
+
+    try:
+        library: Any = importlib.import_module("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    except ImportError:  # before transformers had a package for GGUF
+        library = importlib.import_module("transformers.integrations.ggml")
+    given = json.loads(data)
+    backend, _ = library.convert_gguf_tokenizer(architecture, given["tokenizer"])
+    before, after = given["before"], given["after"]
+    if before is not None or after is not None:
+        special = [(token, backend.token_to_id(token)) for token in dict.fromkeys((before, after)) if token is not None]
+        parts = [[f"{before}:{n}"] * (before is not None) + [f"${c}:{n}"] + [f"{after}:{n}"] * (after is not None)
+                 for n, c in enumerate("AB")]  # fmt: skip
+        backend.post_processor = processors.TemplateProcessing(
+            single=parts[0], pair=parts[0] + parts[1], special_tokens=special
+        )
+    return {}, backend.to_str().encode()
 
 
 _open: dict[str, Any] = {}  # the tokenizer that `open_tokenizer` loaded, by its folder
@@ -267,8 +397,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., tuple[dict[str, Any], bytes]], tuple[st
     "read_documents": (read_documents, ("datasets",)),
     "encode_with_file": (encode_with_file, ("tokenizers",)),
     "encode_with_folder": (encode_with_folder, ("transformers.models.auto.tokenization_auto",)),
+    "encode_strings_with_file": (encode_strings_with_file, ("tokenizers",)),
+    "encode_strings_with_folder": (encode_strings_with_folder, ("transformers.models.auto.tokenization_auto",)),
     "vocabulary_with_folder": (vocabulary_with_folder, ("transformers.models.auto.tokenization_auto",)),
     "compare_tokenizers": (compare_tokenizers, ("transformers.models.auto.tokenization_auto",)),
+    "rebuild_gguf_tokenizer": (rebuild_gguf_tokenizer, ("transformers.models.auto.tokenization_auto",)),
     "open_tokenizer": (open_tokenizer, ("transformers.models.auto.tokenization_auto",)),
     "use_tokenizer": (use_tokenizer, ()),
 }  # name -> (function, modules that it needs)

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.checkpoints.files import open_regular, read_json
 from zoo.checkpoints.side_files import SENTENCEPIECE_FILES, TOKENIZER_FILES, VOCABULARY_FILES, vocabulary_file
-from zoo.checkpoints.token_ids import read_token_ids
+from zoo.checkpoints.token_ids import parse_token_ids
 from zoo.errors import UserError
 from zoo.limits import (
     MAX_CONFIG,
@@ -97,10 +97,21 @@ def read_vocabulary(tokenizer: str | Path) -> dict[str, int]:
 
     A tokenizer.json is read here. transformers reads older formats, in a child process with limits of time and memory.
     """
+    return read_vocabulary_and_parts(tokenizer)[0]
+
+
+def read_vocabulary_and_parts(tokenizer: str | Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """(`read_vocabulary`, the content of its tokenizer.json without the vocabulary).
+
+    transformers makes a tokenizer.json of most older formats. For the others the second value is empty.
+    """
     path = Path(tokenizer)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file() and file.name not in (*VOCABULARY_FILES[1:], "merges.txt"):
-        return read_token_ids(file)
+        content = read_json(file)
+        ids = parse_token_ids(content, file)
+        model = {key: value for key, value in content["model"].items() if key not in ("vocab", "merges")}
+        return ids, {**content, "model": model}
     folder = path if path.is_dir() else path.parent
     if not path.exists() or not has_tokenizer(folder):
         raise UserError(f"{file}: no such file; save the tokenizer with save_pretrained")
@@ -108,7 +119,7 @@ def read_vocabulary(tokenizer: str | Path) -> dict[str, int]:
     call = ("vocabulary_with_folder", {"folder": str(folder.resolve())})
     with tokenizer_errors(folder):
         reply, _ = shared.call(*call, tokenizer_limits(folder, 0), str(folder))
-    return {str(token): int(row) for token, row in reply["vocabulary"].items()}
+    return {str(token): int(row) for token, row in reply["vocabulary"].items()}, dict(reply["parts"])
 
 
 def require_tokenizer_packages(folder: Path) -> None:
@@ -154,6 +165,30 @@ def encode_text(text: str, tokenizer: Path) -> Tensor:
     with tokenizer_errors(tokenizer):
         _, ids = shared.call(*call, tokenizer_limits(tokenizer, len(data)), str(tokenizer), data)
     return torch.frombuffer(bytearray(ids), dtype=torch.int64) if ids else torch.empty(0, dtype=torch.int64)
+
+
+def encode_strings(strings: Sequence[str], tokenizer: Path, word_inside: bool = False) -> tuple[Tensor, Tensor]:
+    """(the number of token ids of each string, all ids one after the other), int64: [N] and [sum of the numbers].
+
+    Each string is encoded as a part of a text: neither special tokens nor a word marker or space come before it.
+    tokenizer: a folder or a tokenizer.json. word_inside: whether the strings are not split into words, so that
+    WordPiece reads one that begins with its prefix (`##`) as the inside of a word. A child process with limits of time
+    and memory does the work, as for `encode_text`. UserError where the tokenizer is damaged or passes the limits.
+    """
+    data = json.dumps(list(strings), ensure_ascii=False).encode()
+    file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    if file.is_file() and file.name not in (*VOCABULARY_FILES[1:], "merges.txt"):
+        call = ("encode_strings_with_file", {"file": str(file.resolve()), "word_inside": word_inside})
+    else:
+        folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+        call = ("encode_strings_with_folder", {"folder": str(folder.resolve()), "word_inside": word_inside})
+    with tokenizer_errors(tokenizer):
+        _, answer = shared.call(*call, tokenizer_limits(tokenizer, len(data)), str(tokenizer), data)
+        values = torch.frombuffer(bytearray(answer), dtype=torch.int64) if answer else torch.empty(0, dtype=torch.int64)
+        counts, ids = values[: len(strings)], values[len(strings) :]
+        if len(counts) < len(strings) or int(counts.sum()) != len(ids):
+            raise UserError("its answer is not a list of ids for each string")
+    return counts, ids
 
 
 def compare_tokenizers(first: Path, second: Path) -> tuple[bool, list[str]]:

@@ -21,7 +21,12 @@ from baselines.distributions.kronecker import (
     flip_flop,
     rescale_to_unit_rms,
 )
-from baselines.transfer.vocabulary import vocabulary_rows
+from baselines.transfer.vocabulary import (
+    VocabularyRows,
+    composed_rows,
+    log_vocabulary,
+    vocabulary_rows,
+)
 from zoo.checkpoints.atomic import scratch_folder
 from zoo.donors.donor import Donor, dissimilarity
 from zoo.donors.zoo import Zoo
@@ -36,6 +41,7 @@ from zoo.units.decoder import write_decoder
 from zoo.units.gains import tie_head
 from zoo.units.resizing import resize_units
 from zoo.units.units import ROLES, require_unit_target, units_to_decoder
+from zoo.vocabularies.build import DEFAULT_RULE, RULES, VOCABULARY_HELP
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +51,7 @@ CHOICES = {
     "mean": ("pooled", "zero"),
     "granularity": ("role", "layer"),
     "toward": ("diagonal", "identity"),
+    "vocabulary": RULES,
 }
 
 
@@ -84,6 +91,7 @@ class MatrixNormal(Sampler):
 
     donor: str | None = option(None, "name of the donor; none: all donors that fit")
     tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
+    vocabulary: str = option(DEFAULT_RULE, VOCABULARY_HELP)
     basis: str = option("auto", "canonical, or stored (same names and shapes); auto: stored where there is no config")
     mean: str = option("pooled", "the mean M: pooled (the donors' mean) or zero")
     granularity: str = option("role", "one covariance for all layers (role), or one for each (layer)")
@@ -95,6 +103,7 @@ class MatrixNormal(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._donors: tuple[str, ...] = ()
+        self._coverage: dict[str, Any] = {}  # donor -> how it serves the tokens of the target
         self._scales: dict[str, float] = {}  # by block: a layer of a kind, or a tensor
         self._group: dict[str, str] = {}  # block -> the covariances that it uses
         self._tensors: dict[str, Tensor] = {}  # mean/BLOCK, rows/GROUP and columns/GROUP (factors), float32
@@ -110,7 +119,7 @@ class MatrixNormal(Sampler):
         pool = self._choose(zoo, blueprint)
         self._donors = pool.names
         log.info("%s: fitted to %d donors: %s", self.name, len(pool.names), ", ".join(pool.names))
-        self._scales, self._group, self._tensors = {}, {}, {}
+        self._coverage, self._scales, self._group, self._tensors = {}, {}, {}, {}
         pooled = self.mean == "pooled" and len(pool.names) > 1
         if self.mean == "pooled" and not pooled:
             log.info("%s: one donor has no spread around its mean, so that the mean is taken to be zero", self.name)
@@ -121,7 +130,10 @@ class MatrixNormal(Sampler):
                 left = set(pool.names)
                 for aligned in align_donors(pool):
                     left.discard(aligned.name)
-                    blocks.add(_unit_blocks(aligned, pool.donor(aligned.name), blueprint, self.tokenizer))
+                    rows = composed_rows(pool.donor(aligned.name), blueprint, self.tokenizer, self.vocabulary)
+                    log_vocabulary(rows, f"{self.name}: {aligned.name}", self.vocabulary)
+                    self._coverage |= {aligned.name: record} if (record := rows.record(self.vocabulary)) else {}
+                    blocks.add(_unit_blocks(aligned, blueprint, rows))
                 if left:
                     raise UserError(f"{pool.path}: donor {min(left)!r} has no canonical form; leave it out")
             else:
@@ -225,6 +237,9 @@ class MatrixNormal(Sampler):
             fitting = wide or fitting
         return Zoo.of_donors(fitting, zoo.path)
 
+    def details(self, blueprint: Blueprint) -> dict[str, Any]:
+        return {"vocabulary": self._coverage} if self._coverage else {}
+
     def _problem(self, donor: Donor, blueprint: Blueprint, target: Metadata | None) -> str | None:
         """Why a donor cannot be used for a target, or None."""
         if target is None:
@@ -232,7 +247,7 @@ class MatrixNormal(Sampler):
             return None if shared else "it has no matrix with the name and shape of one of the target's"
         try:
             source = require_unit_target(donor.blueprint, donor.name)
-            vocabulary_rows(donor, blueprint, self.tokenizer)
+            vocabulary_rows(donor, blueprint, self.tokenizer, self.vocabulary)
         except UserError as error:
             return str(error)
         if source.head_dim != target.head_dim:
@@ -317,13 +332,16 @@ def _stored_blocks(donor: Donor, blueprint: Blueprint) -> dict[str, Tensor]:
     }
 
 
-def _unit_blocks(aligned: AlignedDonor, donor: Donor, blueprint: Blueprint, tokenizer: str | None) -> dict[str, Tensor]:
-    """'KIND LAYER' -> [units of a layer of the target, vectors x width]; 'vocab 0' -> the target's tokens."""
+def _unit_blocks(aligned: AlignedDonor, blueprint: Blueprint, rows: VocabularyRows) -> dict[str, Tensor]:
+    """'KIND LAYER' -> [units of a layer of the target, vectors x width]; 'vocab 0' -> the target's tokens.
+
+    Rows of tokens that the donor does not serve are zero.
+    """
     target = blueprint.metadata
     assert target is not None
     units = resize_units(aligned.units, aligned.metadata, replace(target, vocab=aligned.metadata.vocab))
-    rows = vocabulary_rows(donor, blueprint, tokenizer).index
-    units["vocab"] = units["vocab"][rows.clamp_min(0)] * (rows >= 0)[:, None, None]
+    table = units["vocab"]
+    units["vocab"] = rows.apply(table, table.new_zeros(len(rows.index), *table.shape[1:]))
     out: dict[str, Tensor] = {}
     for kind, vectors in units.items():
         layers = vectors.flatten(1).chunk(1 if kind == "vocab" else target.layers)

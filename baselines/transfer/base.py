@@ -13,13 +13,14 @@ from baselines.transfer.donor_choice import DonorRequest, choose_donor, copies_b
 from baselines.transfer.gather import fixed_maps, gather_tensors
 from baselines.transfer.index_maps import IndexMaps
 from baselines.transfer.sizes import describe_changes, metadata_pair
-from baselines.transfer.vocabulary import VocabularyRows, vocabulary_rows
+from baselines.transfer.vocabulary import VocabularyRows, composed_rows, log_vocabulary
 from zoo.donors.donor import Donor
 from zoo.donors.folder import donor_ref, open_ref
 from zoo.donors.zoo import Zoo
 from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
+from zoo.vocabularies.build import DEFAULT_RULE, MODEL_HELP, RULES, VOCABULARY_HELP
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +38,20 @@ class Transfer(Sampler):
 
     donor: str | None = option(None, "name of the donor; none: the nearest in size that fits")
     tokenizer: str | None = option(None, "the target's tokenizer (folder or tokenizer.json), to match tokens by string")
+    vocabulary: str = option(DEFAULT_RULE, VOCABULARY_HELP)
+    vocabulary_model: str | None = option(None, MODEL_HELP)
     head: str = option(
         "default", "the head, for a donor without one: default (the default initialisation) or embedding (a copy of it)"
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.choices = {**cls.choices, "head": ("default", "embedding")}
+        cls.choices = {**cls.choices, "head": ("default", "embedding"), "vocabulary": RULES}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._source: Donor | None = None
+        self._rows: dict[tuple[Any, ...], VocabularyRows] = {}
 
     @property
     def allow_larger(self) -> bool:
@@ -61,7 +65,7 @@ class Transfer(Sampler):
 
     def is_copy(self, blueprint: Blueprint) -> bool:
         """Whether `sample` copies every tensor of the fitted donor by its name."""
-        return self.copies_own_shape and copies_by_name(self.source, blueprint, self.tokenizer)
+        return self.copies_own_shape and copies_by_name(self.source, blueprint, self.tokenizer, self.vocabulary)
 
     def extra_mismatches(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         """The method's own reasons why a donor cannot fill a target. Reads configs only."""
@@ -83,9 +87,17 @@ class Transfer(Sampler):
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         self._source = self._choose(zoo, blueprint)
-        log_plan(self._source, blueprint, self.tokenizer, self.name)
+        self.log_plan(blueprint)
         self.warn_about_head(blueprint)
         return self
+
+    def log_plan(self, blueprint: Blueprint) -> None:
+        """Logs which axes change, and what is composed or drawn because the donor does not have it."""
+        if blueprint.metadata is None:
+            log.info("%s: from %s: same shape", self.name, self.source.name)
+            return
+        log_axes(self.source, blueprint, self.name)
+        log_vocabulary(self.vocabulary_rows(blueprint), self.name, self.vocabulary)
 
     def gather(
         self, blueprint: Blueprint, maps_of: Callable[[str], IndexMaps], seed: int, donor: Donor | None = None
@@ -111,6 +123,7 @@ class Transfer(Sampler):
             method=self.name,
             name=self.donor,
             tokenizer=self.tokenizer,
+            vocabulary=self.vocabulary,
             allow_larger=self.allow_larger,
             extra_mismatches=self.extra_mismatches,
             how_to_grow=self.how_to_grow,
@@ -119,8 +132,23 @@ class Transfer(Sampler):
         return choose_donor(zoo, blueprint, request)
 
     def vocabulary_rows(self, blueprint: Blueprint) -> VocabularyRows:
-        """The donor's row for each row of the target's vocabulary."""
-        return vocabulary_rows(self.source, blueprint, self.tokenizer)
+        """The donor's rows for each row of the target's vocabulary."""
+        source, target = metadata_pair(self.source, blueprint)
+        key = (self.source.sha256, source.vocab, target.vocab)
+        if key not in self._rows:
+            rows = composed_rows(self.source, blueprint, self.tokenizer, self.vocabulary, self.vocabulary_model)
+            self._rows = {key: rows}
+        return self._rows[key]
+
+    def details(self, blueprint: Blueprint) -> dict[str, Any]:
+        rows = None if self._source is None or blueprint.metadata is None else self.vocabulary_rows(blueprint)
+        record = {} if rows is None else rows.record(self.vocabulary)
+        return {"vocabulary": record} if record else {}
+
+    @classmethod
+    def current_options(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """Samplers that were saved before there was a choice match equal strings only."""
+        return {"vocabulary": "strings", **saved}
 
     def fixed_maps(self, blueprint: Blueprint) -> dict[str, Any]:
         """The maps that no method decides, as keyword arguments of `IndexMaps`."""
@@ -133,22 +161,12 @@ class Transfer(Sampler):
         self._source = open_ref(values, self.name)
 
 
-def log_plan(donor: Donor, blueprint: Blueprint, tokenizer: str | None, method: str) -> None:
-    """Logs which axes change, and what is drawn at random because the donor does not have it."""
-    if blueprint.metadata is None:
-        log.info("%s: from %s: same shape", method, donor.name)
-        return
-    rows = vocabulary_rows(donor, blueprint, tokenizer)
+def log_axes(donor: Donor, blueprint: Blueprint, method: str) -> None:
+    """Logs which axes change, but for the vocabulary."""
     source, target = metadata_pair(donor, blueprint)
     log.info("%s: from %s: %s", method, donor.name, describe_changes(source, target))
     if target.layers > source.layers:
         log.info("%s: %d layers from %d: layers repeat", method, target.layers, source.layers)
-    if rows.padded:
-        log.info("%s: the target has no tokenizer: it is taken to have the donor's, with rows of padding", method)
-    n_new = int((rows.index < 0).sum())
-    if n_new or not rows.same_tokenizer:
-        shared = f"{target.vocab - n_new} of {target.vocab} tokens are in the donor's vocabulary"
-        log.info("%s: %s; the other %d rows are drawn like the donor's", method, shared, n_new)
     if target.positions > source.positions:
         log.info("%s: positions from %d on are drawn like the donor's", method, source.positions)
     if target.tied and not source.tied:

@@ -10,13 +10,14 @@ import torch
 
 from baselines.transfer.index_rules import rope_index
 from baselines.transfer.matching import has_unknown_axes, name_pattern, same_tensors, stack_of, unmatched_tensors
-from baselines.transfer.sizes import axis_sizes, rotary_dim
+from baselines.transfer.sizes import axis_sizes
 from baselines.transfer.vocabulary import vocabulary_rows
 from zoo.donors.donor import Donor, dissimilarity
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Part, TensorSpec
+from zoo.vocabularies.build import DEFAULT_RULE
 from zoo.vocabulary import read_vocabulary
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class DonorRequest:
     method: str  # its name, for messages
     name: str | None = None  # of the donor; None: the nearest in size that fits
     tokenizer: str | None = None  # the target's
+    vocabulary: str = DEFAULT_RULE  # the rule for tokens that a donor does not have
     allow_larger: bool = False  # whether an axis of the target may be larger than the donor's
     extra_mismatches: ExtraMismatches = lambda donor, blueprint: []  # the method's own reasons against a donor
     how_to_grow: str = ""  # advice for a target with a larger axis
@@ -96,10 +98,17 @@ def mismatches(donor: Donor, blueprint: Blueprint, allow_larger: bool) -> list[s
         found.append(f"the donor has {source.norm} norms and the target {target.norm} norms")
     if (source.rope_theta is None) != (target.rope_theta is None):
         found.append("only one of the two has rotary positions")
+    elif source.head_dim != target.head_dim and (
+        source.extra.get("rotary_differs") or target.extra.get("rotary_differs")
+    ):
+        found.append(f"the rotary positions of its layers differ, so head_dim {source.head_dim} cannot change")
+    elif source.rotary.size * target.head_dim != target.rotary.size * source.head_dim:
+        parts = [f"{m.rotary.size} of the {m.head_dim} coordinates of a head" for m in (source, target)]
+        found.append(f"the rotary positions of the donor turn {parts[0]}, those of the target {parts[1]}")
     for axis, n_source, n_target in axis_sizes(source, target):
         if axis == "head_dim":
             try:
-                rope_index(n_source, n_target, rotary_dim(source))
+                rope_index(n_source, n_target, source.rotary, target.rotary)
             except UserError:
                 advice = f"; use more heads of {n_source} instead" if n_target > n_source else ""
                 found.append(f"head_dim {n_source} must be a whole multiple of the target's {n_target}{advice}")
@@ -110,25 +119,25 @@ def mismatches(donor: Donor, blueprint: Blueprint, allow_larger: bool) -> list[s
 
 def _check_donor(donor: Donor, blueprint: Blueprint, request: DonorRequest) -> tuple[list[str], bool]:
     """(why a donor does not fit, whether it has the target's tokenizer)."""
-    if request.copies and copies_by_name(donor, blueprint, request.tokenizer):
+    if request.copies and copies_by_name(donor, blueprint, request.tokenizer, request.vocabulary):
         return [], True
     reasons = mismatches(donor, blueprint, request.allow_larger) or request.extra_mismatches(donor, blueprint)
     if reasons:
         return reasons, False
     try:
-        return [], vocabulary_rows(donor, blueprint, request.tokenizer).same_tokenizer
+        return [], vocabulary_rows(donor, blueprint, request.tokenizer, request.vocabulary).same_tokenizer
     except UserError as error:
         return [str(error)], False
 
 
-def copies_by_name(donor: Donor, blueprint: Blueprint, tokenizer: str | None) -> bool:
+def copies_by_name(donor: Donor, blueprint: Blueprint, tokenizer: str | None, rule: str = DEFAULT_RULE) -> bool:
     """Whether a target has exactly the donor's tensors, and its tokens are in the same rows."""
     if not same_tensors(donor, blueprint):
         return False
     if blueprint.metadata is None:
         return tokenizer is None or donor.vocabulary() in (None, read_vocabulary(tokenizer))
     try:
-        rows = vocabulary_rows(donor, blueprint, tokenizer).index
+        rows = vocabulary_rows(donor, blueprint, tokenizer, rule).index
     except UserError:
         return False
     return torch.equal(rows, torch.arange(len(rows)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from baselines.transfer.index_maps import AxisMap, IndexMaps, map_part
 from baselines.transfer.index_rules import number_new_rows, rope_index
 from baselines.transfer.matching import DonorParts, has_unknown_axes, norms_before_head
-from baselines.transfer.sizes import metadata_pair, rotary_dim
+from baselines.transfer.sizes import metadata_pair
 from baselines.transfer.vocabulary import VocabularyRows
 from zoo.donors.donor import Donor
 from zoo.streams import stream
@@ -25,8 +25,9 @@ def fixed_maps(donor: Donor, blueprint: Blueprint, rows: VocabularyRows) -> dict
     source, target = metadata_pair(donor, blueprint)
     return {
         "vocab": AxisMap(number_new_rows(rows.index, source.vocab)),
+        "tokens": rows.row_map,
         "position": _position_map(_position_rows(donor.blueprint), _position_rows(blueprint)),
-        "head_dim": AxisMap(rope_index(source.head_dim, target.head_dim, rotary_dim(source))),
+        "head_dim": AxisMap(rope_index(source.head_dim, target.head_dim, source.rotary, target.rotary)),
         "experts": tuple(i * source.experts // target.experts for i in range(target.experts)),
     }
 
@@ -106,14 +107,17 @@ def _scale_final_norm(tensor: Tensor, spec: TensorSpec, blueprint: Blueprint, ma
 def _append_new_rows(matrix: Tensor, part: Part, maps: IndexMaps, generator: torch.Generator) -> Tensor:
     """The donor's matrix with rows appended for the tokens or positions that it lacks.
 
-    New rows are normal, with the mean and standard deviation of each column.
+    New rows are normal, with the mean and standard deviation of each column, but for tokens that are composed.
     """
     if part.axes[0] not in ("vocab", "position"):
         return matrix
     index = maps.axis(part.axes[0], None).index
     n_new = max(0, int(index.max()) + 1 - len(matrix))
     draws = torch.randn(n_new, *matrix.shape[1:], generator=generator)
-    return torch.cat([matrix, matrix.mean(0) + matrix.std(0, correction=0) * draws])
+    rows = matrix.mean(0) + matrix.std(0, correction=0) * draws
+    if part.axes[0] == "vocab" and maps.tokens is not None:
+        rows = maps.tokens.fill_composed(rows, matrix, index[maps.tokens.composed] - len(matrix))
+    return torch.cat([matrix, rows])
 
 
 def _keeps_places(maps: IndexMaps, source: Metadata, layer: int | None) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.tensors import Part
+from zoo.vocabularies.row_map import RowMap
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class AxisMap:
 class IndexMaps:
     """All index maps from a donor to a target.
 
-    Rows of `vocab` and `position` that the donor does not have point past its last row, in order.
+    Rows of `vocab` and `position` that the donor does not have point past its last row, in order. `tokens` says which
+    of those of `vocab` are composed of the donor's rows.
     """
 
     layers: tuple[int, ...]  # the donor's layer for each layer of the target
@@ -44,6 +46,7 @@ class IndexMaps:
     experts: tuple[int, ...] = ()  # the donor's expert for each expert of the target
     embed_scale: float = 1.0  # factor of the token embedding
     shared_ffn: tuple[AxisMap, ...] = ()  # per layer of the target, of the MLP beside the experts; empty without one
+    tokens: RowMap | None = None  # where the target has another tokenizer
 
     def axis(self, name: str, layer: int | None = None, expert: bool = False) -> AxisMap:
         """The map of an axis (one of zoo.tensors.AXES) in a layer of the target."""

@@ -34,6 +34,7 @@ from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, TensorSpec
+from zoo.vocabularies.build import RULES
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ CHOICES = {
     "coupling": ("coupled", "uncoupled"),
     "depth": ("share", "repeat", "stack", "silent"),
 }
-REMOVED_OPTIONS = ("pool", "mix", "vocabulary")  # options of samplers that older versions saved
+REMOVED_OPTIONS = ("pool", "mix")  # options of samplers that older versions saved
 
 
 @dataclass(kw_only=True)
@@ -157,7 +158,10 @@ class RowColumn(Transfer):
     def current_options(cls, saved: dict[str, Any]) -> dict[str, Any]:
         if saved.get("pool") is not None:
             raise UserError("row-column: this sampler mixes several donors (pool), which was removed; fit a new one")
-        return {name: value for name, value in saved.items() if name not in REMOVED_OPTIONS}
+        saved = {name: value for name, value in saved.items() if name not in REMOVED_OPTIONS}
+        if saved.get("vocabulary") not in RULES:  # the option of a pool, which had this name
+            saved.pop("vocabulary", None)
+        return super().current_options(saved)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A reference to a donor in files, or all tensors of a module's chain."""

@@ -137,6 +137,7 @@ def _write(job: GenerateJob, zoo: Zoo | None, folder: Path, command: str) -> Non
         "donors": sampler.provenance(zoo),
         "tensors": counts,
         "parameters": blueprint.parameters,
+        **sampler.details(blueprint),
         "config": config.to_record(),
     }
     (folder / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -13,7 +13,11 @@ ADVICE = "save it again with save_pretrained"
 
 def read_token_ids(path: Path) -> dict[str, int]:
     """Token string -> id of a tokenizer.json, added tokens included. UserError for a file that is none."""
-    content = read_json(path)
+    return parse_token_ids(read_json(path), path)
+
+
+def parse_token_ids(content: dict[str, Any], path: Path) -> dict[str, int]:
+    """Token string -> id of the content of a tokenizer.json. UserError, about `path`, where it is none."""
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: is not a tokenizer (it has no model); {ADVICE}")
     ids = _model_ids(content["model"].get("vocab"), str(path))

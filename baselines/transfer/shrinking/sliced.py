@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from baselines.transfer.base import Transfer, log_plan
+from baselines.transfer.base import Transfer
 from baselines.transfer.donor_choice import DonorRequest, choose_donor
 from baselines.transfer.index_rules import even_layers
 from baselines.transfer.shrinking.base import drop_middle_layers
@@ -90,7 +90,7 @@ class Sliced(Transfer):
         donor = self._choose(zoo, blueprint)
         windows = self._calibration(donor)
         self._source = donor
-        log_plan(donor, blueprint, self.tokenizer, self.name)
+        self.log_plan(blueprint)
         self.warn_about_head(blueprint)
         self._basis = None if windows is None else activation_basis(donor, windows, self.device)
         return self
@@ -149,8 +149,8 @@ class Sliced(Transfer):
             other, distance = dissimilarity(donor, blueprint)
             try:
                 require_sliceable(donor, target)
-                choose_donor(zoo, blueprint, DonorRequest(self.name, donor.name, self.tokenizer))
-                same = vocabulary_rows(donor, blueprint, self.tokenizer).same_tokenizer
+                choose_donor(zoo, blueprint, DonorRequest(self.name, donor.name, self.tokenizer, self.vocabulary))
+                same = vocabulary_rows(donor, blueprint, self.tokenizer, self.vocabulary).same_tokenizer
                 fitting.append((not same, distance, donor.name))
             except UserError as error:
                 refused.append((other, distance, str(error)))
@@ -236,19 +236,16 @@ def cut_decoder(decoder: Decoder, target: Metadata, layers: tuple[int, ...]) -> 
 def _map_vocabulary(decoder: Decoder, rows: VocabularyRows, seed: int) -> Decoder:
     """The decoder with the target's vocabulary.
 
-    A token that the donor does not have gets normal rows, with the mean and standard deviation of each column.
+    A token that is neither copied nor composed gets normal rows, with the mean and standard deviation of each column.
     """
-    known = rows.index >= 0
+    n_target = len(rows.index)
 
     def map_rows(table: Tensor, name: str) -> Tensor:
-        draws = torch.randn((len(known), *table.shape[1:]), generator=stream(seed, f"sliced/{name}"), device="cpu")
-        new_rows = table.mean(0) + table.std(0, correction=0) * draws.to(table)
-        picked = table[rows.index.clamp_min(0).to(table.device)]
-        is_known = known.to(table.device).view(-1, *[1] * (table.ndim - 1))
-        return torch.where(is_known, picked, new_rows)
+        draws = torch.randn((n_target, *table.shape[1:]), generator=stream(seed, f"sliced/{name}"), device="cpu")
+        return rows.apply(table, table.mean(0) + table.std(0, correction=0) * draws.to(table))
 
     bias = None if decoder.head_bias is None else map_rows(decoder.head_bias, "head bias")
-    metadata = replace(decoder.metadata, vocab=len(known))
+    metadata = replace(decoder.metadata, vocab=n_target)
     embed, head = map_rows(decoder.embed, "embed"), map_rows(decoder.head, "head")
     return replace(decoder, metadata=metadata, embed=embed, head=head, head_bias=bias)
 
