@@ -21,11 +21,12 @@ from zoo.checkpoints.atomic import (
 )
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.files import FileHashes, content_hash, file_hash
+from zoo.checkpoints.licenses import UNKNOWN
 from zoo.checkpoints.side_files import CHAT_TEMPLATES, names_in_earlier_hash
-from zoo.checkpoints.sources import Source, count_tensors, open_source, resolve_source
+from zoo.checkpoints.sources import Source, count_tensors, fetch_checked_files, open_source, resolve_source
 from zoo.donors.index import refresh_index
 from zoo.donors.layout import MANIFEST, RECORD, ROWS
-from zoo.donors.manifest import donor_rows, join_rows, measure, write_rows
+from zoo.donors.manifest import Measure, donor_rows, join_rows, measure, write_rows
 from zoo.donors.model_checkpoint import (
     ModelCheckpoint,
     check_against_blueprint,
@@ -34,6 +35,9 @@ from zoo.donors.model_checkpoint import (
 )
 from zoo.donors.records import read_record, write_record
 from zoo.errors import UserError
+from zoo.gguf.convert import convert, converted_size
+from zoo.gguf.model import GgufModel, describe_types
+from zoo.gguf.source import GgufSource, gguf_revision, is_gguf_address, resolve_gguf
 from zoo.statistics.health import Finding, check_health, summarise_findings
 from zoo.words import shortened_list
 
@@ -52,7 +56,7 @@ def add(
 ) -> list[dict[str, Any]]:
     """Copies checkpoints into the zoo at `zoo`, which is created if needed.
 
-    sources   folders and hub ids `org/name[@revision]`
+    sources   folders, GGUF files, hub ids `org/name[@revision]`, and GGUF files of the hub `org/name[@revision]:FILE`
     revision  of the hub ids without one
     plan      only report what would be done
     shard     (i, n): only sources[i::n], for n parallel processes
@@ -60,9 +64,9 @@ def add(
 
     Returns for each source {source, name, revision, license, state, tensors, read, download, write, health}. `read`,
     `download` and `write` are bytes. `state` is new or present in a plan, else added or present. `revision` is the
-    commit of a hub source and `sha256:<content hash>` of a folder, None in the plan of a folder that was not read.
-    `health` is `fine` or the kinds of `zoo.statistics.health`, which are also reported on stderr. It is None where
-    nothing was added.
+    commit of a hub source and `sha256:<content hash>` of a folder or of a GGUF file, None in the plan of one that was
+    not read. `health` is `fine` or the kinds of `zoo.statistics.health`, which are also reported on stderr. It is None
+    where nothing was added.
 
     All sources are resolved before the first is copied. A donor appears in models/ complete, by a rename. An
     interrupted add leaves a hidden folder there, and the next add continues it. Adding a donor again changes nothing,
@@ -74,11 +78,11 @@ def add(
         raise UserError(f"--shard {index}/{count}: the first number must be from 0 to {count - 1}")
     if zoo.exists() and not zoo.is_dir():
         raise UserError(f"{zoo}: is a file; give a folder for the zoo")
-    resolved = [resolve_source(s, revision) for s in sources[index::count]]
+    resolved = [_resolve(s, revision) for s in sources[index::count]]
     if origin is not None:
         resolved = [replace(source, address=origin) for source in resolved]
     for source in resolved:
-        if source.folder is not None:
+        if source.folder is not None and not isinstance(source, GgufSource):
             check_against_blueprint(ModelCheckpoint.open(source.folder))
     if plan:
         return [_plan(zoo, source) for source in resolved]
@@ -87,6 +91,11 @@ def add(
     finally:
         if (zoo / "models").exists():
             merge_manifest(zoo)
+
+
+def _resolve(source: str, revision: str | None) -> Source:
+    """The source of any kind that `add` takes."""
+    return resolve_gguf(source, revision) if is_gguf_address(source) else resolve_source(source, revision)
 
 
 def merge_manifest(zoo: Path) -> None:
@@ -104,6 +113,8 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
 
     Reads weights only where a donor with one of the source's names has files of the same sizes, to compare the two.
     """
+    if isinstance(source, GgufSource):
+        return _plan_gguf(zoo, source)
     revisions = [source.commit] if source.commit else []
     if source.folder is not None and any(_has_same_sizes(zoo / "models" / name, source) for name in source.names):
         revisions = _revisions(source, open_source(source, quiet=True)[1])
@@ -126,6 +137,34 @@ def _plan(zoo: Path, source: Source) -> dict[str, Any]:
     }
 
 
+def _plan_gguf(zoo: Path, source: GgufSource) -> dict[str, Any]:
+    """The report of GGUF files for a plan. Hashes them only where a donor has one of their names.
+
+    `tensors` and `write` are None for a file of the hub that is not on this machine.
+    """
+    here = source.folder is not None or not source.download
+    revisions = [source.commit] if source.commit else []
+    if source.folder is not None and any((zoo / "models" / name).exists() for name in source.names):
+        revisions = [gguf_revision(source, fetch_checked_files(source, quiet=True)[1])]
+    home = _find_donor(zoo / "models", source, revisions)
+    record = read_record(home) if home else None
+    is_complete = home is not None and record is not None and not _missing_files(home, record)
+    model = _open_gguf(source, fetch_checked_files(source, quiet=True)[0]) if here else None
+    size = None if model is None else converted_size(model)
+    return {
+        "source": source.address,
+        "name": home.name if home else _free_name(zoo / "models", source),
+        "revision": record["revision"] if record else next(iter(revisions), None),
+        "license": record["license"] if record else source.license,
+        "state": "present" if record else "new",
+        "tensors": None if model is None else len(model.blueprint.specs),
+        "read": 0 if is_complete else source.size,
+        "download": 0 if is_complete else source.download,
+        "write": 0 if is_complete else size,
+        "health": None,
+    }
+
+
 def _has_same_sizes(home: Path, source: Source) -> bool:
     """Whether the donor in `home` has the file names and sizes of the source, those of `_revisions` at least."""
     files = read_record(home)["files"] if home.exists() else {}
@@ -139,6 +178,8 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
         _note_absent_files(home, source.files, quiet)
         return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
 
+    if isinstance(source, GgufSource):
+        return _add_gguf(models, source, quiet)
     download = source.download
     files, hashes = open_source(source, quiet)
     checkpoint = with_blueprint(files)
@@ -157,10 +198,117 @@ def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
     home, findings = _copy_donor(models, source, checkpoint, hashes, quiet)
     if findings is None:
         return _summary(source, home, "present", download)
-    if not quiet:
-        for finding in findings:
-            print(f"{home.name}: {finding.text}", file=sys.stderr)
+    _print_findings(home, findings, quiet)
     return _summary(source, home, "added", download, findings)
+
+
+def _print_findings(home: Path, findings: list[Finding], quiet: bool) -> None:
+    for finding in [] if quiet else findings:
+        print(f"{home.name}: {finding.text}", file=sys.stderr)
+
+
+def _open_gguf(source: GgufSource, folder: Path) -> GgufModel:
+    return GgufModel.open([folder / name for name in source.files])
+
+
+def _add_gguf(models: Path, source: GgufSource, quiet: bool) -> dict[str, Any]:
+    """Converts GGUF files to a donor in bfloat16. Tensors that a killed add completed a file of are kept."""
+    download = source.download
+    folder, given = fetch_checked_files(source, quiet)
+    revision = gguf_revision(source, given)
+    home = _find_donor(models, source, [revision])
+    if home is not None and not _missing_files(home, read_record(home)) and (home / ROWS).exists():
+        return _summary(source, home, "present", download)
+    model = _open_gguf(source, folder)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(disk_errors(models))
+        models.mkdir(parents=True, exist_ok=True)
+        staging = models / f".{source.names[0]}-{revision.removeprefix('sha256:')[:16]}"
+        _check_free_space(models, converted_size(model) - sum(p.stat().st_size for p in staging.glob("*")))
+        # Of two processes with the same source, the second waits here and then finds the donor present.
+        stack.enter_context(hold_lock(staging.with_name(f"{staging.name}.lock"), staging))
+        home = _find_donor(models, source, [revision])
+        if home is not None and not _missing_files(home, read_record(home)) and (home / ROWS).exists():
+            return _summary(source, home, "present", download)
+        stack.enter_context(_removed_on_error(staging))
+        staging.mkdir(exist_ok=True)
+        checkpoint = _converted(model, staging, source.names[0], quiet)
+        if home is not None:
+            stack.enter_context(hold_lock(models / f".{home.name}.lock", home))
+            _restore(home, checkpoint, read_record(home))
+            shutil.rmtree(staging)
+            return _summary(source, home, "present", download)
+        record = _gguf_record(source, model, checkpoint, revision)
+        home, findings = _measure_and_publish(models, staging, source, checkpoint, record, quiet)
+    _print_findings(home, findings, quiet)
+    return _summary(source, home, "added", download, findings)
+
+
+def _converted(model: GgufModel, staging: Path, name: str, quiet: bool) -> ModelCheckpoint:
+    """The checkpoint that a model is converted to, in the folder `staging`."""
+    from tqdm import tqdm
+
+    with tqdm(total=converted_size(model), unit="B", unit_scale=True, desc=name, disable=quiet) as bar:
+        notes = convert(model, staging, bar.update)
+    for note in [] if quiet else [describe_types(model.types), *notes]:
+        print(f"{name}: {note}", file=sys.stderr)
+    checkpoint = with_blueprint(Checkpoint.open(staging))
+    check_against_blueprint(checkpoint)
+    return checkpoint
+
+
+def _gguf_record(source: GgufSource, model: GgufModel, checkpoint: ModelCheckpoint, revision: str) -> dict[str, Any]:
+    """What donor.json keeps of a donor that was converted from GGUF files."""
+    hashes: FileHashes = {
+        file: {"size": (checkpoint.folder / file).stat().st_size, "sha256": file_hash(checkpoint.folder / file)}
+        for file in checkpoint.files
+    }
+    license = source.license if source.license != UNKNOWN else model.license
+    own: dict[str, Any] = {
+        "quantisation": describe_types(model.types),
+        "types": model.types,
+        "base_models": model.base_models,
+    }
+    record: dict[str, Any] = {"source": source.address, "revision": revision, "license": license}
+    return {**record, "sha256": content_hash(hashes), "files": hashes, "gguf": own}
+
+
+def _measure_and_publish(
+    models: Path, staging: Path, source: Source, checkpoint: ModelCheckpoint, record: dict[str, Any], quiet: bool
+) -> tuple[Path, list[Finding]]:
+    """Measures a donor that is complete in `staging` and gives it its name. Returns its folder and its health."""
+    from tqdm import tqdm
+
+    weights = sum(e.nbytes for e in checkpoint.entries.values())
+    bytes_per_value = weights / max(1, checkpoint.blueprint.parameters)
+    with tqdm(total=2 * weights, unit="B", unit_scale=True, desc=source.names[0], disable=quiet) as bar:
+        measures = {}
+        for name in checkpoint.names:
+            measures[name] = measure(checkpoint, checkpoint.entries[name])
+            bar.update(checkpoint.entries[name].nbytes)
+        findings = check_health(checkpoint, progress=lambda values: bar.update(values * bytes_per_value))
+    return _publish(models, staging, source, checkpoint, record, measures), findings
+
+
+def _publish(
+    models: Path,
+    staging: Path,
+    source: Source,
+    checkpoint: ModelCheckpoint,
+    record: dict[str, Any],
+    measures: dict[str, Measure],
+) -> Path:
+    """Gives a donor that is complete in `staging` its rows, its record and the first free name. Returns its folder."""
+    with hold_lock(models / LOCK, models):
+        free = _free_name(models, source)
+        if free is None:
+            raise UserError(f"{source.address}: all its names are taken in {models}; rename the folder")
+        types = record.get("gguf", {}).get("types")
+        rows = donor_rows(checkpoint, free, record["revision"], record["license"], measures, types)
+        write_rows(staging / ROWS, rows)
+        write_record(staging, record)
+        rename_folder(staging, models / free)
+        return models / free
 
 
 def _copy_donor(
@@ -191,15 +339,9 @@ def _copy_donor(
         stack.enter_context(_removed_on_error(staging))
         _copy_files(staging, checkpoint, hashes, bar.update)
         findings = check_health(checkpoint, progress=lambda values: bar.update(values * bytes_per_value))
-        stack.enter_context(hold_lock(models / LOCK, models))
-        free = _free_name(models, source)
-        if free is None:
-            raise UserError(f"{source.address}: all its names are taken in {models}; rename the folder")
-        write_rows(staging / ROWS, donor_rows(checkpoint, free, revisions[0], source.license, measures))
         record = {"source": source.address, "revision": revisions[0], "license": source.license}
-        write_record(staging, {**record, "sha256": sha256, "files": hashes})
-        rename_folder(staging, models / free)
-        return models / free, findings
+        record |= {"sha256": sha256, "files": hashes}
+        return _publish(models, staging, source, checkpoint, record, measures), findings
 
 
 def _free_name(models: Path, source: Source) -> str | None:
@@ -281,7 +423,9 @@ def _restore(home: Path, checkpoint: ModelCheckpoint, record: dict[str, Any]) ->
         _copy(checkpoint.folder / file, home / file, record["files"][file])
     if not (home / ROWS).exists():
         measures = {name: measure(checkpoint, checkpoint.entries[name]) for name in checkpoint.names}
-        write_rows(home / ROWS, donor_rows(checkpoint, home.name, record["revision"], record["license"], measures))
+        types = record.get("gguf", {}).get("types")
+        rows = donor_rows(checkpoint, home.name, record["revision"], record["license"], measures, types)
+        write_rows(home / ROWS, rows)
         write_record(home, record)
 
 
@@ -298,6 +442,7 @@ def _summary(
     source: Source, home: Path, state: str, download: int, findings: list[Finding] | None = None
 ) -> dict[str, Any]:
     record = read_record(home)
+    written = sum(stamp["size"] for stamp in record["files"].values()) if "gguf" in record else source.size
     return {
         "source": source.address,
         "name": home.name,
@@ -307,6 +452,6 @@ def _summary(
         "tensors": len(Checkpoint.open(home).names),
         "read": source.size,
         "download": download,
-        "write": source.size if state == "added" else 0,
+        "write": written if state == "added" else 0,
         "health": findings if findings is None else summarise_findings(findings),
     }

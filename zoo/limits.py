@@ -14,6 +14,18 @@ MAX_UNKNOWN_VALUES = 1 << 26  # values of all tensors outside the config, unless
 MAX_HASHED_UNCHECKED = 1 << 30  # bytes of a donor that `verify` hashes before it compares their header with the config
 MAX_NAMES_COMPARED = 10_000  # names that are compared with a misspelt one: each takes about 20 microseconds
 
+# GGUF files
+MAX_GGUF_HEADER = 256_000_000  # bytes before the tensors: a vocabulary of 262,144 tokens takes 6.5 million
+MAX_GGUF_KEYS = 10_000  # keys of the metadata: real files have 20 to 60
+MAX_GGUF_KEY = 65_535  # bytes of a key's name, as the format says
+MAX_GGUF_VALUES = 4_000_000  # values of all lists: a vocabulary of 900,000 tokens has three lists, or merges
+MAX_GGUF_AXES = 4  # axes of a tensor: ggml has no more
+MAX_GGUF_ALIGNMENT = 1 << 20  # bytes: real files have 32
+GGUF_TOKENIZER_SECONDS = 5  # seconds of CPU for a tokenizer of a GGUF file: a small one needs a tenth
+GGUF_TOKENIZER_SECONDS_PER_MB = 3  # more seconds for each megabyte of its lists: merges are derived from scores
+GGUF_TOKENIZER_MEMORY = 400_000_000  # bytes for a tokenizer of a GGUF file
+GGUF_TOKENIZER_MEMORY_PER_BYTE = 100  # more bytes for each byte of its lists: one of 10 MB needs forty
+
 # Model cards. The longest front matters, with thousands of evaluation results, have a few hundred thousand bytes.
 MAX_FRONT_MATTER = 1_000_000  # bytes of a README.md that are read
 MAX_FRONT_MATTER_DEPTH = 100  # levels of nested YAML: libyaml's time grows with their square
@@ -81,6 +93,7 @@ MAX_CONFIG_LIST = 10_000  # entries of a list in a config: lists have one per la
 MAX_CONFIG_SIZE = 1 << 24  # any other size in a config: the largest are contexts of 10 million tokens
 MAX_CONFIG_NUMBER = (1 << 63) - 1  # a whole number that is no size, such as a seed
 MAX_MODULES = 15_000  # modules, parameters and buffers of a model, without experts: the largest models have 8000
+MAX_BUFFER_VALUES = 1 << 28  # values of all buffers, such as causal masks: the largest have 150 million
 MAX_EXPERT_MODULES = 80_000  # modules of experts that are not fused: Switch Transformers have 72,000
 
 # Options of commands.

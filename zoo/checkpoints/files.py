@@ -21,7 +21,7 @@ from zoo.limits import MAX_DIGITS, MAX_JSON, MAX_JSON_VALUES, MAX_KEYS, MAX_NEST
 from zoo.words import first_line
 
 GGUF = ".gguf"
-GGUF_ADVICE = "GGUF files cannot be read yet; give the model's folder or hub id with safetensors files"
+GGUF_ADVICE = "a GGUF file becomes a donor with `headstart zoo add FILE.gguf --zoo DIR`; then give that zoo"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 FileHashes = dict[str, dict[str, Any]]  # file name -> {"size": bytes, "sha256": hex digest}
@@ -104,7 +104,7 @@ def parse_json(data: bytes | str, where: str) -> Any:
         values = text.count(",") + text.count("[") + text.count("{")
         if values > MAX_JSON_VALUES:
             raise ValueError(f"{values} values, more than the {MAX_JSON_VALUES} allowed")
-        with _without_garbage_collection():  # it would look at all values again and again, which triples the time
+        with without_garbage_collection():
             value = json.loads(text, object_pairs_hook=unique_keys, parse_int=_parse_int)
             _check_depth(value)
         if LONE_SURROGATE.search(text):
@@ -114,6 +114,18 @@ def parse_json(data: bytes | str, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({first_line(error)}); correct it or download it again") from error
     return value
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Python's garbage collector is off: it would look at every new value again and again, which triples the time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -216,14 +228,3 @@ def _check_depth(value: Any) -> None:
         level = [child for child in children if type(child) is list or type(child) is dict]
     if level:
         raise ValueError(f"more than {MAX_NESTING} levels of lists and objects")
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()

@@ -66,11 +66,12 @@ class Quantisation:
     problems: dict[str, str] = field(default_factory=dict)  # name on disk of codes that cannot be read -> why
     companions: frozenset[str] = frozenset()  # scales and the like: no tensors of the model
     ignored: tuple[str, ...] = ()  # those of them that the values do not depend on
+    origin: str = ""  # how the GGUF file that the checkpoint was converted from stored its tensors
 
     def __str__(self) -> str:
         """'28 weights in float8_e4m3fn with one scale per block', empty without quantised weights."""
         counts = Counter(_describe(weight) for weight in self.weights.values())
-        return "; ".join(f"{count} weights in {what}" for what, count in counts.items())
+        return self.origin or "; ".join(f"{count} weights in {what}" for what, count in counts.items())
 
 
 def find_quantised(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Quantisation:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.checkpoints.atomic import disk_errors
 from zoo.checkpoints.checkpoint import Checkpoint
-from zoo.checkpoints.files import GGUF, GGUF_ADVICE, PICKLES, FileHashes, file_hash, refuse_other_formats
+from zoo.checkpoints.files import GGUF, PICKLES, FileHashes, file_hash, refuse_other_formats
 from zoo.checkpoints.headers import INDEX, read_index
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.licenses import KEYS, UNKNOWN, folder_license, license_text
 from zoo.checkpoints.quantised import count_weights
 from zoo.checkpoints.side_files import side_files
 from zoo.errors import UserError
+from zoo.words import shortened_list
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -111,7 +112,8 @@ def fetch_files(source: Source, quiet: bool = False, force: bool = False) -> Pat
 
     with disk_errors(Path(constants.HF_HUB_CACHE)):
         if not constants.HF_HUB_OFFLINE:  # under the requested revision, so that the cache finds it when offline
-            with_retries(lambda: hf_hub_download(repo, "config.json", revision=source.requested), source.address)
+            first = "config.json" if "config.json" in source.files else next(iter(source.files))
+            with_retries(lambda: hf_hub_download(repo, first, revision=source.requested), source.address)
         folder = with_retries(
             lambda: snapshot_download(
                 repo,
@@ -131,6 +133,16 @@ def fetch_files(source: Source, quiet: bool = False, force: bool = False) -> Pat
 def open_source(source: Source, quiet: bool = False) -> tuple[Checkpoint, FileHashes]:
     """The source's checkpoint on this machine, downloaded if needed, and the hashes of its files.
 
+    UserError as `fetch_checked_files`.
+    """
+    folder, hashes = fetch_checked_files(source, quiet)
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint, {f: hashes[f] for f in checkpoint.files}
+
+
+def fetch_checked_files(source: Source, quiet: bool = False) -> tuple[Path, FileHashes]:
+    """The folder with the source's files, downloaded if needed, and their hashes.
+
     Files that differ from what the hub states are downloaded once more. UserError where they differ again.
     """
     for force in (False, True):
@@ -141,8 +153,7 @@ def open_source(source: Source, quiet: bool = False) -> tuple[Checkpoint, FileHa
         found = {f: file.problem(folder / f, str(hashes[f]["sha256"])) for f, file in source.files.items()}
         problems = [f"{f} {problem}" for f, problem in found.items() if problem]
         if not problems:
-            checkpoint = Checkpoint.open(folder)
-            return checkpoint, {f: hashes[f] for f in checkpoint.files}
+            return folder, hashes
         if source.folder is not None:
             break
     raise UserError(
@@ -189,13 +200,13 @@ def _hub_source(repo: str, revision: str | None) -> Source:
     info: ModelInfo = with_retries(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
     if info.sha is None:
         raise UserError(f"{what}: the hub names no commit; try again later, or set another HF_ENDPOINT")
-    sizes = {s.rfilename: _source_file(s) for s in info.siblings or ()}
+    sizes = {s.rfilename: source_file(s) for s in info.siblings or ()}
     names = _checkpoint_files(repo, info.sha, sizes, what)
     found = {name: try_to_load_from_cache(repo, name, revision=info.sha) for name in names}
     return Source(
         f"{repo}@{info.sha}",
         _donor_names(repo, info.sha),
-        _hub_license(info),
+        hub_license(info),
         {name: sizes[name] for name in names},
         repo=repo,
         commit=info.sha,
@@ -204,7 +215,7 @@ def _hub_source(repo: str, revision: str | None) -> Source:
     )
 
 
-def _hub_license(info: ModelInfo) -> str:
+def hub_license(info: ModelInfo) -> str:
     """The licence in a repository's model card, else the one in its tags."""
     card = info.card_data
     found = UNKNOWN if card is None else license_text(*(card.get(key) for key in KEYS))
@@ -216,7 +227,7 @@ def _donor_names(repo: str, commit: str) -> tuple[str, ...]:
     return safe_name(repo), f"{safe_name(repo)}@{commit[:8]}", f"{safe_name(repo)}@{commit}"
 
 
-def _source_file(sibling: RepoSibling) -> SourceFile:
+def source_file(sibling: RepoSibling) -> SourceFile:
     return SourceFile(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
 
 
@@ -224,8 +235,12 @@ def _checkpoint_files(repo: str, commit: str, sizes: dict[str, SourceFile], what
     """The files of a repository that belong to its checkpoint: safetensors and JSON files at its top."""
     from huggingface_hub import hf_hub_download
 
-    if any(n.lower().endswith(GGUF) for n in sizes) and not any(n.endswith(".safetensors") for n in sizes):
-        raise UserError(f"{what}: {GGUF_ADVICE}")
+    quantised = sorted(n for n in sizes if n.lower().endswith(GGUF))
+    if quantised and not any(n.endswith(".safetensors") for n in sizes):
+        raise UserError(
+            f"{what}: holds only GGUF files; add one of them with `headstart zoo add {what}:FILE` ("
+            f"{shortened_list(quantised)})"
+        )
     if "config.json" not in sizes:
         raise UserError(f"{what}: has no config.json; give a model repository in Hugging Face layout")
     side = [name for name in side_files(sizes) if name != "facts.json"]

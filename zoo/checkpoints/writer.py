@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from zoo.checkpoints.atomic import new_folder
+from zoo.checkpoints.atomic import new_folder, replacement_file
 from zoo.checkpoints.checkpoint import is_finite
 from zoo.checkpoints.headers import DTYPE_NAMES, INDEX
 from zoo.errors import UserError, unknown
@@ -105,6 +105,20 @@ def fill_folder(
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if blueprint.config is not None:
             _write_json(folder / "config.json", _config_with_dtype(blueprint.config, dtype))
+
+
+def write_shard(
+    path: Path, shard: Shard, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], dtype: torch.dtype | None
+) -> None:
+    """Writes one file of `plan_shards`, tensor by tensor as `read` returns them by name.
+
+    The file appears complete or not at all. UserError as `write_checkpoint`.
+    """
+    with replacement_file(path) as partial, partial.open("w+b", buffering=0) as f:
+        _allocate(f, shard.size)
+        _write(f, 0, shard.header)
+        for name, offset in sorted(shard.offsets.items(), key=lambda item: item[1]):
+            _write(f, offset, _tensor_bytes(specs[name], read(name), dtype))
 
 
 def plan_shards(

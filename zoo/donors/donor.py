@@ -71,10 +71,15 @@ class Donor(Protocol):
 def provenance(donor: Donor) -> dict[str, Any]:
     """The record of a donor that cards and JSON files keep: {name, revision, sha256, license}.
 
-    That of a quantised donor has `quantisation` as well.
+    That of a quantised donor, or of one that comes from a GGUF file, has `quantisation` as well, and `base_models`
+    where the file names those.
     """
-    record = {"name": donor.name, "revision": donor.revision, "sha256": donor.sha256, "license": donor.license}
-    return {**record, "quantisation": str(donor.quantisation)} if donor.quantisation.weights else record
+    record: dict[str, Any] = {"name": donor.name, "revision": donor.revision, "sha256": donor.sha256}
+    record["license"] = donor.license
+    if str(donor.quantisation):
+        record["quantisation"] = str(donor.quantisation)
+    base_models = getattr(donor, "base_models", ())
+    return {**record, "base_models": list(base_models)} if base_models else record
 
 
 def size_gap(donor: Donor, blueprint: Blueprint) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from zoo.checkpoints.checkpoint import Checkpoint
-from zoo.checkpoints.files import content_hash, file_hash
+from zoo.checkpoints.files import content_hash, expect, file_hash
+from zoo.checkpoints.quantised import Quantisation, find_quantised
 from zoo.checkpoints.side_files import names_in_earlier_hash, vocabulary_file
 from zoo.checkpoints.sources import Source, open_source, resolve_source
 from zoo.donors.donor import Donor
@@ -47,13 +48,28 @@ class FolderDonor(ModelCheckpoint):
 class ZooDonor(FolderDonor):
     """A donor of a zoo; its name is that of its folder."""
 
+    stored_as: str = ""  # how the GGUF file that it comes from stored its tensors
+    base_models: tuple[str, ...] = ()  # that the GGUF file names
+
     @classmethod
     def open(cls, folder: str | Path) -> Self:
         """UserError if the folder is not a complete donor of a zoo."""
         record = read_record(Path(folder))
         base = Checkpoint.open(folder)
         provenance = (record["source"], record["revision"], record["license"], record["sha256"])
-        return cls(base.folder, base.config, base.entries, base.files, base.folder.name, *provenance)
+        gguf = record.get("gguf", {})
+        where = f"{base.folder / RECORD}: gguf"
+        origin = (
+            (expect(gguf, "quantisation", str, where), tuple(expect(gguf, "base_models", [str], where)))
+            if gguf
+            else ("", ())
+        )
+        return cls(base.folder, base.config, base.entries, base.files, base.folder.name, *provenance, *origin)
+
+    @cached_property
+    def quantisation(self) -> Quantisation:
+        """As that of a checkpoint, and how a GGUF file stored the tensors, which are plain values here."""
+        return replace(find_quantised(self.entries, self.config), origin=self.stored_as)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,7 +47,9 @@ SCHEMA = pa.schema(
 )
 
 
-NULLABLE = ("layer", "mean", "std", "kurtosis")  # columns that may lack a value
+GGUF_COLUMN = "gguf_type"  # how the GGUF file that a donor comes from stored the tensor; only zoos with such donors
+SCHEMA_WITH_GGUF = SCHEMA.append(pa.field(GGUF_COLUMN, pa.string()))
+NULLABLE = ("layer", "mean", "std", "kurtosis", GGUF_COLUMN)  # columns that may lack a value
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,17 @@ def measure(checkpoint: Checkpoint, entry: Entry) -> Measure:
 
 
 def donor_rows(
-    checkpoint: ModelCheckpoint, model: str, revision: str, license: str, measures: dict[str, Measure]
+    checkpoint: ModelCheckpoint,
+    model: str,
+    revision: str,
+    license: str,
+    measures: dict[str, Measure],
+    types: Mapping[str, str] | None = None,
 ) -> pa.Table:
     """The manifest's rows of one donor, in the order of files and offsets.
 
-    A tensor outside the blueprint has the role `other`. Scales of quantised weights have no row.
+    A tensor outside the blueprint has the role `other`. Scales of quantised weights have no row. types: of a donor that
+    comes from GGUF, how the file stored each tensor.
     """
     blueprint = checkpoint.blueprint
     specs = {checkpoint.entry(s.name).name: s for s in blueprint.specs}
@@ -113,9 +121,10 @@ def donor_rows(
                 "offset": entry.offset,
                 "nbytes": entry.nbytes,
                 **asdict(measures[entry.name]),
+                **({} if types is None else {GGUF_COLUMN: types.get(entry.name)}),
             }
         )
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist(rows, schema=SCHEMA if types is None else SCHEMA_WITH_GGUF)
 
 
 def write_rows(path: Path, table: pa.Table) -> None:
@@ -128,7 +137,8 @@ def write_rows(path: Path, table: pa.Table) -> None:
 
 
 def read_manifest(zoo: Path) -> pa.Table:
-    """The manifest of the zoo at `zoo`: one row per tensor, the columns of SCHEMA. UserError as `read_rows`."""
+    """The manifest of the zoo at `zoo`: one row per tensor, the columns of SCHEMA, and GGUF_COLUMN where a
+    donor comes from GGUF. UserError as `read_rows`."""
     return read_rows(zoo / MANIFEST)
 
 
@@ -150,7 +160,7 @@ def read_rows(path: Path) -> pa.Table:
         raise UserError(f"{path}: takes {len(table_bytes)} bytes of memory, more than the {MAX_MANIFEST} allowed")
     with library_errors(str(path), advice):
         table = pa.ipc.open_stream(table_bytes).read_all()
-    if table.schema != SCHEMA:
+    if table.schema not in (SCHEMA, SCHEMA_WITH_GGUF):
         raise UserError(f"{path}: is not the manifest of a zoo; give the folder of a zoo")
     _check_rows(table, path)
     return table
@@ -179,7 +189,7 @@ def join_rows(parts: Iterable[Path]) -> pa.Table:
         if not len(tables[-1]):
             raise UserError(f"{path}: has no rows; remove the donor's folder and add it again")
     tables.sort(key=lambda table: table["model"][0].as_py())
-    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    return pa.concat_tables(tables, promote_options="default") if tables else SCHEMA.empty_table()
 
 
 def is_made_from(path: Path, parts: Iterable[Path]) -> bool:

@@ -130,6 +130,19 @@ def test_an_index_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             read_index(tmp_path / INDEX)
 
 
+def test_the_tensors_of_all_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of one tensor per file can name files of a hundred thousand, or one file by a thousand links."""
+    save_file({f"t{i}": torch.zeros(1) for i in range(30)}, tmp_path / "0.safetensors")
+    for i in range(1, 4):
+        (tmp_path / f"{i}.safetensors").symlink_to("0.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(4)}}))
+    assert sorted(Checkpoint.open(tmp_path).entries) == ["t0", "t1", "t2", "t3"]
+    monkeypatch.setattr("zoo.checkpoints.checkpoint.MAX_TENSORS", 100)
+    with pytest.raises(UserError, match="its files list more than 100 tensors"):
+        Checkpoint.open(tmp_path)
+
+
 def test_an_unknown_tensor_among_many_is_not_compared_with_all(tmp_path: Path) -> None:
     """Comparing a name with a hundred thousand others takes minutes."""
     (tmp_path / "config.json").write_text("{}")
@@ -321,7 +334,7 @@ def test_a_gguf_file_is_refused_with_what_to_give(tmp_path: Path) -> None:
     from zoo.checkpoints.sources import resolve_source
     from zoo.targets.configs import read_config
 
-    advice = "GGUF files cannot be read yet; give the model's folder or hub id with safetensors files"
+    advice = "a GGUF file becomes a donor with `headstart zoo add FILE.gguf --zoo DIR`; then give that zoo"
     file = tmp_path / "folder" / "model-Q4_K.GGUF"
     file.parent.mkdir()
     file.write_bytes(b"GGUF\x03")

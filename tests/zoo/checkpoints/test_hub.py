@@ -182,7 +182,7 @@ def test_temporary_faults_are_retried(
         ("org/nowhere", None, "no such model"),
         ("org/gated", Repo({}, gated=True), "access is restricted"),
         ("org/pickles", Repo({"config.json": b"{}", "pytorch_model.bin": b"\x80"}), "only pickles"),
-        ("org/gguf", Repo({"model-Q4.gguf": b"GGUF"}), "GGUF files cannot be read yet"),
+        ("org/gguf", Repo({"model-Q4.gguf": b"GGUF"}), "zoo add org/gguf:FILE` (model-Q4.gguf)"),
         ("org/bare", Repo({"model.safetensors": b""}), "no config.json"),
         ("org/down", Repo({"config.json": b"{}"}, faults={"info": ["503"] * 9}), "answered 503"),
         ("org/silent", Repo({"config.json": b"{}"}, faults={"info": ["drop"] * 9}), "cannot reach"),
