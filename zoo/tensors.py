@@ -99,6 +99,19 @@ def join_parts(spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """Which coordinates of a head a rotary embedding turns in pairs (2104.09864)."""
+
+    size: int  # how many are turned, the first ones; 0 without a rotary embedding
+    neighbours: bool = False  # pairs are (0, 1), (2, 3), …; otherwise i and i + size / 2
+
+    def planes(self) -> Tensor:
+        """int64 [2, size / 2]: the two coordinates of each pair, from the highest frequency to the lowest."""
+        coordinates = torch.arange(self.size)
+        return coordinates.unflatten(0, (-1, 2)).T if self.neighbours else coordinates.unflatten(0, (2, -1))
+
+
+@dataclass(frozen=True)
 class Metadata:
     """An architecture in numbers: what the diffusion is conditioned on, and what decides which donors fit a target."""
 
@@ -130,6 +143,15 @@ class Metadata:
             if layer is not None and layer < len(values)
         }
         return replace(self, **sizes) if sizes else self  # type: ignore[arg-type]
+
+    @property
+    def rotary(self) -> Rotary:
+        """The coordinates of a head that the rotary embedding turns."""
+        if self.rope_theta is None:
+            return Rotary(0)
+        return Rotary(
+            int(str(self.extra.get("rotary_dim", self.head_dim))), bool(self.extra.get("rotary_neighbours", False))
+        )
 
     @property
     def embed_scale(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from baselines.transfer.index_maps import AxisMap
 from zoo.errors import UserError
-from zoo.tensors import Metadata
+from zoo.tensors import Metadata, Rotary
 
 
 def uniform_index(n_source: int, n_target: int) -> Tensor:
@@ -86,17 +86,21 @@ def repeated_layer_list(n_source: int, n_target: int) -> tuple[int, ...]:
     return tuple(i % n_source for i in range(n_target))
 
 
-def rope_index(n_source: int, n_target: int, rotary: int) -> Tensor:
-    """The coordinates of a head that a head of smaller dimension keeps: every (n_source / n_target)-th.
+def rope_index(n_source: int, n_target: int, source: Rotary, target: Rotary) -> Tensor:
+    """The coordinates of a head that a head of smaller dimension keeps: every (n_source / n_target)-th pair of the
+    rotated ones, so that the pairs turn at the frequencies of the target, and every such coordinate of the others.
 
-    Coordinates i and i + half of the rotated part are one pair, and both are kept, so that the pairs turn at the
-    frequencies of the target. rotary: how many of the donor's coordinates are rotated, the first ones. Raises UserError
-    if the stride is not a whole number or does not divide the halves.
+    Pairs go to where the target has its pairs. Raises UserError if the stride is not a whole number, does not divide
+    the pairs, or gives another number of rotated coordinates than the target has.
     """
+    if (n_source, source) == (n_target, target):
+        return torch.arange(n_target)
     stride, rest = divmod(n_source, n_target)
-    if rest or rotary % (2 * stride):
+    if rest or source.size > n_source or source.size % (2 * stride) or source.size != stride * target.size:
         raise UserError(f"head_dim {n_source} does not shrink to {n_target} by a whole stride")
-    return torch.arange(n_target) * stride
+    index = torch.arange(n_target) * stride
+    index[target.planes()] = source.planes()[:, ::stride]
+    return index
 
 
 def spread_query_heads(groups: Tensor, n_source: int, n_target: int) -> Tensor:

@@ -49,8 +49,3 @@ def expert_ffn_size(metadata: Metadata) -> int:
 def shared_ffn_size(metadata: Metadata) -> int:
     """The number of neurons of the MLP that every token uses beside its experts, 0 without one."""
     return int(str(metadata.extra.get("shared_ffn", 0)))
-
-
-def rotary_dim(metadata: Metadata) -> int:
-    """How many coordinates of a head are rotated, 0 without rotary positions."""
-    return 0 if metadata.rope_theta is None else int(str(metadata.extra.get("rotary_dim", metadata.head_dim)))

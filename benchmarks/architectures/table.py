@@ -34,6 +34,9 @@ Written by `make walk` with {versions}: a tiny random donor of every language mo
 - **deeper**: twice the layers, without silent copies. `by name` as above.
 - **larger**: twice the width, heads and FFN (`stacking`: twice the layers, with `exact=true`). `same function`: the
   logits are the donor's. `written`: the model needs more inputs than tokens, so that no logits were compared.
+- **rotary pairs**: which coordinates of a head the rotary embedding turns together, seen by turning them: `halves` (i
+  and i + half) or `neighbours` (2i and 2i + 1), as the metadata says; `none`: no rotary embedding; `not seen`: tensors
+  without roles, or a norm of queries and keys that no turn keeps.
 - A number is a refusal; its line is below the tables. **FAILED** is a wrong result or a crash.
 
 {chr(10).join(tables)}
@@ -55,7 +58,12 @@ def _summary(rows: list[Row]) -> str:
 
 
 def _table(kind: str, rows: list[Row], notes: dict[str, int]) -> str:
-    columns = [*(f"narrower {m}" for m in NARROWER), *(f"deeper {m}" for m in DEEPER), *(f"larger {m}" for m in LARGER)]
+    columns = [
+        "rotary pairs",
+        *(f"narrower {m}" for m in NARROWER),
+        *(f"deeper {m}" for m in DEEPER),
+        *(f"larger {m}" for m in LARGER),
+    ]
     lines = [
         f"## {HEADINGS[kind]}\n",
         "| architecture | own shape | " + " | ".join(column.replace(" ", "<br>") for column in columns) + " |",

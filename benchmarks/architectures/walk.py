@@ -24,6 +24,7 @@ from benchmarks.architectures.checks import (
     same_function,
     same_name_values,
 )
+from benchmarks.architectures.rotary import rotary_pairs
 from benchmarks.architectures.tiny_configs import DEEP, NARROW, OWN, WIDE, Shape, tiny_config
 from headstart import samplers
 from zoo.targets.blueprint import Blueprint
@@ -102,9 +103,10 @@ def walk_architecture(pair: tuple[str, str]) -> Row:
             model = build_model(kind, tiny_config(model_type, is_encoder=kind == "encoder"))
         except Exception as error:  # whatever a constructor of transformers raises
             return row | {"reason": _one_line(error)}
+        rotary = _guarded(lambda: rotary_pairs(model))
         donor = random_donor(Path(folder) / "donor", model)
         names = (model.config.model_type, type(model).__name__)  # a multimodal config gives its text model
-        row["cells"] = {
+        row["cells"] = {"rotary pairs": rotary} | {
             column: _guarded(check) for column, check in _checks(names, kind == "encoder", donor, Path(folder))
         }
     return row | {"seconds": round(time.monotonic() - start, 1)}

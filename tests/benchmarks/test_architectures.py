@@ -12,9 +12,11 @@ from torch import Tensor
 from baselines.transfer.weight_selection import WeightSelection
 from benchmarks.architectures import walk
 from benchmarks.architectures.checks import coded_donor, own_shape, random_donor, same_name_values
+from benchmarks.architectures.rotary import rotary_pairs
 from benchmarks.architectures.table import write_page
 from benchmarks.architectures.tiny_configs import NARROW, tiny_config
 from headstart import samplers
+from zoo.targets import configs
 from zoo.targets.blueprint import Blueprint
 
 
@@ -45,6 +47,13 @@ def test_the_row_of_an_architecture() -> None:
     assert all(cell["ok"] for cell in row["cells"].values())
     assert {row["cells"][f"own {method}"]["text"] for method in walk.OWN_SHAPE} == {"identity"}
     assert row["cells"]["larger net2wider"]["text"] == "same function"
+    assert row["cells"]["rotary pairs"]["text"] == "halves"
+
+
+def test_other_rotary_pairs_than_the_metadata_says_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "NEIGHBOUR_PAIRS", ())
+    outcome = rotary_pairs(walk.build_model("causal", tiny_config("helium")))
+    assert not outcome.ok and outcome.text == "neighbours and not as its metadata says"
 
 
 def test_every_language_model_of_transformers_is_walked() -> None:
@@ -56,7 +65,7 @@ def test_every_language_model_of_transformers_is_walked() -> None:
 
 
 def test_the_page_tells_refusals_from_failures() -> None:
-    columns = [f"own {m}" for m in walk.OWN_SHAPE] + [f"narrower {m}" for m in walk.NARROWER]
+    columns = ["rotary pairs"] + [f"own {m}" for m in walk.OWN_SHAPE] + [f"narrower {m}" for m in walk.NARROWER]
     columns += [f"deeper {m}" for m in walk.DEEPER] + [f"larger {m}" for m in walk.LARGER]
     fine: dict[str, Any] = {column: {"ok": True, "text": "identity"} for column in columns}
     refused = {

@@ -17,7 +17,15 @@ from zoo.checkpoints.files import read_json, refuse_other_formats
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.quantised import without_quantisation
 from zoo.errors import UserError, unknown
-from zoo.limits import MAX_CONFIG, MAX_EXPERT_MATRICES, MAX_EXPERT_MODULES, MAX_EXPERTS, MAX_LAYERS, MAX_MODULES
+from zoo.limits import (
+    MAX_BUFFER_VALUES,
+    MAX_CONFIG,
+    MAX_EXPERT_MATRICES,
+    MAX_EXPERT_MODULES,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_MODULES,
+)
 from zoo.targets.config_bounds import check_bounds, limited_modules
 from zoo.tensors import Metadata
 
@@ -49,6 +57,10 @@ SIZE_KEYS = {
     "expert_ffn": ("moe_intermediate_size",),
     "experts_per_token": ("num_experts_per_tok",),
 }
+NEIGHBOUR_PAIRS = (  # architectures whose rotary embedding turns the coordinates (0, 1), (2, 3), … of a head
+    "codegen", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium",
+    "llama4_text",
+)  # fmt: skip
 MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64", "float", "half", "double")  # in which torch computes
 LARGEST = {"layers": MAX_LAYERS, "experts": MAX_EXPERTS}
 MOST_PARAMETERS = 10**14
@@ -180,6 +192,9 @@ def meta_model(config: PretrainedConfig, where: str = "config") -> PreTrainedMod
         raise UserError(
             f"{where}: its layers have {experts} expert matrices, more than the {MAX_EXPERT_MATRICES} allowed"
         )
+    buffers = sum(b.numel() for b in model.buffers())
+    if buffers > MAX_BUFFER_VALUES:
+        raise UserError(f"{where}: its sizes give buffers of {buffers:.1e} values; check them for a typing error")
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > MOST_PARAMETERS:
         raise UserError(f"{where}: its sizes give {parameters:.1e} parameters; check them for a typing error")
@@ -258,12 +273,14 @@ def metadata_of(config: PretrainedConfig) -> Metadata | None:
         return None
     rope = _rope(text)
     heads, head_dim = _size(text, "heads"), _head_dim(text)
-    fraction = rope.get("partial_rotary_factor") or getattr(text, "partial_rotary_factor", None) or 1.0
-    rotary = getattr(text, "rotary_dim", None) or int(head_dim * fraction)
+    is_rotary = bool(rope.get("rope_theta"))
+    rotary = [getattr(text, "rotary_dim", None) or n for n in sorted(_rotary_sizes(text, head_dim))]
     extra: dict[str, object] = {
         "activation": next((a for k in ACTIVATIONS if isinstance(a := getattr(text, k, None), str)), None),
         "norm_eps": next((e for k in EPSILONS if (e := getattr(text, k, None)) is not None), None),
-        "rotary_dim": rotary if rope.get("rope_theta") else None,
+        "rotary_dim": rotary[0] if is_rotary else None,
+        "rotary_neighbours": (is_rotary and text.model_type in NEIGHBOUR_PAIRS) or None,
+        "rotary_differs": (is_rotary and len(rotary) > 1) or None,  # between the kinds of layers
         "rope_theta_local": rope.get("rope_theta_local"),
         "embed_scale": _embed_scale(text, width),
         "expert_ffn": _size(text, "expert_ffn") or None,
@@ -396,6 +413,19 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
     if not rope and getattr(config, "rotary_dim", None):  # GPT-J's rope_theta is fixed
         return {"rope_theta": 10000.0}
     return rope
+
+
+def _rotary_sizes(config: PretrainedConfig, head_dim: int) -> set[int]:
+    """How many coordinates of a head the rotary embedding turns in pairs: one number for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] if "full_attention" in rope else [rope]
+    common = getattr(config, "partial_rotary_factor", None) or 1.0
+    fractions = {
+        # A proportional embedding pairs all coordinates, and leaves the pairs of the lowest frequencies as they are.
+        1.0 if kind.get("rope_type") == "proportional" else kind.get("partial_rotary_factor") or common
+        for kind in kinds
+    }
+    return {int(head_dim * fraction) for fraction in fractions}
 
 
 def _embed_scale(config: PretrainedConfig, width: int) -> float:

@@ -74,7 +74,7 @@ def canonicalise(
     Raises UserError if no token string is shared with the anchor, or if the architecture's symmetries are unknown."""
     architecture = decoder.metadata.architecture
     if architecture not in ARCHITECTURES:
-        # A config does not say how rotary coordinates are paired, for example; Cohere and GLM pair neighbours.
+        # Rotations of rotary pairs are written for pairs of i and i + half, for example; Cohere and GLM have others.
         raise UserError(
             f"canonical form: the symmetries of {architecture!r} are unknown; use one of {', '.join(ARCHITECTURES)}"
         )
@@ -115,7 +115,7 @@ def layer_symmetry(layer: Layer, metadata: Metadata) -> LayerSymmetry:
     normed = "q" in layer.gain or "k" in layer.gain
     grouped_q, grouped_o = (t.unflatten(0, (kv, -1)) for t in (layer.q, layer.o))  # [K, G, h, d]
     if metadata.rope_theta is not None:
-        qk = _qk_planes(layer, int(str(metadata.extra.get("rotary_dim", head_dim))), normed)
+        qk = _qk_planes(layer, metadata.rotary.size, normed)
     elif normed:
         qk = torch.eye(head_dim, dtype=layer.k.dtype).repeat(kv, 1, 1)
     else:

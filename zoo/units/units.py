@@ -73,14 +73,13 @@ def require_units(decoder: Decoder, where: str) -> None:
     """Raises UserError if units do not describe the whole function of a decoder: it has biases, norms that do not fold,
     or Q/K without full rotary embedding, for example."""
     meta = decoder.metadata
-    rotary = int(str(meta.extra.get("rotary_dim", meta.head_dim)))
     sites = {s for layer in decoder.layers for s in layer.gain} - {"attn", "mlp"}
     activation, scale = meta.extra.get("activation"), meta.extra.get("embed_scale", 1.0)
     reason = (
         f"the symmetries of {meta.architecture!r} are unknown" if meta.architecture not in ARCHITECTURES
         else "it uses LayerNorm" if meta.norm != "rms"
         else f"its norms at {', '.join(sorted(sites))} do not fold into readers" if sites
-        else "its queries and keys are not fully rotary" if meta.rope_theta is None or rotary != meta.head_dim
+        else "its queries and keys are not fully rotary" if meta.rotary.size != meta.head_dim
         else "it has biases" if any(layer.bias for layer in decoder.layers)
         else "its MLP has no gate" if any(layer.gate is None for layer in decoder.layers)
         else f"its activation is {activation}, not silu" if activation not in ("silu", "swish")

@@ -25,7 +25,7 @@ from baselines.transfer.index_rules import (
 )
 from zoo.errors import UserError
 from zoo.streams import stream
-from zoo.tensors import Metadata, Part
+from zoo.tensors import Metadata, Part, Rotary
 from zoo.vocabulary import rows_by_token
 
 
@@ -63,7 +63,7 @@ def test_growing_uses_every_coordinate_evenly(t: int, s: int) -> None:
 
 def test_rotary_pairs_keep_the_frequencies_of_the_target() -> None:
     t, s, base = 128, 32, 10000.0
-    kept = rope_index(t, s, rotary=t)
+    kept = rope_index(t, s, Rotary(t), Rotary(s))
     assert torch.equal(kept[s // 2 :], kept[: s // 2] + t // 2)  # i and i + half stay a pair
     donor = base ** (-2 * torch.arange(t // 2).double() / t)
     target = base ** (-2 * torch.arange(s // 2).double() / s)
@@ -83,7 +83,7 @@ def test_kept_pairs_turn_as_the_targets_do_in_transformers(t: int, s: int, rotat
         return GPTNeoXForCausalLM(config).gpt_neox.rotary_emb.inv_freq
 
     donor, target = frequencies(t), frequencies(s)
-    kept = rope_index(t, s, rotary=int(rotated * t))
+    kept = rope_index(t, s, Rotary(int(rotated * t)), Rotary(int(rotated * s)))
     half = len(target)
     assert len(donor) == int(rotated * t) // 2 and half == int(rotated * s) // 2
     torch.testing.assert_close(donor[kept[:half]], target)
@@ -91,14 +91,20 @@ def test_kept_pairs_turn_as_the_targets_do_in_transformers(t: int, s: int, rotat
 
 
 def test_partly_rotated_heads_keep_pairs_and_rest() -> None:
-    kept = rope_index(16, 8, rotary=8)
+    kept = rope_index(16, 8, Rotary(8), Rotary(4))
     assert kept.tolist() == [0, 2, 4, 6, 8, 10, 12, 14]  # {0, 2 | 4, 6} rotated, the rest not
+
+
+def test_pairs_of_neighbours_stay_neighbours() -> None:
+    assert rope_index(16, 8, Rotary(8, True), Rotary(4, True)).tolist() == [0, 1, 4, 5, 8, 10, 12, 14]
+    assert rope_index(8, 8, Rotary(8), Rotary(8, True)).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]  # i and i + half meet
+    assert rope_index(8, 4, Rotary(8, True), Rotary(4)).tolist() == [0, 4, 1, 5]
 
 
 @pytest.mark.parametrize(("t", "s"), [(8, 16), (12, 8), (6, 3)])
 def test_heads_that_do_not_shrink_by_a_whole_stride_are_refused(t: int, s: int) -> None:
     with pytest.raises(UserError, match=f"head_dim {t} does not shrink to {s}"):
-        rope_index(t, s, rotary=t)
+        rope_index(t, s, Rotary(t), Rotary(s))
 
 
 def test_copies_of_a_group_share_its_query_heads() -> None:
