@@ -39,6 +39,11 @@ def session(quiet: bool, to_continue: str = "the same command again") -> Iterato
     except BrokenPipeError as error:  # as after `| head`; nothing must be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
+    except PermissionError as error:
+        where = error.filename if isinstance(error.filename, str) else "a file"
+        refusal = UserError(f"{where}: permission denied; check its permissions and those of the folders above it")
+        typer.echo(f"headstart: {refusal}", err=True)
+        raise typer.Exit(2) from error
     except typer.Exit:
         raise
     except Exception as error:

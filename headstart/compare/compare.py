@@ -187,6 +187,13 @@ def _check_method(settings: TrialSettings, label: str, out: str | Path) -> None:
         sampler.fit(zoo, language_model_blueprint(settings.target))
 
 
+def _save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
+    """Does `np.save` for a contiguous array, whose own error for a full disk does not say so."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+
 def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) -> dict[str, RunResult]:
     """Trains what is not finished: the seeds for tuning first, then the others at the settings that were chosen.
     Returns all runs by the names of their files."""
@@ -197,7 +204,7 @@ def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) 
     settings, runs = inputs.settings, Path(config.out) / RUNS
     runs.mkdir(exist_ok=True)
     remove_temporaries(runs)
-    np.save(settings.tokens, inputs.tokens.numpy())
+    _save_array(Path(settings.tokens), inputs.tokens.numpy())
     with tqdm(total=total, unit="step", desc="compare", disable=quiet) as bar:
         workers = config.workers or (default_workers() if inputs.is_small else 1)
         tuned = _finish(settings, plan.trials, workers, bar.update)

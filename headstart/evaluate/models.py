@@ -15,16 +15,19 @@ from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.files import read_json
 from zoo.checkpoints.headers import read_header
 from zoo.checkpoints.hub import HUB_ID, with_retries
+from zoo.checkpoints.quantised import is_code
 from zoo.checkpoints.sources import fetch_files, resolve_source
 from zoo.errors import UserError, unknown
-from zoo.limits import MAX_CONFIG
+from zoo.limits import MAX_CONFIG, MAX_UNKNOWN_VALUES
 from zoo.progress import without_progress_bars
 from zoo.sandbox import library_errors
 from zoo.targets.adapter_bounds import check_adapter, check_patterns
 from zoo.targets.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_lora_config, require_peft
+from zoo.targets.blueprint import Blueprint
 from zoo.vocabulary import BYTE_VOCAB, byte_tokenizer, has_tokenizer, require_tokenizer_packages
 
 RECORD = "headstart.json"
+USUAL_VALUES_PER_BYTE = 4  # weights of two bits are the smallest
 USUAL_RANK = 256  # a rank that any base has memory for
 
 
@@ -68,7 +71,7 @@ def load_model(folder: Path, adapter: Path | None, dtype: str | None) -> Any:
     leave tensors unfilled, and for an adapter of another base."""
     from transformers import AutoModelForCausalLM
 
-    language_model_blueprint(folder)
+    _check_sizes(Checkpoint.open(folder), language_model_blueprint(folder))
     with without_progress_bars(), library_errors(str(folder), "give another checkpoint"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
@@ -96,6 +99,23 @@ def load_tokenizer(folder: Path, adapter: Path | None = None) -> Any:
             f"{BYTE_VOCAB} is read as bytes)"
         )
     return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer())
+
+
+def _check_sizes(checkpoint: Checkpoint, blueprint: Blueprint) -> None:
+    """Raises UserError where transformers would build a model that the weights do not fill, however large it is."""
+    described = {spec.name: spec.shape for spec in blueprint.specs}
+    for name, entry in checkpoint.entries.items():
+        if described.get(name, entry.shape) != entry.shape and not is_code(entry.dtype):
+            raise UserError(
+                f"{checkpoint.folder}: config.json and weights disagree: {name!r} has shape {list(entry.shape)}, the"
+                f" config describes {list(described[name])}; take both from the same checkpoint"
+            )
+    stored = sum(entry.nbytes for entry in checkpoint.entries.values())
+    if blueprint.parameters > max(USUAL_VALUES_PER_BYTE * stored, MAX_UNKNOWN_VALUES):
+        raise UserError(
+            f"{checkpoint.folder}: its config describes {blueprint.parameters} weights, its files have {stored} bytes;"
+            " take both from the same checkpoint"
+        )
 
 
 def _load_adapter(model: Any, folder: Path, adapter: Path) -> Any:

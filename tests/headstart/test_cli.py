@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
 from tqdm import tqdm
 
 from headstart import samplers
 from headstart.cli import main
+from headstart.terminal import session
 from tests.support.shaken import CONFIGS, donor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,6 +223,16 @@ def test_our_own_faults_are_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(samplers, "DESCRIPTIONS", Path("no-such-file"))
     done = headstart("methods")
     assert done.returncode == 1 and "Traceback" in done.stderr and done.stdout == ""
+
+
+def test_a_file_without_permission_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python's Path.exists raises for a file in a folder that may not be entered."""
+    with pytest.raises(typer.Exit) as ended, session(quiet=True):
+        raise PermissionError(13, "Permission denied", "model/config.json")
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == (
+        "headstart: model/config.json: permission denied; check its permissions and those of the folders above it\n"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

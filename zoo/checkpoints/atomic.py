@@ -303,6 +303,8 @@ def _existing_parents(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+        except FileNotFoundError as error:  # as in /proc
+            raise UserError(f"{folder}: this folder cannot be created; choose another place") from error
         for new in missing:
             sync(new.parent)
         yield

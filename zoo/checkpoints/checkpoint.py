@@ -18,7 +18,7 @@ from zoo.checkpoints.quantised import Quantisation, dequantise, find_quantised
 from zoo.checkpoints.side_files import side_files
 from zoo.checkpoints.token_ids import read_token_ids
 from zoo.errors import NotFinite, UserError, unknown
-from zoo.limits import MAX_CONFIG
+from zoo.limits import MAX_CONFIG, MAX_TENSORS
 from zoo.words import shortened_list
 
 
@@ -136,8 +136,12 @@ def _entries(folder: Path) -> dict[str, Entry]:
         for name, file in weight_map.items():
             names_in[file].add(name)
         entries: dict[str, Entry] = {}
+        count = 0
         for file, names in sorted(names_in.items()):
             shard = read_header(file_inside(folder, file))
+            count += len(shard)
+            if count > MAX_TENSORS:
+                raise UserError(f"{folder}: its files list more than {MAX_TENSORS} tensors; at most so many are read")
             missing = min(names - shard.keys(), default=None)
             if missing is not None:
                 raise UserError(f"{folder / INDEX}: {file} lacks {missing!r}; download both again")

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from zoo.checkpoints.files import is_bare_name, open_regular, read_json, refuse_other_formats, unique_keys
+from zoo.checkpoints.files import (
+    is_bare_name,
+    open_regular,
+    read_json,
+    refuse_other_formats,
+    unique_keys,
+    without_garbage_collection,
+)
 from zoo.errors import UserError
 from zoo.limits import MAX_AXES, MAX_HEADER, MAX_SHARDS, MAX_TENSOR_NAME, MAX_TENSORS
 from zoo.words import first_line
@@ -45,6 +52,7 @@ class Entry:
     nbytes: int
 
 
+@without_garbage_collection()
 def read_header(path: Path) -> dict[str, Entry]:
     """name -> Entry of every tensor in a safetensors file, in the order of their offsets.
 

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from headstart.cli import app
+from headstart.evaluate import models
 from headstart.evaluate.local_tasks import question_files, read_questions
 from tests.conftest import make_llama
 from tests.support.commands import evaluate
@@ -350,6 +352,20 @@ def test_files_that_cannot_be_asked_are_refused(tmp_path: Path, text: str, reaso
     reason = reason.replace("{", r"\{").replace("has the", "its lines have the")
     with pytest.raises(UserError, match=reason):
         evaluate(folder, [str(file)], quiet=True)
+
+
+def test_a_model_is_not_built_larger_than_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would fill 12 GB with random values before it says that the shapes differ."""
+    file = str(write(tmp_path / "questions.jsonl", QUESTIONS))
+    folder = make_llama(tmp_path / "model", vocab_size=256)
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 1 << 24}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(models, "without_progress_bars", lambda: pytest.fail("transformers builds the model"))
+    with pytest.raises(UserError, match=r"disagree: 'model.layers.0.mlp.down_proj.weight' has shape \[32, 64\]"):
+        evaluate(folder, [file], quiet=True)
+    save_file({"other": torch.zeros(8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"its config describes \d+ weights, its files have \d+ bytes"):
+        evaluate(folder, [file], quiet=True)
 
 
 def test_what_is_missing_is_reported_in_one_line(tmp_path: Path) -> None:

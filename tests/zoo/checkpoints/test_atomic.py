@@ -248,6 +248,12 @@ def test_a_disk_of_its_own_cannot_be_replaced_but_holds_outputs(tmp_path: Path) 
     assert names(tmp_path) == ["disk"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no folders")
+def test_a_place_that_cannot_be_created_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^/proc/none: this folder cannot be created; choose another place$"):
+        write_folder(Path("/proc/none/out"))
+
+
 def test_a_read_only_disk_is_one_line(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "-o", "ro"):
         for write in (

@@ -25,6 +25,10 @@ MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4}
 BERT: dict[str, Any] = {
     "model_type": "albert", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4,
 }  # fmt: skip
+GPT_NEO = {
+    "model_type": "gpt_neo", "vocab_size": 64, "hidden_size": 64, "num_layers": 32, "num_heads": 2,
+    "attention_types": [[["global", "local"], 16]], "max_position_embeddings": 2048,
+}  # fmt: skip
 
 BOMBS: dict[str, tuple[dict[str, Any], str]] = {
     "labels": (LLAMA | {"num_labels": 10**7}, "num_labels is 10000000, more than the 100000"),
@@ -41,6 +45,7 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
     "a part that a rule does not know": (BERT | {"inner_group_num": 10**6}, "give more than 15000 modules"),
     "inside another": ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**6}}, "text_config.num_hidden"),
     "rope": (LLAMA | {"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 20_000}}, "long_factor has 20000"),
+    "causal masks of 17 TB": (GPT_NEO | {"max_position_embeddings": 1 << 22}, r"give buffers of 5\.6e\+14 values"),
     "heads": (LLAMA | {"num_attention_heads": 2**40}, "num_attention_heads is 1099511627776"),
 }  # fmt: skip
 
@@ -59,6 +64,7 @@ LARGEST: dict[str, dict[str, Any]] = {
         "vocab_size": 128_256, "hidden_size": 16_384, "intermediate_size": 53_248, "num_hidden_layers": 126,
         "num_attention_heads": 128, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
     },
+    "the causal masks of GPT-Neo 2.7B": GPT_NEO,
     "Llama 4 Scout's context": LLAMA | {"max_position_embeddings": 10_485_760, "rope_theta": 3_580_165_449},
     "XLM-V's vocabulary": LLAMA | {"vocab_size": 901_629},
     "ImageNet-21k": LLAMA | {"num_labels": 21_843},

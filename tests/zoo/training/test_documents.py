@@ -107,6 +107,26 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_by_its_splits(ending: st
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before, "nothing is written beside the corpus"
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_name_is_not_a_pattern(ending: str, tmp_path: Path) -> None:
+    """`datasets` would read the other files too, or find none."""
+    for number, name in enumerate(("a*", "a[1]", "a?", "a::b", "{a,b}")):
+        WRITERS[ending](tmp_path / f"{name}.{ending}", [f"document {number}"])
+    for number, name in enumerate(("a*", "a[1]", "a?", "a::b", "{a,b}")):
+        assert read_corpus(TextSource(str(tmp_path / f"{name}.{ending}"))).text == f"document {number}".encode()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_files_without_rows_are_left_out(ending: str, tmp_path: Path) -> None:
+    WRITERS[ending](tmp_path / f"1.{ending}", DOCUMENTS)
+    if ending == "parquet":
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "0.parquet")
+    else:
+        (tmp_path / "0.jsonl").touch()
+    assert read_corpus(TextSource(str(tmp_path))).text == "\n\n".join(DOCUMENTS).encode()
+    assert read_corpus(TextSource(str(tmp_path / f"0.{ending}"))).text == b""
+
+
 def test_splits_by_name() -> None:
     names = {
         "corpus.txt": "train", "a/b.txt": "train", "valid.jsonl": "validation", "dev/part-1.txt": "validation",
