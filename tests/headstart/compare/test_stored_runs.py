@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from headstart.compare.compare import _save_array
 from headstart.compare.trials import Trial, TrialSettings, read_run, run_path
 from zoo.errors import UserError
 
@@ -58,3 +61,13 @@ def test_any_other_file_is_refused_in_one_line(change: dict[str, Any], problem: 
     with pytest.raises(UserError, match=problem) as caught:
         read_run(settings, TRIAL, 1e-3)
     assert "remove it and run the same command again" in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file to which nothing can be written")
+def test_a_full_disk_is_an_error_of_the_system_for_the_tokens_too(tmp_path: Path) -> None:
+    tokens = np.arange(5000, dtype=np.int64)
+    _save_array(tmp_path / "tokens.npy", tokens)
+    assert np.array_equal(np.load(tmp_path / "tokens.npy"), tokens)
+    with pytest.raises(OSError) as caught:
+        _save_array(Path("/dev/full"), tokens)
+    assert caught.value.errno == errno.ENOSPC
