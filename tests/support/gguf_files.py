@@ -120,18 +120,28 @@ MODELS = {
 }  # fmt: skip
 
 
-def write_gguf(path: Path, model: TinyModel | str = "llama", seed: int = 0, split: int = 0, **general: Any) -> Path:
+def write_gguf(
+    path: Path,
+    model: TinyModel | str = "llama",
+    seed: int = 0,
+    split: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes a model with random weights, its matrices in all types in turn. Returns the (first) file.
 
-    split: the most tensors of a part, 0 for one file. general: more of the metadata, under `general.`.
+    split: the most tensors of a part, 0 for one file. metadata: more keys, or other values; None removes one.
     """
     model = MODELS[model] if isinstance(model, str) else model
     writer = gguf.GGUFWriter(path, model.architecture, split_max_tensors=split)
-    for key, value in {**model.general, **general}.items():
+    for key, value in model.general.items():
         add(writer, f"general.{key}", value)
     for key, value in model.numbers.items():
         add(writer, f"{model.architecture}.{key}", value)
     add_tokenizer(writer, model.tokenizer)
+    for key, value in (metadata or {}).items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            add(writer, key, value)
     rng = np.random.default_rng(seed)
     for number, (name, shape) in enumerate(model.shapes.items()):
         add_tensor(writer, name, shape, number, rng, model.architecture in ADD_ONE)

@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo.checkpoints.atomic import new_folder, replacement_file
 from zoo.checkpoints.checkpoint import is_finite
 from zoo.checkpoints.headers import DTYPE_NAMES, INDEX
-from zoo.errors import UserError, unknown
+from zoo.errors import NotFinite, UserError, unknown
 from zoo.tensors import TensorSpec
 
 
@@ -163,7 +163,7 @@ def _tensor_bytes(spec: TensorSpec, tensor: Tensor, dtype: torch.dtype | None) -
         raise UserError(f"tensor {spec.name!r} has shape {list(tensor.shape)}, the target needs {list(spec.shape)}")
     data = tensor.detach().to("cpu", _disk_dtype(spec, dtype)).contiguous()
     if not is_finite(data):
-        raise UserError(f"tensor {spec.name!r} holds NaN or infinity as {data.dtype}; it cannot be an initial weight")
+        raise NotFinite(f"tensor {spec.name!r} holds NaN or infinity as {data.dtype}; it cannot be an initial weight")
     return memoryview(data.reshape(-1).view(torch.uint8).numpy())
 
 

@@ -12,6 +12,7 @@ import torch
 from zoo.checkpoints.atomic import remove_temporaries, replace_file
 from zoo.checkpoints.headers import INDEX
 from zoo.checkpoints.writer import Shard, plan_shards, write_shard
+from zoo.errors import NotFinite
 from zoo.gguf.model import GgufModel
 
 DTYPE = torch.bfloat16
@@ -42,7 +43,10 @@ def convert(model: GgufModel, folder: Path, tick: Callable[[int], object] = lamb
             tick(DTYPE.itemsize * math.prod(specs[name].shape))
             return model.read(name)
 
-        write_shard(folder / shard.file, shard, specs, read, DTYPE)
+        try:
+            write_shard(folder / shard.file, shard, specs, read, DTYPE)
+        except NotFinite as error:
+            raise NotFinite(f"{model.where}: {error}") from error
     if len(shards) > 1:
         total = sum(shard.size - len(shard.header) for shard in shards)
         weight_map = {name: shard.file for shard in shards for name in shard.offsets}

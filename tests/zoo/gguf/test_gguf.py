@@ -120,11 +120,11 @@ def test_scalings_of_the_rotary_embedding_are_rebuilt_from_their_factors(tmp_pat
 
 
 def test_what_was_dequantised_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    general = {
-        "license": "apache-2.0", "base_model.count": 1, "base_model.0.name": "Tiny",
-        "base_model.0.repo_url": "https://huggingface.co/org/tiny",
+    metadata = {
+        "general.license": "apache-2.0", "general.base_model.count": 1, "general.base_model.0.name": "Tiny",
+        "general.base_model.0.repo_url": "https://huggingface.co/org/tiny",
     }  # fmt: skip
-    file = write_gguf(tmp_path / "tiny-Q4.gguf", "llama", **general)
+    file = write_gguf(tmp_path / "tiny-Q4.gguf", "llama", metadata=metadata)
     zoo = tmp_path / "zoo"
     row = add([str(file)], zoo)[0]
     types = GgufModel.open([file]).types
@@ -226,12 +226,7 @@ def test_a_split_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_file_without_a_tokenizer_is_a_donor_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import gguf
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.support.gguf_files.add_tokenizer", lambda writer, kind: None)
-        file = write_gguf(tmp_path / "a.gguf", "qwen2")
-    assert gguf.GGUFReader(file).get_field("tokenizer.ggml.tokens") is None
+    file = write_gguf(tmp_path / "a.gguf", "qwen2", metadata={"tokenizer.ggml.model": None})
     add([str(file)], tmp_path / "zoo")
     assert "a: has no tokenizer" in capsys.readouterr().err
     donor = Zoo.open(tmp_path / "zoo").donor("a")
