@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fuzz walk clean
+.PHONY: demo test check fuzz real walk clean
 
 demo: $(VENV)/.ready
 	$(BIN)/headstart demo --out demo
@@ -40,6 +40,12 @@ fuzz: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.kills --kills 100000 --minutes $(shell expr $(MINUTES) / 4 + 1)
 	OMP_NUM_THREADS=1 HEADSTART_FUZZ_HUB=$(shell expr $(MINUTES) \* 20) HEADSTART_FUZZ_SEED=$(shell date +%s) \
 		$(BIN)/python -m pytest -q tests/fuzz/test_lying_hub.py -k random
+
+# Two really trained models of 135 and 270 million parameters as donors: 0.35 GB to download, 1.2 GB in build/real.
+real: $(VENV)/.ready-test
+	$(BIN)/python -m benchmarks.real.fetch build/real
+	$(BIN)/headstart zoo add build/real/*.gguf --zoo build/real/zoo
+	HEADSTART_REAL=build/real OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m real
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,15 @@ def shared_data() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip("the real checkpoints are not here: ../shared/data is missing")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def real_models() -> Path:
+    """The folder of really trained models that `make real` fetched."""
+    folder = os.environ.get("HEADSTART_REAL")
+    if not folder or not list(Path(folder).glob("*.gguf")):
+        pytest.skip("the real models are not here: `make real` fetches 0.35 GB and runs this test")
+    return Path(folder)
 
 
 def make_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:

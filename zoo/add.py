@@ -339,7 +339,7 @@ def _copy_donor(
         stack.enter_context(_removed_on_error(staging))
         _copy_files(staging, checkpoint, hashes, bar.update)
         findings = check_health(checkpoint, progress=lambda values: bar.update(values * bytes_per_value))
-        record = {"source": source.address, "revision": revisions[0], "license": source.license}
+        record: dict[str, Any] = {"source": source.address, "revision": revisions[0], "license": source.license}
         record |= {"sha256": sha256, "files": hashes}
         return _publish(models, staging, source, checkpoint, record, measures), findings
 

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.support.commands import analyze, compare, generate
+from tests.support.gguf_files import write_gguf
 from tests.support.tiny import donor as make_donor
 from tests.support.tiny import make_zoo
 
@@ -25,6 +26,14 @@ def language_model(folder: Path, **options: Any) -> Path:
     save_byte_tokenizer(folder)
     (folder / "README.md").write_text("---\nlicense: mit\ntags:\n- a\n- b\nlanguage: en\n---\n# A model\n")
     return folder
+
+
+def gguf_files(folder: Path) -> None:
+    """A Llama with two layers in one file, and a GPT-2 in two parts."""
+    for name in ("llama", "gpt2"):
+        (folder / name).mkdir()
+    write_gguf(folder / "llama" / "a.gguf", "llama")
+    write_gguf(folder / "gpt2" / "b.gguf", "gpt2", split=20)
 
 
 def sharded_model(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 from hypothesis import strategies as st
@@ -109,6 +110,8 @@ def damaged_file(draw: st.DrawFn, name: str, data: bytes) -> bytes:
         length = int.from_bytes(data[:8], "little")
         header = as_json(draw(damaged_structure(json.loads(data[8 : 8 + length]))))
         return len(header).to_bytes(8, "little") + header + data[8 + length :]
+    if name.endswith(".gguf"):
+        return draw(damaged_gguf(data))
     if name.endswith(".jsonl"):
         lines = data.splitlines()
         at = draw(st.integers(0, len(lines) - 1))
@@ -119,6 +122,40 @@ def damaged_file(draw: st.DrawFn, name: str, data: bytes) -> bytes:
     if name.endswith((".yaml", ".md")):
         return draw(damaged_yaml(data))
     return draw(damaged_bytes(data))
+
+
+@st.composite
+def damaged_gguf(draw: st.DrawFn, original: bytes) -> bytes:
+    """A GGUF file after one to three edits of its header: of names, their lengths, and the numbers after them."""
+    places, data = _gguf_texts(original), bytearray(original)
+    for _ in range(draw(st.sampled_from((1, 1, 2, 3)))):
+        at, length = draw(st.sampled_from(places))
+        edit = draw(st.sampled_from(("length", "text", "after", "after", "swap")))
+        if edit == "length":
+            number = draw(st.sampled_from((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1)))
+            data[at : at + 8] = (number % 2**64).to_bytes(8, "little")
+        elif edit == "text":
+            data[at + 8 : at + 8 + length] = draw(st.binary(min_size=length, max_size=length))
+        elif edit == "swap":
+            other, size = draw(st.sampled_from(places))
+            if size == length:
+                data[at : at + 8 + length] = data[other : other + 8 + size]
+        else:  # the type or the value of a key, or the shape, the type or the place of a tensor
+            start = at + 8 + length + draw(st.sampled_from((0, 4, 8, 12, 16, 20, 24, 28)))
+            number = draw(st.sampled_from((0, 1, 2, 3, 8, 9, 12, 255, 2**16, 2**31, 2**40, 2**63, 2**64 - 1)))
+            width = draw(st.sampled_from((1, 4, 8)))
+            data[start : start + width] = (number % 2 ** (8 * width)).to_bytes(width, "little")
+    return bytes(data)
+
+
+def _gguf_texts(data: bytes) -> list[tuple[int, int]]:
+    """(offset, length) of the names of keys and tensors in the header of a GGUF file, and of some other texts."""
+    found = []
+    for match in re.finditer(rb"[a-z][a-z0-9_.]{3,60}", data[:100_000]):
+        length = int.from_bytes(data[max(0, match.start() - 8) : match.start()], "little")
+        if 3 < length <= len(match[0]):
+            found.append((match.start() - 8, length))
+    return found
 
 
 @st.composite

@@ -48,6 +48,12 @@ def _zoo_add(folder: Path, damaged: str) -> None:
     add([str(folder / "donor")], folder / "out", quiet=True)
 
 
+def _gguf(folder: Path, damaged: str) -> None:
+    from zoo.add import add
+
+    add([str(folder / damaged)], folder / "out", quiet=True)
+
+
 def _tokenizer(folder: Path, damaged: str) -> None:
     from zoo.training.corpora import encode_corpus
 
@@ -135,6 +141,7 @@ READERS: dict[str, Reader] = {
         lambda folder: materials.language_model(folder / "donor"),
         _zoo_add,
     ),
+    "gguf": Reader(("*/*.gguf",), materials.gguf_files, _gguf),
     "tokenizer": Reader(("*/*token*.json",), materials.tokenizer_files, _tokenizer),
     "adapter": Reader(("adapter/adapter_config.json", "adapter/*.safetensors"), materials.lora_adapter, _adapter),
     "zoo": Reader(

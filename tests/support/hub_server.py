@@ -47,7 +47,7 @@ class Repo:
         return hashlib.sha1(b"".join(n.encode() + d for n, d in sorted(self.files.items()))).hexdigest()
 
     def lfs(self, name: str) -> bool:
-        return name.endswith((".safetensors", ".bin"))
+        return name.endswith((".safetensors", ".bin", ".gguf"))
 
     def oid(self, name: str) -> str:
         data = self.files[name]

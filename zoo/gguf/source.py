@@ -42,7 +42,7 @@ def resolve_gguf(source: str, revision: str | None = None) -> GgufSource:
     repo, _, at = match["id"].partition("@")
     if at and revision is not None and at != revision:
         raise UserError(f"{source}: names another revision than --revision {revision}; give one of them")
-    return _hub_source(repo, at or revision or "main", match["file"])
+    return _hub_source(repo, at or revision, match["file"])
 
 
 def gguf_revision(source: GgufSource, hashes: FileHashes) -> str:
@@ -62,25 +62,25 @@ def _local_source(path: Path) -> GgufSource:
     return GgufSource(str(paths[0].resolve()), names, model.license, files, folder=path.parent)
 
 
-def _hub_source(repo: str, revision: str, file: str) -> GgufSource:
+def _hub_source(repo: str, revision: str | None, file: str) -> GgufSource:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    what = f"{repo}@{revision}:{file}"
+    what = f"{repo}:{file}" if revision is None else f"{repo}@{revision}:{file}"
     if constants.HF_HUB_OFFLINE:
-        return _cached_source(repo, revision, file)
+        return _cached_source(repo, revision or "main", file)
     info = with_retries(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
     if info.sha is None:
         raise UserError(f"{what}: the hub names no commit; try again later, or set another HF_ENDPOINT")
     known = {s.rfilename: source_file(s) for s in info.siblings or ()}
     if file not in known:
-        raise UserError(f"{repo}@{revision}: {unknown('file', file, [n for n in known if n.lower().endswith(GGUF)])}")
+        raise UserError(f"{repo}: {unknown('file', file, [n for n in known if n.lower().endswith(GGUF)])}")
     parts = _parts(file)
     missing = [part for part in parts if part not in known]
     if missing:
         raise UserError(f"{what}: is split into {len(parts)} parts, of which the repository lacks {missing[0]!r}")
     cached = {part for part in parts if isinstance(try_to_load_from_cache(repo, part, revision=info.sha), str)}
     files = {part: known[part] for part in parts}
-    return _of_hub(repo, info.sha, files, hub_license(info), revision, frozenset(cached))
+    return _of_hub(repo, info.sha, files, hub_license(info), revision or "main", frozenset(cached))
 
 
 def _cached_source(repo: str, revision: str, file: str) -> GgufSource:

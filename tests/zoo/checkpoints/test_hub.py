@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_llama
+from tests.support.gguf_files import write_gguf
 from tests.support.hub_server import Hub, Repo, files_of, serve
 from tests.support.json_worker import ROOT, json_worker
 from zoo.donors.verify import verify
@@ -126,6 +127,43 @@ def test_the_files_of_the_index_are_fetched_and_no_others(
     files = Zoo.open(tmp_path).donor("org--sharded").files
     assert set(files) == sharded.keys() - {"consolidated.safetensors"}
     assert "consolidated.safetensors" not in bodies(hub, "org/sharded")
+
+
+def test_a_gguf_file_of_a_repository_is_fetched_alone_and_known_by_its_commit(
+    hub: Hub, online: Add, offline: Add, tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "tiny-Q4.gguf", "llama").read_bytes()
+    write_gguf(tmp_path / "half.gguf", "llama", split=12)
+    parts = {f"split/{p.name}": p.read_bytes() for p in sorted(tmp_path.glob("half-*"))}
+    repo = hub.repos["org/gguf"] = Repo({"tiny-Q4.gguf": file, "tiny-Q8.gguf": b"GGUF", **parts})
+    address = "org/gguf:tiny-Q4.gguf"
+    plan = online(address, zoo=tmp_path / "zoo", plan=True)["ok"][0]
+    assert (plan["state"], plan["download"], plan["tensors"]) == ("new", len(file), None)
+    assert not bodies(hub, "org/gguf")
+    done = online(address, zoo=tmp_path / "zoo")["ok"][0]
+    assert (done["name"], done["revision"], done["license"]) == ("org--gguf--tiny-Q4", repo.commit, "mit")
+    assert done["source"] == f"org/gguf@{repo.commit}:tiny-Q4.gguf" and bodies(hub, "org/gguf") == ["tiny-Q4.gguf"]
+    asked = len(hub.log)
+    assert online(address, zoo=tmp_path / "zoo")["ok"][0]["state"] == "present"
+    assert [line.split("?")[0] for line in hub.log[asked:]] == ["GET /api/models/org/gguf"]
+    assert offline(address, zoo=tmp_path / "zoo")["ok"][0]["state"] == "present"
+    first = next(iter(parts))
+    split = online(f"org/gguf@{repo.commit}:{first}", zoo=tmp_path / "zoo")["ok"][0]
+    assert (split["name"], split["state"]) == ("org--gguf--half", "added")
+    donors = [Zoo.open(tmp_path / "zoo").donor(name) for name in ("org--gguf--tiny-Q4", "org--gguf--half")]
+    assert all(donors[0].read(n).equal(donors[1].read(n)) for n in donors[0].names) and not verify(tmp_path / "zoo")
+    unknown = online("org/gguf:tiny-Q5.gguf", zoo=tmp_path / "zoo")
+    assert "unknown file 'tiny-Q5.gguf': did you mean" in unknown["error"]
+    hub.repos["org/part"] = Repo(dict([*parts.items()][:-1]))
+    lost = online(f"org/part:{first}", zoo=tmp_path / "zoo")
+    assert f"is split into {len(parts)} parts, of which the repository lacks {[*parts][-1]!r}" in lost["error"]
+
+
+def test_a_damaged_gguf_download_is_fetched_again(hub: Hub, online: Add, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "a.gguf", "qwen2").read_bytes()
+    hub.repos["org/corrupt-gguf"] = Repo({"a.gguf": file}, faults={"get a.gguf": ["corrupt"]})
+    assert online("org/corrupt-gguf:a.gguf", zoo=tmp_path / "zoo")["ok"][0]["state"] == "added"
+    assert bodies(hub, "org/corrupt-gguf") == ["a.gguf", "a.gguf"]
 
 
 def test_plan_counts_without_downloading(
