@@ -144,21 +144,20 @@ class UnsuitableText(ValueError):
 
 
 def read_documents(
-    data: bytes, files: list[str], kind: str, column: str, separator: str, most: int
+    data: bytes, files: list[str], kind: str, column: str, separator: str, most: int, cache: str
 ) -> tuple[dict[str, Any], bytes]:
     """The texts in a column of JSON, Parquet or CSV files, joined by a separator: at most the first `most` bytes.
 
     {documents, empty: rows without a text, whole: whether nothing was cut off}. `datasets` reads them row by row.
+    cache: an empty folder. The caller removes it, because this process may be killed.
     """
-    import tempfile
-
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     parts: list[bytes] = []
     size, empty, whole, between = 0, 0, True, separator.encode()
-    with tempfile.TemporaryDirectory(prefix="headstart-") as cache, _without_placeholders():
+    with _without_placeholders():
         try:
             files = _plain_names(_with_rows(files, kind), cache)
             if not files:

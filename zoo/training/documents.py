@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from zoo.checkpoints.atomic import disk_errors
+from zoo.checkpoints.atomic import disk_errors, scratch_folder
 from zoo.checkpoints.files import open_regular
 from zoo.checkpoints.hub import with_retries
 from zoo.errors import UserError
@@ -311,7 +311,8 @@ def _read_rows(files: Sequence[Path], kind: str, source: TextSource, joined: _Jo
         "separator": joined.separator.decode(),
         "most": joined.left,
     }
-    reply, text = shared.call("read_documents", arguments, limits, where)
+    with scratch_folder() as cache:
+        reply, text = shared.call("read_documents", arguments | {"cache": str(cache)}, limits, where)
     if reply["empty"]:
         log.warning("%s: %d rows without a text are left out", where, reply["empty"])
     joined.add(text, reply["documents"])

@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from huggingface_hub import constants
 from tests.support.hub_server import Repo, serve
 from zoo.checkpoints.hub import hub_session
 from zoo.errors import UserError
+from zoo.sandbox import shared
 from zoo.training import documents
 from zoo.training.corpora import encode_corpus, end_of_text
 from zoo.training.documents import TextSource, binary_problem, read_corpus, split_of
@@ -125,6 +127,17 @@ def test_files_without_rows_are_left_out(ending: str, tmp_path: Path) -> None:
         (tmp_path / "0.jsonl").touch()
     assert read_corpus(TextSource(str(tmp_path))).text == "\n\n".join(DOCUMENTS).encode()
     assert read_corpus(TextSource(str(tmp_path / f"0.{ending}"))).text == b""
+
+
+def test_a_library_that_crashes_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    shared.close()  # so that the child process has this TMPDIR
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(UserError, match=r"deep\.jsonl: makes the library that reads it crash"):
+        read_corpus(TextSource(str(tmp_path / "deep.jsonl")))
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_splits_by_name() -> None:
