@@ -21,6 +21,8 @@ from zoo.errors import NotFinite, UserError, unknown
 from zoo.limits import MAX_CONFIG, MAX_TENSORS
 from zoo.words import shortened_list
 
+VALUES_CHECKED = 1 << 22  # at a time: torch.isfinite makes several copies
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -118,12 +120,14 @@ class Checkpoint:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. True for integers."""
+    """Whether no value is NaN or infinite. True for integers. A part of the values is looked at at a time."""
     if not tensor.is_floating_point():
         return True
-    # torch has no isfinite for float8.
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    return bool(torch.isfinite(wide).all())
+    for part in tensor.reshape(-1).split(VALUES_CHECKED):
+        wide = part.float() if part.dtype.itemsize == 1 else part  # torch has no isfinite for float8
+        if not torch.isfinite(wide).all():
+            return False
+    return True
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
