@@ -174,7 +174,12 @@ def list_methods(
 @zoo_app.command("add", epilog="Example: headstart zoo add HuggingFaceTB/SmolLM2-135M ./my-model --zoo zoo")
 def zoo_add(
     ctx: typer.Context,
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Hub ids (id or id@revision) or folders.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="Hub ids (id or id@revision), folders, GGUF files (a path, or id:FILE)."
+        ),
+    ],
     zoo: ZooOption,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="For hub ids without a revision.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be downloaded, and do nothing.")] = False,

@@ -21,8 +21,8 @@ MAX_GGUF_KEY = 65_535  # bytes of a key's name, as the format says
 MAX_GGUF_VALUES = 4_000_000  # values of all lists: a vocabulary of 900,000 tokens has three lists, or merges
 MAX_GGUF_AXES = 4  # axes of a tensor: ggml has no more
 MAX_GGUF_ALIGNMENT = 1 << 20  # bytes: real files have 32
-GGUF_TOKENIZER_SECONDS = 5  # seconds of CPU for a tokenizer of a GGUF file: a small one needs a tenth
-GGUF_TOKENIZER_SECONDS_PER_MB = 3  # more seconds for each megabyte of its lists: merges are derived from scores
+GGUF_TOKENIZER_SECONDS = 4  # seconds of CPU for a tokenizer of a GGUF file: a small one needs a tenth
+GGUF_TOKENIZER_SECONDS_PER_MB = 2.5  # more seconds for each megabyte of its lists: one of 8.5 MB needs ten
 GGUF_TOKENIZER_MEMORY = 400_000_000  # bytes for a tokenizer of a GGUF file
 GGUF_TOKENIZER_MEMORY_PER_BYTE = 100  # more bytes for each byte of its lists: one of 10 MB needs forty
 
