@@ -115,6 +115,9 @@ def warnings_section(donors: Sequence[dict[str, Any]]) -> str:
         if donor.get("quantisation"):
             name, text = escape_markdown(donor["name"]), escape_markdown(donor["quantisation"])
             lines.append(f"- {name} is quantised: {text}. Its weights were read as the values that it computes with.")
+        if donor.get("base_models"):
+            name, text = escape_markdown(donor["name"]), escape_markdown(", ".join(donor["base_models"]))
+            lines.append(f"- {name} says that it was made from {text}.")
     if any(d["license"] in (None, "unknown") for d in donors):
         lines.append("- The licence of at least one donor is unknown.")
     return "\n".join(["## Before you use it", "", *lines, ""])

@@ -165,7 +165,7 @@ def _folder_donors(zoo: Zoo | None, names: Sequence[str]) -> list[FolderDonor]:
 
 def _hub_ids(donors: Sequence[FolderDonor]) -> list[str]:
     """The hub ids of the donors that came from the hub. Their revision is a commit; that of a folder is a hash."""
-    sources = [d.source for d in donors if not d.revision.startswith("sha256:")]
+    sources = [d.source.partition(":")[0] for d in donors if not d.revision.startswith("sha256:")]  # without a file
     return sorted({source.partition("@")[0] for source in sources if HUB_ID.fullmatch(source)})
 
 

@@ -97,6 +97,19 @@ def test_a_reference_links_each_of_its_sources(reference: str, expected: list[st
     assert links(reference_links(reference)) == expected
 
 
+@pytest.mark.parametrize("name", ["https://huggingface.co/org/tiny", "<script>[x](y)|\n# no"])
+def test_the_card_says_what_a_gguf_donor_was(name: str) -> None:
+    text = "5 tensors in F32, 2 in Q4_0 of a GGUF file, stored as bfloat16"
+    donor = {"name": "tiny", "revision": "sha256:0", "sha256": "0" * 64, "license": "mit", "quantisation": text}
+    card = card_of("row-column", donors=[{**donor, "base_models": [name]}])
+    lines = [line for line in card.text.splitlines() if line.startswith("- tiny ")]
+    assert lines[0].startswith(f"- tiny is quantised: {escape_markdown(text)}. Its weights were read")
+    assert lines[1] == f"- tiny says that it was made from {escape_markdown(name)}."
+    assert not {"html_inline", "html_block"} & {token.type for token in tokens(card.text)} and "y" not in links(
+        card.text
+    )
+
+
 @pytest.mark.parametrize("license", NASTY)
 @pytest.mark.parametrize("method", ["row-column", "pissa"])
 def test_any_license_leaves_the_card_whole(tmp_path: Path, license: str, method: str) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.commands import generate
 from tests.support.gguf_files import HEAD, MODELS, TinyModel, write_gguf
 from zoo.add import add
 from zoo.donors.donor import provenance
@@ -19,7 +21,7 @@ from zoo.donors.manifest import GGUF_COLUMN, read_manifest
 from zoo.donors.verify import stray_files, verify
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
-from zoo.gguf.model import GgufModel
+from zoo.gguf.model import GgufModel, describe_types
 
 TEXTS = ["the king and the hen", "  in a  den\n\twing 12", "é <|user|>the</s>", ""]
 
@@ -231,3 +233,19 @@ def test_a_file_without_a_tokenizer_is_a_donor_without_one(tmp_path: Path, capsy
     assert "a: has no tokenizer" in capsys.readouterr().err
     donor = Zoo.open(tmp_path / "zoo").donor("a")
     assert donor.vocabulary() is None and donor.config["vocab_size"] == 320
+
+
+def test_a_gguf_donor_fills_a_target_and_the_record_names_its_types(tmp_path: Path) -> None:
+    """Also its tokenizer goes along; `--donor` names the way for a file that is not in a zoo."""
+    file = write_gguf(tmp_path / "tiny.gguf", "llama")
+    home = convert(file)
+    generate(home, "weight-selection", tmp_path / "out", zoo=tmp_path / "zoo")
+    record = json.loads((tmp_path / "out" / "headstart.json").read_text())
+    assert record["donors"][0]["quantisation"] == describe_types(GgufModel.open([file]).types)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (home / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+    stored = Zoo.open(tmp_path / "zoo").donor("tiny")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(made[name].bfloat16(), stored.read(name)) for name in stored.names)
+    with pytest.raises(UserError, match=r"tiny\.gguf: a GGUF file becomes a donor with `headstart zoo add FILE\.gguf"):
+        generate(home, "normal", tmp_path / "other", donor=str(file))
