@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zoo.checkpoints.checkpoint import is_finite
-from zoo.checkpoints.files import expect, read_json
+from zoo.checkpoints.files import expect, expect_all, read_json
 from zoo.checkpoints.headers import read_header
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.errors import UserError
@@ -65,8 +65,7 @@ def load_component(cls: type[Any], folder: Path, config: str, how: str) -> Any:
     found = values.get("_class_name")
     if found != cls.__name__:
         raise UserError(f"{path}: describes {_short(found)}, not {cls.__name__}; {how}")
-    for key, kind in cls.CONFIG_KINDS.items():
-        expect(values, key, kind, str(path), how)
+    expect_all(values, cls.CONFIG_KINDS, str(path), how)
     for donor in values.get("donors") or ():
         expect(donor, "name", str, f"{path}: donors", how)
         for key in ("revision", "sha256", "license"):

@@ -26,7 +26,7 @@ from headstart.config import GenerateConfig
 from headstart.generate.generate import generate
 from headstart.report.scores import REFERENCE, RunResult, count_gradient_spikes, evaluation_points
 from zoo.checkpoints.atomic import replace_file
-from zoo.checkpoints.files import expect, read_json
+from zoo.checkpoints.files import expect, expect_all, is_kind, read_json
 from zoo.checkpoints.sources import resolve_source
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo, open_standalone
@@ -43,6 +43,12 @@ RUN_KINDS = {
     "method": str, "scale": float, "seed": int, "lr": float, "steps": [int], "losses": [float],
     "max_grad_norm": float, "diverged": (None, int), "grad_spikes": int, "activation_rms": dict, "init": dict,
 }  # fmt: skip  # key of a run's file -> its kind (`zoo.checkpoints.files.expect`)
+INIT_KINDS = {"seconds": float, "donors": [dict], "novelty": (None, dict), "novelty_note": (None, str)}
+DONOR_KINDS = {
+    "name": str, "license": (None, str), "revision": (None, str), "parameters": (None, int), "loss": (None, float),
+    "tokens": (None, float),
+}  # fmt: skip
+NOVELTY_KINDS = {"distance": float, "matrices": int, "of": int}
 
 
 @dataclass(frozen=True)
@@ -212,8 +218,7 @@ def donor_facts(zoo: Zoo, name: str) -> dict[str, Any]:
     donor = zoo.donor(name)
     return provenance(donor) | {
         "parameters": donor.parameters,
-        "loss": donor.facts.get("loss"),
-        "tokens": donor.facts.get("tokens"),
+        **{key: value if is_kind(value := donor.facts.get(key), float) else None for key in ("loss", "tokens")},
     }
 
 
@@ -244,10 +249,15 @@ def read_run(settings: TrialSettings, trial: Trial, lr: float) -> RunResult:
     """A finished run. Raises UserError for a file that `run_trial` did not write."""
     path, advice = run_path(settings, trial, lr), "remove it and run the same command again"
     run = read_json(path, MAX_RECORD)
-    for key, kind in RUN_KINDS.items():
-        expect(run, key, kind, str(path), advice)
-    expect(run["init"], "seconds", float, f"{path}: init", advice)
-    expect(run["init"], "donors", [dict], f"{path}: init", advice)
+    init = expect(run, "init", dict, str(path), advice)
+    parts: list[tuple[Any, Mapping[str, Any], str]] = [(run, RUN_KINDS, ""), (init, INIT_KINDS, ": init")]
+    parts += [
+        (donor, DONOR_KINDS, ": init: donors") for donor in expect(init, "donors", [dict], f"{path}: init", advice)
+    ]
+    if init.get("novelty") is not None:
+        parts.append((expect(init, "novelty", dict, f"{path}: init", advice), NOVELTY_KINDS, ": init: novelty"))
+    for data, kinds, place in parts:
+        expect_all(data, kinds, f"{path}{place}", advice, optional=False)
     for when in ("start", "end"):
         expect(run["activation_rms"], when, (None, [float]), f"{path}: activation_rms", advice)
     expected = {"method": trial.label, "scale": trial.scale, "seed": trial.seed, "lr": lr}

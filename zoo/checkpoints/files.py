@@ -153,6 +153,19 @@ def expect(data: Mapping[str, Any], key: str, kind: Any, where: str, advice: str
     raise UserError(f"{where}: {key} {found}; it must be {kind_name(kind)}; {advice}")
 
 
+def expect_all(
+    data: Mapping[str, Any], kinds: Mapping[str, Any], where: str, advice: str = "correct it", optional: bool = True
+) -> None:
+    """UserError where a value is not of the kind of its key (see `expect`).
+
+    optional: whether a key whose value may be None may be missing.
+    """
+    for key, kind in kinds.items():
+        if key not in data and not optional:
+            raise UserError(f"{where}: {key} is missing; it must be {kind_name(kind)}; {advice}")
+        expect(data, key, kind, where, advice)
+
+
 def is_kind(value: Any, kind: Any) -> bool:
     """Whether a JSON value is of a kind (see `expect`). true and false are no numbers, whole numbers are numbers."""
     if isinstance(kind, tuple):

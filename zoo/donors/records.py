@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.checkpoints.atomic import replace_file
-from zoo.checkpoints.files import expect, file_hash, is_bare_name, read_json
+from zoo.checkpoints.files import expect, expect_all, file_hash, is_bare_name, read_json
 from zoo.donors.layout import RECORD, ROWS
 from zoo.errors import UserError
 from zoo.limits import MAX_RECORD
@@ -28,8 +28,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = read_json(folder / RECORD, MAX_RECORD)
     if record.get("seal") != seal(record):
         raise UserError(f"{folder / RECORD}: was changed after the donor was added; {advice}")
-    for key, kind in KINDS.items():
-        expect(record, key, kind, str(folder / RECORD), advice)
+    expect_all(record, KINDS, str(folder / RECORD), advice)
     for name, file in record["files"].items():
         if not is_bare_name(name):
             raise UserError(f"{folder / RECORD}: names the file {name!r:.60}, which is outside its folder; {advice}")

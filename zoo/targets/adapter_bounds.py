@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from zoo.checkpoints.files import expect
+from zoo.checkpoints.files import expect_all
 from zoo.errors import UserError
 from zoo.limits import (
     MAX_ADAPTER_NUMBER,
@@ -43,8 +43,7 @@ PLAIN = re.compile(r"[\w.-]*", re.ASCII)  # a name that needs no care as a regul
 
 def check_adapter(data: Mapping[str, Any], where: str) -> None:
     """UserError where a value of an adapter_config.json has the wrong type, or asks PEFT for minutes of work."""
-    for key, kind in KINDS.items():
-        expect(data, key, kind, where)
+    expect_all(data, KINDS, where)
     if data.get("megatron_config"):  # PEFT would import the module that the adapter names
         raise UserError(f"{where}: has a megatron_config, which can run code; remove it")
     for key, number in _numbers(data):

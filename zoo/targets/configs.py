@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,9 +112,8 @@ def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedCo
     check_bounds(data, where)
     data = without_quantisation(data)
     _check_sizes(data, CONFIG_MAPPING[model_type], where)
-    for key in ("dtype", "torch_dtype"):
-        if isinstance(name := data.get(key), str) and name not in MODEL_DTYPES:
-            raise UserError(f"{where}: {key} is {name!r}, not a dtype of a model; give float32, bfloat16 or float16")
+    for part in (data, *(value for value in data.values() if isinstance(value, Mapping))):  # with sub-configs
+        _check_dtype(part, where)
     rest = {k: v for k, v in data.items() if k not in ("model_type", "auto_map", "transformers_version")}
     try:
         with quiet_transformers():
@@ -122,6 +122,14 @@ def parse_config(data: Mapping[str, Any], where: str = "config") -> PretrainedCo
         raise UserError(f"{where}: {_reason(error, data)}") from error
     check_config(config, where)
     return config
+
+
+def _check_dtype(data: Mapping[str, Any], where: str) -> None:
+    for key in ("dtype", "torch_dtype"):
+        name = data.get(key)
+        if name not in (None, *MODEL_DTYPES) and not isinstance(name, torch.dtype):
+            found = reprlib.repr(name)
+            raise UserError(f"{where}: {key} is {found}, not a dtype of a model; give float32, bfloat16 or float16")
 
 
 def check_config(config: PretrainedConfig, where: str = "config") -> None:
@@ -185,7 +193,7 @@ def meta_model(config: PretrainedConfig, where: str = "config") -> PreTrainedMod
     except UserError:
         raise
     except Exception as error:  # a constructor's reason for values that no check above covers
-        reason = _reason(error, config.to_dict())
+        reason = _reason(error, vars(config))
         raise UserError(f"{where}: transformers cannot build this {config.model_type}: {reason}") from error
     experts = sum(p.shape[0] for p in model.parameters() if p.ndim == 3 and p.shape[1] > 1)  # fused: [experts, out, in]
     if experts > MAX_EXPERT_MATRICES:

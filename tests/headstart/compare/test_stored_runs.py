@@ -15,10 +15,12 @@ from headstart.compare.trials import Trial, TrialSettings, read_run, run_path
 from zoo.errors import UserError
 
 TRIAL = Trial("default", 0, 1.0, (1e-3,))
+DONOR = {"name": "a", "license": None, "revision": None, "parameters": 10, "loss": 2.5, "tokens": 1000}
+INIT: dict[str, Any] = {"seconds": 0.1, "donors": [DONOR], "novelty": None, "novelty_note": None}
 RUN: dict[str, Any] = {
     "method": "default", "scale": 1.0, "seed": 0, "lr": 1e-3, "steps": [0, 1, 2], "losses": [5.0, 4.0, 3.0],
     "max_grad_norm": 1.5, "diverged": None, "grad_spikes": 0, "activation_rms": {"start": [1.0], "end": [2.0]},
-    "init": {"seconds": 0.1, "donors": [], "novelty": None, "novelty_note": None},
+    "init": INIT,
 }  # fmt: skip
 
 
@@ -46,6 +48,12 @@ def test_a_run_is_read_as_it_was_written(settings: TrialSettings) -> None:
         *(({key: {"a": 0}}, f"{key} is {{'a': 0}}; it must be") for key in RUN if not isinstance(RUN[key], dict)),
         ({"init": {"seconds": "1", "donors": []}}, "init: seconds is '1'"),
         ({"init": {"seconds": 1, "donors": [1]}}, "init: donors is"),
+        ({"init": INIT | {"novelty": []}}, r"init: novelty is \[\]; it must be"),
+        ({"init": INIT | {"novelty": {"matrices": 1, "of": 1}}}, "init: novelty: distance is missing"),
+        ({"init": INIT | {"novelty_note": 1}}, "init: novelty_note is 1"),
+        ({"init": {key: INIT[key] for key in INIT if key != "novelty"}}, "init: novelty is missing"),
+        ({"init": INIT | {"donors": [DONOR | {"tokens": "1B"}]}}, "init: donors: tokens is '1B'"),
+        ({"init": INIT | {"donors": [{"name": "a"}]}}, "init: donors: license is missing"),
         ({"activation_rms": {"start": "x"}}, "activation_rms: start is 'x'"),
         ({"seed": 1}, "is a run of another seed"),
         ({"lr": 2e-3}, "is a run of another lr"),

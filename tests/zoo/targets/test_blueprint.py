@@ -155,6 +155,11 @@ BAD = {
     "odd head": ({**LISTED["llama"], "hidden_size": 12}, "head_dim 3 is odd"),
     "more experts than there are": ({**LISTED["mixtral"], "num_experts_per_tok": 4}, "num_experts_per_tok 4"),
     "dtype": ({**LISTED["llama"], "dtype": "float17"}, "dtype is 'float17'"),
+    "list of dtypes": ({**LISTED["llama"], "dtype": ["float32"] * 200}, "dtype is ['float32', 'float32'"),
+    "dtype of a part": (
+        {**LISTED["gemma3"], "text_config": {**LISTED["gemma3_text"], "dtype": 32}},
+        "dtype is 32, not a dtype",
+    ),
     "activation": ({**LISTED["llama"], "hidden_act": "nope"}, "hidden_act is 'nope'"),
     "rope": ({**LISTED["llama"], "rope_parameters": {"rope_type": "nope"}}, "rope_parameters is 'nope'"),
     "padding outside the vocabulary": ({**LISTED["llama"], "pad_token_id": 64}, "padding"),
