@@ -12,7 +12,7 @@ from torch import Tensor
 from baselines.transfer.donor_choice import DonorRequest, choose_donor, copies_by_name
 from baselines.transfer.gather import fixed_maps, gather_tensors
 from baselines.transfer.index_maps import IndexMaps
-from baselines.transfer.sizes import describe_changes, metadata_pair
+from baselines.transfer.sizes import changes_alibi_heads, describe_changes, metadata_pair
 from baselines.transfer.vocabulary import VocabularyRows, composed_rows, log_vocabulary
 from zoo.donors.donor import Donor
 from zoo.donors.folder import donor_ref, open_ref
@@ -67,6 +67,11 @@ class Transfer(Sampler):
         """Whether `sample` copies every tensor of the fitted donor by its name."""
         return self.copies_own_shape and copies_by_name(self.source, blueprint, self.tokenizer, self.vocabulary)
 
+    @property
+    def keeps_alibi_slopes(self) -> bool:
+        """Whether a head of a donor with ALiBi goes to the head of the target with its slope."""
+        return False
+
     def extra_mismatches(self, donor: Donor, blueprint: Blueprint) -> list[str]:
         """The method's own reasons why a donor cannot fill a target. Reads configs only."""
         return []
@@ -97,6 +102,8 @@ class Transfer(Sampler):
             log.info("%s: from %s: same shape", self.name, self.source.name)
             return
         log_axes(self.source, blueprint, self.name)
+        if not self.keeps_alibi_slopes and changes_alibi_heads(*metadata_pair(self.source, blueprint)):
+            log.info("%s: heads get the ALiBi slopes of the target, not those of the donor's heads", self.name)
         log_vocabulary(self.vocabulary_rows(blueprint), self.name, self.vocabulary)
 
     def gather(

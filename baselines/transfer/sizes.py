@@ -49,3 +49,8 @@ def expert_ffn_size(metadata: Metadata) -> int:
 def shared_ffn_size(metadata: Metadata) -> int:
     """The number of neurons of the MLP that every token uses beside its experts, 0 without one."""
     return int(str(metadata.extra.get("shared_ffn", 0)))
+
+
+def changes_alibi_heads(source: Metadata, target: Metadata) -> bool:
+    """Whether a donor with ALiBi gets another number of heads."""
+    return bool(source.extra.get("alibi")) and target.heads != source.heads

@@ -314,7 +314,7 @@ def _significant_text(test: str, row: dict[str, Any]) -> str:
 def _coupling_table(couplings: list[dict[str, Any]]) -> Table:
     columns = [
         Column("space", lambda c: c["space"], "text"),
-        Column("layer", lambda c: or_dash(c["layer"], str)),
+        Column("layer", lambda c: c.get("stack", "") + or_dash(c["layer"], str)),
         Column("writes → reads", lambda c: f"{c['a']} → {c['b']}", "text"),
         Column("correlation", "correlation"),
         Column("p", "p"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoo.donors.donor import Donor
 from zoo.streams import stream
+from zoo.targets.roles import parse_name
 from zoo.tensors import Metadata, Part, TensorSpec, split_parts
 
 EnergyTable = dict[tuple[str, int | None, int | None], tuple[Tensor, Tensor]]  # role, layer, expert -> rows, columns
@@ -40,8 +41,9 @@ def row_column_study(
                the mean |correlation| of two rows. `_null` is the mean of the same number over shuffles of all entries,
                `_p` its p-value. The numbers depend on the size of the matrix, so compare them with their null. At most
                `most` random rows and columns count. Kernels of convolutions are [out, in * size]
-    couplings  {layer, expert, space, a, b, correlation, p}: the correlation, over all units of a space, between the
-               norm of what writes a unit and the norm of what reads it; p over permutations of the units, two-sided
+    couplings  {layer, expert, space, a, b, correlation, p} and, of an encoder-decoder, {stack}: the correlation, over
+               all units of a space, between the norm of what writes a unit and the norm of what reads it; p over
+               permutations of the units, two-sided
 
     ffn          space of a block's neurons
     value        components of a KV head; the columns of o are added up over its query heads
@@ -54,12 +56,13 @@ def row_column_study(
     equal norms are left out. One tensor is in memory at a time. progress is called with 1 for every tensor. Raises
     UserError for NaN and infinity."""
     tensors: list[dict[str, Any]] = []
-    energies: EnergyTable = {}
+    stacks: dict[str, EnergyTable] = {}  # of an encoder-decoder two; "" holds what is in no layer
     line: list[tuple[str, Tensor, Tensor]] = []  # the matrices in order, for a module without a config
     for spec, part, matrix in iterate_matrices(donor, progress):
         rows, columns = (torch.linalg.vector_norm(matrix, dim=d, dtype=torch.float64) ** 2 for d in (1, 0))
         if "position" not in part.axes:
-            energies[part.role, spec.layer, spec.expert] = (rows, columns)
+            stack = parse_name(spec.name)[0].partition("{L}")[0] if spec.layer is not None else ""
+            stacks.setdefault(stack, {})[part.role, spec.layer, spec.expert] = (rows, columns)
         line.append((spec.name, rows, columns))
         name = f"row-column/{spec.name}/{part.role}"
         entries = random_submatrix(matrix, most, stream(seed, f"{name}/cut")).to(device, torch.float32)
@@ -67,13 +70,30 @@ def row_column_study(
             about = {"tensor": spec.name, "role": part.role, "layer": spec.layer, "expert": spec.expert}
             tensors.append(about | permutation_test(entries, permutations, stream(seed, f"{name}/shuffles")))
     couplings = []
-    pairs = _adjacent_pairs(line) if donor.blueprint.metadata is None else _hidden_spaces(donor, energies)
-    for layer, expert, space, a, b, writes, reads in pairs:
-        generator = stream(seed, f"row-column/{space}/{layer}/{expert}/{a}/{b}")
-        if (found := coupling_test(writes.sqrt(), reads.sqrt(), permutations, generator)) is not None:
-            about = {"layer": layer, "expert": expert, "space": space, "a": a, "b": b}
-            couplings.append(about | {"correlation": found[0], "p": found[1]})
+    for stack, pairs in _pairs_by_stack(donor, line, stacks):
+        for layer, expert, space, a, b, writes, reads in pairs:
+            generator = stream(seed, f"row-column/{stack}{space}/{layer}/{expert}/{a}/{b}")
+            if (found := coupling_test(writes.sqrt(), reads.sqrt(), permutations, generator)) is not None:
+                about = {"layer": layer, "expert": expert, "space": space, "a": a, "b": b}
+                about |= {"stack": stack} if stack else {}
+                couplings.append(about | {"correlation": found[0], "p": found[1]})
     return {"tensors": tensors, "couplings": couplings}
+
+
+def _pairs_by_stack(
+    donor: Donor, line: list[tuple[str, Tensor, Tensor]], stacks: dict[str, EnergyTable]
+) -> Iterator[tuple[str, Iterator[HiddenSpace]]]:
+    """(name of a stack of layers, its hidden spaces); the name is empty where the model has one stack."""
+    if donor.blueprint.metadata is None:
+        yield "", _adjacent_pairs(line)
+        return
+    outer = stacks.pop("", {})
+    for place, (stack, energies) in enumerate(stacks.items(), 1):
+        is_last = place == len(stacks)  # only its output reaches the head
+        shared = {key: value for key, value in outer.items() if is_last or key[0] != "head"}
+        yield stack if len(stacks) > 1 else "", _hidden_spaces(donor, {**shared, **energies}, is_last)
+    if not stacks:
+        yield "", _hidden_spaces(donor, outer, True)
 
 
 def iterate_matrices(
@@ -159,8 +179,8 @@ def coupling_test(
 HiddenSpace = tuple[int | None, int | None, str, str, str, Tensor, Tensor]
 
 
-def _hidden_spaces(donor: Donor, energies: EnergyTable) -> Iterator[HiddenSpace]:
-    """The hidden spaces of a model with a config."""
+def _hidden_spaces(donor: Donor, energies: EnergyTable, has_head: bool) -> Iterator[HiddenSpace]:
+    """The hidden spaces of one stack of layers of a model with a config. has_head: whether the head reads it."""
     metadata = donor.blueprint.metadata
     assert metadata is not None
     for role, layer, expert in energies:
@@ -178,10 +198,10 @@ def _hidden_spaces(donor: Donor, energies: EnergyTable) -> Iterator[HiddenSpace]
             grouped = per_head.view(sizes.kv_heads, -1, sizes.head_dim).sum(1).flatten()
             space = "query-key" if role == "attn.q" else "value"
             yield layer, expert, space, key[0], role, shared, grouped
-    yield from _residual_spaces(metadata, energies)
+    yield from _residual_spaces(metadata, energies, has_head)
 
 
-def _residual_spaces(metadata: Metadata, energies: EnergyTable) -> Iterator[HiddenSpace]:
+def _residual_spaces(metadata: Metadata, energies: EnergyTable, has_head: bool) -> Iterator[HiddenSpace]:
     """The residual stream before each layer and before the head.
 
     Position 0 is written by the embedding and read by layer 0; position l is written by layer l - 1."""
@@ -196,7 +216,7 @@ def _residual_spaces(metadata: Metadata, energies: EnergyTable) -> Iterator[Hidd
     for (role, layer, _), (rows, columns) in energies.items():
         if role == "embed":
             add(written, 0, role, columns)
-        if role == "head" or (role == "embed" and metadata.tied):
+        if role == "head" or (role == "embed" and metadata.tied and has_head):
             add(read, metadata.layers, "head", columns)
         if role in WRITER_ROLES and layer is not None:
             add(written, layer + 1, role, rows)

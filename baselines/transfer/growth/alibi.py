@@ -13,6 +13,7 @@ from torch import Tensor
 
 from baselines.transfer.index_maps import AxisMap
 from baselines.transfer.index_rules import head_maps
+from baselines.transfer.sizes import changes_alibi_heads
 from zoo.tensors import Metadata
 
 
@@ -30,11 +31,6 @@ def _geometric_slopes(count: int) -> Tensor:
     return 2.0 ** (-8.0 / count * torch.arange(1, count + 1, dtype=torch.float64))
 
 
-def grows_alibi_heads(source: Metadata, target: Metadata) -> bool:
-    """Whether a donor with ALiBi gets more heads."""
-    return bool(source.extra.get("alibi")) and target.heads != source.heads
-
-
 def alibi_mismatch(source: Metadata, target: Metadata) -> str | None:
     """Why the heads of a donor with ALiBi cannot keep their slopes in a target, or None.
 
@@ -42,7 +38,7 @@ def alibi_mismatch(source: Metadata, target: Metadata) -> str | None:
     """
     one_group = source.kv_heads == target.kv_heads == 1
     own_keys = source.kv_heads == source.heads and target.kv_heads == target.heads
-    if not grows_alibi_heads(source, target) or one_group or own_keys:
+    if not changes_alibi_heads(source, target) or one_group or own_keys:
         return None
     return f"query heads of different ALiBi slopes share keys: keep its {source.heads} heads"
 

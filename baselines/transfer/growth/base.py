@@ -60,6 +60,10 @@ class Growth(Transfer):
     family: ClassVar[str] = "growth"
 
     @property
+    def keeps_alibi_slopes(self) -> bool:
+        return True
+
+    @property
     def allow_larger(self) -> bool:
         return True
 

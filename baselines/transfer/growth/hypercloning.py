@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from baselines.transfer.gather import copy_tensors
-from baselines.transfer.growth.alibi import alibi_head_maps, grows_alibi_heads
+from baselines.transfer.growth.alibi import alibi_head_maps
 from baselines.transfer.growth.base import Growth
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import copy_numbers, head_maps, leading_index, multiplicity
-from baselines.transfer.sizes import axis_sizes, expert_ffn_size, metadata_pair, shared_ffn_size
+from baselines.transfer.sizes import axis_sizes, changes_alibi_heads, expert_ffn_size, metadata_pair, shared_ffn_size
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -94,7 +94,7 @@ class HyperCloning(Growth):
         queries = leading_index(source_queries, target_queries).expand(len(groups), -1)
         heads, kv_heads = head_maps(source, groups, queries, fixed["head_dim"].index)
         heads = AxisMap(heads.index, 1 / multiplicity(heads.index))
-        if grows_alibi_heads(source, target):
+        if changes_alibi_heads(source, target):
             heads, kv_heads = alibi_head_maps(source, target)
         n = target.layers
         return IndexMaps(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from baselines.transfer.gather import copy_tensors
-from baselines.transfer.growth.alibi import alibi_head_maps, grows_alibi_heads
+from baselines.transfer.growth.alibi import alibi_head_maps
 from baselines.transfer.growth.base import Growth, changed_layer_kind, has_post_norm, repeated_layers, silence_layers
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import (
@@ -25,7 +25,7 @@ from baselines.transfer.index_rules import (
     repeated_layer_list,
     spread_query_heads,
 )
-from baselines.transfer.sizes import expert_ffn_size, ffn_size, metadata_pair, shared_ffn_size
+from baselines.transfer.sizes import changes_alibi_heads, expert_ffn_size, ffn_size, metadata_pair, shared_ffn_size
 from zoo.options import option
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -164,7 +164,7 @@ class Net2Wider(Growth):
             h_scale, kv_scale = (_write_amplitude(index) if norm_over_heads else 1.0 for index in (h, kv))
             heads.append(AxisMap(h, read_shares(h, share_generator), h_scale))
             kv_heads.append(AxisMap(kv, 1.0, kv_scale))
-            if grows_alibi_heads(source, target):
+            if changes_alibi_heads(source, target):
                 heads[-1], kv_heads[-1] = alibi_head_maps(source, target)
             for grown, size in ((ffn, ffn_size), (experts, expert_ffn_size), (shared, shared_ffn_size)):
                 if size(target):

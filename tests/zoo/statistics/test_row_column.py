@@ -12,7 +12,14 @@ import scipy.stats
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
 from tests.support.tiny import config
 from zoo.donors.donor import Donor
@@ -162,6 +169,24 @@ def test_the_residual_stream_from_the_embedding_to_the_head() -> None:
         (1, "attn.o + mlp.down", "attn.q + attn.k + attn.v + mlp.gate + mlp.up"),
         (None, "attn.o + mlp.down", "head"),
     ]
+
+
+def test_each_stack_of_an_encoder_decoder_has_its_couplings() -> None:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=48, d_model=32, max_position_embeddings=16, pad_token_id=0)
+    layers = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
+    model = BartForConditionalGeneration(BartConfig(**sizes, **layers, encoder_ffn_dim=64, decoder_ffn_dim=64))
+    layer = model.model.encoder.layers[1]
+    with torch.no_grad():
+        energies = torch.linspace(0.2, 3, 64)
+        layer.fc1.weight.mul_(energies[:, None])
+        layer.fc2.weight.mul_(energies)
+    found = row_column_study(donor(model), permutations=99)
+    ffn = {(c["stack"], c["layer"]): c for c in space(found, "ffn")}
+    assert len(ffn) == 4
+    assert [place for place, c in ffn.items() if c["p"] == 0.01] == [("model.encoder.layers.", 1)]
+    head = [c for c in space(found, "residual") if c["b"] == "head"]
+    assert [c["stack"] for c in head] == ["model.decoder.layers."]
 
 
 def test_the_digits_network() -> None:

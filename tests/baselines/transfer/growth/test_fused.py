@@ -16,9 +16,11 @@ from baselines.transfer.growth.base import Growth
 from baselines.transfer.growth.hypercloning import HyperCloning
 from baselines.transfer.growth.net2wider import Net2Wider
 from baselines.transfer.growth.stacking import Stacking
+from baselines.transfer.weight_selection import WeightSelection
 from tests.support.architectures import EXPERTS, FUSED, UNLISTED
 from zoo.donors.memory import zoo_of
 from zoo.errors import UserError
+from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.configs import meta_model, parse_config, quiet_transformers
 
@@ -193,3 +195,13 @@ def test_heads_of_different_slopes_that_share_keys_are_refused() -> None:
     with pytest.raises(UserError, match="query heads of different ALiBi slopes share keys: keep its 4 heads"):
         wide = Blueprint.from_config({**grouped, **WIDER["falcon-40b"]})
         Net2Wider().fit(zoo_of({"donor": random_donor(grouped)}), wide)
+
+
+@pytest.mark.parametrize("sampler", [WeightSelection(), HyperCloning()])
+def test_slopes_that_change_are_said(caplog: pytest.LogCaptureFixture, sampler: Sampler) -> None:
+    sizes = {"hidden_size": 16, "n_head": 2} if sampler.name == "weight-selection" else WIDER["bloom"]
+    blueprint = Blueprint.from_config(CONFIGS["bloom"] | sizes)
+    with caplog.at_level("INFO"):
+        sampler.fit(zoo_of({"donor": random_donor(CONFIGS["bloom"])}), blueprint)
+    said = "heads get the ALiBi slopes of the target, not those of the donor's heads" in caplog.text
+    assert said == (sampler.name == "weight-selection")
