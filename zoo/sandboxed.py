@@ -232,8 +232,9 @@ def encode_strings_with_file(data: bytes, file: str, word_inside: bool) -> tuple
 
     Returns int64: the number of ids of each string, then all ids. word_inside: whether the strings are not split.
     """
-    with open(file, "rb") as stream:
-        return {}, _encode_parts(json.loads(data), json.load(stream), word_inside)
+    from tokenizers import Tokenizer
+
+    return {}, _encode_parts(json.loads(data), Tokenizer.from_file(file), word_inside)
 
 
 def encode_strings_with_folder(data: bytes, folder: str, word_inside: bool) -> tuple[dict[str, Any], bytes]:
@@ -241,15 +242,13 @@ def encode_strings_with_folder(data: bytes, folder: str, word_inside: bool) -> t
     tokenizer, strings = _load(folder), json.loads(data)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return {}, _encode_parts(strings, json.loads(backend.to_str()), word_inside)
+        return {}, _encode_parts(strings, backend, word_inside)
     found = [tokenizer.encode(string, add_special_tokens=False) for string in strings]
     return {}, _ids([len(ids) for ids in found]) + _ids([i for ids in found for i in ids])
 
 
-def _encode_parts(strings: list[str], content: dict[str, Any], word_inside: bool) -> bytes:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(json.dumps(as_part_tokenizer(content, word_inside)))
+def _encode_parts(strings: list[str], tokenizer: Any, word_inside: bool) -> bytes:
+    _encode_as_parts(tokenizer, word_inside)
     counts, ids = array("q"), array("q")
     for start in range(0, len(strings), STRINGS_AT_ONCE):
         for found in tokenizer.encode_batch_fast(strings[start : start + STRINGS_AT_ONCE], add_special_tokens=False):
@@ -258,20 +257,29 @@ def _encode_parts(strings: list[str], content: dict[str, Any], word_inside: bool
     return counts.tobytes() + ids.tobytes()
 
 
-def as_part_tokenizer(content: dict[str, Any], word_inside: bool) -> dict[str, Any]:
-    """A tokenizer.json that encodes a string as a part of a text: without a word marker or space before it.
+def _encode_as_parts(tokenizer: Any, word_inside: bool) -> None:
+    """Changes a tokenizer of the tokenizers library to encode parts of a text: no word marker or space comes first.
 
-    word_inside: whether strings are also not split into words, as for the inside of a word of WordPiece.
+    word_inside: whether it also does not split into words, as for the inside of a word of WordPiece.
     """
-    content = {**content, "post_processor": None, "truncation": None, "padding": None}
-    content["normalizer"] = _without_prefix(content.get("normalizer"), "normalizers", ("Prepend", "Strip"))
-    splits = ("WhitespaceSplit",) if _has_type(content.get("pre_tokenizer"), "Metaspace") else ()
-    content["pre_tokenizer"] = (
-        None if word_inside else _without_prefix(content.get("pre_tokenizer"), "pretokenizers", splits)
-    )
-    if isinstance(content.get("model"), dict) and content["model"].get("dropout"):
-        content["model"] = {**content["model"], "dropout": None}
-    return content
+    from tokenizers import Tokenizer
+
+    def state(component: Any) -> Any:
+        return None if component is None else json.loads(component.__getstate__())
+
+    splitter = state(tokenizer.pre_tokenizer)
+    dropped = ("WhitespaceSplit",) if _has_type(splitter, "Metaspace") else ()
+    parts = {
+        "normalizer": _without_prefix(state(tokenizer.normalizer), "normalizers", ("Prepend", "Strip")),
+        "pre_tokenizer": None if word_inside else _without_prefix(splitter, "pretokenizers", dropped),
+    }
+    empty = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
+    template = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": empty, **parts}))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = template.normalizer, template.pre_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
 
 
 def _without_prefix(part: Any, key: str, dropped: tuple[str, ...]) -> Any:
@@ -325,6 +333,7 @@ def rebuild_gguf_tokenizer(data: bytes, architecture: str) -> tuple[dict[str, An
     """The tokenizer.json of the vocabulary in a GGUF file, as transformers converts it.
 
     data: JSON, {tokenizer: its parts by transformers' names, before, after: the special token that a text gets there}.
+    Returns {splits: the names of the patterns that transformers knows for splitting a text into words}.
     """
     from tokenizers import processors
 
@@ -342,7 +351,7 @@ def rebuild_gguf_tokenizer(data: bytes, architecture: str) -> tuple[dict[str, An
         backend.post_processor = processors.TemplateProcessing(
             single=parts[0], pair=parts[0] + parts[1], special_tokens=special
         )
-    return {}, backend.to_str().encode()
+    return {"splits": sorted(getattr(library, "GGUF_PRE_TOKENIZER_SPLITS", ()))}, backend.to_str().encode()
 
 
 _open: dict[str, Any] = {}  # the tokenizer that `open_tokenizer` loaded, by its folder

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zoo.checkpoints.files import GGUF, FileHashes, content_hash
 from zoo.checkpoints.hub import HUB_ID, with_retries
+from zoo.checkpoints.hub_answers import is_safe_path
 from zoo.checkpoints.licenses import UNKNOWN
 from zoo.checkpoints.sources import Source, SourceFile, hub_license, safe_name, source_file
 from zoo.errors import UserError, unknown
@@ -39,6 +40,8 @@ def resolve_gguf(source: str, revision: str | None = None) -> GgufSource:
         if revision is not None:
             raise UserError(f"{source}: is a file, which has no revision {revision!r}; leave --revision out")
         return _local_source(path)
+    if not is_safe_path(match["file"]):
+        raise UserError(f"{source}: does not name a file inside a repository; write org/name[@revision]:FILE")
     repo, _, at = match["id"].partition("@")
     if at and revision is not None and at != revision:
         raise UserError(f"{source}: names another revision than --revision {revision}; give one of them")
@@ -56,10 +59,11 @@ def gguf_revision(source: GgufSource, hashes: FileHashes) -> str:
 def _local_source(path: Path) -> GgufSource:
     paths = part_files(path)
     model = GgufModel.open(paths)
-    parts = [safe_name(part) for part in (*path.resolve().parts[1:-1], stem(path.name))]
+    folder = path.parent.resolve()  # not the file: in the hub's cache it is a link to a blob without an ending
+    parts = [safe_name(part) for part in (*folder.parts[1:], stem(path.name))]
     names = tuple("--".join(parts[-n:]) for n in range(1, len(parts) + 1))
     files = {part.name: SourceFile(part.stat().st_size) for part in paths}
-    return GgufSource(str(paths[0].resolve()), names, model.license, files, folder=path.parent)
+    return GgufSource(str(folder / paths[0].name), names, model.license, files, folder=folder)
 
 
 def _hub_source(repo: str, revision: str | None, file: str) -> GgufSource:

@@ -25,6 +25,7 @@ SINGLE = {"pre": str, "add_space_prefix": bool}
 RENAMED = {"model": "tokenizer_type", "pre": "pre_tokenizer_type", "add_space_prefix": "add_prefix_space"}
 KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece BPE"}  # tokenizer.ggml.model of those that are rebuilt
 ENDS = {"bos": "before", "eos": "after"}
+LIKE_GPT2 = (None, "default", "gpt-2")
 TEMPLATE = "tokenizer.chat_template"
 
 
@@ -46,7 +47,10 @@ def rebuild_tokenizer(metadata: Mapping[str, Any], architecture: str, where: str
         GGUF_TOKENIZER_MEMORY + GGUF_TOKENIZER_MEMORY_PER_BYTE * len(data),
     )
     arguments = {"architecture": architecture}
-    _, tokenizer = shared.call("rebuild_gguf_tokenizer", arguments, limits, f"{where}: its tokenizer", data)
+    reply, tokenizer = shared.call("rebuild_gguf_tokenizer", arguments, limits, f"{where}: its tokenizer", data)
+    split = content.get("pre_tokenizer_type")
+    if kind == "gpt2" and split not in (*LIKE_GPT2, *reply["splits"]):
+        notes.append(f"transformers does not know how it splits a text into words ({split!r:.40}), and splits as GPT-2")
     own = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config}
     files = {"tokenizer.json": tokenizer, "tokenizer_config.json": json_bytes(own)}
     template = typed_value(metadata, TEMPLATE, str, None, where)

@@ -235,6 +235,33 @@ def test_a_file_without_a_tokenizer_is_a_donor_without_one(tmp_path: Path, capsy
     assert donor.vocabulary() is None and donor.config["vocab_size"] == 320
 
 
+def test_what_of_a_tokenizer_is_not_carried_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = {"tokenizer.ggml.pre": "smollm", "tokenizer.chat_template.tools": "{{ tools }}"}
+    first = write_gguf(tmp_path / "a.gguf", "qwen2", metadata=metadata)
+    second = write_gguf(tmp_path / "b.gguf", "qwen2", metadata={"tokenizer.ggml.pre": "qwen2"})
+    add([str(first), str(second)], tmp_path / "zoo")
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith(("a: ", "b: ")) and "%" not in line
+    ]
+    assert lines == [
+        f"a: {describe_types(GgufModel.open([first]).types)}",
+        "a: transformers does not know how it splits a text into words ('smollm'), and splits as GPT-2",
+        "a: its other chat templates (tools) are not copied",
+        f"b: {describe_types(GgufModel.open([second]).types)}",
+    ]
+
+
+def test_a_link_of_the_hubs_cache_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    blob = write_gguf(tmp_path / "x.gguf").rename(tmp_path / "blobs" / "0123")
+    link = tmp_path / "snapshot" / "tiny.gguf"
+    link.symlink_to(blob)
+    row = add([str(link)], tmp_path / "zoo", quiet=True)[0]
+    assert (row["name"], row["source"]) == ("tiny", str(link))
+    assert add([row["source"]], tmp_path / "zoo", quiet=True)[0]["state"] == "present"
+
+
 def test_a_gguf_donor_fills_a_target_and_the_record_names_its_types(tmp_path: Path) -> None:
     """Also its tokenizer goes along; `--donor` names the way for a file that is not in a zoo."""
     file = write_gguf(tmp_path / "tiny.gguf", "llama")

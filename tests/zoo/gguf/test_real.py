@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.commands import generate
 from tests.zoo.gguf.test_gguf import assert_equal_to_transformers
 from zoo.add import add
 from zoo.donors.verify import verify
@@ -33,13 +36,22 @@ def test_a_real_model_equals_what_transformers_loads(real_models: Path, real_zoo
     license, types = MODELS[name]
     assert donor.license == license and str(donor.quantisation) == f"{types} of a GGUF file, stored as bfloat16"
     theirs, ours = assert_equal_to_transformers(real_models / f"{name}.gguf", real_zoo / "models" / name)
-    from transformers import AutoTokenizer
-
     ids = torch.tensor([AutoTokenizer.from_pretrained(real_zoo / "models" / name)(TEXT)["input_ids"]])
     with torch.no_grad():
         loss = ours(ids, labels=ids).loss.item()
         assert loss == theirs(ids, labels=ids).loss.item() and loss < 3.5
 
 
-def test_the_zoo_of_real_models_is_sound_and_serves_as_source(real_zoo: Path, tmp_path: Path) -> None:
+def test_a_real_donor_fills_a_smaller_target(real_zoo: Path, tmp_path: Path) -> None:
     assert verify(real_zoo) == []
+    name = "SmolLM2-135M-Instruct.Q4_1"
+    donor = Zoo.open(real_zoo).donor(name)
+    config = {**donor.config, "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "head_dim": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    generate(tmp_path / "config.json", "weight-selection", tmp_path / "out", zoo=real_zoo, donor=name)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"]])
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss.isfinite()
+    rows = set(donor.read("model.norm.weight").tolist())
+    assert set(model.model.norm.weight.tolist()) <= rows  # entries of the donor, not drawn ones

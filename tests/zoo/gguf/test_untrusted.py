@@ -227,6 +227,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path: Path, monkeypatch: pyt
     [
         ("missing.gguf", "missing.gguf: no such file, and not a file of a hub repository (org/name[@revision]:FILE)"),
         ("org/name@../x:a.gguf", "no such file, and not a file of a hub repository"),
+        ("org/name:../../x.gguf", "does not name a file inside a repository"),
         ("m-00004-of-00003.gguf", "is part 4 of 3, which cannot be"),
     ],
 )
