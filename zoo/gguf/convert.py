@@ -14,6 +14,8 @@ from zoo.checkpoints.headers import INDEX
 from zoo.checkpoints.writer import Shard, plan_shards, write_shard
 from zoo.errors import NotFinite
 from zoo.gguf.model import GgufModel
+from zoo.limits import MAX_MESSAGE
+from zoo.words import one_line
 
 DTYPE = torch.bfloat16
 
@@ -54,7 +56,7 @@ def convert(model: GgufModel, folder: Path, tick: Callable[[int], object] = lamb
         files[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
     for name, data in files.items():
         replace_file(folder / name, data)
-    return [*model.notes, *notes]
+    return [one_line(note, MAX_MESSAGE) for note in (*model.notes, *notes)]  # they quote texts of the file
 
 
 def _shards(model: GgufModel) -> list[Shard]:
