@@ -16,16 +16,18 @@ from torch import Tensor
 
 from autoencoder import training
 from autoencoder.model import UnitAutoencoder, error_weights, set_linear_part_to_pca
-from autoencoder.sampler import AutoencoderSampler
+from autoencoder.sampler import AutoencoderSampler, copied_rows, vocabulary_units
 from autoencoder.training import AutoencoderTrainConfig
 from tests.support.tiny import config, donor, make_zoo
 from zoo.add import add
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
+from zoo.tensors import Metadata
 from zoo.training.resumable import STATE_FILE
 from zoo.units.aligned import AlignedDonor, align_donors
 from zoo.units.units import ROLES
+from zoo.vocabularies.tokens import Tokens
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +206,18 @@ def test_the_donor_knows_the_tokens_first_then_is_wide_good_and_near(tmp_path: P
     assert chosen("a", "c", width=20) == "c"
     (folders["a"] / "facts.json").write_text(json.dumps({"loss": 2.0}))
     assert chosen("a", "b", width=24) == "a"
+
+
+def test_vocabulary_pairs_of_other_tokens_are_composed() -> None:
+    """The donor's strings mark words as SentencePiece does, the target's as byte-level BPE."""
+    own = ("<s>", "▁the", "re", "x", "<row 4>")
+    pairs = torch.randn(5, 2, 6)
+    meta = Metadata("llama", 1, 6, heads=1, kv_heads=1, head_dim=6, ffn=8, vocab=5)
+    donor_units = AlignedDonor("donor", meta, own, {"vocab": pairs})
+    target = Tokens.of_strings({"Ġthe": 0, "Ġthere": 1, "q": 2, "<s>": 3})
+    got = vocabulary_units(donor_units, replace(meta, vocab=6), target, "mean")
+    expected = torch.stack([pairs[1], pairs[1:3].mean(0), *[pairs.mean(0)] * 4])
+    expected[3] = pairs[0]
+    torch.testing.assert_close(got, expected)
+    assert copied_rows(donor_units, replace(meta, vocab=6), target, "strings").tolist() == [-1, -1, -1, 0, -1, -1]
+    assert torch.equal(vocabulary_units(donor_units, meta, None, "mean"), pairs)

@@ -25,7 +25,7 @@ from diffusion.conditions import FEATURES, MODEL_FEATURES, SHAPE_FEATURES, model
 from diffusion.config import DiffusionTrainConfig
 from diffusion.memory import MAX_LAYERS, TokenScale
 from diffusion.pipeline import CONDITIONS
-from diffusion.sampler import DiffusionSampler
+from diffusion.sampler import DiffusionSampler, zoo_strings
 from diffusion.views import donor_contexts, first_head_unit, mean_tokens, view_shape
 from tests.support.commands import generate
 from tests.support.tiny import STD, config, make_zoo, role
@@ -37,6 +37,7 @@ from zoo.training.resumable import STATE_FILE
 from zoo.units.residual_basis import residual_vectors
 from zoo.units.resizing import residual_energy
 from zoo.units.units import unit_addresses
+from zoo.vocabularies.tokens import Tokens
 
 SMALL = DiffusionTrainConfig(steps=60, batch=128, hidden=64, blocks=2, pool=8, lr=3e-3, ema=0.99)
 
@@ -346,3 +347,8 @@ def test_wrong_use_is_refused(trained: Path, autoencoder: Path, tmp_path: Path) 
 
 def test_roles_of_the_tiny_zoo() -> None:
     assert {role(spec.name) for spec in Blueprint.from_pretrained_config(config()).specs} == set(STD) | {"norm"}
+
+
+def test_tokens_have_the_zoos_strings_whatever_marks_their_words() -> None:
+    target = Tokens.of_strings({"Ġthe": 1, "re": 0, "Ġnew": 3})
+    assert zoo_strings(target, {"▁the": 0, "re": 1, "▁": 2}, 5) == ("re", "▁the", "<row 2>", "Ġnew", "<row 4>")

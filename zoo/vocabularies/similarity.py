@@ -19,7 +19,7 @@ SPELLING_SIZE = 512  # coordinates of the spelling space
 NGRAMS = range(1, 6)  # bytes of an n-gram
 MAX_ANCHORS = 4096  # shared tokens that combinations are made of, the first ones, which are the most frequent
 OMP_TERMS = 8  # anchors of a combination; the paper's 64 are for embeddings of some thousand coordinates
-LEAST_CORRELATION = 0.15  # of an anchor with what is left of a vector: less is what hashes have by chance
+LEAST_CORRELATION = 0.15  # of an anchor with a vector, or with what is left of it: hashes have less by chance
 FOCUS_NEIGHBOURS = 64  # anchors among which sparsemax divides the weights
 ROWS_AT_ONCE = 4096
 
@@ -96,10 +96,10 @@ def matching_pursuit(vectors: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
 def sparse_similarity(vectors: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     """(columns, weights), [N, neighbours]: sparsemax of the cosines with the nearest unit anchors [A, D] (2305.14481).
 
-    The weights of a vector are not negative and sum to one. A vector without a positive cosine gets none.
+    The weights of a vector are not negative and sum to one. A vector without a cosine of LEAST_CORRELATION gets none.
     """
     cosines, columns = (vectors @ anchors.mT).topk(min(FOCUS_NEIGHBOURS, len(anchors)), dim=1)
-    return columns, sparsemax(cosines) * (cosines[:, :1] > 0)
+    return columns, sparsemax(cosines) * (cosines[:, :1] >= LEAST_CORRELATION)
 
 
 def sparsemax(scores: Tensor) -> Tensor:
