@@ -49,7 +49,7 @@ def _table(pair: str, runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     more = [f"after {STEPS} steps", "per byte", "lr"] if trained else []
     lines = [
         f"## {pair}\n",
-        "| start | copied | composed | drawn | step 0 | " + " | ".join([*more, ""]).rstrip(),
+        "| " + " | ".join(["start", "copied", "composed", "drawn", "step 0", *more]) + " |",
         "|---" * (5 + len(more)) + "|",
     ]
     for variant, label in LABELS.items():

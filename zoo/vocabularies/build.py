@@ -13,7 +13,7 @@ from zoo.vocabularies.tokens import Tokens
 from zoo.vocabulary import rows_by_token
 
 RULES = ("length-weighted", "mean", "omp", "focus", "match", "strings")
-DEFAULT_RULE = "mean"
+DEFAULT_RULE = "mean"  # as good as any after 100 steps (benchmarks/results/vocabulary.md), and the simplest
 VOCABULARY_HELP = (
     "tokens that the donor does not have: mean or length-weighted (mean of its pieces), omp or focus (of tokens that"
     " are alike), match or strings (drawn; strings: only equal strings are matched)"
