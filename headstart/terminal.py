@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 from zoo.errors import UserError
+from zoo.targets.config_facts import default_folder, kept_in
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def session(quiet: bool, to_continue: str = "the same command again") -> Iterato
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     send_notes_to_stderr(quiet)
     try:
-        with _interrupted_by_termination():
+        with _interrupted_by_termination(), kept_in(default_folder()):
             yield
             sys.stdout.flush()
     except UserError as error:

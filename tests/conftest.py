@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,11 @@ import pytest
 # A shell that runs the tests in the background has them ignore Ctrl-C, and their children with them: some test it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Commands that tests start share what they learn of configs, and write nothing to the user's own folder.
+if "HEADSTART_CACHE" not in os.environ:
+    os.environ["HEADSTART_CACHE"] = tempfile.mkdtemp(prefix="headstart-tests-")
+    atexit.register(shutil.rmtree, os.environ["HEADSTART_CACHE"], ignore_errors=True)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -16,7 +16,7 @@ from headstart.cards.markdown import (
     table,
     without_folders,
 )
-from zoo.statistics.grouping import Grouping
+from zoo.targets.config_facts import ask
 from zoo.targets.configs import model_class_name
 
 # The hub's name for what a model does, by the table of transformers that lists its class.
@@ -54,9 +54,13 @@ def card_data(
 
 def pipeline_tag(config: Mapping[str, Any] | None) -> str | None:
     """The hub's name for what the model of a config does, None where it has none."""
+    return None if config is None else ask("pipeline", config, lambda: _pipeline_of(model_class_name(config)))
+
+
+def _pipeline_of(name: str) -> str | None:
+    """The hub's name for what a class of transformers does."""
     from transformers.models.auto import modeling_auto as auto
 
-    name = None if config is None else model_class_name(config)
     for task, pipeline in PIPELINES.items():
         for classes in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
             if name in ([classes] if isinstance(classes, str) else classes):
@@ -81,6 +85,8 @@ def grouping_detail(record: dict[str, Any]) -> list[str]:
     grouping = record.get("grouping")
     if grouping is None:
         return []
+    from zoo.statistics.grouping import Grouping  # scipy.stats takes long to import, and most cards have no grouping
+
     name = f" of {escape_markdown(grouping['source']['name'])}" if grouping["source"] else ""
     description = Grouping.from_json(grouping).description
     return [f"Characterisation{name} by the top {grouping['rank']} singular values: {description}."]

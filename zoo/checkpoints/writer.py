@@ -128,10 +128,17 @@ def plan_shards(
     metadata: dict[str, str] | None = None,
 ) -> list[Shard]:
     """The files that `write_checkpoint` writes: names, headers, offsets. huggingface_hub divides them into shards."""
-    from huggingface_hub import split_torch_state_dict_into_shards
+    # `split_torch_state_dict_into_shards` does the same, and imports torch's distributed tensors for each size.
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from huggingface_hub.constants import SAFETENSORS_WEIGHTS_FILE_PATTERN
 
     meta = {s.name: torch.empty(s.shape, dtype=_disk_dtype(s, dtype), device="meta") for s in specs}
-    split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
+    split = split_state_dict_into_shards_factory(
+        meta,
+        get_storage_size=lambda tensor: tensor.numel() * tensor.dtype.itemsize,
+        filename_pattern=SAFETENSORS_WEIGHTS_FILE_PATTERN,
+        max_shard_size=max_shard_size,
+    )
     shards = []
     for file, names in split.filename_to_tensors.items():
         # Wide dtypes first, as the safetensors library orders them: every tensor is then aligned to its item size.

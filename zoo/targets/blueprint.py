@@ -30,6 +30,8 @@ from zoo.targets.adapters import (
     refuse_quantised,
     require_peft,
 )
+from zoo.targets.blueprint_json import metadata_from_json, metadata_to_json, specs_from_json, specs_to_json
+from zoo.targets.config_facts import ask
 from zoo.targets.configs import check_config, meta_model, metadata_of, parse_config, read_config, to_disk
 from zoo.tensors import Metadata, Part, TensorSpec
 
@@ -84,7 +86,11 @@ class Blueprint:
         if any(data.get(key) for key in QUANTISATION_KEYS):
             log.info("%s: its quantization_config is left out: the weights are written as they are sampled", where)
         data = without_quantisation(data)
-        return _model_blueprint(meta_model(parse_config(data, where), where), copy.deepcopy(data))
+
+        def build() -> Blueprint:
+            return _model_blueprint(meta_model(parse_config(data, where), where), copy.deepcopy(data))
+
+        return ask("blueprint", data, build, _to_json, lambda value: _from_json(value, copy.deepcopy(data)))
 
     @classmethod
     def from_pretrained_config(cls, config: PretrainedConfig) -> Blueprint:
@@ -234,6 +240,17 @@ def adapter_blueprint(model: PeftModel, base: Blueprint, adapter_name: str = "de
     pairs = adapter_pairs(model, adapter_name, base_specs, base.ties)
     specs = adapter_specs(model, adapter_name, pairs, base_specs)
     return Blueprint(specs, base.metadata, adapter=Adapter(config, base, tuple(pairs)))
+
+
+def _to_json(blueprint: Blueprint) -> dict[str, Any]:
+    """What a blueprint says besides its config."""
+    metadata = metadata_to_json(blueprint.metadata)
+    return {"specs": specs_to_json(blueprint.specs), "metadata": metadata, "ties": blueprint.ties}
+
+
+def _from_json(value: dict[str, Any], data: dict[str, Any]) -> Blueprint:
+    metadata = metadata_from_json(value["metadata"])
+    return Blueprint(specs_from_json(value["specs"]), metadata, data, dict(value["ties"]))
 
 
 def _as_json(config: PretrainedConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from zoo.limits import (
     MAX_MODULES,
 )
 from zoo.targets.config_bounds import check_bounds, limited_modules
+from zoo.targets.config_facts import ask
 from zoo.tensors import Metadata
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def _model_class(config: PretrainedConfig) -> Any:
 
 def model_class_name(data: Mapping[str, Any], where: str = "config") -> str:
     """The name of the class of transformers that a parsed config describes. UserError as `parse_config`."""
-    return _model_class(parse_config(data, where)).__name__
+    return ask("class", data, lambda: str(_model_class(parse_config(data, where)).__name__))
 
 
 def with_language_head(data: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
@@ -241,6 +242,15 @@ def with_language_head(data: Mapping[str, Any], where: str = "config") -> dict[s
     random. The architecture then becomes transformers' language model for this model_type. UserError where there is
     none.
     """
+    own, language_model = ask("language-model", data, lambda: _language_model(data, where))
+    if own == language_model:
+        return dict(data)
+    log.info("%s: %s predicts no tokens; the language model %s is written instead", where, own, language_model)
+    return {**data, "architectures": [language_model]}
+
+
+def _language_model(data: Mapping[str, Any], where: str) -> list[str]:
+    """[name of the class that a config describes, name of the class that predicts tokens]."""
     from transformers.models.auto import modeling_auto as auto
 
     config = parse_config(data, where)
@@ -250,13 +260,12 @@ def with_language_head(data: Mapping[str, Any], where: str = "config") -> dict[s
             language_models |= {classes} if isinstance(classes, str) else set(classes)
     own = _model_class(config).__name__
     if own in language_models:
-        return dict(data)
+        return [own, own]
     config.architectures = None
     language_model = _model_class(config).__name__
     if language_model not in language_models:
         raise UserError(f"{where}: {own} is not a language model, and transformers has none for {config.model_type!r}")
-    log.info("%s: %s predicts no tokens; the language model %s is written instead", where, own, language_model)
-    return {**data, "architectures": [language_model]}
+    return [own, language_model]
 
 
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
