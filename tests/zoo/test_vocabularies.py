@@ -212,6 +212,20 @@ def test_a_composed_row_is_the_mean_of_the_pieces(tmp_path: Path) -> None:
     assert torch.equal(bias.nan_to_num(), got[:, 0].nan_to_num()), "a bias is served like the rows"
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_same_tokens_in_another_order_need_no_composing(tmp_path: Path, rule: str) -> None:
+    donor = read_tokens(sentencepiece(tmp_path / "donor"))
+    model = json.loads((tmp_path / "donor" / "tokenizer.json").read_text())["model"]
+    last = len(model["vocab"]) - 1
+    model["vocab"] = {token: i if i < 259 else 259 + last - i for token, i in model["vocab"].items()}
+    special = dict(zip(SPECIAL, range(3), strict=True))
+    roles = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+    target = read_tokens(write(tmp_path / "target", model, special, roles, normalizer=LLAMA_NORMALIZER))
+    found = build_row_map(donor, target, last + 1, last + 1, rule)
+    assert found.index.tolist() == [*range(259), *range(last, 258, -1)]
+    assert not len(found.composed) and not len(found.sums) and found.coverage.copied == last + 1
+
+
 def test_similar_tokens_are_combined_from_shared_ones(tmp_path: Path) -> None:
     donor, target = read_tokens(sentencepiece(tmp_path / "a")), read_tokens(byte_level(tmp_path / "b"))
     vectors = torch.zeros(13, 4)

@@ -43,7 +43,8 @@ def split_tokens(forms: Sequence[bytes], donor: Tokens, n_source: int) -> tuple[
                 end += count
     known = {i for i, data in donor.bytes_of_id.items() if data and i < n_source and i != donor.roles.get("unk")}
     kept = [[piece for piece in pieces if piece in known] for pieces in found]
-    return torch.tensor([len(pieces) for pieces in kept]), torch.tensor([p for pieces in kept for p in pieces]).long()
+    numbers = torch.tensor([len(pieces) for pieces in kept], dtype=torch.int64)
+    return numbers, torch.tensor([piece for pieces in kept for piece in pieces], dtype=torch.int64)
 
 
 def longest_pieces(data: bytes, id_of_bytes: dict[bytes, int], longest: int) -> list[int]:
