@@ -76,9 +76,13 @@ def check_early(config: CommandConfig) -> None:
 
 def _generate(config: GenerateConfig, invocation: Invocation) -> None:
     from headstart.generate.generate import generate
+    from headstart.generate.next_step import next_step, next_step_line
 
     result = generate(config, plan=invocation.plan, quiet=invocation.quiet, command=invocation.command)
     _print_result(result, invocation)
+    step = next_step(config.method)
+    if not isinstance(result, dict) and not invocation.quiet and step is not None:
+        typer.echo(f"next: {next_step_line(step)}", err=True)
 
 
 def _lora(config: LoraConfig, invocation: Invocation) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from benchmarks.head_start import tasks
 from benchmarks.head_start.results import BenchmarkResults, Facts, Rows
-from benchmarks.pages import audit_tables, comparison_tables, method_tables, speed_tables, training_tables
+from benchmarks.pages import (
+    audit_tables,
+    comparison_tables,
+    learning_rates,
+    method_tables,
+    speed_tables,
+    training_tables,
+)
 from benchmarks.pages.claims import claims
 from benchmarks.pages.marks import fill_mark
 from benchmarks.paths import RESULTS, ROOT
@@ -80,6 +87,7 @@ def write_tables(rows: Rows, facts: Facts) -> None:
     replace_file(TABLES, tables_page(results).encode())
     for path, text in marked_pages(results):
         replace_file(path, text.encode())
+    replace_file(learning_rates.PATH, learning_rates.learning_rates_table(results).encode())
     for name, content in draw_figures(results.entries).items():
         replace_file(FIGURES / f"{name}.png", content)
 

@@ -15,6 +15,7 @@ from headstart.cards.card import (
     pipeline_tag,
     warnings_section,
 )
+from headstart.generate.next_step import next_step_line
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler
@@ -32,11 +33,22 @@ def checkpoint_card(
     ]
     sections = [
         _introduction(record, blueprint),
+        _training_section(record),
         how_it_was_made(record, method.summary, method.reference, details),
         donors_section(record["donors"]),
         warnings_section(record["donors"]),
     ]
     return model_card(card_data(record["donors"], base_models, pipeline_tag(blueprint.config)), sections)
+
+
+def _training_section(record: dict[str, Any]) -> str:
+    if record.get("next_step") is None:
+        return ""
+    line = next_step_line(record["next_step"])
+    return f"""## Training
+
+{line[0].upper()}{line[1:]}. `examples/pretrain.py` of headstart trains on with transformers' `Trainer`.
+"""
 
 
 def _introduction(record: dict[str, Any], blueprint: Blueprint) -> str:

@@ -17,6 +17,7 @@ from headstart.config import GenerateConfig
 from headstart.devices import torch_device, torch_dtype
 from headstart.generate.card import checkpoint_card
 from headstart.generate.generation_config import copy_generation_config
+from headstart.generate.next_step import next_step
 from headstart.generate.sampling import (
     build_sampler,
     language_model_blueprint,
@@ -138,6 +139,7 @@ def _write(job: GenerateJob, zoo: Zoo | None, folder: Path, command: str) -> Non
         "tensors": counts,
         "parameters": blueprint.parameters,
         **sampler.details(blueprint),
+        "next_step": next_step(sampler.name),
         "config": config.to_record(),
     }
     (folder / "headstart.json").write_text(json.dumps(record, indent=2) + "\n")

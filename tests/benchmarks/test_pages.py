@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.head_start import benchmark, rows, tasks
 from benchmarks.head_start.results import BenchmarkResults
-from benchmarks.pages import cells, claims, figures, training_tables, write
+from benchmarks.pages import cells, claims, figures, learning_rates, training_tables, write
 from benchmarks.pages.marks import fill_mark
 from benchmarks.paths import ROOT
 from headstart.report import scores
@@ -116,6 +116,7 @@ def test_the_committed_pages_are_those_of_the_committed_runs(results: BenchmarkR
     assert write.tables_page(results) == write.TABLES.read_text()
     for path, text in write.marked_pages(results):
         assert path.read_text() == text, path.name
+    assert learning_rates.PATH.read_text() == learning_rates.learning_rates_table(results)
     assert not re.search(rf"\{{\{{|{write.NOT_MEASURED}", write.TABLES.read_text())
 
 

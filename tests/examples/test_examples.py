@@ -15,6 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.commands import generate
+from zoo.vocabulary import save_byte_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "mean_field_mlp.py"
 LORA, REPORT = SCRIPT.with_name("lora_inits.py"), SCRIPT.with_name("lora_report.py")
@@ -221,3 +225,55 @@ def test_committed_lora_table_matches_its_results() -> None:
     text = example.README.read_text()
     assert example.fill_mark(text, example.table(found)) == text
     assert example.verdict(found) == found["verdict"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated weights with the byte tokenizer, and a text beside them."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    target = folder / "target"
+    target.mkdir()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = {"model_type": "llama", "vocab_size": 256, "max_position_embeddings": 64, **sizes}
+    (target / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": None}))
+    save_byte_tokenizer(target)
+    (folder / "text.txt").write_text("".join(f"The cat number {i} sleeps on the mat. \n" for i in range(400)))
+    return generate(target, "default", folder / "start")
+
+
+def test_generated_weights_train_on_and_continue(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain = script(SCRIPT.with_name("pretrain.py"))
+    out = start.parent / "trained"
+    words = [str(start), "--text", str(start.parent / "text.txt"), "--out", str(out), "--sequence", "32"]
+    advice = json.loads((start / "headstart.json").read_text())["next_step"]
+    trainer = pretrain.main([*words, "--steps", "10"])
+    assert trainer.state.global_step == 10
+    assert trainer.args.learning_rate == advice["learning_rate"] and trainer.args.warmup_steps == 1
+    assert f"learning rate {advice['learning_rate']:g}, warm-up over 5%" in capsys.readouterr().out
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[-1] < losses[0] < 6
+    continued = pretrain.main([*words, "--steps", "12", "--lr", "1e-3"])
+    assert continued.state.global_step == 12
+    first = [entry["step"] for entry in continued.state.log_history if "loss" in entry]
+    assert first[:10] == list(range(1, 11))  # the first ten steps are those of the run before
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in trainer.model.parameters())
+    assert AutoTokenizer.from_pretrained(out)("cat")["input_ids"] == list(b"cat")
+
+
+def test_the_padding_token_of_the_tokenizer_reaches_the_config(start: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.pad_token = "!"
+    tokenizer.save_pretrained(start.parent / "padded")
+    pretrain = script(SCRIPT.with_name("pretrain.py"))
+    words = [str(start), "--text", str(start.parent / "text.txt"), "--out", str(start.parent / "with-padding")]
+    pretrain.main([*words, "--steps", "1", "--sequence", "32", "--tokenizer", str(start.parent / "padded")])
+    config = json.loads((start.parent / "with-padding" / "config.json").read_text())
+    assert config["pad_token_id"] == tokenizer.pad_token_id == ord("!")
+
+
+def test_too_little_text_is_one_line(start: Path) -> None:
+    (start.parent / "short.txt").write_text("a cat")
+    words = [str(start), "--text", str(start.parent / "short.txt"), "--out", str(start.parent / "none")]
+    with pytest.raises(SystemExit, match="fewer than two blocks of 256 tokens"):
+        script(SCRIPT.with_name("pretrain.py")).main(words)
