@@ -91,8 +91,7 @@ def composed_rows(
     tokens by. Raises UserError also where that has no embedding of these tokens.
     """
     rows = vocabulary_rows(donor, blueprint, tokenizer, rule)
-    donor_tokens = read_donor_tokens(donor)
-    if rows.same_tokenizer or rows.padded or tokenizer is None or donor_tokens is None:
+    if rows.same_tokenizer or rows.padded or tokenizer is None or (donor_tokens := read_donor_tokens(donor)) is None:
         return rows
     source, target = metadata_pair(donor, blueprint)
     tokens = read_tokens(tokenizer, blueprint.config)
