@@ -61,8 +61,8 @@ def _difference(having: Sequence[FolderDonor], blueprint: Blueprint, folder: Pat
     contents = [read_json(file_inside(donor.folder, GENERATION_CONFIG), MAX_CONFIG) for donor in having]
     if any(content != contents[0] for content in contents):
         return "the donors have different ones"
-    files = [path / "tokenizer.json" for path in (folder, first.folder)]
-    if all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False):
+    file, other = folder / "tokenizer.json", first.folder / "tokenizer.json"
+    if file.is_file() and other.is_file() and filecmp.cmp(file, other, shallow=False):
         return None  # reading a vocabulary takes as long as sampling a small model
     own = read_vocabulary(folder) if has_tokenizer(folder) else None
     theirs = first.vocabulary()
