@@ -112,13 +112,15 @@ class _WeightScorer:
         return next((g + self.meta.gain_offset for g in self.matrices("norm", layer, site, stack)), 1.0)
 
     def add_vocabulary(self) -> None:
-        """Adds embeddings and head to `writes` and `reads`."""
+        """Adds embeddings to `writes` and the head to `reads`. A donor without a head reads nothing there."""
         for table in self.matrices("embed"):
             self.writes += _divide_by_mean(_squared_columns(table))
         final: Tensor | float = 1.0
         for name in norms_before_head(self.blueprint):
             if self.blueprint[name].kind == "weight":
                 final = self.donor.read(name, torch.float32).to(self.device) + self.meta.gain_offset
+        if not self.blueprint.has_head:
+            return
         for head in self.matrices("head" if self.blueprint.find("head") else "embed"):
             if head.shape[0] == self.meta.vocab:
                 self.reads += _divide_by_mean(_squared_columns(head * final))

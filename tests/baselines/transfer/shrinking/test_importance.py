@@ -44,6 +44,14 @@ def test_scores_from_weights_are_norms() -> None:
     assert score_by_weights(zoo_of({"m": model}).donors[0]).residual.argmax() == 3
 
 
+def test_a_donor_without_a_head_reads_nothing_there() -> None:
+    model = build(CONFIGS["llama"])
+    base = score_by_weights(zoo_of({"m": model.model}).donors[0])
+    assert not torch.equal(base.residual, score_by_weights(zoo_of({"m": model}).donors[0]).residual)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    torch.testing.assert_close(base.residual, score_by_weights(zoo_of({"m": model}).donors[0]).residual)
+
+
 def test_experts_and_fused_transposed_tensors_have_scores() -> None:
     experts = score_by_weights(zoo_of({"m": build(CONFIGS["mixtral"])}).donors[0])
     assert experts.expert_ffn.shape == (2, 48) and experts.ffn.shape == (2, 0) and bool((experts.expert_ffn > 0).all())
