@@ -135,6 +135,11 @@ class Statistical(Sampler):
         for name, tensor in tensors.items():
             group, _, key = name.rpartition("/")
             self._fits[group][key] = tensor
+        for group, fit in self._fits.items():  # a damaged fit fails here, where `load` says so
+            is_norm = group.startswith("norm/")
+            value = torch.tensor(fit["mean"]) if is_norm else self.draw(fit, (1,), torch.Generator().manual_seed(0))
+            if value.numel() != 1 or not value.isfinite().all():
+                raise ValueError(f"the fit of {group} draws no number")
 
 
 def choose_donors(zoo: Zoo | None, blueprint: Blueprint, name: str | None, method: str) -> tuple[Donor, ...]:

@@ -237,7 +237,7 @@ def test_a_file_without_permission_is_one_line(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path: Path, number: int) -> None:
-    config = CONFIGS["llama"] | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 40}
+    config = CONFIGS["llama"] | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 120}
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = headstart(
         "generate", "--target", tmp_path, "--method", "default", "--out", tmp_path / "out",

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from baselines.distributions.parametric import Normal
 from headstart import samplers
+from tests.support.tiny import make_zoo
 from zoo.errors import UserError
 from zoo.sampler import Sampler
 
@@ -103,4 +105,23 @@ def test_a_saved_sampler_that_was_changed_is_refused(tmp_path: Path) -> None:
     assert samplers.load(tmp_path).options() == sound["options"], "older samplers have no seal"
     path.write_text(json.dumps(old | {"options": {"no such option": 1}}))
     with pytest.raises(UserError, match=r"cannot be opened: .*no such option"):
+        samplers.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [9223372036854775808, {}, {"mean": "a", "std": 1.0}, {"mean": None, "std": None}, []])
+@pytest.mark.parametrize("group", ["attn.q/weight//0", "norm/weight/mlp/0"])
+def test_a_damaged_fit_of_an_older_sampler_is_found_when_it_is_opened(
+    tmp_path: Path, group: str, damage: object
+) -> None:
+    zoo = make_zoo(tmp_path, [{}])
+    donor = zoo.donors[0]
+    Normal().fit(zoo, donor.blueprint).save(tmp_path)
+    content = json.loads((tmp_path / "sampler.json").read_text())
+    del content["seal"]  # older ones have none
+    (tmp_path / "sampler.json").write_text(json.dumps(content))
+    assert dict(samplers.load(tmp_path).sample(donor.blueprint, 0))
+    assert group in content["state"]["fits"], list(content["state"]["fits"])
+    content["state"]["fits"][group] = damage
+    (tmp_path / "sampler.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"sampler\.json: cannot be opened"):
         samplers.load(tmp_path)
