@@ -75,6 +75,7 @@ def test_the_folder_says_what_made_it(tmp_path: Path) -> None:
         "donors",
         "tensors",
         "parameters",
+        "next_step",
         "config",
     }
     assert record["method"] == "weight-selection" and record["seed"] == 3 and record["options"]["layers"] == "even"
