@@ -33,8 +33,8 @@ def checkpoint_card(
     ]
     sections = [
         _introduction(record, blueprint),
-        _training_section(record),
         how_it_was_made(record, method.summary, method.reference, details),
+        _training_section(record),
         donors_section(record["donors"]),
         warnings_section(record["donors"]),
     ]
