@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCardData
 
 from zoo.checkpoints.licenses import folder_license, license_text, read_front_matter
-from zoo.checkpoints.sources import _hub_license
+from zoo.checkpoints.sources import hub_license
 from zoo.limits import MAX_LICENSE
 
 
@@ -89,4 +89,4 @@ def test_only_the_asked_keys_are_read(tmp_path: Path) -> None:
 def test_a_hubs_license_is_that_of_its_card_or_its_tags(card: Any, tags: Any, expected: str) -> None:
     data = None if card is None else ModelCardData(**card)
     info: Any = SimpleNamespace(card_data=data, tags=tags)
-    assert _hub_license(info) == expected
+    assert hub_license(info) == expected
