@@ -108,7 +108,7 @@ def test_a_saved_sampler_that_was_changed_is_refused(tmp_path: Path) -> None:
         samplers.load(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [9223372036854775808, {}, {"mean": "a", "std": 1.0}, {"mean": None, "std": None}, []])
+@pytest.mark.parametrize("damage", [9223372036854775808, {}, {"mean": None, "std": None}, []])
 @pytest.mark.parametrize("group", ["attn.q/weight//0", "norm/weight/mlp/0"])
 def test_a_damaged_fit_of_an_older_sampler_is_found_when_it_is_opened(
     tmp_path: Path, group: str, damage: object
