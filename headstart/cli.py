@@ -186,6 +186,9 @@ def zoo_add(
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Only every N-th source, from number I (the first is 0).")
     ] = ZooAddConfig.shard,
+    no_health: Annotated[
+        bool, typer.Option("--no-health", help="Do not examine the weights for damage; NaN is refused anyway.")
+    ] = ZooAddConfig.no_health,
     timeout: TimeoutOption = HUB_TIMEOUT,
     config: ConfigOption = None,
     as_json: JsonOption = False,

@@ -173,6 +173,7 @@ def _zoo_add(config: ZooAddConfig, invocation: Invocation) -> None:
         plan=invocation.plan,
         shard=shard,
         quiet=invocation.quiet,
+        health=not config.no_health,
     )
     columns = ["name", "state", "health", "revision", "license", "tensors", "read", "download", "write"]
     print_records(columns, rows, invocation.as_json)

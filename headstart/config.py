@@ -239,6 +239,7 @@ class ZooAddConfig(CommandConfig):
     zoo: str | Path
     revision: str | None = None  # for hub ids without one
     shard: str = "0/1"  # I/N: only every N-th source, from number I
+    no_health: bool = False  # do not examine the donors
 
     def __post_init__(self) -> None:
         super().__post_init__()

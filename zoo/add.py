@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ CHUNK = 1 << 22
 LOCK = ".lock"  # held while a donor gets its name and while the manifest is written
 
 
+@dataclass(frozen=True)
+class AddSettings:
+    """What every step of an addition needs to know."""
+
+    quiet: bool
+    health: bool
+
+
 def add(
     sources: list[str],
     zoo: str | Path,
@@ -53,6 +61,7 @@ def add(
     shard: tuple[int, int] = (0, 1),
     quiet: bool = False,
     origin: str | None = None,
+    health: bool = True,
 ) -> list[dict[str, Any]]:
     """Copies checkpoints into the zoo at `zoo`, which is created if needed.
 
@@ -61,12 +70,13 @@ def add(
     plan      only report what would be done
     shard     (i, n): only sources[i::n], for n parallel processes
     origin    what the donors' records state as their source, instead of the folder or hub id
+    health    whether donors are examined, which takes longer than copying them; NaN and infinity are refused anyway
 
     Returns for each source {source, name, revision, license, state, tensors, read, download, write, health}. `read`,
     `download` and `write` are bytes. `state` is new or present in a plan, else added or present. `revision` is the
     commit of a hub source and `sha256:<content hash>` of a folder or of a GGUF file, None in the plan of one that was
-    not read. `health` is `fine` or the kinds of `zoo.statistics.health`, which are also reported on stderr. It is None
-    where nothing was added.
+    not read. `health` is `fine`, the kinds of `zoo.statistics.health`, which are also reported on stderr, or `not
+    checked`. It is None where nothing was added.
 
     All sources are resolved before the first is copied. A donor appears in models/ complete, by a rename. An
     interrupted add leaves a hidden folder there, and the next add continues it. Adding a donor again changes nothing,
@@ -87,7 +97,7 @@ def add(
     if plan:
         return [_plan(zoo, source) for source in resolved]
     try:
-        return [_add(zoo / "models", source, quiet) for source in resolved]
+        return [_add(zoo / "models", source, AddSettings(quiet, health)) for source in resolved]
     finally:
         if (zoo / "models").exists():
             merge_manifest(zoo)
@@ -172,38 +182,38 @@ def _has_same_sizes(home: Path, source: Source) -> bool:
     return {n: files[n]["size"] for n in own} == {n: source.files[n].size for n in names}
 
 
-def _add(models: Path, source: Source, quiet: bool) -> dict[str, Any]:
+def _add(models: Path, source: Source, settings: AddSettings) -> dict[str, Any]:
     home = _find_donor(models, source, [source.commit] if source.commit else [])
     if home is not None and not _missing_files(home, read_record(home)) and (home / ROWS).exists():
-        _note_absent_files(home, source.files, quiet)
+        _note_absent_files(home, source.files, settings.quiet)
         return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
 
     if isinstance(source, GgufSource):
-        return _add_gguf(models, source, quiet)
+        return _add_gguf(models, source, settings)
     download = source.download
-    files, hashes = open_source(source, quiet)
+    files, hashes = open_source(source, settings.quiet)
     checkpoint = with_blueprint(files)
     extra = check_against_blueprint(checkpoint)
-    if not quiet:
+    if not settings.quiet:
         notes = [f"{len(extra)} tensors are not in its config ({extra[0]}, …)"] if extra else []
         notes += [f"{CHAT_TEMPLATES}/ is not copied"] if (files.folder / CHAT_TEMPLATES).is_dir() else []
         for note in notes + describe_reading(checkpoint):
             print(f"{source.names[0]}: {note}", file=sys.stderr)
     home = _find_donor(models, source, _revisions(source, hashes))
     if home is not None:
-        _note_absent_files(home, hashes, quiet)
+        _note_absent_files(home, hashes, settings.quiet)
         with disk_errors(models), hold_lock(models / f".{home.name}.lock", home):
             _restore(home, checkpoint, read_record(home))
         return _summary(source, home, "present", download)
-    home, findings = _copy_donor(models, source, checkpoint, hashes, quiet)
+    home, findings = _copy_donor(models, source, checkpoint, hashes, settings)
     if findings is None:
         return _summary(source, home, "present", download)
-    _print_findings(home, findings, quiet)
-    return _summary(source, home, "added", download, findings)
+    _print_findings(home, findings, settings)
+    return _summary(source, home, "added", download, findings, settings.health)
 
 
-def _print_findings(home: Path, findings: list[Finding], quiet: bool) -> None:
-    for finding in [] if quiet else findings:
+def _print_findings(home: Path, findings: list[Finding], settings: AddSettings) -> None:
+    for finding in [] if settings.quiet else findings:
         print(f"{home.name}: {finding.text}", file=sys.stderr)
 
 
@@ -211,10 +221,10 @@ def _open_gguf(source: GgufSource, folder: Path) -> GgufModel:
     return GgufModel.open([folder / name for name in source.files])
 
 
-def _add_gguf(models: Path, source: GgufSource, quiet: bool) -> dict[str, Any]:
+def _add_gguf(models: Path, source: GgufSource, settings: AddSettings) -> dict[str, Any]:
     """Converts GGUF files to a donor in bfloat16. Tensors that a killed add completed a file of are kept."""
     download = source.download
-    folder, given = fetch_checked_files(source, quiet)
+    folder, given = fetch_checked_files(source, settings.quiet)
     revision = gguf_revision(source, given)
     home = _find_donor(models, source, [revision])
     if home is not None and not _missing_files(home, read_record(home)) and (home / ROWS).exists():
@@ -232,16 +242,16 @@ def _add_gguf(models: Path, source: GgufSource, quiet: bool) -> dict[str, Any]:
             return _summary(source, home, "present", download)
         stack.enter_context(_removed_on_error(staging))
         staging.mkdir(exist_ok=True)
-        checkpoint = _converted(model, staging, source.names[0], quiet)
+        checkpoint = _converted(model, staging, source.names[0], settings.quiet)
         if home is not None:
             stack.enter_context(hold_lock(models / f".{home.name}.lock", home))
             _restore(home, checkpoint, read_record(home))
             shutil.rmtree(staging)
             return _summary(source, home, "present", download)
         record = _gguf_record(source, model, checkpoint, revision)
-        home, findings = _measure_and_publish(models, staging, source, checkpoint, record, quiet)
-    _print_findings(home, findings, quiet)
-    return _summary(source, home, "added", download, findings)
+        home, findings = _measure_and_publish(models, staging, source, checkpoint, record, settings)
+    _print_findings(home, findings, settings)
+    return _summary(source, home, "added", download, findings, settings.health)
 
 
 def _converted(model: GgufModel, staging: Path, name: str, quiet: bool) -> ModelCheckpoint:
@@ -273,20 +283,31 @@ def _gguf_record(source: GgufSource, model: GgufModel, checkpoint: ModelCheckpoi
     return {**record, "sha256": content_hash(hashes), "files": hashes, "gguf": own}
 
 
+def _findings(checkpoint: ModelCheckpoint, settings: AddSettings, progress: Callable[[int], None]) -> list[Finding]:
+    """What the health check finds; nothing where it is not wanted."""
+    return check_health(checkpoint, progress=progress) if settings.health else []
+
+
 def _measure_and_publish(
-    models: Path, staging: Path, source: Source, checkpoint: ModelCheckpoint, record: dict[str, Any], quiet: bool
+    models: Path,
+    staging: Path,
+    source: Source,
+    checkpoint: ModelCheckpoint,
+    record: dict[str, Any],
+    settings: AddSettings,
 ) -> tuple[Path, list[Finding]]:
     """Measures a donor that is complete in `staging` and gives it its name. Returns its folder and its health."""
     from tqdm import tqdm
 
     weights = sum(e.nbytes for e in checkpoint.entries.values())
     bytes_per_value = weights / max(1, checkpoint.blueprint.parameters)
-    with tqdm(total=2 * weights, unit="B", unit_scale=True, desc=source.names[0], disable=quiet) as bar:
+    total = (1 + settings.health) * weights
+    with tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=settings.quiet) as bar:
         measures = {}
         for name in checkpoint.names:
             measures[name] = measure(checkpoint, checkpoint.entries[name])
             bar.update(checkpoint.entries[name].nbytes)
-        findings = check_health(checkpoint, progress=lambda values: bar.update(values * bytes_per_value))
+        findings = _findings(checkpoint, settings, lambda values: bar.update(values * bytes_per_value))
     return _publish(models, staging, source, checkpoint, record, measures), findings
 
 
@@ -312,7 +333,7 @@ def _publish(
 
 
 def _copy_donor(
-    models: Path, source: Source, checkpoint: ModelCheckpoint, hashes: FileHashes, quiet: bool
+    models: Path, source: Source, checkpoint: ModelCheckpoint, hashes: FileHashes, settings: AddSettings
 ) -> tuple[Path, list[Finding] | None]:
     """Measures and copies a new donor. Returns its folder and its health, None where another process added it."""
     from tqdm import tqdm
@@ -320,9 +341,11 @@ def _copy_donor(
     sha256, revisions = content_hash(hashes), _revisions(source, hashes)
     weights = sum(e.nbytes for e in checkpoint.entries.values())
     bytes_per_value = weights / max(1, checkpoint.blueprint.parameters)
-    total = source.size + 2 * weights  # every weight is measured, copied and examined
+    total = source.size + (1 + settings.health) * weights  # every weight is measured, copied and examined
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=quiet))
+        bar = stack.enter_context(
+            tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=settings.quiet)
+        )
         measures = {}
         for name in checkpoint.names:  # before anything is written, because this refuses NaN
             measures[name] = measure(checkpoint, checkpoint.entries[name])
@@ -338,7 +361,7 @@ def _copy_donor(
             return home, None
         stack.enter_context(_removed_on_error(staging))
         _copy_files(staging, checkpoint, hashes, bar.update)
-        findings = check_health(checkpoint, progress=lambda values: bar.update(values * bytes_per_value))
+        findings = _findings(checkpoint, settings, lambda values: bar.update(values * bytes_per_value))
         record: dict[str, Any] = {"source": source.address, "revision": revisions[0], "license": source.license}
         record |= {"sha256": sha256, "files": hashes}
         return _publish(models, staging, source, checkpoint, record, measures), findings
@@ -439,7 +462,12 @@ def _check_free_space(models: Path, need: int) -> None:
 
 
 def _summary(
-    source: Source, home: Path, state: str, download: int, findings: list[Finding] | None = None
+    source: Source,
+    home: Path,
+    state: str,
+    download: int,
+    findings: list[Finding] | None = None,
+    checked: bool = True,
 ) -> dict[str, Any]:
     record = read_record(home)
     written = sum(stamp["size"] for stamp in record["files"].values()) if "gguf" in record else source.size
@@ -453,5 +481,5 @@ def _summary(
         "read": source.size,
         "download": download,
         "write": written if state == "added" else 0,
-        "health": findings if findings is None else summarise_findings(findings),
+        "health": None if findings is None else summarise_findings(findings) if checked else "not checked",
     }

@@ -303,3 +303,21 @@ def test_the_health_of_what_is_added(
     assert "never trained" not in capsys.readouterr().err
     add(sources[:1], tmp_path / "quiet", quiet=True)
     assert capsys.readouterr().err == ""
+
+
+def test_a_donor_that_is_not_examined_is_the_same(tmp_path: Path, tiny_llama: Make) -> None:
+    source = str(tiny_llama(tmp_path / "donor"))
+    (examined,) = add([source], tmp_path / "examined", quiet=True)
+    (added,) = add([source], tmp_path / "added", quiet=True, health=False)
+    assert examined["health"] == "untrained" and added["health"] == "not checked"
+    assert {**examined, "health": None} == {**added, "health": None}
+    assert tree(tmp_path / "examined") == tree(tmp_path / "added")
+
+
+def test_nan_is_refused_without_an_examination_too(tmp_path: Path, tiny_llama: Make) -> None:
+    source = tiny_llama(tmp_path / "donor")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        add([str(source)], tmp_path / "zoo", quiet=True, health=False)
