@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
-# A shell that runs the tests in the background has them ignore Ctrl-C, and their children with them: some test it.
+# A shell that runs the tests in the background has them ignore Ctrl-C, `nohup` a closed terminal, and their children
+# with them: some test it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Commands that tests start share what they learn of configs, and write nothing to the user's own folder.
 if "HEADSTART_CACHE" not in os.environ:

@@ -40,7 +40,8 @@ SIZES: dict[str, Any] = {
 WIDER = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
 XGLM = {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "vocab_size": 96}
 GEMMA4 = {
-    "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 6, "sliding_window": 8, "num_kv_shared_layers": 0,
+    "head_dim": 8, "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8,
+    "num_kv_shared_layers": 0,
     "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 EXACT = ["noise=0"]

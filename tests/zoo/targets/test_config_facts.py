@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.architectures import EXPERTS, LISTED, UNLISTED
+from tests.support.commands import generate
 from tests.support.shaken import CONFIGS, donor
 from zoo.errors import UserError
 from zoo.targets import config_facts
@@ -40,22 +41,21 @@ def test_a_blueprint_from_disk_is_the_one_that_was_built(
 def test_the_second_command_needs_no_modelling_code(tmp_path: Path) -> None:
     source = donor(tmp_path / "donor", CONFIGS["llama"]).path
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    with kept_in(tmp_path / "cache" / "configs"):
+        generate(tmp_path / "config.json", "normal", tmp_path / "first", donor=str(source))
     heavy = "transformers.modeling_utils", "transformers.core_model_loading", "torch.distributed.tensor", "scipy.stats"
     code = f"""
 import sys
 from headstart.cli import app
-app(["generate", "--target", "config.json", "--method", "normal", "--donor", {str(source)!r}, "--out", sys.argv[1]],
+app(["generate", "--target", "config.json", "--method", "normal", "--donor", "donor", "--out", "second"],
     standalone_mode=False)
 print([name for name in {heavy} if name in sys.modules])
 """
-    loaded = []
-    for out in ("first", "second"):
-        environment = {**os.environ, config_facts.VARIABLE: str(tmp_path / "cache"), "PYTHONPATH": os.getcwd()}
-        found = subprocess.run(
-            [sys.executable, "-c", code, out], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
-        loaded.append(found.stdout.splitlines()[-1])
-    assert "modeling_utils" in loaded[0] and loaded[1] == "[]"
+    environment = {**os.environ, config_facts.VARIABLE: str(tmp_path / "cache"), "PYTHONPATH": os.getcwd()}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.splitlines()[-1] == "[]"
     first, second = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("first", "second"))
     assert first == second
 
