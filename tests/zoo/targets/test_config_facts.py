@@ -38,10 +38,11 @@ def test_a_blueprint_from_disk_is_the_one_that_was_built(
     assert repr(again) == repr(built)  # tuples are tuples
 
 
-def test_the_second_command_needs_no_modelling_code(tmp_path: Path) -> None:
-    source = donor(tmp_path / "donor", CONFIGS["llama"]).path
+def test_the_second_command_needs_no_modelling_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    monkeypatch.setattr("zoo.donors.model_checkpoint._blueprints", {})  # of the tests before
     with kept_in(tmp_path / "cache" / "configs"):
+        source = donor(tmp_path / "donor", CONFIGS["llama"]).path
         generate(tmp_path / "config.json", "normal", tmp_path / "first", donor=str(source))
     heavy = "transformers.modeling_utils", "transformers.core_model_loading", "torch.distributed.tensor", "scipy.stats"
     code = f"""
