@@ -72,6 +72,8 @@ def restore_training(tensors: dict[str, Tensor], model: nn.Module, optimizer: An
             moments.setdefault(int(index), {})[name] = stored_tensor(tensors, key, like)
     if any(found.keys() != ADAM_STATE for found in moments.values()):
         raise ValueError("it lacks moments of the optimizer")
+    if not all(0 <= float(found["step"]) < 1e9 for found in moments.values()):  # Adam takes powers of it
+        raise ValueError("the optimizer counts an impossible number of steps")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 

@@ -47,6 +47,11 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "a moment of no parameter": (lambda t: t.update({"moment.9.exp_avg": torch.ones(4)}), "index out of range"),
     "a moment without a number": (lambda t: t.update({"moment.x.exp_avg": torch.ones(4)}), "invalid literal"),
     "a moment that is missing": (lambda t: t.pop("moment.0.exp_avg_sq"), "lacks moments of the optimizer"),
+    "a step below zero": (lambda t: t.update({"moment.0.step": torch.tensor(-1e38)}), "an impossible number of steps"),
+    "a step that is no number": (
+        lambda t: t.update({"moment.0.step": torch.tensor(float("nan"))}),
+        "impossible number",
+    ),
     "a step that is a vector": (lambda t: t.update({"moment.0.step": torch.ones(2)}), "'moment.0.step' is"),
 }
 
