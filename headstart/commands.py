@@ -80,8 +80,7 @@ def _generate(config: GenerateConfig, invocation: Invocation) -> None:
 
     result = generate(config, plan=invocation.plan, quiet=invocation.quiet, command=invocation.command)
     _print_result(result, invocation)
-    step = next_step(config.method)
-    if not isinstance(result, dict) and not invocation.quiet and step is not None:
+    if not isinstance(result, dict) and not invocation.quiet and (step := next_step(config.method)) is not None:
         typer.echo(f"next: {next_step_line(step)}", err=True)
 
 

@@ -184,7 +184,7 @@ def _has_same_sizes(home: Path, source: Source) -> bool:
 
 def _add(models: Path, source: Source, settings: AddSettings) -> dict[str, Any]:
     home = _find_donor(models, source, [source.commit] if source.commit else [])
-    if home is not None and not _missing_files(home, read_record(home)) and (home / ROWS).exists():
+    if home is not None and _is_complete(home):
         _note_absent_files(home, source.files, settings.quiet)
         return _summary(source, home, "present", download=0)  # a commit cannot change: nothing to read
 
@@ -227,7 +227,7 @@ def _add_gguf(models: Path, source: GgufSource, settings: AddSettings) -> dict[s
     folder, given = fetch_checked_files(source, settings.quiet)
     revision = gguf_revision(source, given)
     home = _find_donor(models, source, [revision])
-    if home is not None and not _missing_files(home, read_record(home)) and (home / ROWS).exists():
+    if home is not None and _is_complete(home):
         return _summary(source, home, "present", download)
     model = _open_gguf(source, folder)
     with contextlib.ExitStack() as stack:
@@ -238,7 +238,7 @@ def _add_gguf(models: Path, source: GgufSource, settings: AddSettings) -> dict[s
         # Of two processes with the same source, the second waits here and then finds the donor present.
         stack.enter_context(hold_lock(staging.with_name(f"{staging.name}.lock"), staging))
         home = _find_donor(models, source, [revision])
-        if home is not None and not _missing_files(home, read_record(home)) and (home / ROWS).exists():
+        if home is not None and _is_complete(home):
             return _summary(source, home, "present", download)
         stack.enter_context(_removed_on_error(staging))
         staging.mkdir(exist_ok=True)
@@ -388,6 +388,11 @@ def _find_donor(models: Path, source: Source, revisions: Sequence[str]) -> Path 
         if (models / name).exists() and read_record(models / name)["revision"] in revisions:
             return models / name
     return None
+
+
+def _is_complete(home: Path) -> bool:
+    """Whether a donor has all files of its record, and its rows of the manifest."""
+    return not _missing_files(home, read_record(home)) and (home / ROWS).exists()
 
 
 def _note_absent_files(home: Path, files: Iterable[str], quiet: bool) -> None:

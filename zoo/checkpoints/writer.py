@@ -100,9 +100,7 @@ def fill_folder(
             first = next(n for n in specs if n in missing)
             raise UserError(f"{len(missing)} tensors are missing, first {first!r}; fill them before writing")
         if len(shards) > 1:
-            total = sum(shard.size - len(shard.header) for shard in shards)
-            weight_map = {name: shard_of[name].file for name in sorted(shard_of)}
-            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _write_json(folder / INDEX, shard_index(shards))
         if blueprint.config is not None:
             _write_json(folder / "config.json", _config_with_dtype(blueprint.config, dtype))
 
@@ -159,6 +157,13 @@ def plan_shards(
         raw = len(raw).to_bytes(8, "little") + raw
         shards.append(Shard(file, raw, {n: len(raw) + o for n, o in offsets.items()}, len(raw) + end))
     return shards
+
+
+def shard_index(shards: list[Shard]) -> dict[str, Any]:
+    """The content of model.safetensors.index.json: in which shard each tensor is."""
+    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _disk_dtype(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 
 from zoo.checkpoints.atomic import remove_temporaries, replace_file
 from zoo.checkpoints.headers import INDEX
-from zoo.checkpoints.writer import Shard, plan_shards, write_shard
+from zoo.checkpoints.writer import Shard, plan_shards, shard_index, write_shard
 from zoo.errors import NotFinite
 from zoo.gguf.model import GgufModel
 from zoo.limits import MAX_MESSAGE
@@ -50,10 +50,7 @@ def convert(model: GgufModel, folder: Path, tick: Callable[[int], object] = lamb
         except NotFinite as error:
             raise NotFinite(f"{model.where}: {error}") from error
     if len(shards) > 1:
-        total = sum(shard.size - len(shard.header) for shard in shards)
-        weight_map = {name: shard.file for shard in shards for name in shard.offsets}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        files[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+        files[INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()
     for name, data in files.items():
         replace_file(folder / name, data)
     return [one_line(note, MAX_MESSAGE) for note in (*model.notes, *notes)]  # they quote texts of the file
