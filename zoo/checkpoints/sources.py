@@ -191,25 +191,33 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w.@-]+", "-", name.replace("/", "--"), flags=re.ASCII).lstrip(".-") or "donor"
 
 
+def model_info(repo: str, revision: str | None, what: str) -> tuple[ModelInfo, str]:
+    """(what the hub says of a repository and its files, the commit). what: for messages. UserError without a commit."""
+    from huggingface_hub import HfApi
+
+    info: ModelInfo = with_retries(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
+    if info.sha is None:
+        raise UserError(f"{what}: the hub names no commit; try again later, or set another HF_ENDPOINT")
+    return info, info.sha
+
+
 def _hub_source(repo: str, revision: str | None) -> Source:
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     what = repo if revision is None else f"{repo}@{revision}"
     if constants.HF_HUB_OFFLINE:
         return _cached_source(repo, revision or "main", what)
-    info: ModelInfo = with_retries(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
-    if info.sha is None:
-        raise UserError(f"{what}: the hub names no commit; try again later, or set another HF_ENDPOINT")
+    info, commit = model_info(repo, revision, what)
     sizes = {s.rfilename: source_file(s) for s in info.siblings or ()}
-    names = _checkpoint_files(repo, info.sha, sizes, what)
-    found = {name: try_to_load_from_cache(repo, name, revision=info.sha) for name in names}
+    names = _checkpoint_files(repo, commit, sizes, what)
+    found = {name: try_to_load_from_cache(repo, name, revision=commit) for name in names}
     return Source(
-        f"{repo}@{info.sha}",
-        _donor_names(repo, info.sha),
+        f"{repo}@{commit}",
+        _donor_names(repo, commit),
         hub_license(info),
         {name: sizes[name] for name in names},
         repo=repo,
-        commit=info.sha,
+        commit=commit,
         requested=revision or "main",
         cached=frozenset(name for name, path in found.items() if isinstance(path, str)),
     )

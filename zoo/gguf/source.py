@@ -10,7 +10,7 @@ from zoo.checkpoints.files import GGUF, FileHashes, content_hash
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.hub_answers import is_safe_path
 from zoo.checkpoints.licenses import UNKNOWN
-from zoo.checkpoints.sources import Source, SourceFile, hub_license, safe_name, source_file
+from zoo.checkpoints.sources import Source, SourceFile, hub_license, model_info, safe_name, source_file
 from zoo.errors import UserError, unknown
 from zoo.gguf.model import GgufModel, part_files, part_names, stem
 
@@ -67,14 +67,12 @@ def _local_source(path: Path) -> GgufSource:
 
 
 def _hub_source(repo: str, revision: str | None, file: str) -> GgufSource:
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     what = f"{repo}:{file}" if revision is None else f"{repo}@{revision}:{file}"
     if constants.HF_HUB_OFFLINE:
         return _cached_source(repo, revision or "main", file)
-    info = with_retries(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), what)
-    if info.sha is None:
-        raise UserError(f"{what}: the hub names no commit; try again later, or set another HF_ENDPOINT")
+    info, commit = model_info(repo, revision, what)
     known = {s.rfilename: source_file(s) for s in info.siblings or ()}
     if file not in known:
         raise UserError(f"{repo}: {unknown('file', file, [n for n in known if n.lower().endswith(GGUF)])}")
@@ -82,9 +80,9 @@ def _hub_source(repo: str, revision: str | None, file: str) -> GgufSource:
     missing = [part for part in parts if part not in known]
     if missing:
         raise UserError(f"{what}: is split into {len(parts)} parts, of which the repository lacks {missing[0]!r}")
-    cached = {part for part in parts if isinstance(try_to_load_from_cache(repo, part, revision=info.sha), str)}
+    cached = {part for part in parts if isinstance(try_to_load_from_cache(repo, part, revision=commit), str)}
     files = {part: known[part] for part in parts}
-    return _of_hub(repo, info.sha, files, hub_license(info), revision or "main", frozenset(cached))
+    return _of_hub(repo, commit, files, hub_license(info), revision or "main", frozenset(cached))
 
 
 def _cached_source(repo: str, revision: str, file: str) -> GgufSource:
