@@ -27,6 +27,13 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "a.gguf").read_bytes()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A file that is read whole, so that no test below counts the imports of the libraries."""
+    folder = tmp_path_factory.mktemp("imports")
+    add([str(write_gguf(folder / "a.gguf"))], folder / "zoo", quiet=True)
+
+
 def refused(file: Path) -> str:
     """The line that `zoo add` refuses a file with. It names the file, comes soon, and leaves nothing behind."""
     start = time.process_time()
