@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from zoo.checkpoints.hub import hub_session
 from zoo.donors.layout import MANIFEST
 from zoo.errors import UserError, unknown
 from zoo.limits import HUB_TIMEOUT
+from zoo.processes import this_process
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,14 @@ class Invocation:
 
 
 def run_config(config: CommandConfig, invocation: Invocation) -> None:
-    """Runs the command of a configuration. Raises UserError for what the user can correct."""
+    """Runs the command of a configuration. Raises UserError for what the user can correct.
+
+    Of several processes, the first one prints. Commands that do not share their work run in the first one only.
+    """
+    if not this_process().is_first:
+        if config.subcommand not in SHARED_COMMANDS:
+            return
+        invocation = replace(invocation, quiet=True)
     check_early(config)
     if config.subcommand not in HUB_COMMANDS:
         COMMANDS[config.subcommand](config, invocation)
@@ -268,4 +276,5 @@ COMMANDS: dict[str, Callable[[Any, Invocation], None]] = {
     "demo": _demo,
     "methods": _methods,
 }
+SHARED_COMMANDS = ("generate", "compare", "analyze", "train autoencoder", "train diffusion")  # by several processes
 HUB_COMMANDS = ("generate", "lora", "compare", "analyze", "evaluate", "zoo add")  # that take hub ids: --timeout

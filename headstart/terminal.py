@@ -16,40 +16,55 @@ from typing import Any
 import typer
 
 from zoo.errors import UserError
+from zoo.processes import AnotherProcessFailed, this_process
 from zoo.targets.config_facts import default_folder, kept_in
 
 
 @contextlib.contextmanager
 def session(quiet: bool, to_continue: str = "the same command again") -> Iterator[None]:
     """Sends notes to stderr and turns errors into exit codes: 2 for what the user can correct, 1 for our own faults,
-    130 for an interruption (Ctrl-C, SIGTERM, a closed terminal), after which `to_continue` says what to run."""
+    130 for an interruption (Ctrl-C, SIGTERM, a closed terminal), after which `to_continue` says what to run. Of several
+    processes that share work, one prints the message."""
     # Waiting threads that spin make a step ten times as slow on a busy core. Sleeping costs three per cent on an idle
     # one. torch reads this when it is imported, which the commands do later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    send_notes_to_stderr(quiet)
     try:
+        send_notes_to_stderr(quiet or not this_process().is_first)
         with _interrupted_by_termination(), kept_in(default_folder()):
             yield
             sys.stdout.flush()
     except UserError as error:
-        typer.echo(f"headstart: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise _end_with(str(error), 2) from error
     except KeyboardInterrupt as error:
-        typer.echo(f"headstart: interrupted; run {to_continue} to continue", err=True)
-        raise typer.Exit(130) from error
+        raise _end_with(f"interrupted; run {to_continue} to continue", this_process().failure_code(130)) from error
+    except AnotherProcessFailed as error:
+        raise typer.Exit(error.exit_code) from error
     except BrokenPipeError as error:  # as after `| head`; nothing must be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
     except PermissionError as error:
         where = error.filename if isinstance(error.filename, str) else "a file"
         refusal = UserError(f"{where}: permission denied; check its permissions and those of the folders above it")
-        typer.echo(f"headstart: {refusal}", err=True)
-        raise typer.Exit(2) from error
+        raise _end_with(str(refusal), 2) from error
     except typer.Exit:
         raise
     except Exception as error:
         traceback.print_exc()
+        with contextlib.suppress(UserError):
+            this_process().claim_message()
         raise typer.Exit(1) from error
+    finally:
+        with contextlib.suppress(UserError):
+            this_process().leave()
+
+
+def _end_with(message: str, code: int) -> typer.Exit:
+    """Prints a message, unless another process has ended with one, and returns the exit."""
+    with contextlib.suppress(UserError):
+        if not this_process().claim_message():
+            return typer.Exit(code)
+    typer.echo(f"headstart: {message}", err=True)
+    return typer.Exit(code)
 
 
 @contextlib.contextmanager

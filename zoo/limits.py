@@ -70,6 +70,10 @@ MAX_QUESTIONS = 200_000_000  # bytes of a file of questions: HellaSwag has 40 mi
 # Writing
 MAX_LOCK_WAIT = 60  # seconds that a process waits for another one that writes the same file, which takes milliseconds
 
+# Several processes (zoo.processes)
+PROCESS_CONNECT_SECONDS = 300  # seconds that a process waits for the others to start: machines of a cluster differ
+PROCESS_END_SECONDS = 10  # seconds that the process that holds their store waits for the others to end
+
 # Hubs. huggingface.co recommends at most 100,000 files in a repository.
 HUB_TIMEOUT = 60.0  # seconds without progress after which a hub is given up; --timeout changes it
 HUB_PROGRESS = 1 << 16  # bytes of a body that count as progress within the timeout: 1 KB a second, as an old modem
