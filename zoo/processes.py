@@ -110,13 +110,8 @@ class Processes:
         except AnotherProcessFailed:
             raise
         except BaseException as error:
-            code = (
-                2
-                if isinstance(error, UserError | PermissionError)
-                else 130
-                if isinstance(error, KeyboardInterrupt)
-                else 1
-            )
+            interrupted = isinstance(error, KeyboardInterrupt)
+            code = 130 if interrupted else 2 if isinstance(error, UserError | PermissionError) else 1
             with contextlib.suppress(UserError):
                 self._call("set", "failed", str(code))
             raise
