@@ -16,8 +16,8 @@ import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 
-import zoo.add
 import zoo.donors.manifest
+import zoo.filling.copy
 from zoo.add import add
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.headers import INDEX
@@ -145,7 +145,7 @@ def fork(*works: Callable[[], object]) -> list[int | None]:
 def test_an_interrupted_add_resumes(tmp_path: Path, tiny_llama: Make) -> None:
     source = tiny_llama(tmp_path / "a", max_shard_size="20KB")
     add([str(source)], tmp_path / "whole", quiet=True)
-    target, copy, copied = tmp_path / "zoo", zoo.add._copy, 0
+    target, copy, copied = tmp_path / "zoo", zoo.filling.copy.copy_file, 0
 
     def die() -> None:
         def failing(*args: object) -> None:
@@ -156,7 +156,7 @@ def test_an_interrupted_add_resumes(tmp_path: Path, tiny_llama: Make) -> None:
             copy(*args)  # type: ignore[arg-type]
             copied += 1
 
-        zoo.add._copy = failing  # type: ignore[assignment]
+        zoo.filling.copy.copy_file = failing  # type: ignore[assignment]
         add([str(source)], target, quiet=True)
 
     assert fork(die) == [9]

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from zoo.add import add, merge_manifest
+from zoo.add import add
 from zoo.checkpoints.atomic import disk_errors, hold_lock, new_folder
 from zoo.checkpoints.files import read_json
 from zoo.errors import UserError, unknown
+from zoo.filling.publish import merge_manifest
 from zoo.limits import MAX_CONFIG
 from zoo.progress import without_progress_bars
 from zoo.streams import stream_seed
