@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from zoo.checkpoints.hub import hub_session
 from zoo.donors.layout import MANIFEST
 from zoo.errors import UserError, unknown
 from zoo.limits import HUB_TIMEOUT
-from zoo.processes import this_process
+from zoo.processes import this_process, working_alone
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,17 @@ def run_config(config: CommandConfig, invocation: Invocation) -> None:
 
     Of several processes, the first one prints. Commands that do not share their work run in the first one only.
     """
+    shared = config.subcommand in SHARED_COMMANDS
     if not this_process().is_first:
-        if config.subcommand not in SHARED_COMMANDS:
+        if not shared:
             return
         invocation = replace(invocation, quiet=True)
     check_early(config)
-    if config.subcommand not in HUB_COMMANDS:
-        COMMANDS[config.subcommand](config, invocation)
-        return
-    with hub_session(invocation.timeout):
+    with contextlib.ExitStack() as stack:
+        if not shared:
+            stack.enter_context(working_alone())
+        if config.subcommand in HUB_COMMANDS:
+            stack.enter_context(hub_session(invocation.timeout))
         COMMANDS[config.subcommand](config, invocation)
 
 

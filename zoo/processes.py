@@ -211,6 +211,17 @@ def local_count() -> int:
     return max(1, _number(LOCAL_COUNT_VARIABLES, _number(COUNT_VARIABLES, 1)))
 
 
+@contextlib.contextmanager
+def working_alone() -> Iterator[None]:
+    """Inside, this process works as if no launcher had started others: for work that it does not share."""
+    names = (*INDEX_VARIABLES, *COUNT_VARIABLES, *LOCAL_INDEX_VARIABLES, *LOCAL_COUNT_VARIABLES)
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 def split_by_size(items: Sequence[Item], sizes: Sequence[float], count: int) -> list[list[Item]]:
     """Splits items into `count` shares of similar total size: the largest item first, each to the smallest share so
     far. The result depends on the arguments alone, and a share keeps the order of its items."""

@@ -1,38 +1,34 @@
 """`headstart analyze`: statistics of the weights of donors, each beside its null.
 
-Every part of a donor's analysis is stored when it is finished, in a hidden folder beside the output. Its file is named
-after a hash of all that it depends on. So the same command continues after an interruption.
+The work is a list of jobs: one for each tensor, one for each pair of projections, and a few more. Several processes
+(`accelerate launch`) share them. Every result is stored when it is there, in a hidden folder beside the output. So the
+same command continues after an interruption.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from headstart import __version__
-from headstart.analyze.parts import AnalysisTask, Cache, Progress, analyze_donor, to_json_values
+from headstart.analyze.jobs import run_jobs, to_json_values
+from headstart.analyze.parts import DonorAnalysis
+from headstart.analyze.tensors import AnalysisTask
 from headstart.config import AnalyzeConfig
 from headstart.devices import torch_device
 from headstart.report.analysis import render_analysis
 from headstart.versions import package_versions
-from zoo.checkpoints.atomic import new_folder, replace_file
-from zoo.checkpoints.files import parse_json, read_bytes
+from zoo.checkpoints.atomic import new_folder
 from zoo.donors.donor import Donor, provenance
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
-from zoo.limits import MAX_JSON
+from zoo.processes import local_index, this_process
 from zoo.statistics.signature import signature_distances
 
 DIGITS = 10  # of all numbers: the last two or three digits of a sum depend on where its values lie in memory
-PARTS = 8  # that `analyze_donor` yields of a donor
 
 
 def analyze(config: AnalyzeConfig, *, quiet: bool = False, command: str | None = None) -> dict[str, Any]:
@@ -46,31 +42,50 @@ def analyze(config: AnalyzeConfig, *, quiet: bool = False, command: str | None =
     command  what the results name as the command; else the command line that does the same
 
     One tensor is in memory at a time. A part that a donor does not allow (such as the similarity of two layers) is left
-    out with its reason, and the rest goes on. Raises UserError before any work: an unknown donor, or an `out` that
+    out with its reason, and the rest goes on. Several processes share the work; the first one writes the same bytes as
+    a single one would, and the others return {}. Raises UserError before any work: an unknown donor, or an `out` that
     exists."""
     out = Path(config.out)
     cache_folder = out.parent / f".{out.name}.work"
-    with new_folder(out) as folder:
-        results = _analyze_donors(config, cache_folder, quiet)
-        results |= {"command": command or config.to_command(), "config": config.to_record()}
-        (folder / "analysis.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
-        (folder / "report.html").write_text(render_analysis(results))
-        shutil.rmtree(cache_folder, ignore_errors=True)  # before the folder appears: then nothing is left beside it
+    processes = this_process()
+    with processes.ending_together():
+        if not processes.is_first:
+            processes.wait_for_all()  # until the first one has the output folder
+            _analyze_donors(config, cache_folder, quiet=True)
+            processes.wait_for_all()
+            if local_index() == 0:  # on another machine, whose folder may be another one
+                shutil.rmtree(cache_folder, ignore_errors=True)
+            return {}
+        with new_folder(out) as folder:
+            processes.wait_for_all()
+            results = _analyze_donors(config, cache_folder, quiet)
+            results |= {"command": command or config.to_command(), "config": config.to_record()}
+            (folder / "analysis.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
+            (folder / "report.html").write_text(render_analysis(results))
+            shutil.rmtree(cache_folder, ignore_errors=True)  # before the folder appears: then nothing is left beside it
+        processes.wait_for_all()
     return results
 
 
 def _analyze_donors(config: AnalyzeConfig, cache_folder: Path, quiet: bool) -> dict[str, Any]:
+    """The results, without the command. In all processes but the first: empty."""
     ranks, device = tuple(sorted(set(config.ranks))), torch_device(config.device)
     donors = _open_donors(config, quiet)
-    models: dict[str, dict[str, Any]] = {}
-    with tqdm(total=len(donors) * PARTS, desc="analyze", unit="part", disable=quiet) as bar:
-        for donor in donors:
-            models[donor.name] = found = {}
-            cache = _cache(cache_folder, bar, donor.name)
-            task = AnalysisTask(donor, ranks, config.bootstraps, config.seed, device, cache)
-            for name, value in analyze_donor(task):
-                found[name] = value
-                bar.update()
+    processes = this_process()
+    analyses = [DonorAnalysis(AnalysisTask(donor, ranks, config.bootstraps, config.seed, device)) for donor in donors]
+    with tqdm(desc="analyze", unit="job", disable=quiet) as bar:
+        found = run_jobs([job for analysis in analyses for job in analysis.first_jobs()], cache_folder, bar)
+        stacks = processes.from_first([a.stacks(found) for a in analyses] if processes.is_first else None)
+        pairs = [
+            job
+            for analysis, own in zip(analyses, stacks, strict=True)
+            for jobs in analysis.pair_jobs(own).values()
+            for job in jobs
+        ]
+        found |= run_jobs(pairs, cache_folder, bar)
+        if not processes.is_first:
+            return {}
+    models = {a.donor.name: dict(a.parts(found, own)) for a, own in zip(analyses, stacks, strict=True)}
     results = {
         "command": None,
         "versions": package_versions(),
@@ -101,32 +116,6 @@ def _summary(donor: Donor) -> dict[str, Any]:
         "layers": None if metadata is None else metadata.layers,
         "width": None if metadata is None else metadata.width,
     }
-
-
-def _cache(folder: Path, bar: Any, donor: str) -> Cache:
-    """The cache of a donor's task: JSON files in `folder`. The progress bar names the part that is computed."""
-
-    def cached(what: str, depends_on: list[Any], compute: Callable[[Progress], Any]) -> Any:
-        digest = hashlib.sha256(json.dumps([__version__, what, depends_on]).encode()).hexdigest()
-        path = folder / f"{what}-{digest[:24]}.json"
-        if path.is_file():
-            with contextlib.suppress(UserError):  # a damaged part is computed again
-                return parse_json(read_bytes(path, MAX_JSON), str(path))
-        done, last_shown = 0, 0.0
-
-        def report(more: int) -> None:
-            nonlocal done, last_shown
-            done += more
-            if time.monotonic() > last_shown + 0.2:
-                last_shown = time.monotonic()
-                bar.set_postfix_str(f"{donor}: {what} {done}")
-
-        bar.set_postfix_str(f"{donor}: {what}")
-        value = to_json_values(compute(report))
-        replace_file(path, json.dumps(value).encode())
-        return value
-
-    return cached
 
 
 def _signatures(models: dict[str, Any]) -> dict[str, Any]:

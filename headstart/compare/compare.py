@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,8 @@ from headstart.compare.inputs import (
 )
 from headstart.compare.labels import label_options, sampler_class
 from headstart.compare.nearest_donor import OTHER_COORDINATES
-from headstart.compare.trials import (
-    Trial,
-    TrialSettings,
-    generate_config,
-    read_run,
-    run_path,
-    run_trial,
-    training_token_count,
-    unfinished,
-)
+from headstart.compare.shared_training import SharedTraining, train_for_first
+from headstart.compare.trials import Trial, TrialSettings, generate_config, training_token_count, unfinished
 from headstart.config import CompareConfig
 from headstart.devices import torch_device
 from headstart.generate.generate import generate
@@ -41,10 +31,11 @@ from headstart.report.scores import REFERENCE, RunResult, best_setting, score
 from zoo.checkpoints.atomic import is_unused, remove_temporaries, replace_file, temporary_folder, work_folder
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
+from zoo.processes import local_count, this_process, working_alone
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import encode_read_corpus, read_for_tokenizer
 from zoo.training.documents import Corpus, TextSource
-from zoo.training.workers import default_workers, run_jobs
+from zoo.training.workers import default_workers
 
 RUNS = "runs"  # the folder of finished runs
 ONE_THREAD_PARAMETERS = 5_000_000  # parameters of a target that does not train faster on several CPU threads
@@ -65,10 +56,22 @@ def compare(config: CompareConfig, *, quiet: bool = False, command: str | None =
 
     command  what the results name as the command; else the command line that does the same
 
-    Finished runs are kept: the same call continues an interrupted comparison. Raises UserError before anything is
+    Finished runs are kept: the same call continues an interrupted comparison. Several processes (`accelerate launch`)
+    share the runs, with the same results; the first one returns them, the others return {}. Of targets above 5 M
+    parameters, each process on a machine trains with its share of the threads. Raises UserError before anything is
     trained or written: an unknown method, a corpus too short, no tokenizer, an `out` that holds something else, a donor
     or a trained model that does not fit.
     """
+    processes = this_process()
+    with processes.ending_together():
+        if processes.is_first:
+            return _compare_as_first(config, quiet, command)
+        torch_device(config.device)  # chooses the GPU of this process
+        train_for_first()
+        return {}
+
+
+def _compare_as_first(config: CompareConfig, quiet: bool, command: str | None) -> dict[str, Any]:
     inputs, out = _validate(config), Path(config.out)
     with work_folder(out, lambda: _check_out(out)), temporary_folder(out) as work:
         text, tokens = write_calibration_text(inputs.corpus.text, work), work / "tokens.npy"
@@ -161,6 +164,7 @@ def _list_trials(config: CompareConfig, inputs: Inputs) -> ComparePlan:
     unread = dict.fromkeys(trial.label for trial in trials if unfinished(inputs.settings, trial).lrs)
     refused = {}
     for label in unread:
+        this_process().check_others()
         try:
             _check_method(inputs.settings, label, config.out)
         except UserError as error:
@@ -178,7 +182,8 @@ def _check_method(settings: TrialSettings, label: str, out: str | Path) -> None:
     """Raises UserError where a method does not fit. What a trained model fits shows only when it is loaded, so a method
     that has one is fitted."""
     config = generate_config(settings, label, out)
-    generate(config, plan=True, quiet=True)
+    with working_alone():
+        generate(config, plan=True, quiet=True)
     cls = sampler_class(label)
     if "model" in cls.needs:
         given = {"donor": config.donor, "model": config.model, "tokenizer": settings.tokenizer}
@@ -201,27 +206,20 @@ def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) 
 
     later_seeds = config.seeds[len(_tuning_seeds(config)) :]
     total = (sum(len(trial.lrs) for trial in plan.trials) + len(plan.labels) * len(later_seeds)) * config.steps
-    settings, runs = inputs.settings, Path(config.out) / RUNS
+    runs = Path(config.out) / RUNS
     runs.mkdir(exist_ok=True)
     remove_temporaries(runs)
-    _save_array(Path(settings.tokens), inputs.tokens.numpy())
+    _save_array(Path(inputs.settings.tokens), inputs.tokens.numpy())
     with tqdm(total=total, unit="step", desc="compare", disable=quiet) as bar:
-        workers = config.workers or (default_workers() if inputs.is_small else 1)
-        tuned = _finish(settings, plan.trials, workers, bar.update)
+        workers = config.workers or (max(1, default_workers() // local_count()) if inputs.is_small else 1)
+        training = SharedTraining(inputs.settings, workers, bar.update)
+        tuned = training.finish(plan.trials)
         best = {label: best_setting([r for r in tuned.values() if r["method"] == label])[0] for label in plan.labels}
         chosen = [(label, *setting) for label, setting in best.items() if setting is not None]
         later = [Trial(label, seed, scale, (lr,)) for seed in later_seeds for label, scale, lr in chosen]
-        return tuned | _finish(settings, later, workers, bar.update)
-
-
-def _finish(
-    settings: TrialSettings, trials: Sequence[Trial], workers: int, report: Callable[[int], object]
-) -> dict[str, RunResult]:
-    """Runs the trials that are not stored yet. Returns the runs of all of them by the names of their files."""
-    missing = [trial for trial in (unfinished(settings, t) for t in trials) if trial.lrs]
-    report((sum(len(t.lrs) for t in trials) - sum(len(t.lrs) for t in missing)) * settings.steps)
-    run_jobs(partial(run_trial, settings), missing, workers, report)
-    return {run_path(settings, t, lr).name: read_run(settings, t, lr) for t in trials for lr in t.lrs}
+        found = tuned | training.finish(later)
+        training.dismiss_others()
+        return found
 
 
 def _results(config: CompareConfig, inputs: Inputs, plan: ComparePlan, runs: dict[str, RunResult]) -> dict[str, Any]:

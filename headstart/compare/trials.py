@@ -32,6 +32,7 @@ from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.limits import MAX_RECORD
+from zoo.processes import local_count, working_alone
 from zoo.streams import stream_seed
 from zoo.training.loop import TrainingConfig, activation_rms, evaluate, reproducible, train_steps
 from zoo.training.workers import ReportProgress
@@ -93,14 +94,19 @@ class Corpus:
 
 def run_trial(settings: TrialSettings, trial: Trial, report: ReportProgress) -> None:
     """Writes one initialisation, trains it with each learning rate and stores the runs. `report` gets the number of
-    steps since its last call."""
+    steps since its last call. Processes on one machine share its threads."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the comparison has its own
     tokens = torch.from_numpy(np.load(settings.tokens))
     boundary = training_token_count(tokens)
     corpus = Corpus(tokens[:boundary], tokens[boundary:])
-    with tempfile.TemporaryDirectory(dir=Path(settings.tokens).parent) as work, reproducible(settings.threads):
+    threads = max(1, settings.threads // local_count())
+    with (
+        working_alone(),
+        tempfile.TemporaryDirectory(dir=Path(settings.tokens).parent) as work,
+        reproducible(threads),
+    ):
         folder = Path(work) / "init"
         origin = _initialize(settings, trial, folder)
         for lr in trial.lrs:

@@ -47,7 +47,8 @@ def marginal_figure(model: Model) -> Figure | None:
     figure = Figure(figsize=(WIDTH, 1.4 + 0.34 * len(roles)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_families(left, matrices, roles)
-    figure.legend(ncols=len(left.get_legend_handles_labels()[0]), **TOP_LEGEND)
+    if families := left.get_legend_handles_labels()[0]:  # none where every matrix is too small for a fit
+        figure.legend(ncols=len(families), **TOP_LEGEND)
     _draw_kurtosis(right, matrices, roles)
     for axes in (left, right):
         style_axes(axes, grid="x")

@@ -7,7 +7,8 @@ are written strongly are read strongly. Entries in random places, as in an initi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ READER_ROLES = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 WRITER_ROLES = ("attn.o", "mlp.down")
 ENERGY_FLOOR = 1e-12  # times the mean energy, so that rows of zeros have a logarithm
 ENTRIES_PER_BATCH = 1 << 20  # entries that are shuffled at once
+VALUES_PER_CHUNK = 1 << 22  # values that are converted to float64 at a time
+
+
+@dataclass(frozen=True)
+class RowColumnSettings:
+    """How matrices are compared with shuffles of their entries."""
+
+    permutations: int = 199
+    seed: int = 0
+    device: str = "cpu"
+    most: int = 512  # rows and columns of a matrix that are shuffled
 
 
 def row_column_study(
@@ -55,29 +67,64 @@ def row_column_study(
     p = (1 + number of shuffles that are at least as large) / (1 + permutations). Constant matrices and sides with
     equal norms are left out. One tensor is in memory at a time. progress is called with 1 for every tensor. Raises
     UserError for NaN and infinity."""
-    tensors: list[dict[str, Any]] = []
-    stacks: dict[str, EnergyTable] = {}  # of an encoder-decoder two; "" holds what is in no layer
-    line: list[tuple[str, Tensor, Tensor]] = []  # the matrices in order, for a module without a config
+    settings = RowColumnSettings(permutations, seed, device, most)
+    entries, energies = [], []
     for spec, part, matrix in iterate_matrices(donor, progress):
-        rows, columns = (torch.linalg.vector_norm(matrix, dim=d, dtype=torch.float64) ** 2 for d in (1, 0))
+        entry, rows, columns = measure_matrix(spec, part, matrix, settings)
+        energies.append((spec, part, rows, columns))
+        if entry is not None:
+            entries.append(entry)
+    return {"tensors": entries, "couplings": measure_couplings(donor, energies, settings)}
+
+
+def measure_matrix(
+    spec: TensorSpec, part: Part, matrix: Tensor, settings: RowColumnSettings
+) -> tuple[dict[str, Any] | None, Tensor, Tensor]:
+    """The entry of a matrix [m, n] under "tensors" of `row_column_study`, None where it has none, and the energies
+    (sums of squares) of its rows [m] and columns [n], float64."""
+    rows, columns = energies_of_sides(matrix)
+    name = f"row-column/{spec.name}/{part.role}"
+    chosen = random_submatrix(matrix, settings.most, stream(settings.seed, f"{name}/cut"))
+    chosen = chosen.to(settings.device, torch.float32)
+    if min(chosen.shape) < 2 or chosen.min() == chosen.max():
+        return None, rows, columns
+    about = {"tensor": spec.name, "role": part.role, "layer": spec.layer, "expert": spec.expert}
+    shuffles = stream(settings.seed, f"{name}/shuffles")
+    return about | permutation_test(chosen, settings.permutations, shuffles), rows, columns
+
+
+def energies_of_sides(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of squares of the rows [m] and columns [n] of a matrix [m, n], float64. A part of it is converted at a
+    time."""
+    rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for part in matrix.split(max(1, VALUES_PER_CHUNK // matrix.shape[1])):
+        squares = part.double().square()
+        rows.append(squares.sum(1))
+        columns += squares.sum(0)
+    return torch.cat(rows), columns
+
+
+def measure_couplings(
+    donor: Donor, energies: Sequence[tuple[TensorSpec, Part, Tensor, Tensor]], settings: RowColumnSettings
+) -> list[dict[str, Any]]:
+    """The entries under "couplings" of `row_column_study`. energies: those of rows and columns of all matrices, in the
+    order of the donor's tensors."""
+    stacks: dict[str, EnergyTable] = {}  # of an encoder-decoder two; "" holds what is in no layer
+    line = [(spec.name, rows, columns) for spec, _, rows, columns in energies]  # for a module without a config
+    for spec, part, rows, columns in energies:
         if "position" not in part.axes:
             stack = parse_name(spec.name)[0].partition("{L}")[0] if spec.layer is not None else ""
             stacks.setdefault(stack, {})[part.role, spec.layer, spec.expert] = (rows, columns)
-        line.append((spec.name, rows, columns))
-        name = f"row-column/{spec.name}/{part.role}"
-        entries = random_submatrix(matrix, most, stream(seed, f"{name}/cut")).to(device, torch.float32)
-        if min(entries.shape) > 1 and entries.min() < entries.max():
-            about = {"tensor": spec.name, "role": part.role, "layer": spec.layer, "expert": spec.expert}
-            tensors.append(about | permutation_test(entries, permutations, stream(seed, f"{name}/shuffles")))
     couplings = []
     for stack, pairs in _pairs_by_stack(donor, line, stacks):
         for layer, expert, space, a, b, writes, reads in pairs:
-            generator = stream(seed, f"row-column/{stack}{space}/{layer}/{expert}/{a}/{b}")
-            if (found := coupling_test(writes.sqrt(), reads.sqrt(), permutations, generator)) is not None:
+            generator = stream(settings.seed, f"row-column/{stack}{space}/{layer}/{expert}/{a}/{b}")
+            found = coupling_test(writes.sqrt(), reads.sqrt(), settings.permutations, generator)
+            if found is not None:
                 about = {"layer": layer, "expert": expert, "space": space, "a": a, "b": b}
                 about |= {"stack": stack} if stack else {}
                 couplings.append(about | {"correlation": found[0], "p": found[1]})
-    return {"tensors": tensors, "couplings": couplings}
+    return couplings
 
 
 def _pairs_by_stack(
@@ -114,11 +161,17 @@ def iterate_matrices(
 
 def random_submatrix(matrix: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """At most `most` random rows and columns of a matrix, in their order."""
-    for dim in (0, 1):
-        if matrix.shape[dim] > most:
-            index = torch.randperm(matrix.shape[dim], generator=generator)[:most].sort().values
+    for dim, index in enumerate(random_indices(matrix.shape, most, generator)):
+        if index is not None:
             matrix = matrix.index_select(dim, index.to(matrix.device))
     return matrix
+
+
+def random_indices(shape: Sequence[int], most: int, generator: torch.Generator) -> list[Tensor | None]:
+    """The numbers of the rows, and of the columns, of `random_submatrix`, for a matrix of this shape. None: all."""
+    return [
+        torch.randperm(size, generator=generator)[:most].sort().values if size > most else None for size in shape
+    ]
 
 
 def row_column_statistics(matrices: Tensor) -> Tensor:

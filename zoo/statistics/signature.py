@@ -4,7 +4,7 @@ spectra cluster together. The paper states neither its normalisation nor its num
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.statistics.similarity import PROJECTIONS
 from zoo.streams import stream_seed
-from zoo.tensors import split_parts
+from zoo.tensors import TensorSpec, split_parts
 
 Signature = Mapping[str, Any]  # projection -> float, or list of floats
 
+CHUNK = 1 << 22  # values that are converted to float64 at a time
 RESTARTS = 20  # of K-means; the result with the least spread counts
 
 
@@ -29,22 +30,45 @@ def std_vector(donor: Donor) -> dict[str, float]:
     Our choice: the division, because the scale of a model depends more on its width than on its family. Experts are
     skipped, fused tensors are split, and projections that the architecture lacks are missing. One tensor is read at
     a time. Raises UserError for a donor without recognisable projections, or with constant ones only."""
-    counts, sums, squares = ({role: 0.0 for role in PROJECTIONS} for _ in range(3))
+    sums = []
     for spec in donor.blueprint.specs:
-        if spec.kind != "weight" or spec.expert is not None or not any(p.role in PROJECTIONS for p in spec.parts):
-            continue
-        for role, matrix in split_parts(spec, donor.read(spec.name, torch.float32)).items():
-            if role in PROJECTIONS:
-                counts[role] += matrix.numel()
-                sums[role] += matrix.sum(dtype=torch.float64).item()
-                squares[role] += matrix.double().square().sum().item()
-    if not any(counts.values()):
-        raise UserError(f"{donor.name}: has no recognisable projections; use a transformer")
-    found = {role: math.sqrt(max(squares[role] / n - (sums[role] / n) ** 2, 0)) for role, n in counts.items() if n}
-    total = sum(found.values())
-    if total == 0:
-        raise UserError(f"{donor.name}: its projections are constant; use another checkpoint")
-    return {role: std / total for role, std in found.items()}
+        if has_projection(spec):
+            parts = split_parts(spec, donor.read(spec.name, torch.float32))
+            sums += [(role, *power_sums(matrix)) for role, matrix in parts.items() if role in PROJECTIONS]
+    return std_vector_from_sums(donor.name, sums)
+
+
+def has_projection(spec: TensorSpec) -> bool:
+    """Whether a tensor counts for `std_vector`."""
+    return spec.kind == "weight" and spec.expert is None and any(part.role in PROJECTIONS for part in spec.parts)
+
+
+def power_sums(values: Tensor) -> tuple[int, float, float]:
+    """The number of values, their sum and the sum of their squares, added up in float64."""
+    total = squares = 0.0
+    for chunk in values.flatten().split(CHUNK):
+        wide = chunk.double()
+        total += wide.sum().item()
+        squares += wide.square().sum().item()
+    return values.numel(), total, squares
+
+
+def std_vector_from_sums(name: str, sums: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+    """The result of `std_vector` from (role, *`power_sums`) of every matrix. name: of the donor, for errors."""
+    totals: dict[str, list[float]] = {}
+    for role, *own in sums:
+        totals[role] = [a + b for a, b in zip(totals.get(role, [0.0, 0.0, 0.0]), own, strict=True)]
+    if not totals:
+        raise UserError(f"{name}: has no recognisable projections; use a transformer")
+    found = {}
+    for role in PROJECTIONS:
+        n, total, squares = totals.get(role, [0.0, 0.0, 0.0])
+        if n:
+            found[role] = math.sqrt(max(squares / n - (total / n) ** 2, 0))
+    scale = sum(found.values())
+    if scale == 0:
+        raise UserError(f"{name}: its projections are constant; use another checkpoint")
+    return {role: std / scale for role, std in found.items()}
 
 
 def clustering_vector(stacks: Mapping[str, Tensor], clusters: int = 3, seed: int = 0) -> dict[str, list[float]]:

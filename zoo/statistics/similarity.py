@@ -5,7 +5,7 @@ SV: the largest r singular values of a projection in one layer, descending. MSV:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,15 +41,14 @@ def singular_value_stacks(
 
     Raises UserError for a donor without recognisable projections or with fewer than three layers, before anything is
     read, and for a constant or non-finite matrix."""
-    specs = _projection_tensors(donor)
-    rank = min(max(ranks), *(min(p.shape) for spec in specs for p in spec.parts if p.role in PROJECTIONS))
+    specs = projection_tensors(donor)
+    rank = common_rank(specs, ranks)
     found: dict[str, list[Tensor]] = {role: [] for role in PROJECTIONS}
     for spec in specs:
         for role, matrix in split_parts(spec, donor.read(spec.name, torch.float32)).items():
             if role in PROJECTIONS:
                 if matrix.min() == matrix.max():
-                    what = f"{spec.name!r} ({role})" if len(spec.parts) > 1 else repr(spec.name)
-                    raise UserError(f"{donor.name}: {what} is constant and has no spectrum; use another checkpoint")
+                    raise constant_projection(donor, spec, role)
                 found[role].append(top_singular_values(matrix.to(device), rank).cpu())
         if progress is not None:
             progress(1)
@@ -67,10 +66,17 @@ def null_model_stacks(shapes: dict[str, list[tuple[int, int]]], rank: int, kind:
         raise unknown("kind of random matrices", kind, NULL_MODELS)
     found = {}
     for role, sizes in shapes.items():
-        names = [f"similarity/{kind}/{role}/{layer}" for layer in range(len(sizes))]
-        rows = [NULL_MODELS[kind](*size, rank, seed, name) for size, name in zip(sizes, names, strict=True)]
+        rows = [null_model_spectrum(kind, size, rank, seed, (role, layer)) for layer, size in enumerate(sizes)]
         found[role] = torch.stack(rows)
     return found
+
+
+def null_model_spectrum(kind: str, shape: tuple[int, int], rank: int, seed: int, place: tuple[str, int]) -> Tensor:
+    """The largest singular values [rank] of the random matrix that stands for a projection in one layer, float64.
+
+    kind: one of NULL_MODELS. place: the projection and the number of the layer, which name the random stream."""
+    role, layer = place
+    return NULL_MODELS[kind](*shape, rank, seed, f"similarity/{kind}/{role}/{layer}")
 
 
 def layer_distances(a: Tensor, b: Tensor | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -103,22 +109,33 @@ def compare_projections(
 
     There is no correction for the number of pairs: of 28 true power laws, one to three may be rejected at p <= 0.1.
     progress is called with 1 for every pair."""
-    known = [role for role in PROJECTIONS if role in stacks]
     rows = []
-    for i, a in enumerate(known):
-        for b in known[i:]:
-            one, other = stacks[a][:, :rank], stacks[b][:, :rank]
-            values, pairs = layer_distances(one, None if a == b else other)
-            if len(one) != len(other):  # then the rows are not the same layers
-                pairs = pairs + np.array([0, len(one)])
-            rng = np.random.default_rng(stream_seed(seed, f"similarity/{a}/{b}/{rank}"))
-            rows.append({"a": a, "b": b} | _compare_pair(DistanceSample.from_unsorted(values, pairs), bootstraps, rng))
-            if progress is not None:
-                progress(1)
+    for a, b in projection_pairs(stacks):
+        rows.append(compare_pair(stacks[a], stacks[b], (a, b), rank, bootstraps, seed))
+        if progress is not None:
+            progress(1)
     return rows
 
 
-def _compare_pair(sample: DistanceSample, bootstraps: int, rng: np.random.Generator) -> dict[str, Any]:
+def projection_pairs(roles: Container[str]) -> list[tuple[str, str]]:
+    """All unordered pairs of projections, in the order of PROJECTIONS."""
+    known = [role for role in PROJECTIONS if role in roles]
+    return [(a, b) for i, a in enumerate(known) for b in known[i:]]
+
+
+def compare_pair(
+    one: Tensor, other: Tensor, names: tuple[str, str], rank: int, bootstraps: int, seed: int
+) -> dict[str, Any]:
+    """The row of two projections in `compare_projections`. one, other: their MSV [L, r] and [M, r]."""
+    a, b = names
+    values, pairs = layer_distances(one[:, :rank], None if a == b else other[:, :rank])
+    if len(one) != len(other):  # then the rows are not the same layers
+        pairs = pairs + np.array([0, len(one)])
+    rng = np.random.default_rng(stream_seed(seed, f"similarity/{a}/{b}/{rank}"))
+    return {"a": a, "b": b} | _compare_distances(DistanceSample.from_unsorted(values, pairs), bootstraps, rng)
+
+
+def _compare_distances(sample: DistanceSample, bootstraps: int, rng: np.random.Generator) -> dict[str, Any]:
     """The statistics of one pair's distances."""
     x, n = sample.values, len(sample.values)
     row: dict[str, Any] = {"n": n, "skewness": float(skew(x)) if n > 2 and x[0] < x[-1] else None}
@@ -137,7 +154,18 @@ def _histogram(x: NDArray[np.float64]) -> list[list[float]]:
     return [[float(edges[i]), float(edges[i + 1]), int(count)] for i, count in enumerate(counts)]
 
 
-def _projection_tensors(donor: Donor) -> list[TensorSpec]:
+def common_rank(specs: Sequence[TensorSpec], ranks: Sequence[int]) -> int:
+    """The largest of `ranks`, or the smallest side of a projection in these tensors, if that is smaller."""
+    return min(max(ranks), *(min(p.shape) for spec in specs for p in spec.parts if p.role in PROJECTIONS))
+
+
+def constant_projection(donor: Donor, spec: TensorSpec, role: str) -> UserError:
+    """The error for a projection whose values are all the same."""
+    what = f"{spec.name!r} ({role})" if len(spec.parts) > 1 else repr(spec.name)
+    return UserError(f"{donor.name}: {what} is constant and has no spectrum; use another checkpoint")
+
+
+def projection_tensors(donor: Donor) -> list[TensorSpec]:
     """The tensors that hold projections, by layer. Raises UserError if there are none or too few layers."""
     found = [
         spec

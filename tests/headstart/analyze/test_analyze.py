@@ -207,7 +207,7 @@ def test_an_interrupted_analysis_resumes(folder: Path, untrained: dict[str, Any]
     out, work = folder / "again", folder / ".again.work"
     options: dict[str, Any] = {**SMALL, "zoo": folder / "zoo", "donor": "one"}
     arguments = ("--zoo", folder / "zoo", "--donor", "one", "--out", out, "--ranks", "4,64", "--bootstraps", "10")
-    interrupted = headstart("analyze", *arguments, interrupt=lambda: any(work.glob("marginals-*.json")))
+    interrupted = headstart("analyze", *arguments, interrupt=lambda: any(work.glob("tensor-*.json")))
     assert interrupted.returncode == 130 and "the same command again" in interrupted.stderr
     assert not out.exists() and not list(folder.glob(".again.*.partial"))
     (kept,) = work.glob("health-*.json")

@@ -1,0 +1,113 @@
+"""Commands in two real processes give what one process gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headstart.analyze.analyze import analyze
+from headstart.compare.compare import compare
+from headstart.config import AnalyzeConfig, CompareConfig
+from tests.conftest import make_llama
+from tests.headstart.compare.test_compare import TARGET
+from tests.support.launched import launch
+from zoo.add import add
+
+ANALYZE = ("--ranks", "4,6", "--bootstraps", "5", "--device", "cpu", "--quiet")
+COMPARE: dict[str, Any] = {
+    "methods": ("default", "scaled-default"), "steps": 2, "seeds": (0, 1), "lrs": (1e-3, 1e-2), "batch_size": 2,
+    "sequence": 16, "windows": 2, "workers": 1, "tuning_seeds": 1, "device": "cpu",
+}  # fmt: skip
+
+
+def compare_words(folder: Path, out: Path) -> list[object]:
+    """The command line of the comparison."""
+    options = {"target": folder / "config.json", "corpus": folder / "corpus.txt", "out": out} | COMPARE
+    words: list[object] = ["compare", "--quiet"]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, tuple) else value]
+    return words
+
+
+def results_of(folder: Path) -> Any:
+    """The results of a comparison without the seconds that it took, and without the command that names its folder."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(v) for key, v in value.items() if key not in ("seconds", "command", "config")}
+        return [without(v) for v in value] if isinstance(value, list) else value
+
+    return without(json.loads((folder / "results.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes: `analysis-alone` and `comparison-alone`."""
+    base = tmp_path_factory.mktemp("processes")
+    sizes = {"vocab_size": 10, "hidden_size": 6, "intermediate_size": 10, "num_hidden_layers": 3}
+    donor = make_llama(base / "donor", **sizes, num_attention_heads=1, num_key_value_heads=1)
+    add([str(donor)], base / "zoo", quiet=True)
+    (base / "config.json").write_text(json.dumps(TARGET))
+    (base / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+    command = " ".join(["headstart", *map(str, analyze_words(base))])
+    settings = {"ranks": (4, 6), "bootstraps": 5, "device": "cpu"}
+    analyze(AnalyzeConfig(out=base / "analysis", zoo=base / "zoo", **settings), quiet=True, command=command)
+    (base / "analysis").rename(base / "analysis-alone")
+    files = {"target": base / "config.json", "corpus": base / "corpus.txt"}
+    compare(CompareConfig(out=base / "comparison-alone", **files, **COMPARE), quiet=True)
+    shutil.copytree(base / "comparison-alone", base / "resumed")
+    for path in sorted((base / "resumed" / "runs").iterdir())[::2]:
+        path.unlink()
+    return base
+
+
+def analyze_words(folder: Path) -> list[object]:
+    """The command line of the analysis."""
+    return ["analyze", "--zoo", folder / "zoo", "--out", folder / "analysis", *ANALYZE]
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> list[list[dict[str, Any]]]:
+    """What two processes print."""
+    commands = [
+        analyze_words(folder),
+        compare_words(folder, folder / "resumed"),
+        ["zoo", "list", "--zoo", folder / "zoo", "--json"],
+        [word for word in analyze_words(folder) if word != "--quiet"],
+    ]
+    return launch(2, commands, folder)
+
+
+def test_an_analysis_by_two_processes_has_the_same_bytes(folder: Path, launched: list[list[dict[str, Any]]]) -> None:
+    for process in launched:
+        assert process[0] == {"code": 0, "out": "", "err": ""}
+    for name in ("analysis.json", "report.html"):
+        assert (folder / "analysis" / name).read_bytes() == (folder / "analysis-alone" / name).read_bytes()
+    assert not (folder / ".analysis.work").exists()
+
+
+def test_two_processes_continue_the_comparison_of_one_with_the_same_results(
+    folder: Path, launched: list[list[dict[str, Any]]]
+) -> None:
+    for process in launched:
+        assert process[1] == {"code": 0, "out": "", "err": ""}
+    assert results_of(folder / "resumed") == results_of(folder / "comparison-alone")
+    for path in sorted((folder / "resumed" / "runs").iterdir())[1::2]:
+        assert path.read_bytes() == (folder / "comparison-alone" / "runs" / path.name).read_bytes()  # kept
+    names = ["losses.png", "report.html", "results.json", "runs"]
+    assert sorted(p.name for p in (folder / "resumed").iterdir()) == names
+
+
+def test_one_process_prints_and_an_error_ends_both_with_one_line(
+    folder: Path, launched: list[list[dict[str, Any]]]
+) -> None:
+    (first, second) = ([process[n] for n in (2, 3)] for process in launched)
+    assert json.loads(first[0]["out"])[0]["name"] == "donor"
+    assert second[0] == {"code": 0, "out": "", "err": ""}
+    assert (first[1]["code"], second[1]["code"]) == (2, 2)
+    line = f"headstart: {folder / 'analysis'}: exists already; give another output folder or remove it\n"
+    assert first[1]["err"] + second[1]["err"] == line
