@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.support.lapack import use_other_lapack
 from zoo.linear_algebra import (
+    add_gram,
     closest_basis,
     closest_rotation,
     descending_order,
@@ -111,3 +112,11 @@ def test_order_of_near_equal_values_is_their_own() -> None:
     assert descending_order(values).tolist() == [1, 2, 4, 3, 0, 5, 6]
     assert descending_order(values.expand(2, 7)).tolist() == [[1, 2, 4, 3, 0, 5, 6]] * 2
     assert descending_order(torch.tensor([1.0, 1.0 + 1e-9], dtype=torch.float64)).tolist() == [1, 0]
+
+
+def test_a_gram_matrix_is_added_to_the_upper_triangle() -> None:
+    for width in (3, 128, 300, 700):
+        rows, total = torch.randn(5, width).double(), torch.randn(width, width).double()
+        expected = total + rows.mT @ rows
+        add_gram(total, rows)
+        torch.testing.assert_close(total.triu(), expected.triu())

@@ -48,20 +48,36 @@ def recorded_loss(facts: Mapping[str, Any]) -> float | None:
     return float(loss) if isinstance(loss, (int, float)) and math.isfinite(loss) else None
 
 
-def read_donor_decoder(donor: Donor) -> Decoder:
-    """A donor as a float64 decoder. Raises UserError if units do not describe its whole function."""
-    decoder = read_decoder(donor.blueprint, donor.read, where=donor.name)
+def read_donor_decoder(donor: Donor, device: str = "cpu", lazy: bool = False) -> Decoder:
+    """A donor as a float64 decoder. Raises UserError if units do not describe its whole function.
+
+    lazy: a layer is read each time it is used, and does not stay in memory."""
+
+    def read(name: str) -> Tensor:
+        return donor.read(name).to(device)
+
+    decoder = read_decoder(donor.blueprint, read, where=donor.name, lazy=lazy)
     require_units(decoder, donor.name)
     return decoder
 
 
-def align_donors(zoo: Zoo, quiet: bool = True) -> Iterator[AlignedDonor]:
+@dataclass(frozen=True)
+class AlignedDecoder:
+    """One donor as a decoder in canonical, aligned coordinates: float64, with lazy layers."""
+
+    donor: Donor
+    tokens: tuple[str, ...]
+    decoder: Decoder
+
+
+def align_decoders(zoo: Zoo, quiet: bool = True, device: str = "cpu") -> Iterator[AlignedDecoder]:
     """Yields the donors whose whole function is in units, aligned to the widest one by shared token strings.
 
     The widest comes first; among equals, the one with the lowest loss, then the first by name. A donor that shares no
     token string with it keeps its own principal axes. Other donors are skipped and, unless `quiet`, named on stderr.
 
-    One donor at a time is in memory, in float64, besides the anchor's vocabulary. Raises UserError if none is left."""
+    In memory are the vocabularies of one donor, before and after its rotation, and of the anchor, and one layer of the
+    donor. Raises UserError if no donor is left."""
 
     def order(donor: Donor) -> tuple[float, float, str]:
         width = donor.blueprint.metadata.width if donor.blueprint.metadata else 0
@@ -69,19 +85,38 @@ def align_donors(zoo: Zoo, quiet: bool = True) -> Iterator[AlignedDonor]:
         return (-width, float("inf") if loss is None else loss, donor.name)
 
     anchor: Anchor | None = None
-    for donor in sorted(zoo.donors, key=order):
+    found_any = False
+    donors = sorted(zoo.donors, key=order)
+    for donor in donors:
         tokens = token_strings(donor)
         try:
-            decoder = read_donor_decoder(donor)
             shares_tokens = anchor is not None and not set(tokens).isdisjoint(anchor.tokens)
-            canonical = canonicalise(decoder, tokens, anchor if shares_tokens else None)
+            source = read_donor_decoder(donor, device, lazy=True)
+            decoder = canonicalise(source, tokens, anchor if shares_tokens else None).decoder
+            del source  # its vocabulary
         except UserError as error:
-            if not quiet:
-                print(f"skipped: {error}", file=sys.stderr)
+            _report_skipped(error, quiet)
             continue
-        if anchor is None:
-            anchor = make_anchor(canonical.decoder, tokens)
-        units = {kind: unit.vectors.to(torch.float32) for kind, unit in decoder_to_units(canonical.decoder).items()}
-        yield AlignedDonor(donor.name, canonical.decoder.metadata, tokens, units, donor.facts)
-    if anchor is None:
+        if not found_any and donor is not donors[-1]:
+            anchor = make_anchor(decoder, tokens)
+        found_any = True
+        yield AlignedDecoder(donor, tokens, decoder)
+    if not found_any:
         raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")
+
+
+def _report_skipped(error: UserError, quiet: bool) -> None:
+    if not quiet:
+        print(f"skipped: {error}", file=sys.stderr)
+
+
+def align_donors(zoo: Zoo, quiet: bool = True) -> Iterator[AlignedDonor]:
+    """The donors of `align_decoders` as units. Each is in memory in float32 while it is used."""
+    for found in align_decoders(zoo, quiet):
+        try:
+            units = decoder_to_units(found.decoder, torch.float32)
+        except UserError as error:
+            _report_skipped(error, quiet)
+            continue
+        vectors = {kind: unit.vectors for kind, unit in units.items()}
+        yield AlignedDonor(found.donor.name, found.decoder.metadata, found.tokens, vectors, found.donor.facts)

@@ -25,8 +25,8 @@ Letters: V vocabulary, d width, H query heads, K KV heads, G = H / K, h head dim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -44,9 +44,10 @@ from zoo.linear_algebra import (
 from zoo.targets.architectures import ARCHITECTURES
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, Layer
-from zoo.units.gains import fold_gains, unfold_gains
+from zoo.units.gains import FoldedGains, fold_gains, unfold_gains
+from zoo.units.lazy import map_items, outline_of
 from zoo.units.residual_basis import Anchor, aligned_basis, has_post_norms, principal_basis, to_disk_basis, to_principal
-from zoo.units.symmetry import LayerSymmetry, Symmetry, apply_symmetry, rotate_residual
+from zoo.units.symmetry import LayerSymmetry, Symmetry, apply_symmetry, rotate_residual, transform_layer
 
 # Above this condition number, V/O is only rotated: the factors of the SVD would be inexact.
 MAX_CONDITION = 1e8
@@ -58,7 +59,7 @@ class Canonical:
 
     decoder: Decoder  # in principal coordinates, with unit gains
     symmetry: Symmetry  # applied to the folded original
-    folded: tuple[Mapping[str, Tensor], ...]  # gains and shifts that were folded, per layer, then those outside
+    folded: FoldedGains
 
 
 def canonicalise(
@@ -71,14 +72,37 @@ def canonicalise(
     pairs, unless norms after the writers fix its basis. Given a `basis` [d, d] that the architecture allows, it is
     rotated to that.
 
+    Lazy layers stay lazy: here each is read once, if the axes depend on it, and once more when it is used. Then no
+    more is in memory than the vocabulary, before and after, and one layer three times over.
+
     Raises UserError if no token string is shared with the anchor, or if the architecture's symmetries are unknown."""
-    architecture = decoder.metadata.architecture
+    _require_symmetries(decoder)
+    folded, gains = fold_gains(decoder)
+    principal = to_principal(folded)
+    meta = principal.metadata
+    if basis is None:
+        # The axes must not depend on arbitrary scales of heads and neurons, so these are balanced first. Their signs
+        # depend on the axes, so they are computed afterwards.
+        balanced = replace(principal, layers=map_items(lambda layer: balance_layer(layer, meta), principal.layers))
+        if anchor is not None and tokens is not None and not has_post_norms(principal):
+            basis = aligned_basis(balanced, tokens, anchor)
+        else:
+            basis = principal_basis(balanced)
+    turned = rotate_residual(principal, basis)
+    pairs = map_items(lambda layer: _to_canonical(layer, meta), turned.layers)
+    layers, symmetries = (map_items(itemgetter(i), pairs) for i in range(2))
+    return Canonical(replace(turned, layers=layers), Symmetry(basis, symmetries), gains)
+
+
+def _require_symmetries(decoder: Decoder) -> None:
+    """Raises UserError where the symmetries of a decoder are unknown."""
+    architecture, layers = decoder.metadata.architecture, outline_of(decoder.layers)
     if architecture not in ARCHITECTURES:
         # Rotations of rotary pairs are written for pairs of i and i + half, for example; Cohere and GLM have others.
         raise UserError(
             f"canonical form: the symmetries of {architecture!r} are unknown; use one of {', '.join(ARCHITECTURES)}"
         )
-    if not any(layer.gain for layer in decoder.layers) or "final" not in decoder.gain:
+    if not any(layer.gain for layer in layers) or "final" not in decoder.gain:
         # Some OPT models have norms without parameters, or no final norm; no tensor shows how they normalise.
         raise UserError(
             f"canonical form: this {architecture!r} lacks gains of norms, so its symmetries are unknown; use another"
@@ -87,20 +111,6 @@ def canonicalise(
         raise UserError(
             f"canonical form: {architecture!r} has LayerNorms after its writers, so it cannot be rotated; use another"
         )
-    folded, gains = fold_gains(decoder)
-    principal = to_principal(folded)
-    # The axes must not depend on arbitrary scales of heads and neurons, so these are balanced first. Their signs depend
-    # on the axes, so they are computed again afterwards.
-    identity = torch.eye(decoder.metadata.width, dtype=decoder.embed.dtype)
-    balanced = apply_symmetry(principal, Symmetry(identity, _layer_symmetries(principal)))
-    if basis is not None:
-        chosen = basis
-    elif anchor is not None and tokens is not None and not has_post_norms(principal):
-        chosen = aligned_basis(balanced, tokens, anchor)
-    else:
-        chosen = principal_basis(balanced)
-    symmetry = Symmetry(chosen, _layer_symmetries(rotate_residual(principal, chosen)))
-    return Canonical(apply_symmetry(principal, symmetry), symmetry, gains)
 
 
 def undo_canonical(canonical: Canonical, tied: bool = False) -> Decoder:
@@ -109,18 +119,21 @@ def undo_canonical(canonical: Canonical, tied: bool = False) -> Decoder:
     return unfold_gains(to_disk_basis(original_order), canonical.folded, tied)
 
 
+def balance_layer(layer: Layer, metadata: Metadata) -> Layer:
+    """A block whose heads and neurons have the scales of the canonical form, in their old order and with any signs.
+    The block is folded and in principal coordinates."""
+    qk, vo, scale = _qk_symmetry(layer, metadata), _balanced_factors(layer.v, _by_group(layer, "o")), _up_scale(layer)
+    device = layer.k.device
+    heads, groups = (torch.arange(len(t), device=device) for t in (layer.q, layer.k))
+    return transform_layer(
+        layer, LayerSymmetry(heads, groups, qk, vo, torch.arange(len(layer.up), device=device), scale)
+    )
+
+
 def layer_symmetry(layer: Layer, metadata: Metadata) -> LayerSymmetry:
     """The symmetry that puts one block in canonical form. The block is folded and in principal coordinates."""
-    kv, head_dim = layer.k.shape[:2]
-    normed = "q" in layer.gain or "k" in layer.gain
-    grouped_q, grouped_o = (t.unflatten(0, (kv, -1)) for t in (layer.q, layer.o))  # [K, G, h, d]
-    if metadata.rope_theta is not None:
-        qk = _qk_planes(layer, metadata.rotary.size, normed)
-    elif normed:
-        qk = torch.eye(head_dim, dtype=layer.k.dtype).repeat(kv, 1, 1)
-    else:
-        qk = _balanced_factors(layer.k, grouped_q)
-    vo = _balanced_factors(layer.v, grouped_o)
+    grouped_o = _by_group(layer, "o")
+    qk, vo = _qk_symmetry(layer, metadata), _balanced_factors(layer.v, grouped_o)
     # Only the balanced factors define a head's energy: before, it depends on arbitrary scales.
     values, writes = vo @ layer.v, torch.linalg.inv(vo).mT[:, None] @ grouped_o
     energy = writes.square().sum((2, 3)).sqrt() * values.square().sum((1, 2)).sqrt()[:, None]  # [K, G]
@@ -132,15 +145,38 @@ def layer_symmetry(layer: Layer, metadata: Metadata) -> LayerSymmetry:
     up, down = layer.up.norm(dim=1), layer.down.norm(dim=1)
     importance = up * down * (layer.gate.norm(dim=1) if layer.gate is not None else 1.0)
     neurons = descending_order(importance)
-    scale = torch.ones_like(up)
-    if layer.gate is not None:  # the value path is linear in `up`
-        scale = torch.where((up > 0) & (down > 0), (down / up).sqrt(), scale)
+    scale = _up_scale(layer)
+    if layer.gate is not None:
         scale = scale * skew_signs(layer.down, dim=1)
     return LayerSymmetry(heads, groups, qk[groups], vo[groups], neurons, scale[neurons])
 
 
-def _layer_symmetries(decoder: Decoder) -> tuple[LayerSymmetry, ...]:
-    return tuple(layer_symmetry(layer, decoder.metadata) for layer in decoder.layers)
+def _to_canonical(layer: Layer, metadata: Metadata) -> tuple[Layer, LayerSymmetry]:
+    symmetry = layer_symmetry(layer, metadata)
+    return transform_layer(layer, symmetry), symmetry
+
+
+def _by_group(layer: Layer, role: str) -> Tensor:
+    """The query heads of q or o by KV head: [K, G, h, d]."""
+    heads: Tensor = getattr(layer, role)
+    return heads.unflatten(0, (len(layer.k), -1))
+
+
+def _up_scale(layer: Layer) -> Tensor:
+    """The factors [F] that balance up and down of each neuron: the value path of a gated MLP is linear in `up`."""
+    up, down = layer.up.norm(dim=1), layer.down.norm(dim=1)
+    ones = torch.ones_like(up)
+    return ones if layer.gate is None else torch.where((up > 0) & (down > 0), (down / up).sqrt(), ones)
+
+
+def _qk_symmetry(layer: Layer, metadata: Metadata) -> Tensor:
+    kv, head_dim = layer.k.shape[:2]
+    normed = "q" in layer.gain or "k" in layer.gain
+    if metadata.rope_theta is not None:
+        return _qk_planes(layer, metadata.rotary.size, normed)
+    if normed:
+        return torch.eye(head_dim, dtype=layer.k.dtype, device=layer.k.device).repeat(kv, 1, 1)
+    return _balanced_factors(layer.k, _by_group(layer, "q"))
 
 
 def _qk_planes(layer: Layer, rotary: int, normed: bool) -> Tensor:
@@ -170,8 +206,8 @@ def _qk_planes(layer: Layer, rotary: int, normed: bool) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     noise = ROUNDING * keys.square().mean((1, 3)).sqrt()
     scale = scale * skew_signs(cos[..., None] * keys[:, 0] + sin[..., None] * keys[:, 1], dim=-1, noise=noise)
-    out = torch.eye(head_dim, dtype=layer.k.dtype).repeat(kv, 1, 1)
-    i = torch.arange(half)
+    out = torch.eye(head_dim, dtype=layer.k.dtype, device=layer.k.device).repeat(kv, 1, 1)
+    i = torch.arange(half, device=out.device)
     out[:, i, i], out[:, i, i + half] = scale * cos, scale * sin
     out[:, i + half, i], out[:, i + half, i + half] = -scale * sin, scale * cos
     return out

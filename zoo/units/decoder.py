@@ -6,7 +6,7 @@ heads per KV head, h head dimension, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, join_parts, split_parts
+from zoo.units.lazy import LazySequence
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model as residual vectors. If head and embedding are tied (`metadata.tied`), `head` is a copy of `embed`."""
+    """A model as residual vectors. If head and embedding are tied (`metadata.tied`), both are one tensor."""
 
     metadata: Metadata
     embed: Tensor  # [V, d]
     head: Tensor  # [V, d]
-    layers: tuple[Layer, ...]
+    layers: Sequence[Layer]
     positions: Tensor | None = None  # [P, d]
     gain: dict[str, Tensor] = field(default_factory=dict)  # sites `final`, `embed`
     shift: dict[str, Tensor] = field(default_factory=dict)
@@ -92,70 +93,93 @@ def require_decoder(blueprint: Blueprint, where: str) -> Metadata:
     return metadata
 
 
+class _Reader:
+    """Reads the tensors of a decoder by role, in one dtype."""
+
+    def __init__(self, blueprint: Blueprint, read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+        assert blueprint.metadata is not None
+        self.blueprint, self.metadata, self._read, self.dtype = blueprint, blueprint.metadata, read, dtype
+        self._parts: tuple[str, dict[str, Tensor]] = ("", {})  # of the tensor that was read last
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The parts of a tensor by role. Those of a fused one are often read one after the other."""
+        if self._parts[0] != name:
+            self._parts = (name, split_parts(self.blueprint[name], self._read(name).to(self.dtype)))
+        return self._parts[1]
+
+    def get(self, role: str, layer: int | None, kind: str = "weight", site: str | None = None) -> Tensor | None:
+        found = self.blueprint.find(role, layer=layer, kind=kind, site=site)
+        return self.parts(found[0][0].name)[found[0][1].role] if found else None
+
+    def norms(self, layer: int | None, sites: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The gains and the shifts of the norms at these sites."""
+        gains = {site: self.get("norm", layer, "weight", site) for site in sites}
+        shifts = {site: self.get("norm", layer, "bias", site) for site in sites}
+        return (
+            {site: gain + self.metadata.gain_offset for site, gain in gains.items() if gain is not None},
+            {site: shift for site, shift in shifts.items() if shift is not None},
+        )
+
+    def layer(self, index: int) -> Layer:
+        meta = self.metadata
+        heads = {"q": meta.heads, "k": meta.kv_heads, "v": meta.kv_heads, "o": meta.heads}
+        weights: dict[str, Tensor] = {}
+        bias: dict[str, Tensor] = {}
+        for short, role in _DISK_ROLES.items():
+            w = self.get(role, index)
+            if w is not None:
+                w = w.mT if short in WRITERS else w
+                weights[short] = w.unflatten(0, (heads[short], -1)) if short in heads else w
+        for short, role in _DISK_ROLES.items():
+            b = self.get(role, index, "bias")
+            if b is not None:
+                bias[short] = b.unflatten(0, (heads[short], -1)) if short in ("q", "k", "v") else b
+        gain, shift = self.norms(index, ("attn", "mlp", "attn.out", "mlp.out", "q", "k"))
+        self._parts = ("", {})
+        return Layer(**weights, bias=bias, gain=gain, shift=shift)
+
+
 def read_decoder(
     blueprint: Blueprint,
     read: Callable[[str], Tensor],
     dtype: torch.dtype = torch.float64,
     where: str = "checkpoint",
     copy_head: bool = False,
+    lazy: bool = False,
 ) -> Decoder:
     """Reads a decoder in `dtype`. read: returns a tensor by its name on disk. where: for messages. copy_head: whether a
-    base model or a classifier gets a copy of its embedding as head.
+    base model or a classifier gets its embedding as head. lazy: a layer is read each time it is used, and does not
+    stay in memory.
 
     Raises UserError if the blueprint is not a dense decoder, or has no head."""
     meta = require_decoder(blueprint, where)
-    offset = meta.gain_offset
-
-    def get(role: str, layer: int | None, kind: str = "weight", site: str | None = None) -> Tensor | None:
-        found = blueprint.find(role, layer=layer, kind=kind, site=site)
-        if not found:
-            return None
-        spec, part = found[0]
-        return split_parts(spec, read(spec.name).to(dtype))[part.role]
-
-    def norms(layer: int | None, sites: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        gains = {site: get("norm", layer, "weight", site) for site in sites}
-        shifts = {site: get("norm", layer, "bias", site) for site in sites}
-        return (
-            {site: gain + offset for site, gain in gains.items() if gain is not None},
-            {site: shift for site, shift in shifts.items() if shift is not None},
-        )
-
-    heads = {"q": meta.heads, "k": meta.kv_heads, "v": meta.kv_heads, "o": meta.heads}
-    layers = []
-    for index in range(meta.layers):
-        weights: dict[str, Tensor] = {}
-        bias: dict[str, Tensor] = {}
-        for short, role in _DISK_ROLES.items():
-            w, b = get(role, index), get(role, index, "bias")
-            if w is not None:
-                w = w.mT if short in WRITERS else w
-                weights[short] = w.unflatten(0, (heads[short], -1)) if short in heads else w
-            if b is not None:
-                bias[short] = b.unflatten(0, (heads[short], -1)) if short in ("q", "k", "v") else b
-        gain, shift = norms(index, ("attn", "mlp", "attn.out", "mlp.out", "q", "k"))
-        layers.append(Layer(**weights, bias=bias, gain=gain, shift=shift))
-    outer_gain, outer_shift = norms(None, ("final", "embed"))
-    tables = {
-        part.axes[0]: split_parts(spec, read(spec.name).to(dtype))[part.role] for spec, part in blueprint.find("embed")
-    }
-    head = get("head", None)
     if not (blueprint.has_head or copy_head):
         raise UserError(f"{where}: has no head (a base model or a classifier); give the whole language model")
+    reader = _Reader(blueprint, read, dtype)
+    layers: Sequence[Layer]
+    if lazy:
+        outline = _Reader(blueprint, lambda name: torch.empty(blueprint[name].shape, device="meta"), dtype)
+        layers = LazySequence(reader.layer, meta.layers, tuple(outline.layer(i) for i in range(meta.layers)))
+    else:
+        layers = tuple(reader.layer(i) for i in range(meta.layers))
+    gain, shift = reader.norms(None, ("final", "embed"))
+    tables = {part.axes[0]: reader.parts(spec.name)[part.role] for spec, part in blueprint.find("embed")}
+    head = reader.get("head", None)
     return Decoder(
         metadata=meta,
         embed=tables["vocab"],
-        head=tables["vocab"].clone() if head is None else head,
+        head=tables["vocab"] if head is None else head,
         positions=tables.get("position"),
-        layers=tuple(layers),
-        gain=outer_gain,
-        shift=outer_shift,
-        head_bias=get("head", None, "bias"),
+        layers=layers,
+        gain=gain,
+        shift=shift,
+        head_bias=reader.get("head", None, "bias"),
     )
 
 
 def write_decoder(decoder: Decoder, blueprint: Blueprint) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name on disk, tensor) in the blueprint's order, for each tensor that the decoder holds.
+    """Yields (name on disk, tensor) in the blueprint's order, for each tensor that the decoder holds. Lazy layers are
+    computed once each if the blueprint names the tensors of a layer one after the other.
 
     The shapes must agree, else torch raises ValueError. If the blueprint ties head and embedding, only the embedding is
     written; `gains.tie_head` prepares a decoder for that."""
@@ -163,9 +187,10 @@ def write_decoder(decoder: Decoder, blueprint: Blueprint) -> Iterator[tuple[str,
     assert meta is not None
     offset = meta.gain_offset
     short_of = {role: short for short, role in _DISK_ROLES.items()}
+    index: int | None = None
+    layer: Layer | None = None  # the layer `index`, the last one that was used
 
     def value(part_role: str, axes: tuple[str, ...], spec) -> Tensor | None:  # type: ignore[no-untyped-def]
-        layer = decoder.layers[spec.layer] if spec.layer is not None else None
         if part_role == "norm":
             table = (layer or decoder).gain if spec.kind == "weight" else (layer or decoder).shift
             found = table.get(spec.site)
@@ -185,6 +210,9 @@ def write_decoder(decoder: Decoder, blueprint: Blueprint) -> Iterator[tuple[str,
         return w.mT if short in WRITERS else w
 
     for spec in blueprint.specs:
+        if spec.layer != index:
+            index, layer = spec.layer, None  # frees the last layer before the next one is computed
+            layer = None if index is None else decoder.layers[index]
         parts = {part.role: value(part.role, part.axes, spec) for part in spec.parts}
         if all(p is not None for p in parts.values()):
             yield spec.name, join_parts(spec, {r: p for r, p in parts.items() if p is not None}).reshape(spec.shape)

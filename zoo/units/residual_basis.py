@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from zoo.errors import UserError
 from zoo.linear_algebra import (
     ROUNDING,
+    add_gram,
     closest_basis,
     closest_rotation,
     descending_order,
@@ -17,7 +19,8 @@ from zoo.linear_algebra import (
     symmetric_eigenvectors,
 )
 from zoo.tensors import Metadata
-from zoo.units.decoder import Decoder
+from zoo.units.decoder import Decoder, Layer
+from zoo.units.lazy import map_items, outline_of
 from zoo.units.symmetry import rotate_residual
 
 
@@ -51,8 +54,8 @@ def aligned_basis(decoder: Decoder, tokens: tuple[str, ...], anchor: Anchor) -> 
     inner = closest_rotation(own.mT @ theirs[:, :common])
     if free > common:
         rest = closest_basis(torch.linalg.svd(inner, full_matrices=True).U[:, common:])
-        rows = residual_vectors(decoder)[:, :free] @ rest
-        axes = rest @ symmetric_eigenvectors(rows.mT @ rows)[1]
+        energy = decoder_energy(decoder)[:free, :free]
+        axes = rest @ symmetric_eigenvectors(rest.mT @ energy @ rest)[1]
         inner = torch.cat([inner, _fix_sign(axes, decoder.embed[:, :free])], dim=1)
     return _extend_basis(inner, decoder.metadata.width)
 
@@ -63,22 +66,21 @@ def principal_basis(decoder: Decoder) -> Tensor:
     With norms after the writers: the coordinates sorted by energy, with signs. The decoder is folded and in principal
     coordinates."""
     free = _free_width(decoder.metadata)
-    rows = residual_vectors(decoder)[:, :free]
     if has_post_norms(decoder):
-        order = descending_order(rows.square().sum(0))
-        inner = torch.eye(free, dtype=rows.dtype)[:, order]
+        energies = torch.stack([rows.square().sum(0) for rows in _each_residual_matrix(decoder)]).sum(0)
+        inner = torch.eye(free).to(energies)[:, descending_order(energies[:free])]
     else:
-        inner = symmetric_eigenvectors(rows.mT @ rows)[1]
+        inner = symmetric_eigenvectors(decoder_energy(decoder)[:free, :free])[1]
     return _extend_basis(_fix_sign(inner, decoder.embed[:, :free]), decoder.metadata.width)
 
 
 def mean_last_basis(width: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Helmert's orthonormal basis [width, width], in columns; the last one is the all-ones direction."""
-    i = torch.arange(1, width, dtype=dtype)
-    helmert = torch.triu(torch.ones(width, width - 1, dtype=dtype))
-    helmert[torch.arange(1, width), torch.arange(width - 1)] = -i
+    """Helmert's orthonormal basis [width, width], in columns, on the CPU; the last one is the all-ones direction."""
+    i = torch.arange(1, width, dtype=dtype, device="cpu")
+    helmert = torch.triu(torch.ones(width, width - 1, dtype=dtype, device="cpu"))
+    helmert[torch.arange(1, width, device="cpu"), torch.arange(width - 1, device="cpu")] = -i
     helmert = helmert / (i * (i + 1)).sqrt()
-    return torch.cat([helmert, torch.full((width, 1), width**-0.5, dtype=dtype)], dim=1)
+    return torch.cat([helmert, torch.full((width, 1), width**-0.5, dtype=dtype, device="cpu")], dim=1)
 
 
 def to_principal(decoder: Decoder) -> Decoder:
@@ -88,20 +90,16 @@ def to_principal(decoder: Decoder) -> Decoder:
     mean to zero, because every reader's norm subtracts it."""
     if decoder.metadata.norm != "layer":
         return decoder
-    turned = rotate_residual(decoder, mean_last_basis(decoder.metadata.width, decoder.embed.dtype))
+    turned = rotate_residual(decoder, mean_last_basis(decoder.metadata.width).to(decoder.embed))
 
     def drop(x: Tensor) -> Tensor:
         return torch.cat([x[..., :-1], torch.zeros_like(x[..., -1:])], dim=-1)
 
-    layers = tuple(
-        replace(
-            layer,
-            o=drop(layer.o),
-            down=drop(layer.down),
-            bias={r: drop(b) if r in ("o", "down") else b for r, b in layer.bias.items()},
-        )
-        for layer in turned.layers
-    )
+    def drop_written(layer: Layer) -> Layer:
+        bias = {r: drop(b) if r in ("o", "down") else b for r, b in layer.bias.items()}
+        return replace(layer, o=drop(layer.o), down=drop(layer.down), bias=bias)
+
+    layers = map_items(drop_written, turned.layers)
     positions = None if turned.positions is None else drop(turned.positions)
     return replace(turned, embed=drop(turned.embed), positions=positions, layers=layers)
 
@@ -110,22 +108,40 @@ def to_disk_basis(decoder: Decoder) -> Decoder:
     """Maps principal coordinates back to coordinates in which the architecture's own norm is correct."""
     if decoder.metadata.norm != "layer":
         return decoder
-    return rotate_residual(decoder, mean_last_basis(decoder.metadata.width, decoder.embed.dtype).mT)
+    return rotate_residual(decoder, mean_last_basis(decoder.metadata.width).to(decoder.embed).mT)
 
 
 def residual_vectors(decoder: Decoder) -> Tensor:
     """All residual vectors of a decoder, [N, d]."""
-    rows = [decoder.embed, decoder.head]
+    return torch.cat(list(_each_residual_matrix(decoder)))
+
+
+def decoder_energy(decoder: Decoder) -> Tensor:
+    """The sum of outer products of all residual vectors of a decoder, [d, d]; one matrix at a time is read."""
+    width = decoder.metadata.width
+    total = torch.zeros(width, width, dtype=decoder.embed.dtype, device=decoder.embed.device)
+    for rows in _each_residual_matrix(decoder):
+        add_gram(total, rows)
+        del rows
+    return total.triu() + total.triu(1).mT
+
+
+def _each_residual_matrix(decoder: Decoder) -> Iterator[Tensor]:
+    yield decoder.embed
+    yield decoder.head
     for layer in decoder.layers:
-        rows += [getattr(layer, r).flatten(0, -2) for r in ("q", "k", "v", "o", "up", "down")]
+        yield from (getattr(layer, r).flatten(0, -2) for r in ("q", "k", "v", "o", "up", "down"))
         if layer.gate is not None:
-            rows.append(layer.gate)
-    return torch.cat(rows)
+            yield layer.gate
+        del layer  # before the next one is computed
 
 
 def has_post_norms(decoder: Decoder) -> bool:
     """Whether norms with gains follow the writers or the embedding, so that the basis is not free."""
-    return any(s in layer.gain for layer in decoder.layers for s in ("attn.out", "mlp.out")) or "embed" in decoder.gain
+    return (
+        any(s in layer.gain for layer in outline_of(decoder.layers) for s in ("attn.out", "mlp.out"))
+        or "embed" in decoder.gain
+    )
 
 
 def _fix_sign(axes: Tensor, data: Tensor) -> Tensor:
@@ -140,6 +156,6 @@ def _free_width(metadata: Metadata) -> int:
 
 
 def _extend_basis(inner: Tensor, width: int) -> Tensor:
-    basis = torch.eye(width, dtype=inner.dtype)
+    basis = torch.eye(width, dtype=inner.dtype, device=inner.device)
     basis[: inner.shape[0], : inner.shape[1]] = inner
     return basis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.units.decoder import Decoder, Layer
+from zoo.units.lazy import map_items
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,24 @@ class Symmetry:
     """The symmetry of a decoder whose gains are folded: residual vector x -> x @ basis, and one symmetry per block."""
 
     basis: Tensor  # [d, d], orthogonal
-    layers: tuple[LayerSymmetry, ...]
+    layers: Sequence[LayerSymmetry]
 
     def inverse(self) -> Symmetry:
         """The symmetry that undoes this one."""
-        inverted = []
-        for s in self.layers:
-            groups, heads, neurons = s.groups.argsort(), s.heads.argsort(), s.neurons.argsort()
-            qk, vo = torch.linalg.inv(s.qk), torch.linalg.inv(s.vo)
-            inverted.append(LayerSymmetry(heads, groups, qk[groups], vo[groups], neurons, 1 / s.scale[neurons]))
-        return Symmetry(self.basis.mT, tuple(inverted))
+        return Symmetry(self.basis.mT, map_items(_inverse, self.layers))
+
+
+def _inverse(s: LayerSymmetry) -> LayerSymmetry:
+    groups, heads, neurons = s.groups.argsort(), s.heads.argsort(), s.neurons.argsort()
+    qk, vo = torch.linalg.inv(s.qk), torch.linalg.inv(s.vo)
+    return LayerSymmetry(heads, groups, qk[groups], vo[groups], neurons, 1 / s.scale[neurons])
 
 
 def rotate_residual(decoder: Decoder, basis: Tensor) -> Decoder:
     """Maps every residual vector x to x @ basis [d, d]. The architecture must allow this basis (see canonical.py)."""
     permutation = basis.abs()  # for gains that are not 1
-    layers = []
-    for layer in decoder.layers:
+
+    def rotate_layer(layer: Layer) -> Layer:
         weights: dict[str, Any] = {
             r: getattr(layer, r) @ basis
             for r in ("q", "k", "v", "o", "gate", "up", "down")
@@ -54,13 +57,14 @@ def rotate_residual(decoder: Decoder, basis: Tensor) -> Decoder:
         # A gain is 1 if it is folded. After a writer it commutes only with signed permutations, which move its entries.
         gain = {s: g if s in ("q", "k") or bool((g == 1).all()) else g @ permutation for s, g in layer.gain.items()}
         shift = {s: t if s in ("q", "k") else t @ basis for s, t in layer.shift.items()}
-        layers.append(replace(layer, **weights, bias=bias, gain=gain, shift=shift))
+        return replace(layer, **weights, bias=bias, gain=gain, shift=shift)
+
     return replace(
         decoder,
         embed=decoder.embed @ basis,
         head=decoder.head @ basis,
         positions=None if decoder.positions is None else decoder.positions @ basis,
-        layers=tuple(layers),
+        layers=map_items(rotate_layer, decoder.layers),
         gain={s: g if bool((g == 1).all()) else g @ permutation for s, g in decoder.gain.items()},
         shift={s: t @ basis for s, t in decoder.shift.items()},
     )
@@ -69,11 +73,11 @@ def rotate_residual(decoder: Decoder, basis: Tensor) -> Decoder:
 def apply_symmetry(decoder: Decoder, symmetry: Symmetry) -> Decoder:
     """Applies a symmetry to a decoder whose gains are folded."""
     turned = rotate_residual(decoder, symmetry.basis)
-    layers = tuple(_transform_layer(layer, s) for layer, s in zip(turned.layers, symmetry.layers, strict=True))
-    return replace(turned, layers=layers)
+    return replace(turned, layers=map_items(transform_layer, turned.layers, symmetry.layers))
 
 
-def _transform_layer(layer: Layer, s: LayerSymmetry) -> Layer:
+def transform_layer(layer: Layer, s: LayerSymmetry) -> Layer:
+    """Applies the symmetry of a block: the order of heads and neurons, and the maps within them."""
     kv, head_dim = s.groups.numel(), layer.q.shape[1]
     share = layer.q.shape[0] // kv
     per_head = torch.arange(kv).repeat_interleave(share)  # new query head -> new KV head

@@ -29,6 +29,7 @@ from zoo.targets.architectures import ARCHITECTURES
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, Layer, read_decoder
+from zoo.units.lazy import outline_of
 
 ROLES: dict[str, tuple[str, ...]] = {
     "vocab": ("embed", "head"),
@@ -72,16 +73,16 @@ def unit_addresses(metadata: Metadata) -> dict[str, tuple[Tensor, Tensor, Tensor
 def require_units(decoder: Decoder, where: str) -> None:
     """Raises UserError if units do not describe the whole function of a decoder: it has biases, norms that do not fold,
     or Q/K without full rotary embedding, for example."""
-    meta = decoder.metadata
-    sites = {s for layer in decoder.layers for s in layer.gain} - {"attn", "mlp"}
+    meta, layers = decoder.metadata, outline_of(decoder.layers)
+    sites = {s for layer in layers for s in layer.gain} - {"attn", "mlp"}
     activation, scale = meta.extra.get("activation"), meta.extra.get("embed_scale", 1.0)
     reason = (
         f"the symmetries of {meta.architecture!r} are unknown" if meta.architecture not in ARCHITECTURES
         else "it uses LayerNorm" if meta.norm != "rms"
         else f"its norms at {', '.join(sorted(sites))} do not fold into readers" if sites
         else "its queries and keys are not fully rotary" if meta.rotary.size != meta.head_dim
-        else "it has biases" if any(layer.bias for layer in decoder.layers)
-        else "its MLP has no gate" if any(layer.gate is None for layer in decoder.layers)
+        else "it has biases" if any(layer.bias for layer in layers)
+        else "its MLP has no gate" if any(layer.gate is None for layer in layers)
         else f"its activation is {activation}, not silu" if activation not in ("silu", "swish")
         else "it scales its embedding" if scale != 1.0
         else None
@@ -100,26 +101,34 @@ def require_unit_target(blueprint: Blueprint, where: str) -> Metadata:
     return decoder.metadata
 
 
-def decoder_to_units(decoder: Decoder) -> dict[str, Units]:
-    """The units of a canonical decoder by kind, in its dtype."""
-    meta = decoder.metadata
-    root = meta.width**0.5
-    per_group = meta.heads // meta.kv_heads
-
-    def stacked(role: str) -> Tensor:
-        return torch.stack([getattr(layer, role) for layer in decoder.layers]) * (root if role in READER_ROLES else 1.0)
-
-    def per_query_head(x: Tensor) -> Tensor:
-        return repeat(x, "l k h d -> l (k g) h d", g=per_group)
-
-    q, k, v, o = stacked("q"), per_query_head(stacked("k")), per_query_head(stacked("v")), stacked("o")
-    planes = [rearrange(x, "l n (two p) d -> (l n p) two d", two=2) for x in (q, k)]
-    vectors = {
-        "vocab": torch.stack([decoder.embed, decoder.head * root], dim=1),
-        "neuron": torch.stack([stacked(r).flatten(0, 1) for r in ("gate", "up", "down")], dim=1),
-        "qk": torch.cat(planes, dim=1),
-        "vo": torch.stack([v.flatten(0, 2), o.flatten(0, 2)], dim=1),
+def layer_to_units(layer: Layer, metadata: Metadata) -> dict[str, Tensor]:
+    """The vectors [n, P, d] of one canonical layer by kind, in its dtype and in the order of `decoder_to_units`."""
+    root = metadata.width**0.5
+    q, k, v, o = layer.q * root, layer.k * root, layer.v * root, layer.o
+    k, v = (repeat(x, "k h d -> (k g) h d", g=metadata.heads // metadata.kv_heads) for x in (k, v))
+    assert layer.gate is not None
+    return {
+        "neuron": torch.stack([layer.gate * root, layer.up * root, layer.down], dim=1),
+        "qk": torch.cat([rearrange(x, "n (two p) d -> (n p) two d", two=2) for x in (q, k)], dim=1),
+        "vo": torch.stack([v.flatten(0, 1), o.flatten(0, 1)], dim=1),
     }
+
+
+def vocabulary_to_units(decoder: Decoder) -> Tensor:
+    """The vocabulary pairs [V, 2, d] of a canonical decoder."""
+    return torch.stack([decoder.embed, decoder.head * decoder.metadata.width**0.5], dim=1)
+
+
+def decoder_to_units(decoder: Decoder, dtype: torch.dtype | None = None) -> dict[str, Units]:
+    """The units of a canonical decoder by kind, in `dtype` or in its own. Each layer is read once."""
+    meta = decoder.metadata
+    vectors = {"vocab": vocabulary_to_units(decoder).to(dtype or decoder.embed.dtype)}
+    for index, layer in enumerate(decoder.layers):
+        for kind, part in layer_to_units(layer, meta).items():
+            if kind not in vectors:
+                vectors[kind] = part.new_empty((meta.layers * len(part), *part.shape[1:]), dtype=dtype or part.dtype)
+            vectors[kind][index * len(part) : (index + 1) * len(part)] = part
+        del layer, part  # before the next layer is computed
     return {kind: Units(kind, vectors[kind], *where) for kind, where in unit_addresses(meta).items()}
 
 

@@ -30,6 +30,7 @@ from zoo.training.documents import TextSource
 from zoo.units.canonical import canonicalise
 from zoo.units.decoder import READERS, Decoder, Layer, read_decoder, require_decoder, write_decoder
 from zoo.units.gains import tie_head
+from zoo.units.lazy import map_items, select_items
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,10 @@ class Sliced(Transfer):
     compensation of o and down is left out.
 
     Refused: a LayerNorm donor, a larger axis, another head_dim, and a tied target unless `tie=fit`, which fits the
-    final gain to the rotated head by least squares and is not exact. The donor is in float64, a few times over.
+    final gain to the rotated head by least squares and is not exact.
+
+    Memory: the donor's embedding and head in float64, before and after the rotation, and one layer three times over.
+    With a text, the whole donor in float32 while its activations are measured.
     """
 
     name: ClassVar[str] = "sliced"
@@ -107,21 +111,25 @@ class Sliced(Transfer):
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         """Only the rows of tokens that the donor does not have are random."""
         donor, target = self.source, blueprint.metadata
-        assert target is not None
+        assert target is not None and donor.blueprint.metadata is not None
         rows = self.vocabulary_rows(blueprint)
-        decoder = read_decoder(
-            donor.blueprint, lambda name: donor.read(name).to(self.device), where=donor.name, copy_head=True
-        )
         basis = None if self._basis is None else self._basis.to(self.device)
-        with torch.device(self.device):
-            canonical = canonicalise(decoder, basis=basis).decoder
-            small = cut_decoder(canonical, target, select_layers(self.layers, decoder.metadata.layers, target.layers))
-            small = _map_vocabulary(small, rows, seed)
-            small = tie_head(small) if target.tied else small
+        layers = select_layers(self.layers, donor.blueprint.metadata.layers, target.layers)
+        small = _map_vocabulary(cut_decoder(self._canonical(donor, basis), target, layers), rows, seed)
+        small = tie_head(small) if target.tied else small
         has_head = donor.blueprint.has_head or self.head == "embedding"
         for name, tensor in write_decoder(small, blueprint):
             if has_head or blueprint[name].role != "head":
                 yield name, tensor.to("cpu", torch.float32)
+
+    def _canonical(self, donor: Donor, basis: Tensor | None) -> Decoder:
+        """The donor in canonical form on the device, with lazy layers."""
+
+        def read(name: str) -> Tensor:
+            return donor.read(name).to(self.device)
+
+        decoder = read_decoder(donor.blueprint, read, where=donor.name, copy_head=True, lazy=True)
+        return canonicalise(decoder, basis=basis).decoder
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return super().state()[0], {} if self._basis is None else {"basis": self._basis}
@@ -228,7 +236,7 @@ def cut_decoder(decoder: Decoder, target: Metadata, layers: tuple[int, ...]) -> 
         embed=decoder.embed[:, :width] * scale,
         head=decoder.head[:, :width] * root,
         positions=None if decoder.positions is None else decoder.positions[: target.positions, :width],
-        layers=tuple(cut_layer(decoder.layers[i]) for i in layers),
+        layers=map_items(cut_layer, select_items(decoder.layers, layers)),
         gain={site: g[:width] for site, g in decoder.gain.items()},
     )
 
@@ -241,6 +249,8 @@ def _map_vocabulary(decoder: Decoder, rows: VocabularyRows, seed: int) -> Decode
     n_target = len(rows.index)
 
     def map_rows(table: Tensor, name: str) -> Tensor:
+        if bool((rows.index >= 0).all()):
+            return rows.apply(table, table.new_zeros(()))
         draws = torch.randn((n_target, *table.shape[1:]), generator=stream(seed, f"sliced/{name}"), device="cpu")
         return rows.apply(table, table.mean(0) + table.std(0, correction=0) * draws.to(table))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import types
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,6 +211,38 @@ def test_a_narrower_and_a_wider_donor_align_exactly(name: str) -> None:
         to = make_anchor(canonicalise(reference).decoder, tokens)
         aligned = canonicalise(decoder, tokens, to).decoder
         assert (logits(to_disk_basis(aligned), model.config, IDS) - expected).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt2", "gemma3", "phi3"])
+def test_lazy_layers_give_the_same_form_one_layer_at_a_time(name: str) -> None:
+    config = {**CONFIGS[name], "n_layer" if name == "gpt2" else "num_hidden_layers": 3}
+    model = random_model(config)
+    eager, blueprint = decoder_of(model)
+    state, alive, reads = revert_weight_conversion(model, model.state_dict()), weakref.WeakSet[Tensor](), []
+    holds_all = False
+
+    def read(name: str) -> Tensor:
+        layer = blueprint[name].layer
+        reads.append(layer)
+        others = {t.layer for t in alive if t.layer not in (None, layer)}
+        assert not others or holds_all, f"layers {others} are in memory while {layer} is read"
+        tensor = state[name].clone()
+        tensor.layer = layer
+        alive.add(tensor)
+        return tensor
+
+    expected = canonicalise(eager)
+    found = canonicalise(read_decoder(blueprint, read, lazy=True))
+    assert reads.count(1) == reads.count(2)
+    before = reads.count(2)
+    written = dict(write_decoder(found.decoder, Blueprint.from_pretrained_config(model.config)))
+    assert reads.count(2) == 2 * before, "once for the axes, once for what is written"
+    for tensor_name, tensor in write_decoder(expected.decoder, Blueprint.from_pretrained_config(model.config)):
+        assert torch.equal(written[tensor_name], tensor), tensor_name
+    holds_all = True
+    restored = dict(write_decoder(undo_canonical(found, tied=eager.metadata.tied), blueprint))
+    for tensor_name, tensor in write_decoder(undo_canonical(expected, tied=eager.metadata.tied), blueprint):
+        assert torch.equal(restored[tensor_name], tensor), tensor_name
 
 
 def test_layernorm_forbids_the_sign_of_one_coordinate() -> None:
