@@ -21,6 +21,7 @@ from headstart.config import (
     CompareConfig,
     DemoConfig,
     EvaluateConfig,
+    GenerateConfig,
     LoraConfig,
     TrainAutoencoderConfig,
     TrainDiffusionConfig,
@@ -82,6 +83,9 @@ SeedOption = Annotated[int, typer.Option("--seed", help="The same seed gives the
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto: a CUDA GPU if one is available, else the CPU.")]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="Number format of the written weights [default: from the config].")
+]
+ShardSizeOption = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Of the files of weights, such as 1GB or 500MB.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print neither progress nor notes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
@@ -283,6 +287,7 @@ def generate(
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
+    max_shard_size: ShardSizeOption = GenerateConfig.max_shard_size,
     timeout: TimeoutOption = HUB_TIMEOUT,
     config: ConfigOption = None,
     quiet: QuietOption = False,

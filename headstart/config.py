@@ -115,6 +115,7 @@ class GenerateConfig(CommandConfig):
     seed: int = 0
     device: str = "auto"  # a CUDA GPU if one is available, else the CPU
     dtype: str | None = None  # of the written tensors, else the target config's, else float32
+    max_shard_size: str = "1GB"  # of the files of weights; a larger tensor has a file of its own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,6 +23,7 @@ from zoo.errors import UserError, unknown
 from zoo.options import bounds_problem, type_name
 from zoo.sandbox import library_errors
 from zoo.targets.blueprint import Blueprint
+from zoo.tensors import TensorSpec
 
 SAME_MACHINE = "same bytes on the same machine with the same versions, device and number of threads"
 
@@ -41,6 +42,10 @@ class Sampler(ABC):
     on_other_machines: ClassVar[str] = "equal up to rounding errors"  # what the same options and seed give there
 
     device: str = "cpu"  # where it computes; random numbers are drawn on the CPU, results return there
+
+    # The names of the tensors that are wanted of `sample`, None for all. One of several processes sets it: `sample` may
+    # then leave others out. It changes nothing of the tensors that are wanted.
+    only: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for key, values in self.choices.items():
@@ -62,7 +67,8 @@ class Sampler(ABC):
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         """Yields (name on disk, tensor on the CPU of the spec's shape, any dtype) for every tensor that it models.
 
-        The other tensors keep the architecture's default initialisation. Equal seeds give equal bytes.
+        The other tensors keep the architecture's default initialisation. Equal seeds give equal bytes. Tensors that
+        are not in `only` may be left out.
         """
 
     @property
@@ -143,6 +149,11 @@ class Sampler(ABC):
     def options(self) -> dict[str, Any]:
         """The options of this instance as JSON values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "help" in f.metadata}
+
+
+def wanted_specs(blueprint: Blueprint, only: Collection[str] | None) -> list[TensorSpec]:
+    """The specs of the names in `only`, in the blueprint's order; all where that is None."""
+    return [spec for spec in blueprint.specs if only is None or spec.name in only]
 
 
 def _seal(content: dict[str, Any], folder: Path) -> str:

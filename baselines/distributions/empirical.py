@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from baselines.distributions.lookup import BLOCK, GuidedSearch
 from baselines.distributions.statistical import (
     Fit,
     Member,
@@ -27,7 +29,8 @@ from zoo.donors.donor import Donor, size_gap
 from zoo.donors.folder import donor_ref, open_ref
 from zoo.donors.zoo import Zoo
 from zoo.options import option
-from zoo.sampler import Sampler
+from zoo.parallel import make_in_order
+from zoo.sampler import Sampler, wanted_specs
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Part, TensorSpec, join_parts, split_parts
@@ -59,11 +62,23 @@ class Histogram(Statistical):
 
     def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         table = fit["quantiles"].to(self.device)
-        p = quantile_levels(len(table)).to(self.device)
-        u = torch.rand(shape, generator=generator, dtype=torch.float64).to(self.device).clamp(p[0], p[-1])
-        right = torch.searchsorted(p, u).clamp(min=1)
-        share = (u - p[right - 1]) / (p[right] - p[right - 1])
-        return torch.lerp(table[right - 1], table[right], share.float()).cpu()
+        levels, search = _level_search(len(table), self.device)
+        gaps, lowest, highest = levels.diff(), levels[0].item(), levels[-1].item()
+        uniform, drawn = torch.rand(shape, generator=generator, dtype=torch.float64), torch.empty(shape)
+        for u, out in zip(uniform.view(-1).split(BLOCK), drawn.view(-1).split(BLOCK), strict=True):
+            u = u.to(self.device).clamp_(lowest, highest)
+            left = search(u).sub_(1).clamp_(min=0)
+            share = (u - levels.index_select(0, left)) / gaps.index_select(0, left)
+            low, high = table.index_select(0, left), table.index_select(0, left + 1)
+            out.copy_(torch.lerp(low, high, share.float()))
+        return drawn
+
+
+@functools.lru_cache(maxsize=8)
+def _level_search(points: int, device: str) -> tuple[Tensor, GuidedSearch]:
+    """`quantile_levels` on a device, and the search in them."""
+    levels = quantile_levels(points).to(device)
+    return levels, GuidedSearch(levels)
 
 
 def quantile_levels(points: int) -> Tensor:
@@ -100,11 +115,14 @@ class KDE(Statistical):
     def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         points, mean = fit["points"].to(self.device), fit["mean"]
         cumulative = fit["counts"].to(self.device).double().cumsum(0)
-        u = torch.rand(shape, generator=generator, dtype=torch.float64).to(self.device) * cumulative[-1]
-        which = torch.searchsorted(cumulative, u, right=True).clamp(max=len(points) - 1)
-        kernel = fit["width"] * torch.randn(shape, generator=generator).to(self.device)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        search = GuidedSearch(cumulative, cumulative[-1].item(), right=True)
+        drawn = torch.randn(shape, generator=generator)
         shrink = math.hypot(1, fit["width"] / (fit["std"] or 1))
-        return (mean + (points[which] - mean + kernel) / shrink).cpu()
+        for u, out in zip(uniform.view(-1).split(BLOCK), drawn.view(-1).split(BLOCK), strict=True):
+            chosen = points.index_select(0, search(u.to(self.device)).clamp_(max=len(points) - 1))
+            out.copy_(mean + (chosen - mean + fit["width"] * out.to(self.device)) / shrink)
+        return drawn
 
 
 @dataclass(kw_only=True)
@@ -146,10 +164,8 @@ class Permuted(Sampler):
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        for spec in blueprint.specs:
-            tensor = self.tensor(blueprint, spec, seed)
-            if tensor is not None:
-                yield spec.name, tensor
+        self._found(blueprint)
+        yield from make_in_order(wanted_specs(blueprint, self.only), lambda spec: self.tensor(blueprint, spec, seed))
 
     def tensor(self, blueprint: Blueprint, spec: TensorSpec, seed: int) -> Tensor | None:
         """The tensor of one spec, None where the donor has no counterpart."""

@@ -18,6 +18,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from baselines.distributions.lookup import BLOCK
 from baselines.distributions.stable import fit_stable, log_prob_stable, sample_stable
 from baselines.distributions.summary import moments, weighted_points
 
@@ -104,10 +105,12 @@ def fit_student_t(values: Tensor) -> Params:
 
 def sample_student_t(law: Params, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draws by Bailey's polar method (1994), clipped to the donors' range."""
-    u, v = torch.rand((2, *shape), generator=generator, dtype=torch.float64)
-    size = (law["nu"] * torch.expm1(-2 / law["nu"] * torch.log1p(-u))).sqrt()
-    draws = law["loc"] + law["scale"] * size * torch.cos(2 * math.pi * v)
-    return draws.clamp(law["low"], law["high"]).float()
+    uniform, drawn = torch.rand((2, *shape), generator=generator, dtype=torch.float64), torch.empty(shape)
+    for u, v, out in zip(*(part.view(-1).split(BLOCK) for part in (*uniform, drawn)), strict=True):
+        size = (law["nu"] * torch.expm1(-2 / law["nu"] * torch.log1p(-u))).sqrt()
+        draws = law["loc"] + law["scale"] * size * torch.cos(2 * math.pi * v)
+        out.copy_(draws.clamp(law["low"], law["high"]))
+    return drawn
 
 
 def log_prob_student_t(law: Params, values: Tensor) -> Tensor:

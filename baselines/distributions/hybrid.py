@@ -14,7 +14,8 @@ from baselines.distributions.auto_fit import AutoFit
 from baselines.distributions.empirical import KDE, Histogram, Permuted
 from baselines.distributions.parametric import GeneralizedNormal, Laplace, Mixture, Normal, Parametric, Stable, StudentT
 from zoo.options import option
-from zoo.sampler import Sampler
+from zoo.parallel import make_in_order
+from zoo.sampler import Sampler, wanted_specs
 from zoo.streams import stream
 from zoo.tensors import TensorSpec, join_parts, split_parts
 
@@ -81,6 +82,7 @@ class Hybrid(Sampler):
         return self._values.planned_donors(zoo, blueprint)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
+        self._values.only = self._law.only = self.only
         self._values.fit(zoo, blueprint)
         if self.values == "permuted":  # one donor's values: the distribution is fitted to the same donor
             self._law.donor = self._values.donors[0]
@@ -88,11 +90,13 @@ class Hybrid(Sampler):
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        for spec in blueprint.specs:
-            values = self._values.tensor(blueprint, spec, seed)
-            draws = self._law.tensor(blueprint, spec, seed)
-            if values is not None and draws is not None:
-                yield spec.name, self._mix(spec, values, draws, stream(seed, f"{self.name}/{spec.name}"))
+        def make(spec: TensorSpec) -> Tensor | None:
+            values, draws = (sampler.tensor(blueprint, spec, seed) for sampler in (self._values, self._law))
+            if values is None or draws is None:
+                return None
+            return self._mix(spec, values, draws, stream(seed, f"{self.name}/{spec.name}"))
+
+        yield from make_in_order(wanted_specs(blueprint, self.only), make)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = self._values.state()

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from baselines.distributions.fit_cache import fit_folder, keep_fit, load_fit
 from zoo.errors import UserError
 from zoo.options import option
-from zoo.sampler import Sampler
+from zoo.parallel import make_in_order
+from zoo.sampler import Sampler, wanted_specs
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.roles import parse_name
@@ -86,23 +88,36 @@ class Statistical(Sampler):
         found = collect_members(chosen, blueprint, self.granularity)
         needed = {
             group: found[group]
-            for spec in blueprint.specs
+            for spec in wanted_specs(blueprint, self.only)
             for part in spec.parts
             if (group := first_found(candidate_groups(blueprint, spec, part, self.granularity), found)) is not None
         }
+        assert zoo is not None  # `choose_donors` refuses that
+        what = {
+            "/".join(group): [(donor.sha256, spec.name, part.role) for donor, spec, part in members]
+            for group, members in needed.items()
+        }
+        folder = fit_folder(self, zoo, what) if self.only is None else None  # else it is the fit of a part
+        kept = load_fit(type(self), folder) if folder is not None else None
+        if kept is not None:
+            log.info("%s: the fit is in %s", self.name, folder)
+            self._fits = kept._fits
+            return self
+        self._fit_groups(needed)
+        if folder is not None:
+            keep_fit(self, folder)
+        return self
+
+    def _fit_groups(self, needed: dict[Group, list[Member]]) -> None:
         for group, own in needed.items():
             share = max(1, MAX_FIT_VALUES // len(own))
             pooled = torch.cat([thin_values(standardized_values(member, self.rescale), share) for member in own])
             is_norm = group[0] == "norm"
             mean = {"mean": pooled.double().mean().item()}
             self._fits["/".join(group)] = mean if is_norm else self.fit_values(pooled.to(self.device))
-        return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        for spec in blueprint.specs:
-            tensor = self.tensor(blueprint, spec, seed)
-            if tensor is not None:
-                yield spec.name, tensor
+        yield from make_in_order(wanted_specs(blueprint, self.only), lambda spec: self.tensor(blueprint, spec, seed))
 
     def tensor(self, blueprint: Blueprint, spec: TensorSpec, seed: int) -> Tensor | None:
         """The tensor of one spec, None where no donor has a counterpart."""

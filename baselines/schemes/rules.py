@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from baselines.schemes.default import Default
 from zoo.errors import UserError
 from zoo.options import option
+from zoo.parallel import make_in_order
 from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -76,10 +77,15 @@ class Scheme(Sampler):
         metadata = blueprint.metadata
         layers = metadata.layers if metadata else 1 + max((s.layer or 0 for s in blueprint.specs), default=0)
         gated = bool(blueprint.find("mlp.gate"))
-        for spec, owner in tensors_of_known_kind(blueprint):
+        known = [
+            (s, owner) for s, owner in tensors_of_known_kind(blueprint) if self.only is None or s.name in self.only
+        ]
+        owners = {spec.name: owner for spec, owner in known}
+
+        def make(spec: TensorSpec) -> Tensor | None:
             if spec.kind == "bias" or spec.role == "norm":
-                yield spec.name, torch.full(spec.shape, 1.0 - blueprint.offset(spec) if spec.kind == "weight" else 0.0)
-                continue
+                return torch.full(spec.shape, 1.0 - blueprint.offset(spec) if spec.kind == "weight" else 0.0)
+            owner = owners[spec.name]
             generator = stream(seed, f"{self.name}/{spec.name}")
             parts = {}
             for part in spec.parts:
@@ -92,8 +98,9 @@ class Scheme(Sampler):
                 )
                 parts[part.role] = self.draw(slot, generator)
             filled = {role: tensor for role, tensor in parts.items() if tensor is not None}
-            if len(filled) == len(parts):
-                yield spec.name, join_parts(spec, filled)
+            return join_parts(spec, filled) if len(filled) == len(parts) else None
+
+        yield from make_in_order([spec for spec, _ in known], make)
 
 
 def tensors_of_known_kind(blueprint: Blueprint) -> Iterator[tuple[TensorSpec, nn.Module | None]]:

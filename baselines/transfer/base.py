@@ -110,8 +110,9 @@ class Transfer(Sampler):
         self, blueprint: Blueprint, maps_of: Callable[[str], IndexMaps], seed: int, donor: Donor | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """`gather_tensors` from the fitted donor, or from `donor`, with the method's options."""
+        only = self.only if donor is None else None
         donor = self.source if donor is None else donor
-        yield from gather_tensors(donor, blueprint, maps_of, seed, self.name, self.head == "embedding")
+        yield from gather_tensors(donor, blueprint, maps_of, seed, self.name, self.head == "embedding", only)
 
     def warn_about_head(self, blueprint: Blueprint) -> None:
         """Says what the target's head is where the donor has none."""

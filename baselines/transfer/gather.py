@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from baselines.transfer.matching import DonorParts, has_unknown_axes, norms_befo
 from baselines.transfer.sizes import metadata_pair
 from baselines.transfer.vocabulary import VocabularyRows
 from zoo.donors.donor import Donor
+from zoo.parallel import make_in_order
+from zoo.sampler import wanted_specs
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, Part, TensorSpec, join_parts, split_parts
@@ -39,6 +42,7 @@ def gather_tensors(
     seed: int,
     method: str,
     copy_head: bool = False,
+    only: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) for every tensor of the target that the donor has, in float32 (float64 where the donor's is).
 
@@ -47,30 +51,29 @@ def gather_tensors(
 
     maps_of: the maps for the tensor of a name; the same maps for all names keep the hidden spaces coupled. method: its
     name, for the random streams of what the donor lacks. copy_head: whether a donor without a head gives a copy of its
-    embedding; otherwise the head is left out. One tensor of the donor is in memory at a time.
+    embedding; otherwise the head is left out. only: the names that are wanted. Each thread (`zoo.parallel`) has one
+    tensor of the donor in memory at a time, in the dtype on disk.
     """
     source, (metadata, _) = DonorParts(donor.blueprint, blueprint, copy_head), metadata_pair(donor, blueprint)
     tied_norms = norms_before_head(blueprint) if blueprint.ties else []
-    cache: dict[str, dict[str, Tensor]] = {}
+    latest = threading.local()  # the donor's latest tensor: targets with other fused parts read it several times
 
     def read_parts(spec: TensorSpec) -> dict[str, Tensor]:
-        if spec.name not in cache:
-            cache.clear()
-            cache[spec.name] = split_parts(spec, donor.read(spec.name, torch.promote_types(spec.dtype, torch.float32)))
-        return cache[spec.name]
+        if getattr(latest, "name", None) != spec.name:
+            latest.name, latest.parts = spec.name, split_parts(spec, _movable(donor.read(spec.name)))
+        return latest.parts
 
-    for spec in blueprint.specs:
+    def make(spec: TensorSpec) -> Tensor | None:
         maps = maps_of(spec.name)
         layer = None if spec.layer is None or spec.layer >= len(maps.layers) else maps.layers[spec.layer]
         expert = None if spec.expert is None or spec.expert >= len(maps.experts) else maps.experts[spec.expert]
         if has_unknown_axes(spec):
             found = source.find_unknown(spec, layer, expert)
-            if found is not None and _keeps_places(maps, metadata, spec.layer if layer is not None else None):
-                yield spec.name, donor.read(found.name)
-            continue
+            keeps = found is not None and _keeps_places(maps, metadata, spec.layer if layer is not None else None)
+            return donor.read(found.name) if found is not None and keeps else None
         matches = [source.find(spec, part, layer, expert) for part in spec.parts]
         if spec.role == "head" and matches == [None]:
-            continue
+            return None
         parts = {}
         generator = stream(seed, f"{method}/free/{spec.name}")
         for part, match in zip(spec.parts, matches, strict=True):
@@ -83,13 +86,26 @@ def gather_tensors(
             parts[part.role] = mapped
         tensor = join_parts(spec, parts)
         if spec.name in tied_norms:
-            tensor = _scale_final_norm(tensor, spec, blueprint, maps)
-        yield spec.name, tensor
+            return _scale_final_norm(tensor, spec, blueprint, maps)
+        kept = {matrix.untyped_storage().data_ptr() for matrix in latest.parts.values()}
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in kept else tensor
+
+    yield from make_in_order(wanted_specs(blueprint, only), make)
 
 
-def copy_tensors(donor: Donor, blueprint: Blueprint) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) for every tensor of a target with the donor's own tensors, by name and in the donor's dtype."""
-    for spec in blueprint.specs:
+def _movable(tensor: Tensor) -> Tensor:
+    """The tensor, as float32 where it has a dtype that torch cannot gather (float8)."""
+    return tensor if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor.float()
+
+
+def copy_tensors(
+    donor: Donor, blueprint: Blueprint, only: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for every tensor of a target with the donor's own tensors, by name and in the donor's dtype.
+
+    only: the names that are wanted.
+    """
+    for spec in wanted_specs(blueprint, only):
         yield spec.name, donor.read(spec.name)
 
 
@@ -115,6 +131,7 @@ def _append_new_rows(matrix: Tensor, part: Part, maps: IndexMaps, generator: tor
     n_new = int(index.max()) + 1 - len(matrix)
     if n_new <= 0:
         return matrix
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     draws = torch.randn(n_new, *matrix.shape[1:], generator=generator)
     rows = matrix.mean(0) + matrix.std(0, correction=0) * draws
     if part.axes[0] == "vocab" and maps.tokens is not None:

@@ -70,28 +70,52 @@ def map_part(
 ) -> Tensor:
     """The target's part from the donor's: every axis gathered by its map and multiplied by the map's scales.
 
-    matrix: the donor's logical matrix [out, in], bias or gain; part: the target's; layer: of the target; expert:
-    whether the part belongs to an expert; kind: weight or bias; generator: for the columns of free coordinates.
+    matrix: the donor's logical matrix [out, in], bias or gain, in its dtype on disk; part: the target's; layer: of the
+    target; expert: whether the part belongs to an expert; kind: weight or bias; generator: for the columns of free
+    coordinates. The result is float32, or float64 where the matrix is.
     """
-    for dim, name in enumerate(part.axes):
-        if name == "fixed":  # `donor_choice.mismatches` refuses a donor where its size differs
-            continue
-        axis = maps.axis(name, layer, expert)
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    axes = {
+        dim: maps.axis(name, layer, expert)
+        for dim, name in enumerate(part.axes)
+        if name != "fixed"  # `donor_choice.mismatches` refuses a donor where its size differs
+    }
+    gather_first = all(axis.free is None for axis in axes.values())
+    if gather_first:  # before the cast, and the axis that shrinks most before others: there is less to move
+        for dim, axis in sorted(axes.items(), key=lambda item: len(item[1].index) / matrix.shape[item[0]]):
+            matrix = _select(matrix, dim, axis.index)
+    matrix = matrix.to(dtype)
+    for dim, axis in axes.items():
         use = _use_of_axis(part, dim, kind)
-        mean = matrix.mean(dim, keepdim=True)
-        matrix = matrix.index_select(dim, axis.index)
-        if axis.free is not None:
-            matrix = torch.where(_broadcast_along(axis.free, matrix, dim), mean, matrix)
+        if not gather_first:
+            mean = matrix.mean(dim, keepdim=True) if axis.free is not None else None
+            matrix = _select(matrix, dim, axis.index)
+            if axis.free is not None and mean is not None:
+                matrix = torch.where(_broadcast_along(axis.free, matrix, dim), mean, matrix)
         if use == "read":
-            matrix = matrix * _broadcast_along(axis.read_scale, matrix, dim)
+            matrix = _multiply(matrix, axis.read_scale, dim)
             matrix = matrix if axis.free is None else _draw_free_columns(matrix, axis.free, generator)
         elif use in ("write", "shift"):
-            matrix = matrix * _broadcast_along(axis.write_scale, matrix, dim)
+            matrix = _multiply(matrix, axis.write_scale, dim)
             if use == "shift" and axis.free is not None:
                 matrix = matrix.masked_fill(axis.free, 0.0)
-        elif use == "gain" and name != "residual":  # the gain undoes a scale that was written for the norm only
+        elif use == "gain" and part.axes[dim] != "residual":  # the gain undoes a scale that was written for the norm
             matrix = matrix / _broadcast_along(axis.write_scale, matrix, dim)
-    return matrix * maps.embed_scale if part.role == "embed" and part.axes[0] == "vocab" else matrix
+    scale = maps.embed_scale if part.role == "embed" and part.axes[0] == "vocab" else 1.0
+    return _multiply(matrix, scale, 0)
+
+
+def _select(matrix: Tensor, dim: int, index: Tensor) -> Tensor:
+    """`matrix.index_select(dim, index)`; the matrix itself where the index keeps everything in its place."""
+    size = matrix.shape[dim]
+    keeps = len(index) == size and bool((index == torch.arange(size)).all())
+    return matrix if keeps else matrix.index_select(dim, index)
+
+
+def _multiply(matrix: Tensor, scale: Tensor | float, dim: int) -> Tensor:
+    """The matrix times a scale along `dim`; the matrix itself where that is 1 everywhere."""
+    is_one = bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1
+    return matrix if is_one else matrix * _broadcast_along(scale, matrix, dim)
 
 
 def _use_of_axis(part: Part, dim: int, kind: str) -> str:

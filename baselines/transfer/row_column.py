@@ -115,7 +115,7 @@ class RowColumn(Transfer):
         if self._chain is not None:
             drawn = self._sample_chain(self._chain, blueprint, seed)
         elif self.is_copy(blueprint):
-            drawn = copy_tensors(self.source, blueprint)
+            drawn = copy_tensors(self.source, blueprint, self.only)
         else:
             drawn = self._sample_donor(blueprint, seed)
         for name, tensor in drawn:

@@ -65,7 +65,7 @@ class WeightSelection(Transfer):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self.is_copy(blueprint):
-            yield from copy_tensors(self.source, blueprint)
+            yield from copy_tensors(self.source, blueprint, self.only)
             return
         shared = self._choose_maps(blueprint, seed, "")
 

@@ -38,7 +38,7 @@ import os, sys
 from zoo.checkpoints.checkpoint import Checkpoint
 Checkpoint.read = lambda *a: os._exit(0)
 import zoo.checkpoints.writer as writer
-writer.fill_folder = lambda *a, **k: os._exit(0)
+writer.allocate_shards = lambda *a, **k: os._exit(0)
 from headstart.cli import main
 main()
 """

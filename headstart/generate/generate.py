@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from autoencoder.loading import download_size
 from headstart import samplers
@@ -21,6 +21,7 @@ from headstart.generate.next_step import next_step
 from headstart.generate.sampling import (
     build_sampler,
     language_model_blueprint,
+    log_defaulted,
     option_fields,
     sample_with_defaults,
 )
@@ -29,10 +30,11 @@ from headstart.versions import package_versions
 from zoo.checkpoints.atomic import new_folder
 from zoo.checkpoints.hub import HUB_ID
 from zoo.checkpoints.sources import Source, count_tensors, resolve_source
-from zoo.checkpoints.writer import fill_folder, plan_shards
+from zoo.checkpoints.writer import Shard, allocate_shards, plan_shards, write_description, write_tensors
 from zoo.donors.folder import FolderDonor, standalone_name
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
+from zoo.processes import Processes, this_process
 from zoo.targets.blueprint import Blueprint
 from zoo.vocabulary import find_tokenizer
 
@@ -48,8 +50,8 @@ def generate(
     plan     return what would be read, downloaded and written (tensors, bytes), and do nothing
     command  what the record names as the command; else the command line that does the same
 
-    The tensors go to disk one at a time. Under several processes (`accelerate launch`) the first one writes and the
-    others return, so the output is that of one process. Raises UserError before any work where the method lacks
+    The tensors go to disk as they are made. Several processes (`accelerate launch`) share them, in one folder that all
+    can write, and the files are those of one process. Raises UserError before any work where the method lacks
     something or does not fit. A failure later leaves nothing behind.
     """
     job = _prepare(config)
@@ -59,11 +61,18 @@ def generate(
     zoo = _open_zoo(job, quiet)
     if plan:
         return _plan(job, _planned_donors(job, zoo), _model_download(config.model))
-    out = Path(config.out)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return out
-    with new_folder(out) as folder:
-        _write(job, zoo, folder, command or config.to_command())
+    out, processes = Path(config.out), this_process()
+    with processes.ending_together():
+        if not processes.is_first:
+            _write_share(job, zoo, Path(processes.from_first()), processes)
+            processes.wait_for_all()
+            return out
+        with new_folder(out) as folder:
+            processes.from_first(str(folder))
+            defaulted = _write_share(job, zoo, folder, processes)
+            log_defaulted(job.blueprint, defaulted)
+            _write_description(job, zoo, folder, defaulted, command or config.to_command())
+        processes.wait_for_all()
     return out
 
 
@@ -75,6 +84,7 @@ class GenerateJob:
     sampler: Sampler
     blueprint: Blueprint
     dtype: torch.dtype  # of the written tensors
+    shards: list[Shard]  # the files of the written tensors
     standalone: Source | None  # a donor outside a zoo
     tokenizer: Path | None  # the folder of the given or the target's tokenizer
 
@@ -98,7 +108,9 @@ def _prepare(config: GenerateConfig) -> GenerateJob:
     )
     _check_needs(sampler, config)
     blueprint = language_model_blueprint(config.target)
-    return GenerateJob(config, sampler, blueprint, _output_dtype(config, blueprint), standalone, tokenizer)
+    dtype = _output_dtype(config, blueprint)
+    shards = plan_shards(blueprint.specs, dtype, config.max_shard_size)
+    return GenerateJob(config, sampler, blueprint, dtype, shards, standalone, tokenizer)
 
 
 def _output_dtype(config: GenerateConfig, blueprint: Blueprint) -> torch.dtype:
@@ -116,13 +128,34 @@ def _open_zoo(job: GenerateJob, quiet: bool) -> Zoo | None:
     return None if job.config.zoo is None else Zoo.open(job.config.zoo)
 
 
-def _write(job: GenerateJob, zoo: Zoo | None, folder: Path, command: str) -> None:
-    sampler, blueprint, config = job.sampler, job.blueprint, job.config
+def _write_share(job: GenerateJob, zoo: Zoo | None, folder: Path, processes: Processes) -> list[str]:
+    """Writes the tensors of this process. Returns the names of all that keep the default initialisation, in the first
+    process; in the others nothing."""
+    sampler, blueprint = job.sampler, job.blueprint
+    if processes.count > 1:
+        own = processes.own_share(blueprint.specs, lambda spec: spec.numel)
+        sampler.only = frozenset(spec.name for spec in own)
     sampler.fit(zoo, blueprint)
+    defaulted: list[str] = []
+    if processes.is_first:
+        allocate_shards(folder, job.shards)
+    processes.wait_for_all()
+
+    def checked_tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in sample_with_defaults(sampler, blueprint, job.config.seed, defaulted):
+            processes.check_others()
+            yield name, tensor
+
+    write_tensors(folder, blueprint, job.shards, checked_tensors(), job.dtype, sampler.only)
+    return [name for names in processes.gather(defaulted) for name in names]
+
+
+def _write_description(job: GenerateJob, zoo: Zoo | None, folder: Path, defaulted: list[str], command: str) -> None:
+    """Writes everything but the tensors: config, tokenizer, headstart.json, card."""
+    sampler, blueprint, config = job.sampler, job.blueprint, job.config
+    write_description(folder, blueprint, job.shards, job.dtype)
     donors = _folder_donors(zoo, sampler.donors)
-    counts = {"sampled": 0, "defaulted": 0}
-    tensors = sample_with_defaults(sampler, blueprint, config.seed, counts)
-    fill_folder(folder, blueprint, tensors, dtype=job.dtype)
+    counts = {"sampled": len(blueprint.names) - len(defaulted), "defaulted": len(defaulted)}
     tokenizer = job.tokenizer or shared_tokenizer(donors, blueprint)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
@@ -189,7 +222,7 @@ def _plan(job: GenerateJob, read: list[dict[str, Any]], download: int) -> dict[s
             "folder": str(job.config.out),
             "tensors": len(job.blueprint.names),
             "parameters": job.blueprint.parameters,
-            "bytes": sum(shard.size for shard in plan_shards(job.blueprint.specs, job.dtype)),
+            "bytes": sum(shard.size for shard in job.shards),
         },
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,18 +62,26 @@ def _parse_setting(method: str, key: str, value: str, kind: str) -> Any:
 
 
 def sample_with_defaults(
-    sampler: Sampler, blueprint: Blueprint, seed: int, counts: dict[str, int] | None = None
+    sampler: Sampler, blueprint: Blueprint, seed: int, defaulted: list[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the blueprint, one at a time: first those of the fitted sampler, then the architecture's default
-    initialisation for the rest. Stores the number of each in counts["sampled"] and counts["defaulted"]."""
+    """Every tensor of the blueprint that is in `sampler.only`, one at a time: first those of the fitted sampler, then
+    the architecture's default initialisation for the rest. Adds the names of the rest to `defaulted`."""
     from baselines.schemes.default import Default
 
-    counts = {} if counts is None else counts
-    left = dict.fromkeys(blueprint.names)
+    only = sampler.only
+    left = dict.fromkeys(name for name in blueprint.names if only is None or name in only)
     for name, tensor in sampler.sample(blueprint, seed):
-        left.pop(name, None)
-        yield name, tensor
-    counts["sampled"], counts["defaulted"] = len(blueprint.names) - len(left), len(left)
+        if only is None or name in only:
+            left.pop(name, None)
+            yield name, tensor
+    if defaulted is not None:
+        defaulted += left
+    yield from Default().fill(blueprint, left, seed)
+
+
+def log_defaulted(blueprint: Blueprint, names: Collection[str]) -> None:
+    """Says which tensors keep the default initialisation."""
+    left = [name for name in blueprint.names if name in set(names)]
     if left:
         log.info(
             "%d of %d tensors keep the default initialisation: %s",
@@ -81,10 +89,9 @@ def sample_with_defaults(
             len(blueprint.names),
             shortened_list(left, 3),
         )
-    if unknown := [name for name in blueprint.unknown if name in left]:
+    if unknown := [name for name in blueprint.unknown if name in set(left)]:
         log.info(
             "%d tensors have an unknown role and keep the default initialisation: %s",
             len(unknown),
             shortened_list(unknown, 3),
         )
-    yield from Default().fill(blueprint, left, seed)

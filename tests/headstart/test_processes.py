@@ -11,13 +11,15 @@ import pytest
 
 from headstart.analyze.analyze import analyze
 from headstart.compare.compare import compare
-from headstart.config import AnalyzeConfig, CompareConfig
+from headstart.config import AnalyzeConfig, CompareConfig, GenerateConfig
+from headstart.generate.generate import generate
 from tests.conftest import make_llama
 from tests.headstart.compare.test_compare import TARGET
 from tests.support.launched import launch
 from zoo.add import add
 
 ANALYZE = ("--ranks", "4,6", "--bootstraps", "5", "--device", "cpu", "--quiet")
+GENERATED = ("student-t", "row-column", "gpt2", "default")
 COMPARE: dict[str, Any] = {
     "methods": ("default", "scaled-default"), "steps": 2, "seeds": (0, 1), "lrs": (1e-3, 1e-2), "batch_size": 2,
     "sequence": 16, "windows": 2, "workers": 1, "tuning_seeds": 1, "device": "cpu",
@@ -70,6 +72,12 @@ def analyze_words(folder: Path) -> list[object]:
     return ["analyze", "--zoo", folder / "zoo", "--out", folder / "analysis", *ANALYZE]
 
 
+def generate_words(folder: Path, method: str, out: Path) -> list[object]:
+    """The command line that generates a model of the donor's shape in several files of weights."""
+    words = ["generate", "--target", folder / "donor", "--method", method, "--zoo", folder / "zoo", "--out", out]
+    return [*words, "--max-shard-size", "2KB", "--device", "cpu", "--quiet"]
+
+
 @pytest.fixture(scope="module")
 def launched(folder: Path) -> list[list[dict[str, Any]]]:
     """What two processes print."""
@@ -77,6 +85,7 @@ def launched(folder: Path) -> list[list[dict[str, Any]]]:
         analyze_words(folder),
         compare_words(folder, folder / "resumed"),
         ["zoo", "list", "--zoo", folder / "zoo", "--json"],
+        *(generate_words(folder, method, folder / f"{method}-shared") for method in GENERATED),
         [word for word in analyze_words(folder) if word != "--quiet"],
     ]
     return launch(2, commands, folder)
@@ -102,10 +111,30 @@ def test_two_processes_continue_the_comparison_of_one_with_the_same_results(
     assert sorted(p.name for p in (folder / "resumed").iterdir()) == names
 
 
+@pytest.mark.parametrize("place", range(len(GENERATED)))
+def test_two_processes_generate_the_files_of_one(
+    folder: Path, launched: list[list[dict[str, Any]]], place: int
+) -> None:
+    method = GENERATED[place]
+    for process in launched:
+        assert process[3 + place] == {"code": 0, "out": "", "err": ""}
+    shared, alone = folder / f"{method}-shared", folder / f"{method}-alone"
+    words = generate_words(folder, method, alone)
+    options = {str(key)[2:].replace("-", "_"): value for key, value in zip(words[1:-1:2], words[2::2], strict=True)}
+    generate(GenerateConfig(**options), quiet=True, command="headstart " + " ".join(map(str, words)))
+    weights = sorted(path.name for path in alone.glob("*.safetensors"))
+    assert len(weights) == 3
+    for name in [*weights, "model.safetensors.index.json", "config.json"]:
+        assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
+    records = [json.loads((path / "headstart.json").read_text()) for path in (shared, alone)]
+    assert records[0]["tensors"] == records[1]["tensors"] and records[0]["donors"] == records[1]["donors"]
+    assert sorted(p.name for p in shared.iterdir()) == sorted(p.name for p in alone.iterdir())
+
+
 def test_one_process_prints_and_an_error_ends_both_with_one_line(
     folder: Path, launched: list[list[dict[str, Any]]]
 ) -> None:
-    (first, second) = ([process[n] for n in (2, 3)] for process in launched)
+    (first, second) = ([process[n] for n in (2, -1)] for process in launched)
     assert json.loads(first[0]["out"])[0]["name"] == "donor"
     assert second[0] == {"code": 0, "out": "", "err": ""}
     assert (first[1]["code"], second[1]["code"]) == (2, 2)

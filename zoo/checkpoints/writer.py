@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -79,15 +79,36 @@ def fill_folder(
     UserError as `write_checkpoint`; the caller then removes the folder.
     """
     shards = plan_shards(blueprint.specs, dtype, max_shard_size, metadata)
-    specs = {spec.name: spec for spec in blueprint.specs}
-    shard_of = {name: shard for shard in shards for name in shard.offsets}
-    missing = set(shard_of)
-    with contextlib.ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
-        for shard in shards:
-            f = files[shard.file] = stack.enter_context((folder / shard.file).open("w+b", buffering=0))
+    allocate_shards(folder, shards)
+    write_tensors(folder, blueprint, shards, tensors, dtype)
+    write_description(folder, blueprint, shards, dtype)
+
+
+def allocate_shards(folder: Path, shards: Sequence[Shard]) -> None:
+    """Creates the files of `plan_shards` in their full size, with their headers. OSError for a full disk."""
+    for shard in shards:
+        with (folder / shard.file).open("w+b", buffering=0) as f:
             _allocate(f, shard.size)
             _write(f, 0, shard.header)
+
+
+def write_tensors(
+    folder: Path,
+    blueprint: Target,
+    shards: Sequence[Shard],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None = None,
+    names: Collection[str] | None = None,
+) -> None:
+    """Writes tensors to their places in allocated files. names: those that must come, None for all.
+
+    Several processes may write different tensors at the same time. UserError as `write_checkpoint`.
+    """
+    specs = {spec.name: spec for spec in blueprint.specs}
+    shard_of = {name: shard for shard in shards for name in shard.offsets}
+    missing = set(shard_of if names is None else names)
+    with contextlib.ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
         for name, tensor in tensors:
             if name not in shard_of:
                 raise unknown("tensor for this target", name, shard_of)
@@ -95,14 +116,22 @@ def fill_folder(
                 raise UserError(f"tensor {name!r} came twice; a sampler must yield every tensor once")
             missing.remove(name)
             spec, shard = specs[name], shard_of[name]
+            if shard.file not in files:
+                files[shard.file] = stack.enter_context((folder / shard.file).open("r+b", buffering=0))
             _write(files[shard.file], shard.offsets[name], _tensor_bytes(spec, tensor, dtype))
         if missing:
             first = next(n for n in specs if n in missing)
             raise UserError(f"{len(missing)} tensors are missing, first {first!r}; fill them before writing")
-        if len(shards) > 1:
-            _write_json(folder / INDEX, shard_index(shards))
-        if blueprint.config is not None:
-            _write_json(folder / "config.json", _config_with_dtype(blueprint.config, dtype))
+
+
+def write_description(
+    folder: Path, blueprint: Target, shards: Sequence[Shard], dtype: torch.dtype | None = None
+) -> None:
+    """Writes config.json, where the blueprint has one, and the index, where there are several shards."""
+    if len(shards) > 1:
+        _write_json(folder / INDEX, shard_index(shards))
+    if blueprint.config is not None:
+        _write_json(folder / "config.json", _config_with_dtype(blueprint.config, dtype))
 
 
 def write_shard(
@@ -131,12 +160,15 @@ def plan_shards(
     from huggingface_hub.constants import SAFETENSORS_WEIGHTS_FILE_PATTERN
 
     meta = {s.name: torch.empty(s.shape, dtype=_disk_dtype(s, dtype), device="meta") for s in specs}
-    split = split_state_dict_into_shards_factory(
-        meta,
-        get_storage_size=lambda tensor: tensor.numel() * tensor.dtype.itemsize,
-        filename_pattern=SAFETENSORS_WEIGHTS_FILE_PATTERN,
-        max_shard_size=max_shard_size,
-    )
+    try:
+        split = split_state_dict_into_shards_factory(
+            meta,
+            get_storage_size=lambda tensor: tensor.numel() * tensor.dtype.itemsize,
+            filename_pattern=SAFETENSORS_WEIGHTS_FILE_PATTERN,
+            max_shard_size=max_shard_size,
+        )
+    except ValueError:  # the size cannot be parsed
+        raise UserError(f"{str(max_shard_size)[:40]!r} is no size of a shard; give one such as 1GB or 500MB") from None
     shards = []
     for file, names in split.filename_to_tensors.items():
         # Wide dtypes first, as the safetensors library orders them: every tensor is then aligned to its item size.
@@ -159,7 +191,7 @@ def plan_shards(
     return shards
 
 
-def shard_index(shards: list[Shard]) -> dict[str, Any]:
+def shard_index(shards: Sequence[Shard]) -> dict[str, Any]:
     """The content of model.safetensors.index.json: in which shard each tensor is."""
     weight_map = {name: shard.file for shard in shards for name in shard.offsets}
     total = sum(shard.size - len(shard.header) for shard in shards)

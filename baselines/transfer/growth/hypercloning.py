@@ -69,7 +69,7 @@ class HyperCloning(Growth):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self.is_copy(blueprint):
-            yield from copy_tensors(self.source, blueprint)
+            yield from copy_tensors(self.source, blueprint, self.only)
             return
         maps = self._maps(blueprint)
         for name, tensor in self.gather(blueprint, lambda _: maps, seed):

@@ -130,7 +130,9 @@ class Net2Wider(Growth):
         return found + (["expansion=aki"] if self.expansion == "aki" else [])
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        tensors = copy_tensors(self.source, blueprint) if self.is_copy(blueprint) else self._grow(blueprint, seed)
+        tensors = (
+            copy_tensors(self.source, blueprint, self.only) if self.is_copy(blueprint) else self._grow(blueprint, seed)
+        )
         for name, tensor in tensors:
             if self.noise and tensor.ndim == 2:
                 draws = torch.randn(tensor.shape, generator=stream(seed, f"{self.name}/noise/{name}"))

@@ -85,7 +85,7 @@ class Stacking(Growth):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self.is_copy(blueprint):
-            yield from copy_tensors(self.source, blueprint)
+            yield from copy_tensors(self.source, blueprint, self.only)
             return
         source, target = metadata_pair(self.source, blueprint)
         fixed: dict[str, Any] = self.fixed_maps(blueprint)

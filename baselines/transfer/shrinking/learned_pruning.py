@@ -211,7 +211,7 @@ class LearnedPruning(Shrinking):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self.is_copy(blueprint):
-            yield from copy_tensors(self.source, blueprint)
+            yield from copy_tensors(self.source, blueprint, self.only)
             return
         if self._trained:
             yield from self._trained.items()

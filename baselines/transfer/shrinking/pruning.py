@@ -98,7 +98,7 @@ class Pruning(Shrinking):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self.is_copy(blueprint):
-            yield from copy_tensors(self.source, blueprint)
+            yield from copy_tensors(self.source, blueprint, self.only)
             return
         maps = self.index_maps(blueprint, rescale=False)
         assert blueprint.metadata is not None

@@ -46,7 +46,7 @@ class Subcloning(Shrinking):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if self.is_copy(blueprint):
-            yield from copy_tensors(self.source, blueprint)
+            yield from copy_tensors(self.source, blueprint, self.only)
             return
         maps = self.index_maps(blueprint, rescale=self.rescale == "sqrt")
         yield from self.gather(blueprint, lambda _: maps, seed)

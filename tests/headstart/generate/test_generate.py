@@ -130,15 +130,12 @@ def test_same_seed_same_bytes_and_other_seed_other_bytes(tmp_path: Path, method:
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
-def test_only_the_first_of_several_processes_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", ["big", "", "1QB", "-3", "1.5.2GB"])
+def test_a_size_of_shards_that_cannot_be_read_is_refused(tmp_path: Path, size: str) -> None:
     target = config_file(tmp_path / "target", CONFIGS["llama"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    generate(target, "default", tmp_path / "out")
+    with pytest.raises(UserError, match="give one such as 1GB or 500MB"):
+        generate(target, "default", tmp_path / "out", max_shard_size=size)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setenv("RANK", "0")
-    generate(target, "default", tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("asked", "stated", "written"), [
