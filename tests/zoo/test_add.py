@@ -16,7 +16,7 @@ import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 
-import zoo.donors.manifest
+import zoo.donors.measures
 import zoo.filling.copy
 from zoo.add import add
 from zoo.checkpoints.checkpoint import Checkpoint
@@ -78,7 +78,7 @@ def test_a_donor_is_copied_and_described(tmp_path: Path, tiny_llama: Make) -> No
 def test_statistics_are_scipys(
     tmp_path: Path, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(zoo.donors.manifest, "CHUNK", 1000)  # many chunks per tensor
+    monkeypatch.setattr(zoo.donors.measures, "CHUNK", 1000)  # many chunks per tensor
     folder = tiny_llama(tmp_path / "a")
     tensors = {n: t.to(dtype) for n, t in load_file(folder / "model.safetensors").items()}
     heavy = torch.distributions.StudentT(3.0).sample(tensors["model.embed_tokens.weight"].shape)
@@ -148,13 +148,13 @@ def test_an_interrupted_add_resumes(tmp_path: Path, tiny_llama: Make) -> None:
     target, copy, copied = tmp_path / "zoo", zoo.filling.copy.copy_file, 0
 
     def die() -> None:
-        def failing(*args: object) -> None:
+        def failing(*args: object) -> object:
             nonlocal copied
             if copied == 3:
                 (target / "models" / ".half.part").write_bytes(b"x")
                 os._exit(9)
-            copy(*args)  # type: ignore[arg-type]
             copied += 1
+            return copy(*args)  # type: ignore[arg-type]
 
         zoo.filling.copy.copy_file = failing  # type: ignore[assignment]
         add([str(source)], target, quiet=True)

@@ -60,7 +60,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     given, out = Path(out), _resolved(out)
     with disk_errors(given):
         _refuse_output_folder(given, out)
-        with _existing_parents(out.parent), _output_lock(given, out, wait=0):
+        with existing_parents(out.parent), _output_lock(given, out, wait=0):
             _refuse_output_folder(given, out)
             partial = out.parent / _temporary_name(out.name)
             try:
@@ -95,7 +95,7 @@ def replacement_file(path: str | Path) -> Iterator[Path]:
     with disk_errors(given):
         if path.exists() and not path.is_file():
             raise UserError(f"{given}: is not a file; give another name for the file to write")
-        with _existing_parents(path.parent), _output_lock(given, path, wait=MAX_LOCK_WAIT):
+        with existing_parents(path.parent), _output_lock(given, path, wait=MAX_LOCK_WAIT):
             partial = path.with_name(_temporary_name(path.name))
             try:
                 yield partial
@@ -125,7 +125,7 @@ def work_folder(folder: str | Path, check: Callable[[], object] = lambda: None) 
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(folder))
         check()
-        stack.enter_context(_existing_parents(folder))
+        stack.enter_context(existing_parents(folder))
         locked = stack.enter_context(hold_lock(folder / FOLDER_LOCK, folder, wait=0))
         check()
         if locked:
@@ -295,7 +295,7 @@ def _output_lock(given: Path, path: Path, wait: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _existing_parents(folder: Path) -> Iterator[None]:
+def existing_parents(folder: Path) -> Iterator[None]:
     """Creates a folder and its missing parents. On an error those of them that are empty are removed again."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     try:

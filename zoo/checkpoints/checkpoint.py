@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from zoo.checkpoints.files import GGUF, GGUF_ADVICE, PICKLES, file_inside, read_json
+from zoo.checkpoints.files import GGUF, GGUF_ADVICE, PICKLES, file_inside, open_regular, read_json
 from zoo.checkpoints.headers import INDEX, Entry, read_header, read_index
 from zoo.checkpoints.quantised import Quantisation, dequantise, find_quantised
 from zoo.checkpoints.side_files import side_files
@@ -111,6 +111,25 @@ class Checkpoint:
         if count != len(raw):
             raise UserError(f"{self.folder / entry.file}: ends inside tensor {entry.name!r}; download the file again")
         return raw.view(entry.dtype)
+
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a matrix as it is on disk, [rows, columns]; rows: their numbers. Only their bytes are read.
+
+        UserError for an unknown name or a file that is too short.
+        """
+        entry = self.entry(name)
+        columns = entry.shape[1]
+        read = torch.empty((len(rows), columns), dtype=entry.dtype)
+        raw = memoryview(read.view(torch.uint8).flatten().numpy())
+        size = columns * entry.dtype.itemsize
+        with open_regular(self.folder / entry.file) as f:
+            for target, row in enumerate(rows.tolist()):
+                f.seek(entry.offset + row * size)
+                if f.readinto(raw[target * size : (target + 1) * size]) != size:
+                    raise UserError(
+                        f"{self.folder / entry.file}: ends inside tensor {entry.name!r}; download the file again"
+                    )
+        return read
 
     def vocabulary(self) -> dict[str, int] | None:
         """Token string -> id from tokenizer.json, added tokens included. None without that file."""

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from zoo.checkpoints.atomic import remove_leftovers, replace_file
-from zoo.checkpoints.checkpoint import Checkpoint, is_finite
 from zoo.checkpoints.files import is_bare_name, read_bytes
-from zoo.checkpoints.headers import Entry
 from zoo.donors.layout import MANIFEST
+from zoo.donors.measures import Measure
 from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.errors import UserError
 from zoo.limits import MANIFEST_MEMORY, MANIFEST_SECONDS, MAX_MANIFEST, MAX_ROWS
 from zoo.sandbox import Limits, library_errors, shared
 from zoo.words import first_line
-
-CHUNK = 1 << 24  # bytes of a tensor in memory at a time
 
 SCHEMA = pa.schema(
     [
@@ -49,42 +42,8 @@ SCHEMA = pa.schema(
 
 GGUF_COLUMN = "gguf_type"  # how the GGUF file that a donor comes from stored the tensor; only zoos with such donors
 SCHEMA_WITH_GGUF = SCHEMA.append(pa.field(GGUF_COLUMN, pa.string()))
+MEASURED = ("sha256", "mean", "std", "kurtosis")  # columns that a Measure has
 NULLABLE = ("layer", "mean", "std", "kurtosis", GGUF_COLUMN)  # columns that may lack a value
-
-
-@dataclass(frozen=True)
-class Measure:
-    """The hash of a tensor's bytes and the moments of its values in float64. None where a moment is undefined."""
-
-    sha256: str
-    mean: float | None
-    std: float | None  # with divisor n
-    kurtosis: float | None  # 3 for a normal distribution
-
-
-def measure(checkpoint: Checkpoint, entry: Entry) -> Measure:
-    """The measure of one tensor, in two passes with CHUNK bytes in memory. UserError for NaN or infinity.
-
-    Of a quantised weight, the moments are those of its dequantised values, which are in memory as a whole.
-    """
-    digest, total, count = hashlib.sha256(), 0.0, 0
-    for raw, values in _chunks(checkpoint, entry):
-        digest.update(raw)
-        if not is_finite(values):
-            raise UserError(f"{checkpoint.folder}: tensor {entry.name!r} holds NaN or infinity; use another checkpoint")
-        total += values.double().sum().item()
-        count += values.numel()
-    if not count:
-        return Measure(digest.hexdigest(), None, None, None)
-    mean, second, fourth = total / count, 0.0, 0.0
-    for _, values in _chunks(checkpoint, entry):
-        square = (values.double() - mean).square_()
-        second += square.sum().item()
-        fourth += square.square_().sum().item()
-    variance = second / count
-    # Only float64 holds values beyond 1e77, whose fourth power overflows; their kurtosis is undefined.
-    kurtosis = fourth / count / variance**2 if 0 < variance < 1e150 and math.isfinite(fourth) else None
-    return Measure(digest.hexdigest(), mean, math.sqrt(variance), kurtosis)
 
 
 def donor_rows(
@@ -120,7 +79,7 @@ def donor_rows(
                 "file": entry.file,
                 "offset": entry.offset,
                 "nbytes": entry.nbytes,
-                **asdict(measures[entry.name]),
+                **{column: getattr(measures[entry.name], column) for column in MEASURED},
                 **({} if types is None else {GGUF_COLUMN: types.get(entry.name)}),
             }
         )
@@ -210,20 +169,3 @@ def _to_parquet(table: pa.Table) -> bytes:
     stream = pa.BufferOutputStream()
     pq.write_table(table.combine_chunks(), stream, compression="zstd")
     return stream.getvalue().to_pybytes()
-
-
-def _chunks(checkpoint: Checkpoint, entry: Entry) -> Iterable[tuple[bytes, torch.Tensor]]:
-    """A tensor on disk in pieces of at most CHUNK bytes, each as bytes and as the flat tensor of its values."""
-    path = checkpoint.folder / entry.file
-    # A code is one byte, so that the place of a byte is that of its value.
-    dequantised = checkpoint.read(entry.name).flatten() if entry.name in checkpoint.quantisation.weights else None
-    with path.open("rb") as f:
-        f.seek(entry.offset)
-        done = 0
-        while done < entry.nbytes:
-            raw = f.read(min(CHUNK, entry.nbytes - done))
-            if not raw:
-                raise UserError(f"{path}: ends inside tensor {entry.name!r}; fetch the file again")
-            stored = torch.frombuffer(bytearray(raw), dtype=entry.dtype)
-            yield raw, stored if dequantised is None else dequantised[done : done + len(raw)]
-            done += len(raw)

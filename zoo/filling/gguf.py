@@ -8,22 +8,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zoo.checkpoints.atomic import disk_errors, hold_lock
+from zoo.checkpoints.atomic import disk_errors, existing_parents, hold_lock
 from zoo.checkpoints.checkpoint import Checkpoint
-from zoo.checkpoints.files import FileHashes, content_hash, file_hash
+from zoo.checkpoints.files import FileHashes, content_hash
 from zoo.checkpoints.licenses import UNKNOWN
 from zoo.checkpoints.sources import fetch_checked_files
-from zoo.donors.manifest import measure
+from zoo.donors.measures import measure_checkpoint
 from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint, with_blueprint
 from zoo.donors.records import read_record
 from zoo.filling.copy import restore_files
 from zoo.filling.present import find_donor, is_complete
-from zoo.filling.publish import check_free_space, publish_donor, removed_on_error
+from zoo.filling.publish import check_free_space, examine, publish_donor, removed_on_error
 from zoo.filling.report import AddSettings, Report, report_added, report_present
 from zoo.gguf.convert import convert, converted_size
 from zoo.gguf.model import GgufModel, describe_types
 from zoo.gguf.source import GgufSource, gguf_revision
-from zoo.statistics.health import Finding, check_health
+from zoo.statistics.health import Finding
 
 
 def add_gguf(models: Path, source: GgufSource, settings: AddSettings) -> Report:
@@ -37,7 +37,7 @@ def add_gguf(models: Path, source: GgufSource, settings: AddSettings) -> Report:
     model = GgufModel.open([folder / name for name in source.files])
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(models))
-        models.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(existing_parents(models))
         staging = models / f".{source.names[0]}-{revision.removeprefix('sha256:')[:16]}"
         check_free_space(models, converted_size(model) - sum(p.stat().st_size for p in staging.glob("*")))
         # Of two processes with the same source, the second waits here and then finds the donor present.
@@ -53,8 +53,9 @@ def add_gguf(models: Path, source: GgufSource, settings: AddSettings) -> Report:
             restore_files(home, checkpoint, read_record(home))
             shutil.rmtree(staging)
             return report_present(source, home, download)
-        record = _record(source, model, checkpoint, revision)
-        home, findings = _measure_and_publish(staging, source, checkpoint, record, settings)
+        home, findings = _measure_and_publish(source, model, checkpoint, revision, settings)
+    if findings is None:
+        return report_present(source, home, download)
     return report_added(source, home, download, findings, settings)
 
 
@@ -71,12 +72,28 @@ def _converted(model: GgufModel, staging: Path, name: str, quiet: bool) -> Model
     return checkpoint
 
 
-def _record(source: GgufSource, model: GgufModel, checkpoint: ModelCheckpoint, revision: str) -> dict[str, Any]:
+def _measure_and_publish(
+    source: GgufSource, model: GgufModel, checkpoint: ModelCheckpoint, revision: str, settings: AddSettings
+) -> tuple[Path, list[Finding] | None]:
+    """Measures a converted donor and gives it its name. Returns its folder and its health.
+
+    The health is None where another process added the same donor meanwhile.
+    """
+    from tqdm import tqdm
+
+    total = (1 + settings.health) * sum(e.nbytes for e in checkpoint.entries.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=settings.quiet) as bar:
+        measured = dict(zip(checkpoint.files, measure_checkpoint(checkpoint, bar.update), strict=True))
+        measures = {name: measure for file in measured.values() for name, measure in file.measures.items()}
+        findings = examine(checkpoint, measures, bar.update) if settings.health else []
+    hashes: FileHashes = {name: {"size": file.size, "sha256": file.sha256} for name, file in measured.items()}
+    record = _record(source, model, hashes, revision)
+    home, is_new = publish_donor(checkpoint.folder, source, checkpoint, record, measures)
+    return home, findings if is_new else None
+
+
+def _record(source: GgufSource, model: GgufModel, hashes: FileHashes, revision: str) -> dict[str, Any]:
     """What donor.json keeps of a donor that was converted from GGUF files."""
-    hashes: FileHashes = {
-        file: {"size": (checkpoint.folder / file).stat().st_size, "sha256": file_hash(checkpoint.folder / file)}
-        for file in checkpoint.files
-    }
     license = source.license if source.license != UNKNOWN else model.license
     own: dict[str, Any] = {
         "quantisation": describe_types(model.types),
@@ -85,25 +102,3 @@ def _record(source: GgufSource, model: GgufModel, checkpoint: ModelCheckpoint, r
     }
     record: dict[str, Any] = {"source": source.address, "revision": revision, "license": license}
     return {**record, "sha256": content_hash(hashes), "files": hashes, "gguf": own}
-
-
-def _measure_and_publish(
-    staging: Path, source: GgufSource, checkpoint: ModelCheckpoint, record: dict[str, Any], settings: AddSettings
-) -> tuple[Path, list[Finding]]:
-    """Measures a donor that is complete in `staging` and gives it its name. Returns its folder and its health."""
-    from tqdm import tqdm
-
-    weights = sum(e.nbytes for e in checkpoint.entries.values())
-    bytes_per_value = weights / max(1, checkpoint.blueprint.parameters)
-    total = (1 + settings.health) * weights
-    with tqdm(total=total, unit="B", unit_scale=True, desc=source.names[0], disable=settings.quiet) as bar:
-        measures = {}
-        for name in checkpoint.names:
-            measures[name] = measure(checkpoint, checkpoint.entries[name])
-            bar.update(checkpoint.entries[name].nbytes)
-        findings = (
-            check_health(checkpoint, progress=lambda values: bar.update(values * bytes_per_value))
-            if settings.health
-            else []
-        )
-    return publish_donor(staging, source, checkpoint, record, measures), findings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,37 @@ from zoo.checkpoints.atomic import disk_errors, hold_lock, remove_leftovers_in, 
 from zoo.checkpoints.sources import Source
 from zoo.donors.index import refresh_index
 from zoo.donors.layout import MANIFEST, RECORD, ROWS
-from zoo.donors.manifest import Measure, donor_rows, join_rows, write_rows
+from zoo.donors.manifest import donor_rows, join_rows, write_rows
+from zoo.donors.measures import Measure
 from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.donors.records import write_record
 from zoo.errors import UserError
-from zoo.filling.present import free_name
+from zoo.filling.present import find_donor, free_name
+from zoo.statistics.health import Finding, check_health
 
 LOCK = ".lock"  # held while a donor gets its name and while the manifest is written
 
 
 def publish_donor(
     staging: Path, source: Source, checkpoint: ModelCheckpoint, record: dict[str, Any], measures: dict[str, Measure]
-) -> Path:
-    """Gives a donor that is complete in `staging` its rows, its record and the first free name. Returns its folder."""
+) -> tuple[Path, bool]:
+    """Gives a donor that is complete in `staging` its rows, its record and the first free name.
+
+    Returns (its folder, whether it is new). Where another process has added the same donor meanwhile, it is that one's
+    folder, and `staging` is removed.
+    """
     models = staging.parent
     with hold_lock(models / LOCK, models):
+        home = find_donor(models, source, [record["revision"]])
+        if home is not None:
+            shutil.rmtree(staging)
+            return home, False
         free = free_name(models, source.names)
         if free is None:
             raise UserError(f"{source.address}: all its names are taken in {models}; rename the folder")
         write_donor_rows(staging, free, checkpoint, record, measures)
         rename_folder(staging, models / free)
-        return models / free
+        return models / free, True
 
 
 def write_donor_rows(
@@ -52,6 +62,15 @@ def merge_manifest(zoo: Path) -> None:
         parts = [p for p in (zoo / "models").glob(f"[!.]*/{ROWS}") if (p.parent / RECORD).exists()]
         write_rows(zoo / MANIFEST, join_rows(parts))
         refresh_index(zoo)
+
+
+def examine(
+    checkpoint: ModelCheckpoint, measures: dict[str, Measure], tick: Callable[[float], object]
+) -> list[Finding]:
+    """What the health check finds. tick: called with the bytes of each tensor."""
+    weights = sum(entry.nbytes for entry in checkpoint.entries.values())
+    bytes_per_value = weights / max(1, checkpoint.blueprint.parameters)
+    return check_health(checkpoint, progress=lambda values: tick(values * bytes_per_value), measures=measures)
 
 
 def check_free_space(models: Path, need: int) -> None:

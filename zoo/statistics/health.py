@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from zoo.donors.donor import Donor
+from zoo.donors.measures import Measure
 from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.errors import NotFinite
-from zoo.statistics.noise import edge_excess, kurtosis, normal_scores, unevenness_p_value
-from zoo.statistics.row_column import random_submatrix
+from zoo.statistics.noise import edge_excess, kurtosis, normal_scores, unevenness_p_values
+from zoo.statistics.row_column import random_indices
 from zoo.streams import stream
 from zoo.tensors import TensorSpec, split_parts
 
 STRUCTURE_P_VALUE = 1e-8  # below this a matrix has structure: no false positive in thousands of tests
 MAX_EDGE_EXCESS = 8.0  # Tracy-Widom units of the largest squared singular value above the edge: p about 1e-7
 MIN_SIDE = 8  # rows and columns: smaller matrices cannot be tested
+FEW_ROWS = 4  # a matrix with more than so many times the tested rows is read row by row
 DEAD_SHARE = 0.01  # a block is dead if its output is at most this share of the same block in other layers
 UNIFORM_KURTOSIS, NORMAL_KURTOSIS = 1.8, 3.0  # initialisations lie between these
 
@@ -49,7 +51,8 @@ def check_health(
     device: str = "cpu",
     most: int = 512,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
+    measures: Mapping[str, Measure] | None = None,
 ) -> list[Finding]:
     """Returns what is wrong with a donor; nothing if it is healthy. The kinds of finding:
 
@@ -75,18 +78,19 @@ def check_health(
     kurtosis is at most that of a normal. Embedding and head count only for the whole model: in good models, small
     ones can stay noise.
 
-    Every tensor is read once, one in memory at a time; those of layers that look like noise, twice. progress is
-    called with the number of values of each tensor."""
-    tally = _Tally()
+    One tensor is in memory at a time; those of layers that look like noise are read twice. Of a checkpoint's tensor in
+    `measures` (by its name on disk) only what is tested is read. progress: called with the values of each tensor."""
+    tally, reader = _Tally(), _Reader(donor, device, most, seed, measures or {})
     for spec in donor.blueprint.specs:
-        tally.add(donor, spec, device, most, seed)
+        tally.add(reader, spec)
         if progress is not None:
             progress(spec.numel)
     noise = {layer: found for layer, found in tally.matrices.items() if not any(m.structured for m in found)}
     for found in noise.values():
         for matrix in found:
-            scores = normal_scores(_read_entries(donor, matrix.spec, matrix.role, device, most, seed))
-            matrix.structured = edge_excess(scores) > MAX_EDGE_EXCESS
+            entries = reader.entries(matrix.spec, matrix.role).double()
+            matrix.structured = edge_excess(normal_scores(entries)) > MAX_EDGE_EXCESS
+            matrix.kurtosis = kurtosis(entries)
             if matrix.structured:
                 break
     noise = {layer: found for layer, found in noise.items() if not any(m.structured for m in found)}
@@ -118,8 +122,8 @@ class _Matrix:
     spec: TensorSpec
     role: str
     structured: bool
-    kurtosis: float
     margin: float  # how much the kurtosis of noise varies with this number of values
+    kurtosis: float = math.nan  # computed where its layer looks like noise
 
 
 @dataclass
@@ -135,40 +139,40 @@ class _Tally:
     constant_zero: set[str] = field(default_factory=set)
     not_finite: list[str] = field(default_factory=list)
 
-    def add(self, donor: Donor | ModelCheckpoint, spec: TensorSpec, device: str, most: int, seed: int) -> None:
+    def add(self, reader: _Reader, spec: TensorSpec) -> None:
         """Reads one tensor and adds its measurements."""
         if not spec.numel or not spec.dtype.is_floating_point:
             return
         try:
-            tensor = donor.read(spec.name)
+            ranges = reader.ranges(spec)
         except NotFinite:
             self.not_finite.append(spec.name)
             return
-        tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-        for role, values in split_parts(spec, tensor).items():
-            self._count(spec, role, values, donor.blueprint.offset(spec))
-            low, high = values.aminmax()
-            if values.ndim > 1 and low == high and spec.kind == "weight":  # BART's bias of the logits is [1, V]
+        for part, found in zip(spec.parts, ranges, strict=True):
+            self._count(spec, part.role, found.rms)
+            is_matrix = len(part.shape) > 1
+            if is_matrix and found.low == found.high and spec.kind == "weight":  # BART's bias of the logits is [1, V]
                 self.constant.add(spec.name)
-                if low == 0:
+                if found.low == 0:
                     self.constant_zero.add(spec.name)
-            elif values.ndim > 1 and "position" not in spec.parts[0].axes:
-                matrix = _select_entries(values, spec, role, device, most, seed)
-                if min(matrix.shape) >= MIN_SIDE:
-                    structured = min(unevenness_p_value(matrix), unevenness_p_value(matrix.mT)) < STRUCTURE_P_VALUE
-                    margin = 6 * (24 / matrix.numel()) ** 0.5
-                    found = _Matrix(spec, role, structured, kurtosis(matrix), margin)
-                    self.matrices.setdefault(spec.layer, []).append(found)
-        if spec.role == "norm" and spec.kind == "weight" and tensor.min() < tensor.max():
+            elif is_matrix and "position" not in spec.parts[0].axes:
+                self._add_matrix(spec, part.role, reader.entries(spec, part.role))
+        if spec.role == "norm" and spec.kind == "weight" and min(r.low for r in ranges) < max(r.high for r in ranges):
             self.trained_gains.add(spec.layer)
 
-    def _count(self, spec: TensorSpec, role: str, values: Tensor, offset: float) -> None:
+    def _add_matrix(self, spec: TensorSpec, role: str, matrix: Tensor) -> None:
+        """Adds the noise tests of a matrix."""
+        if min(matrix.shape) < MIN_SIDE:
+            return
+        structured = min(unevenness_p_values(matrix)) < STRUCTURE_P_VALUE
+        margin = 6 * (24 / matrix.numel()) ** 0.5
+        self.matrices.setdefault(spec.layer, []).append(_Matrix(spec, role, structured, margin))
+
+    def _count(self, spec: TensorSpec, role: str, rms: float) -> None:
         """Adds the RMS of a factor of a block's output."""
         if spec.layer is None or spec.kind != "weight":
             return
         factor = f"norm@{spec.site}" if role == "norm" else role
-        gains = values + offset if offset else values
-        rms = torch.linalg.vector_norm(gains, dtype=torch.float64).item() / gains.numel() ** 0.5
         self.outputs.setdefault((spec.layer, factor), []).append(rms)
         self.named.setdefault((spec.layer, factor), spec.name)
         if spec.expert is not None or "experts" in spec.parts[0].axes:
@@ -179,22 +183,89 @@ class _Tally:
         return statistics.fmean(self.outputs[layer, factor])
 
 
-def _read_entries(
-    donor: Donor | ModelCheckpoint, spec: TensorSpec, role: str, device: str, most: int, seed: int
-) -> Tensor:
-    """Reads the entries of a matrix that are tested, float64 [m, n]."""
-    tensor = donor.read(spec.name)
-    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    return _select_entries(split_parts(spec, tensor)[role], spec, role, device, most, seed)
+@dataclass(frozen=True)
+class _Range:
+    """The range of the values of one part, and the RMS of what the model multiplies by."""
+
+    low: float
+    high: float
+    rms: float
 
 
-def _select_entries(values: Tensor, spec: TensorSpec, role: str, device: str, most: int, seed: int) -> Tensor:
-    """Random rows and columns of a matrix, without those of zeros: float64 [m, n]."""
-    matrix = random_submatrix(values.flatten(1), most, stream(seed, f"health/{spec.name}/{role}")).to(
-        device, torch.float64
-    )
-    matrix = matrix[matrix.any(1)]
-    return matrix[:, matrix.any(0)]
+@dataclass
+class _Reader:
+    """Reads the tensors of a donor, or as much of them as the tests need."""
+
+    donor: Donor | ModelCheckpoint
+    device: str
+    most: int
+    seed: int
+    measures: Mapping[str, Measure]  # by name on disk
+    last: tuple[str, dict[str, Tensor]] = ("", {})  # the parts of the tensor that was read last
+
+    def ranges(self, spec: TensorSpec) -> list[_Range]:
+        """One for each part of a tensor. NotFinite where a value is NaN or infinite."""
+        offset, checkpoint = self.donor.blueprint.offset(spec), self._measured(spec)
+        if checkpoint is None:
+            return [_range(values, offset) for values in self._parts(spec).values()]
+        measure = self.measures[checkpoint.entry(spec.name).name]
+        assert measure.mean is not None and measure.std is not None
+        assert measure.low is not None and measure.high is not None
+        return [_Range(measure.low, measure.high, math.hypot(measure.mean + offset, measure.std))]
+
+    def entries(self, spec: TensorSpec, role: str) -> Tensor:
+        """Random rows and columns of a matrix, without those of zeros: [m, n], float64 or float32."""
+        matrix = self._submatrix(spec, role)
+        sizes = matrix.abs()
+        for dim in (0, 1):
+            filled = sizes.amax(1 - dim) > 0
+            if not filled.all():
+                matrix = matrix.index_select(dim, filled.nonzero().flatten())
+        return matrix
+
+    def _submatrix(self, spec: TensorSpec, role: str) -> Tensor:
+        """Random rows and columns of a matrix: float64 or float32."""
+        part = next(part for part in spec.parts if part.role == role)
+        shape = part.shape[0], math.prod(part.shape[1:])
+        rows, columns = random_indices(shape, self.most, stream(self.seed, f"health/{spec.name}/{role}"))
+        checkpoint, stored_rows = self._measured(spec), columns if spec.transposed else rows
+        if checkpoint and stored_rows is not None and len(spec.shape) == 2 and spec.shape[0] > FEW_ROWS * self.most:
+            matrix = checkpoint.read_rows(spec.name, stored_rows)
+            matrix, rows, columns = (matrix.mT, rows, None) if spec.transposed else (matrix, None, columns)
+        else:
+            matrix = self._parts(spec)[role].flatten(1)
+        matrix = matrix if rows is None else matrix.index_select(0, rows.to(matrix.device))
+        # Before the columns are taken, which takes longer in bfloat16.
+        matrix = matrix.to(self.device, torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+        return matrix if columns is None else matrix.index_select(1, columns.to(matrix.device))
+
+    def _measured(self, spec: TensorSpec) -> ModelCheckpoint | None:
+        """The donor, where it is a checkpoint and has a measure of a tensor that is stored as it is used, in one part.
+
+        Its values are then known to be finite.
+        """
+        if not isinstance(self.donor, ModelCheckpoint) or len(spec.parts) > 1:
+            return None
+        name = self.donor.entry(spec.name).name
+        return self.donor if name in self.measures and name not in self.donor.quantisation.weights else None
+
+    def _parts(self, spec: TensorSpec) -> dict[str, Tensor]:
+        if self.last[0] != spec.name:
+            checkpoint = self._measured(spec)
+            if checkpoint is None:
+                tensor = self.donor.read(spec.name)
+            else:
+                tensor = checkpoint.read_stored(checkpoint.entry(spec.name))
+            tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+            self.last = spec.name, split_parts(spec, tensor)
+        return self.last[1]
+
+
+def _range(values: Tensor, offset: float) -> _Range:
+    low, high = values.aminmax()
+    gains = values + offset if offset else values
+    rms = torch.linalg.vector_norm(gains, dtype=torch.float64).item() / gains.numel() ** 0.5
+    return _Range(low.item(), high.item(), rms)
 
 
 def _structureless_findings(tally: _Tally, noise: dict[int | None, list[_Matrix]]) -> tuple[list[Finding], bool]:

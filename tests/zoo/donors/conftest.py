@@ -17,3 +17,8 @@ def filled(tmp_path: Path, tiny_llama: Make) -> Path:
     sources = [tiny_llama(tmp_path / "src" / n, seed=i) for i, n in enumerate(("first", "second"))]
     add([str(s) for s in sources], tmp_path / "zoo", quiet=True)
     return tmp_path / "zoo"
+
+
+@pytest.fixture
+def tiny_source(tmp_path: Path, tiny_llama: Make) -> Path:
+    return tiny_llama(tmp_path / "source")
