@@ -23,6 +23,7 @@ from baselines.lora.pareto_generator import (
 )
 from zoo.donors.folder import StandaloneDonor, donor_ref, open_ref
 from zoo.errors import UserError
+from zoo.linear_algebra import frobenius_norm
 from zoo.lora.adapters import LoraSampler, base_donor, change_norm, lora_pairs
 from zoo.options import option
 from zoo.statistics.grouping import Grouping, group_donor, read_grouping
@@ -159,7 +160,7 @@ class Pareto(LoraSampler):
                 b = self._member(pair.b, (pair.rows, pair.rank), pair, templates[template], counts, seed)
                 change = change_norm(pair, a, b)
                 if self._base is not None:
-                    weight = float(self._base.read(pair.weight, torch.float32).norm())
+                    weight = frobenius_norm(self._base.read(pair.weight, torch.float32))
                     if change > self.cap * weight:
                         b *= self.cap * weight / change
                         change = self.cap * weight

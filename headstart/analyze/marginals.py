@@ -11,13 +11,13 @@ from torch import Tensor
 from baselines.distributions.auto_fit import held_out_log_probs, simplest_family
 from baselines.distributions.families import FAMILIES
 from baselines.distributions.statistical import thin_values
-from zoo.statistics.power_law import fit_every_xmin, select_best_fit
+from zoo.statistics.power_law import fit_best_xmin
 
 MAX_FITTED = 1 << 17  # values that families and tails are fitted to; moments use all
 MAX_TAIL = 0.25  # largest share of the distances from the median that can be the tail
 TAIL_STARTS = 200  # candidates for the distance at which the tail begins
 MIN_TAIL_VALUES = 50  # fewer values would show a tail in any distribution
-CHUNK = 1 << 22  # values converted to float64 at a time
+CHUNK = 1 << 20  # values converted to float64 at a time
 
 
 def marginal_summary(values: Tensor, max_fitted: int = MAX_FITTED) -> dict[str, Any]:
@@ -41,8 +41,7 @@ def marginal_summary(values: Tensor, max_fitted: int = MAX_FITTED) -> dict[str, 
     distinct distances in the largest quarter. Ties (bfloat16, pruned weights) are kept as they are."""
     values = values.flatten()
     low, high = values.min().item(), values.max().item()
-    mean = _central_moment(values, 0.0, 1)
-    second, third, fourth = (_central_moment(values, mean, power) if low < high else 0.0 for power in (2, 3, 4))
+    mean, second, third, fourth = _moments(values) if low < high else (_mean(values), 0.0, 0.0, 0.0)
     fitted = thin_values(values.float(), max_fitted)
     scores = held_out_log_probs(fitted, list(FAMILIES))
     family = simplest_family(scores) if scores else None
@@ -63,9 +62,20 @@ def marginal_summary(values: Tensor, max_fitted: int = MAX_FITTED) -> dict[str, 
     }
 
 
-def _central_moment(values: Tensor, centre: float, power: int) -> float:
-    """The mean of (values - centre) ** power, in float64."""
-    return sum((v.double() - centre).pow(power).sum().item() for v in values.split(CHUNK)) / len(values)
+def _mean(values: Tensor) -> float:
+    return sum(part.double().sum().item() for part in values.split(CHUNK)) / len(values)
+
+
+def _moments(values: Tensor) -> tuple[float, float, float, float]:
+    """The mean, and the means of (values - mean) to the powers 2, 3 and 4, in float64."""
+    mean, sums = _mean(values), [0.0, 0.0, 0.0]
+    for part in values.split(CHUNK):
+        centred = part.double() - mean
+        squares = centred * centred
+        powers = (squares.sum(), squares @ centred, squares @ squares)
+        sums = [total + power.item() for total, power in zip(sums, powers, strict=True)]
+    second, third, fourth = (total / len(values) for total in sums)
+    return mean, second, third, fourth
 
 
 def _tail_index(values: Tensor) -> tuple[float | None, float | None]:
@@ -75,7 +85,6 @@ def _tail_index(values: Tensor) -> tuple[float | None, float | None]:
     x, counts = np.unique(largest[largest > 0].cpu().numpy(), return_counts=True)
     if len(x) < MIN_TAIL_VALUES:
         return None, None
-    alphas, misfits, starts = fit_every_xmin(np.log(x)[None], counts.astype(np.float64)[None], TAIL_STARTS)
-    tails = counts[::-1].cumsum()[::-1][starts]
-    best = select_best_fit(alphas, np.where(tails >= MIN_TAIL_VALUES, misfits, np.inf))[0]
-    return float(alphas[0, best]) - 1, float(tails[best]) / len(values)
+    logs, weights = np.log(x)[None], counts.astype(np.float64)[None]
+    (alpha,), _, (start,) = fit_best_xmin(logs, weights, TAIL_STARTS, min_tail=MIN_TAIL_VALUES)
+    return float(alpha) - 1, float(counts[start:].sum()) / len(values)

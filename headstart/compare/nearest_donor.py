@@ -12,6 +12,7 @@ import torch
 from zoo.donors.donor import Donor
 from zoo.donors.model_checkpoint import ModelCheckpoint
 from zoo.donors.zoo import Zoo
+from zoo.linear_algebra import frobenius_norm
 
 OTHER_COORDINATES = "not measured: the weights are in canonical form, so distances to stored weights mean nothing"
 MEASURED_PARAMETERS = 50_000_000  # largest target whose distances to the donors are measured
@@ -44,6 +45,6 @@ def _relative_distances(generated: ModelCheckpoint, donors: Sequence[Donor]) -> 
         similar = [(d, other.name) for d in donors for other in d.blueprint.specs if (other.role, other.shape) == key]
         if similar:
             weight = generated.read(spec.name, torch.float32)
-            nearest = min(float((weight - d.read(name, torch.float32)).norm()) for d, name in similar)
-            distances.append(nearest / max(float(weight.norm()), 1e-12))
+            nearest = min(frobenius_norm(weight - d.read(name, torch.float32)) for d, name in similar)
+            distances.append(nearest / max(frobenius_norm(weight), 1e-12))
     return distances

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.donors.donor import Donor
+from zoo.linear_algebra import frobenius_norm
 from zoo.lora.adapters import change_norm
 from zoo.targets.blueprint import Adapter
 
@@ -35,7 +36,7 @@ class FirstStepChange:
                 if pair.a in self.waiting and pair.b in self.waiting:
                     change: float | None = change_norm(pair, self.waiting.pop(pair.a), self.waiting.pop(pair.b))
                     if change:
-                        norm = float(base.read(pair.weight, torch.float32).norm()) if base is not None else 0.0
+                        norm = frobenius_norm(base.read(pair.weight, torch.float32)) if base is not None else 0.0
                         change = change / norm if norm else None
                     if self.largest is not None and (change is None or change > self.largest):
                         self.largest, self.module = change, pair.module

@@ -13,6 +13,7 @@ from zoo.linear_algebra import (
     closest_rotation,
     descending_order,
     fix_signs,
+    frobenius_norm,
     near_equal_groups,
     skew_signs,
     symmetric_eigenvectors,
@@ -120,3 +121,11 @@ def test_a_gram_matrix_is_added_to_the_upper_triangle() -> None:
         expected = total + rows.mT @ rows
         add_gram(total, rows)
         torch.testing.assert_close(total.triu(), expected.triu())
+
+
+def test_the_norm_of_many_values_is_exact_and_that_of_few_is_torchs() -> None:
+    many = torch.full((1 << 25,), 0.1)  # torch's own norm in float32 is 0.2 % too small
+    assert frobenius_norm(many.view(4, -1)) == pytest.approx(float(many[0]) * 2**12.5, rel=1e-6)
+    assert abs(float(many.norm()) / (float(many[0]) * 2**12.5) - 1) > 1e-4
+    few = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    assert frobenius_norm(few) == float(few.norm())

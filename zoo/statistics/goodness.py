@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from zoo.statistics.power_law import MIN_DISTINCT_VALUES, fit_every_xmin, fit_power_law, select_best_fit
+from zoo.statistics.power_law import MIN_DISTINCT_VALUES, are_farther, fit_best_xmin, fit_power_law
 from zoo.statistics.tails import ALTERNATIVES, NESTING, power_law
 
 Array = NDArray[np.float64]
@@ -21,7 +21,8 @@ Array = NDArray[np.float64]
 XMIN_CANDIDATES = 60  # values of xmin to try, in the replicates and in the fit they are compared with
 REJECTION_LEVEL = 0.1  # a power law is rejected if p is at most this, as published
 ALTERNATIVE_LEVEL = 0.05  # or if another law fits better, with a p below this after Holm's correction
-VALUES_PER_CHUNK = 1 << 15  # values of replicates in memory
+VALUES_PER_CHUNK = 1 << 15  # values of replicates that are drawn together, on which the results depend
+VALUES_PER_FIT = 1 << 17  # values of replicates that are fitted together
 MIN_TAIL = 50  # Our choice: fewer values above xmin can hardly reject anything.
 MIN_TAIL_SHARE = 0.25  # Our choice: a smaller share of the values does not describe the sample.
 
@@ -187,13 +188,16 @@ def _bootstrap_p_value(sample: DistanceSample, size: int, bootstraps: int, rng: 
     replicate."""
     logs, n = np.log(sample.values)[None], len(sample.values)
     (alpha,), (distance,), (start,) = _fit_samples(logs, np.ones((1, n)), two_sided=True)
-    farther = []
+    replicates = []
     for b in _chunk_sizes(bootstraps, size):
         drawn = logs[0, start] + rng.exponential(1 / (alpha - 1), (b, size))
         if start:
             below = logs[0, rng.integers(0, start, (b, size))]
             drawn = np.where(rng.random((b, size)) < 1 - start / n, drawn, below)
-        farther.append(_fit_samples(np.sort(drawn), np.ones((b, size)), two_sided=True)[1] >= distance)
+        replicates.append(np.sort(drawn))
+    drawn = np.concatenate(replicates)
+    parts = np.split(drawn, range(_most_fitted(size), bootstraps, _most_fitted(size)))
+    farther = [are_farther(part, np.ones_like(part), XMIN_CANDIDATES, float(distance)) for part in parts]
     return float(np.concatenate(farther).mean())
 
 
@@ -209,28 +213,35 @@ def _alpha_interval(sample: DistanceSample, bootstraps: int, rng: np.random.Gene
     indicators = _indicators(n)
     over_pairs, over_layers = float((indicators**2).sum()), variance_over_layers(indicators, sample.pairs)
     variance = (over_layers - over_pairs) / float((_sums_by_layer(indicators, index, len(names))[0] ** 2).sum())
-    alphas = []
+    replicates = []
     for b in _chunk_sizes(bootstraps, n):
         shape = (b, len(names))
         u = rng.gamma(1 / variance, variance, shape) if variance > 1e-6 else np.ones(shape)
         weights = u[:, first] * np.where(first == second, 1.0, u[:, second]) * rng.exponential(size=(b, n))
-        alphas.append(_fit_samples(logs, np.maximum(weights, 1e-9))[0])
-    low, high = np.quantile(np.concatenate(alphas), [0.025, 0.975])
+        replicates.append(np.maximum(weights, 1e-9))
+    low, high = np.quantile(_fit_samples(logs, np.concatenate(replicates))[0], [0.025, 0.975])
     return float(low), float(high)
 
 
 def _chunk_sizes(bootstraps: int, size: int) -> list[int]:
-    """Numbers of replicates that are computed together, in sum `bootstraps`."""
+    """Numbers of replicates that are drawn together, in sum `bootstraps`."""
     most = max(1, VALUES_PER_CHUNK // size)
     return [most] * (bootstraps // most) + [bootstraps % most] * (bootstraps % most > 0)
 
 
 def _fit_samples(logs: Array, weights: Array, two_sided: bool = False) -> tuple[Array, Array, NDArray[np.int64]]:
     """Fits weighted samples: (alpha [b], distance [b], index of xmin [b]). logs [b, n] or [1, n], ascending."""
-    alphas, distances, starts = fit_every_xmin(logs, weights, XMIN_CANDIDATES, two_sided)
-    best = select_best_fit(alphas, distances)
-    rows = np.arange(len(best))
-    return alphas[rows, best], distances[rows, best], starts[best]
+    most, fits = _most_fitted(weights.shape[1]), []
+    for start in range(0, len(weights), most):
+        rows = slice(start, start + most)
+        fits.append(fit_best_xmin(logs if len(logs) == 1 else logs[rows], weights[rows], XMIN_CANDIDATES, two_sided))
+    alphas, distances, starts = (np.concatenate(found) for found in zip(*fits, strict=True))
+    return alphas, distances, starts
+
+
+def _most_fitted(size: int) -> int:
+    """How many samples of that size are fitted together."""
+    return max(1, VALUES_PER_FIT // size)
 
 
 def _significant_after_holm(p: dict[str, float]) -> dict[str, float]:

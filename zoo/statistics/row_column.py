@@ -7,10 +7,12 @@ are written strongly are read strongly. Entries in random places, as in an initi
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +25,9 @@ EnergyTable = dict[tuple[str, int | None, int | None], tuple[Tensor, Tensor]]  #
 
 READER_ROLES = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 WRITER_ROLES = ("attn.o", "mlp.down")
+SCALE_FLOOR = 1e-12  # of the norm of a centred row: constant rows correlate with none
 ENERGY_FLOOR = 1e-12  # times the mean energy, so that rows of zeros have a logarithm
+MAX_SHUFFLED = 1 << 14  # Our choice: entries of a matrix that are shuffled; 262,144 take seconds for each matrix
 ENTRIES_PER_BATCH = 1 << 20  # entries that are shuffled at once
 VALUES_PER_CHUNK = 1 << 22  # values that are converted to float64 at a time
 
@@ -52,7 +56,7 @@ def row_column_study(
                row_correlation, …}: the standard deviation of the log-energy (sum of squares) of rows and columns, and
                the mean |correlation| of two rows. `_null` is the mean of the same number over shuffles of all entries,
                `_p` its p-value. The numbers depend on the size of the matrix, so compare them with their null. At most
-               `most` random rows and columns count. Kernels of convolutions are [out, in * size]
+               `most` random rows and columns count, and MAX_SHUFFLED entries. Kernels are [out, in * size]
     couplings  {layer, expert, space, a, b, correlation, p} and, of an encoder-decoder, {stack}: the correlation, over
                all units of a space, between the norm of what writes a unit and the norm of what reads it; p over
                permutations of the units, two-sided
@@ -84,7 +88,7 @@ def measure_matrix(
     (sums of squares) of its rows [m] and columns [n], float64."""
     rows, columns = energies_of_sides(matrix)
     name = f"row-column/{spec.name}/{part.role}"
-    chosen = random_submatrix(matrix, settings.most, stream(settings.seed, f"{name}/cut"))
+    chosen = random_submatrix(matrix, _shuffled_shape(matrix, settings.most), stream(settings.seed, f"{name}/cut"))
     chosen = chosen.to(settings.device, torch.float32)
     if min(chosen.shape) < 2 or chosen.min() == chosen.max():
         return None, rows, columns
@@ -159,32 +163,52 @@ def iterate_matrices(
             progress(1)
 
 
-def random_submatrix(matrix: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """At most `most` random rows and columns of a matrix, in their order."""
-    for dim, index in enumerate(random_indices(matrix.shape, most, generator)):
+def random_indices(
+    shape: tuple[int, int], most: int | tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor | None, Tensor | None]:
+    """The numbers of random rows and columns of a matrix, ascending. most: how many of both, or of each, at most. None
+    where all are taken."""
+    sizes = (most, most) if isinstance(most, int) else most
+    rows, columns = (
+        torch.randperm(size, generator=generator)[:limit].sort().values if size > limit else None
+        for size, limit in zip(shape, sizes, strict=True)
+    )
+    return rows, columns
+
+
+def random_submatrix(matrix: Tensor, most: int | tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Random rows and columns of a matrix, in their order. most: how many of both, or of each, at most."""
+    for dim, index in enumerate(random_indices((matrix.shape[0], matrix.shape[1]), most, generator)):
         if index is not None:
             matrix = matrix.index_select(dim, index.to(matrix.device))
     return matrix
 
 
-def random_indices(shape: Sequence[int], most: int, generator: torch.Generator) -> list[Tensor | None]:
-    """The numbers of the rows, and of the columns, of `random_submatrix`, for a matrix of this shape. None: all."""
-    return [
-        torch.randperm(size, generator=generator)[:most].sort().values if size > most else None for size in shape
-    ]
+def _shuffled_shape(matrix: Tensor, most: int) -> tuple[int, int]:
+    """How many rows and columns are shuffled: at most `most` of each, and MAX_SHUFFLED entries."""
+    rows, columns = (min(size, most) for size in matrix.shape)
+    if rows * columns <= MAX_SHUFFLED:
+        return rows, columns
+    side = math.isqrt(MAX_SHUFFLED)
+    if min(rows, columns) >= side:
+        return side, side
+    return (rows, MAX_SHUFFLED // rows) if rows < columns else (MAX_SHUFFLED // columns, columns)
 
 
 def row_column_statistics(matrices: Tensor) -> Tensor:
     """[n, rows, columns] -> [n, 3]: spread of log row energy, of log column energy, mean |correlation| of rows."""
+    m = matrices.shape[1]
+    squares = matrices.square()
+    energies = squares.sum(2), squares.sum(1)
     spreads = []
-    for dim in (2, 1):
-        energy = matrices.square().sum(dim)
+    for energy in energies:
         floor = ENERGY_FLOOR * energy.mean(1, keepdim=True)
         spreads.append(torch.maximum(energy, floor).log().std(1))
-    rows = torch.nn.functional.normalize(matrices - matrices.mean(2, keepdim=True), dim=2)
-    correlation = rows @ rows.mT
-    m = matrices.shape[1]
-    off = correlation.abs().sum((1, 2)) - correlation.diagonal(dim1=1, dim2=2).abs().sum(1)
+    rows = matrices - matrices.mean(2, keepdim=True)
+    covariance = rows @ rows.mT
+    scale = covariance.diagonal(dim1=1, dim2=2).sqrt().clamp_min(SCALE_FLOOR).reciprocal()
+    covariance.diagonal(dim1=1, dim2=2).zero_()
+    off = ((covariance.abs_() @ scale[:, :, None]).squeeze(2) * scale).sum(1)
     return torch.stack([*spreads, off / (m * (m - 1))], dim=1)
 
 
@@ -200,7 +224,7 @@ def permutation_test(matrix: Tensor, permutations: int, generator: torch.Generat
     line = matrix.flatten()[order.to(matrix.device)]
     size = max(1, ENTRIES_PER_BATCH // matrix.numel())
     null = torch.cat([
-        row_column_statistics(torch.stack([line.roll(t)[place].view_as(matrix) for t in rotations[i : i + size]]))
+        row_column_statistics(_rotated(line, place, rotations[i : i + size]).view(-1, *matrix.shape))
         for i in range(0, permutations, size)
     ])  # fmt: skip
     p = (1 + (null >= observed).sum(0)) / (1 + permutations)
@@ -208,6 +232,17 @@ def permutation_test(matrix: Tensor, permutations: int, generator: torch.Generat
     found: dict[str, float] = {}
     for i, name in enumerate(("row_spread", "column_spread", "row_correlation")):
         found |= {name: observed[i].item(), f"{name}_null": means[i].item(), f"{name}_p": p[i].item()}
+    return found
+
+
+def _rotated(line: Tensor, place: Tensor, rotations: Sequence[int]) -> Tensor:
+    """[n] -> [rotations, n]: the line rotated by each number, at the places given."""
+    twice, n = torch.cat([line, line]), len(line)
+    if line.device.type != "cpu":
+        return torch.stack([twice[n - t : 2 * n - t][place] for t in rotations])
+    found = torch.empty(len(rotations), n, dtype=line.dtype)
+    for row, t in zip(found.numpy(), rotations, strict=True):  # numpy gathers twice as fast
+        np.take(twice.numpy()[n - t : 2 * n - t], place.numpy(), out=row, mode="clip")
     return found
 
 

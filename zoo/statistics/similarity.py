@@ -191,9 +191,8 @@ def _gaussian_spectrum(rows: int, columns: int, rank: int, seed: int, name: str)
     beside = np.sqrt(rng.chisquare(short - 1 - np.arange(short - 1)))
     squares = diagonal**2
     squares[1:] += beside**2
-    first = short - min(rank, short)
-    values = eigvalsh_tridiagonal(squares, diagonal[:-1] * beside, select="i", select_range=(first, short - 1))
-    return torch.from_numpy(np.sqrt(np.maximum(values, 0))[::-1].copy())
+    values = eigvalsh_tridiagonal(squares, diagonal[:-1] * beside, lapack_driver="sterf")  # all, ascending
+    return torch.from_numpy(np.sqrt(np.maximum(values, 0))[::-1][:rank].copy())
 
 
 def _spiked_spectrum(rows: int, columns: int, rank: int, seed: int, name: str) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.linear_algebra import add_gram
 from zoo.statistics.power_law import MIN_DISTINCT_VALUES, fit_power_law
 from zoo.streams import stream
 
-ROWS_PER_CHUNK = 1 << 14  # rows that are converted to float64 at a time
+VALUES_PER_CHUNK = 1 << 23  # values that are converted to float64 at a time
 DENSE_RATIO = 16  # matrices with a side below this times the rank are decomposed completely, which is as fast
 KRYLOV_BLOCK_SIZES = (16, 32)  # the Krylov basis grows by an eighth of the rank, within these bounds
 CONVERGENCE_TOLERANCE = 3e-4  # relative change over half a rank of basis vectors; the error is at most twice that
@@ -25,10 +26,10 @@ def singular_values(matrix: Tensor) -> Tensor:
     Any float dtype. They are square roots of the eigenvalues of the smaller Gram matrix in float64, so values below
     1e-8 of the largest are rounding errors."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=matrix.device)
-    for rows in tall.split(ROWS_PER_CHUNK):
-        wide = rows.double()
-        gram += wide.mT @ wide
+    side = tall.shape[1]
+    gram = torch.zeros(side, side, dtype=torch.float64, device=matrix.device)
+    for rows in tall.split(max(1, VALUES_PER_CHUNK // side)):
+        add_gram(gram, rows.double())
     return _singular_values_of_gram(gram)
 
 
@@ -134,5 +135,5 @@ def spectrum_summary(matrix: Tensor, values: Tensor | None = None) -> dict[str, 
 
 
 def _singular_values_of_gram(gram: Tensor) -> Tensor:
-    """Square roots of the eigenvalues of a Gram matrix, descending."""
-    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+    """Square roots of the eigenvalues of a Gram matrix, descending. Only its upper triangle is read."""
+    return torch.linalg.eigvalsh(gram, UPLO="U").flip(0).clamp(min=0).sqrt()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from zoo.errors import UserError
-from zoo.statistics.power_law import fit_power_law
+from zoo.statistics.power_law import ALPHA_BOUNDS, are_farther, fit_best_xmin, fit_power_law
 
 
 def reference(values):
@@ -88,3 +88,35 @@ def test_refuses_what_says_nothing():
         fit_power_law([0.0, -1.0, *range(1, 10), 9, 9, 9])
     with pytest.raises(UserError, match="NaN"):
         fit_power_law([*range(1, 20), float("nan")])
+
+
+def every_distance(logs, weights, two_sided):
+    """alpha and Kolmogorov-Smirnov distance [n - 2] of one sample above each of its values, from their definition."""
+    alphas, distances = [], []
+    for start in range(len(logs) - 2):
+        x, w = logs[start:] - logs[start], weights[start:]
+        alphas.append(1 + w.sum() / (w * x).sum())
+        below = (w.cumsum() - w) / w.sum()
+        law = 1 - np.exp(-(alphas[-1] - 1) * x)
+        gaps = [np.abs(law - below), np.abs(law - below - w / w.sum())]
+        distances.append(max(gap.max() for gap in gaps[: 1 + two_sided]))
+    return np.array(alphas), np.array(distances)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_the_candidates_that_are_left_out_are_not_the_best(two_sided):
+    """Many samples at once: shared or own values, equal weights or not, laws outside the bounds of alpha."""
+    rng = np.random.default_rng(3)
+    for n, scale in ((12, 1.0), (150, 1.0), (150, 30.0), (90, 1e-3)):
+        own = np.sort(rng.exponential(scale, (8, n)), axis=1)
+        for logs, weights in ((own, np.ones((8, n))), (own[:1], rng.exponential(size=(8, n)))):
+            alphas, distances, starts = fit_best_xmin(logs, weights, two_sided=two_sided)
+            for i in range(8):
+                a, d = every_distance(logs[i % len(logs)], weights[i], two_sided)
+                usable = (a > ALPHA_BOUNDS[0]) & (a < ALPHA_BOUNDS[1])
+                best = np.where(usable | ~usable.any(), d, np.inf).argmin()
+                assert starts[i] == best and distances[i] == pytest.approx(d[best], rel=1e-9)
+                assert alphas[i] == pytest.approx(a[best], rel=1e-9)
+            if two_sided:
+                for limit in np.quantile(distances, [0.2, 0.5, 0.8]):
+                    assert (are_farther(logs, weights, None, limit) == (distances >= limit)).all()
