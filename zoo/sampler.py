@@ -25,7 +25,7 @@ from zoo.sandbox import library_errors
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import TensorSpec
 
-SAME_MACHINE = "same bytes on the same machine with the same versions, device and number of threads"
+SAME_MACHINE = "same bytes on the same machine with the same versions, kind of device and number of threads"
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,7 @@ class Sampler(ABC):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # option -> the values that it can have
     on_other_machines: ClassVar[str] = "equal up to rounding errors"  # what the same options and seed give there
 
-    device: str = "cpu"  # where it computes; random numbers are drawn on the CPU, results return there
+    device: str = "cpu"  # where it computes, and with CUDA draws (`zoo.streams.stream`); results return to the CPU
 
     # The names of the tensors that are wanted of `sample`, None for all. One of several processes sets it: `sample` may
     # then leave others out. It changes nothing of the tensors that are wanted.

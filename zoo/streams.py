@@ -13,6 +13,12 @@ def stream_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def stream(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for the stream `name`. Draw on the CPU and move the result: every device gets the same."""
-    return torch.Generator("cpu").manual_seed(stream_seed(seed, name))
+def stream(seed: int, name: str, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator for the stream `name`. Draw on its device: `torch.randn(…, generator=g, device=g.device)`.
+
+    Choices (indices, masks) are drawn on the CPU, so that every device makes the same ones. The entries of tensors are
+    drawn on a CUDA device where a method computes there, and are other numbers than those of the CPU. Apple's mps draws
+    on the CPU, because it lacks float64.
+    """
+    place = torch.device(device)
+    return torch.Generator(place if place.type == "cuda" else "cpu").manual_seed(stream_seed(seed, name))

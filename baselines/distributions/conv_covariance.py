@@ -96,11 +96,11 @@ class ConvCovariance(Sampler):
             root = self._laws.get(f"root/{spec.name}")
             if root is None:
                 continue
-            draws = torch.randn(
-                math.prod(spec.shape[:2]), len(root), generator=stream(seed, f"{self.name}/{spec.name}")
-            )
-            drawn = draws @ root + self._laws.get(f"mean/{spec.name}", torch.zeros(1))
-            yield spec.name, (drawn / self._width(spec)).reshape(spec.shape)
+            generator = stream(seed, f"{self.name}/{spec.name}", self.device)
+            draws = torch.randn(math.prod(spec.shape[:2]), len(root), generator=generator, device=generator.device)
+            mean = self._laws.get(f"mean/{spec.name}", torch.zeros(1))
+            drawn = draws.to(self.device) @ root.to(self.device) + mean.to(self.device)
+            yield spec.name, (drawn / self._width(spec)).reshape(spec.shape).cpu()
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"donors": list(self._donors)}, self._laws

@@ -23,6 +23,7 @@ from baselines.distributions.statistical import (
     collect_members,
     fan_in_factor,
     first_found,
+    on_cpu,
 )
 from baselines.distributions.summary import moments, sort_values, weighted_points
 from zoo.donors.donor import Donor, size_gap
@@ -64,7 +65,8 @@ class Histogram(Statistical):
         table = fit["quantiles"].to(self.device)
         levels, search = _level_search(len(table), self.device)
         gaps, lowest, highest = levels.diff(), levels[0].item(), levels[-1].item()
-        uniform, drawn = torch.rand(shape, generator=generator, dtype=torch.float64), torch.empty(shape)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+        drawn = torch.empty(shape, device=self.device)
         for u, out in zip(uniform.view(-1).split(BLOCK), drawn.view(-1).split(BLOCK), strict=True):
             u = u.to(self.device).clamp_(lowest, highest)
             left = search(u).sub_(1).clamp_(min=0)
@@ -114,10 +116,10 @@ class KDE(Statistical):
 
     def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         points, mean = fit["points"].to(self.device), fit["mean"]
-        cumulative = fit["counts"].to(self.device).double().cumsum(0)
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        cumulative = fit["counts"].double().cumsum(0).to(self.device)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
         search = GuidedSearch(cumulative, cumulative[-1].item(), right=True)
-        drawn = torch.randn(shape, generator=generator)
+        drawn = torch.randn(shape, generator=generator, device=generator.device)
         shrink = math.hypot(1, fit["width"] / (fit["std"] or 1))
         for u, out in zip(uniform.view(-1).split(BLOCK), drawn.view(-1).split(BLOCK), strict=True):
             chosen = points.index_select(0, search(u.to(self.device)).clamp_(max=len(points) - 1))
@@ -165,11 +167,13 @@ class Permuted(Sampler):
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         self._found(blueprint)
-        yield from make_in_order(wanted_specs(blueprint, self.only), lambda spec: self.tensor(blueprint, spec, seed))
+        yield from make_in_order(
+            wanted_specs(blueprint, self.only), lambda spec: on_cpu(self.tensor(blueprint, spec, seed))
+        )
 
     def tensor(self, blueprint: Blueprint, spec: TensorSpec, seed: int) -> Tensor | None:
-        """The tensor of one spec, None where the donor has no counterpart."""
-        generator = stream(seed, f"{self.name}/{spec.name}")
+        """The tensor of one spec on self.device, None where the donor has no counterpart."""
+        generator = stream(seed, f"{self.name}/{spec.name}", self.device)
         parts = {}
         for part in spec.parts:
             found = self._found(blueprint)
@@ -177,9 +181,13 @@ class Permuted(Sampler):
             if group is None:
                 return None
             donor, own, matrix = min(found[group], key=partial(_distance_to_member, spec, part))
-            values = split_parts(own, donor.read(own.name, torch.float32))[matrix.role].flatten()
+            stored = donor.read(own.name, torch.float32).to(self.device)
+            values = split_parts(own, stored)[matrix.role].flatten()
             size, rounds = math.prod(part.shape), math.ceil(math.prod(part.shape) / len(values))
-            order = torch.cat([torch.randperm(len(values), generator=generator) for _ in range(rounds)])[:size]
+            shuffles = [
+                torch.randperm(len(values), generator=generator, device=generator.device) for _ in range(rounds)
+            ]
+            order = torch.cat(shuffles)[:size].to(self.device)
             scale = fan_in_factor(own, matrix, self.rescale) / fan_in_factor(spec, part, self.rescale)
             shift = donor.blueprint.offset(own) - blueprint.offset(spec)
             parts[part.role] = values[order].view(part.shape) * scale + shift

@@ -29,7 +29,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 @dataclass(frozen=True)
 class Family:
     """fit       values [n] float32, on any device -> parameters
-    sample    parameters, shape, a CPU generator -> independent draws, float32 on the CPU
+    sample    parameters, shape, a generator -> independent draws, float32 on the generator's device
     log_prob  parameters, values -> log density of each, float64, on the values' device
     """
 
@@ -44,7 +44,7 @@ def fit_normal(values: Tensor) -> Params:
 
 
 def sample_normal(law: Params, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator) * law["std"] + law["mean"]
+    return torch.randn(shape, generator=generator, device=generator.device) * law["std"] + law["mean"]
 
 
 def log_prob_normal(law: Params, values: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def fit_laplace(values: Tensor) -> Params:
 
 
 def sample_laplace(law: Params, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    size = torch.empty(shape).exponential_(generator=generator)
+    size = torch.empty(shape, device=generator.device).exponential_(generator=generator)
     return law["loc"] + law["scale"] * size * _random_signs(shape, generator)
 
 
@@ -105,7 +105,9 @@ def fit_student_t(values: Tensor) -> Params:
 
 def sample_student_t(law: Params, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draws by Bailey's polar method (1994), clipped to the donors' range."""
-    uniform, drawn = torch.rand((2, *shape), generator=generator, dtype=torch.float64), torch.empty(shape)
+    place = generator.device
+    uniform = torch.rand((2, *shape), generator=generator, dtype=torch.float64, device=place)
+    drawn = torch.empty(shape, device=place)
     for u, v, out in zip(*(part.view(-1).split(BLOCK) for part in (*uniform, drawn)), strict=True):
         size = (law["nu"] * torch.expm1(-2 / law["nu"] * torch.log1p(-u))).sqrt()
         draws = law["loc"] + law["scale"] * size * torch.cos(2 * math.pi * v)
@@ -158,7 +160,7 @@ def fit_generalized_normal(values: Tensor) -> Params:
 
 def sample_generalized_normal(law: Params, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """The shape-th root of a gamma variate, with a random sign."""
-    alpha = torch.full(shape, 1 / law["shape"], dtype=torch.float64)
+    alpha = torch.full(shape, 1 / law["shape"], dtype=torch.float64, device=generator.device)
     size = torch._standard_gamma(alpha, generator=generator).pow(1 / law["shape"])
     return (law["loc"] + law["scale"] * size * _random_signs(shape, generator)).float()
 
@@ -192,8 +194,11 @@ def fit_mixture(values: Tensor, components: int = 3) -> Params:
 
 def sample_mixture(law: Params, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     weights, means, stds = _mixture_components(law)
-    which = torch.bucketize(torch.rand(shape, generator=generator, dtype=torch.float64), weights.cumsum(0)[:-1])
-    return torch.randn(shape, generator=generator) * stds.float()[which] + means.float()[which]
+    place = generator.device
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=place)
+    which = torch.bucketize(uniform, weights.cumsum(0)[:-1].to(place))
+    draws = torch.randn(shape, generator=generator, device=place)
+    return draws * stds.float().to(place)[which] + means.float().to(place)[which]
 
 
 def log_prob_mixture(law: Params, values: Tensor) -> Tensor:
@@ -278,7 +283,7 @@ def minimize_bounded(loss: Callable[[float], float], low: float, high: float) ->
 
 
 def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return torch.randint(0, 2, shape, generator=generator, device=generator.device) * 2 - 1
 
 
 FAMILIES: dict[str, Family] = {

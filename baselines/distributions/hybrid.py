@@ -94,7 +94,7 @@ class Hybrid(Sampler):
             values, draws = (sampler.tensor(blueprint, spec, seed) for sampler in (self._values, self._law))
             if values is None or draws is None:
                 return None
-            return self._mix(spec, values, draws, stream(seed, f"{self.name}/{spec.name}"))
+            return self._mix(spec, values, draws, stream(seed, f"{self.name}/{spec.name}", self.device)).cpu()
 
         yield from make_in_order(wanted_specs(blueprint, self.only), make)
 
@@ -117,12 +117,14 @@ class Hybrid(Sampler):
         for role, value in split_parts(spec, values).items():
             draw = drawn[role]
             if self.mixing == "entries":
-                part = torch.where(torch.rand(value.shape, generator=generator) < self.mix, draw, value)
+                is_drawn = torch.rand(value.shape, generator=generator, device=generator.device) < self.mix
+                part = torch.where(is_drawn.to(value.device), draw, value)
             else:
                 center = (1 - self.mix) * value.mean() + self.mix * draw.mean()
                 part = math.sqrt(1 - self.mix) * (value - value.mean()) + math.sqrt(self.mix) * (draw - draw.mean())
                 part += center
             if self.noise:
-                part = part + self.noise * part.std(correction=0) * torch.randn(part.shape, generator=generator)
+                noise = torch.randn(part.shape, generator=generator, device=generator.device).to(part.device)
+                part = part + self.noise * part.std(correction=0) * noise
             parts[role] = part
         return join_parts(spec, parts)

@@ -61,7 +61,7 @@ def fit_stable(values: Tensor, clip: float = 1e-4) -> dict[str, float]:
 
 
 def sample_stable(law: dict[str, float], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    u, v = torch.rand((2, *shape), generator=generator, dtype=torch.float64)
+    u, v = torch.rand((2, *shape), generator=generator, dtype=torch.float64, device=generator.device)
     draws = (_clipped_draws(law, u, 1 - v) - law["center"]) / law["spread"] * law["std"] + law["mean"]
     return draws.float()
 

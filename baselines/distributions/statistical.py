@@ -71,7 +71,7 @@ class Statistical(Sampler):
 
     @abstractmethod
     def draw(self, fit: Fit, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Draws independent values of a fit, float32 on the CPU."""
+        """Draws independent values of a fit, float32 on self.device or the generator's."""
 
     @property
     def donors(self) -> tuple[str, ...]:
@@ -117,11 +117,13 @@ class Statistical(Sampler):
             self._fits["/".join(group)] = mean if is_norm else self.fit_values(pooled.to(self.device))
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        yield from make_in_order(wanted_specs(blueprint, self.only), lambda spec: self.tensor(blueprint, spec, seed))
+        yield from make_in_order(
+            wanted_specs(blueprint, self.only), lambda spec: on_cpu(self.tensor(blueprint, spec, seed))
+        )
 
     def tensor(self, blueprint: Blueprint, spec: TensorSpec, seed: int) -> Tensor | None:
-        """The tensor of one spec, None where no donor has a counterpart."""
-        generator = stream(seed, f"{self.name}/{spec.name}")
+        """The tensor of one spec on self.device, None where no donor has a counterpart."""
+        generator = stream(seed, f"{self.name}/{spec.name}", self.device)
         parts = {}
         for part in spec.parts:
             keys = ["/".join(group) for group in candidate_groups(blueprint, spec, part, self.granularity)]
@@ -129,9 +131,10 @@ class Statistical(Sampler):
             if key is None:
                 return None
             if key.startswith("norm/"):
-                parts[part.role] = torch.full(part.shape, self._fits[key]["mean"] - blueprint.offset(spec))
+                level = self._fits[key]["mean"] - blueprint.offset(spec)
+                parts[part.role] = torch.full(part.shape, level, device=self.device)
             else:
-                flat = torch.empty(math.prod(part.shape))
+                flat = torch.empty(math.prod(part.shape), device=self.device)
                 for piece in flat.split(DRAW_CHUNK):
                     piece.copy_(self.draw(self._fits[key], tuple(piece.shape), generator))
                 parts[part.role] = flat.view(part.shape) / fan_in_factor(spec, part, self.rescale)
@@ -152,9 +155,13 @@ class Statistical(Sampler):
             self._fits[group][key] = tensor
         for group, fit in self._fits.items():  # a damaged fit fails here, where `load` says so
             is_norm = group.startswith("norm/")
-            value = torch.tensor(fit["mean"]) if is_norm else self.draw(fit, (1,), torch.Generator().manual_seed(0))
+            value = torch.tensor(fit["mean"]) if is_norm else self.draw(fit, (1,), stream(0, "check", self.device))
             if value.numel() != 1 or not value.isfinite().all():
                 raise ValueError(f"the fit of {group} draws no number")
+
+
+def on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
 
 
 def choose_donors(zoo: Zoo | None, blueprint: Blueprint, name: str | None, method: str) -> tuple[Donor, ...]:

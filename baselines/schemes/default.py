@@ -29,8 +29,9 @@ class Default(Sampler):
     """transformers' `_init_weights` for a language model, torch's `reset_parameters` for a plain module.
 
     Parameters of a plain module that only its constructor sets are left out. Each block (a decoder layer, an embedding,
-    a final norm, a head) is built alone on the CPU in float32 and initialised under the stream (seed, block). The
-    distribution is that of `AutoModelForCausalLM.from_config`, and the bytes do not depend on the order of blocks.
+    a final norm, a head) is built alone in float32 and initialised under the stream (seed, block), on the CPU or a CUDA
+    device. The distribution is that of `AutoModelForCausalLM.from_config`, and the bytes do not depend on the order of
+    blocks.
     """
 
     name: ClassVar[str] = "default"
@@ -56,7 +57,8 @@ class Default(Sampler):
             on_disk = disk_names(model, prefix, block)
             if remaining.isdisjoint(on_disk):
                 continue
-            for name, tensor in disk_state(model, prefix, initialize_block(model, block, owner, prefix, seed)).items():
+            state = initialize_block(model, block, owner, prefix, seed, self.device)
+            for name, tensor in disk_state(model, prefix, state).items():
                 if name in remaining:
                     remaining.discard(name)
                     yield name, tensor * self.multiplier(blueprint[name])
@@ -112,19 +114,25 @@ def _without_children(module: nn.Module) -> nn.Module:
     return twin
 
 
-def initialize_block(model: nn.Module, block: nn.Module, owner: nn.Module, name: str, seed: int) -> dict[str, Tensor]:
-    """The persistent tensors of a block, float32 on the CPU, initialised under the stream (seed, name)."""
+def initialize_block(
+    model: nn.Module, block: nn.Module, owner: nn.Module, name: str, seed: int, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """The persistent tensors of a block, float32 on the CPU, initialised under the stream (seed, name).
+
+    device: where they are drawn, if it is a CUDA device; others draw on the CPU.
+    """
     twin = copy.deepcopy(block)
-    twin = twin.float().to_empty(device="cpu")
+    place = torch.device(device if torch.device(device).type == "cuda" else "cpu")
+    twin = twin.float().to_empty(device=place)
     for seen in (*twin.modules(), *twin.parameters()):  # transformers skips what it has initialised before
         seen.__dict__.pop("_is_hf_initialized", None)
     with torch.no_grad():
         for tensor in twin.state_dict().values():
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
             torch.manual_seed(stream_seed(seed, f"default/{name}"))
             _initialize_module(twin, owner)
-    state = twin.state_dict()
+    state = {key: tensor.cpu() for key, tensor in twin.state_dict().items()}
     bare = [k for k, v in state.items() if v.isnan().any()]
     if bare and not hasattr(model, "save_pretrained"):
         return {k: v for k, v in state.items() if k not in bare}  # a plain module's constructor cannot be run again

@@ -86,8 +86,8 @@ class Mimetic(Sampler):
         for block in find_attention(self, blueprint):
             key = next(s.name for s in block.specs if any(p.role == "attn.k" for p in s.parts))
             value = next(s.name for s in block.specs if any(p.role == "attn.v" for p in s.parts))
-            parts = self.queries_and_keys(block, stream(seed, f"{self.name}/qk/{key}"))
-            parts |= self.values_and_outputs(block, stream(seed, f"{self.name}/vo/{value}"))
+            parts = self.queries_and_keys(block, stream(seed, f"{self.name}/qk/{key}", self.device))
+            parts |= self.values_and_outputs(block, stream(seed, f"{self.name}/vo/{value}", self.device))
             for spec in block.specs:
                 yield spec.name, join_parts(spec, parts).cpu()
 
@@ -100,7 +100,10 @@ class Mimetic(Sampler):
             group = [product @ basis]
             for _ in range(block.heads // block.kv_heads - 1):
                 # Z times orthonormal columns is as Gaussian as Z: no other [width, width] has to be drawn.
-                noise = torch.randn(basis.shape, generator=generator).to(self.device) / block.width**0.5
+                noise = (
+                    torch.randn(basis.shape, generator=generator, device=generator.device).to(self.device)
+                    / block.width**0.5
+                )
                 group.append(self.qk_alpha * noise + self.qk_beta * basis)
             turn = orthonormal_rows(len(scale), block.head_dim, generator).to(self.device)  # [r, head_dim]
             keys.append(basis * scale.sqrt() @ turn)
@@ -119,7 +122,7 @@ class Mimetic(Sampler):
         return {"attn.v": values.mT, "attn.o": outputs.repeat_interleave(share, dim=1).flatten(1)}
 
     def _noisy_identity(self, width: int, alpha: float, beta: float, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(width, width, generator=generator).to(self.device)
+        noise = torch.randn(width, width, generator=generator, device=generator.device).to(self.device)
         return (alpha / width**0.5) * noise + beta * torch.eye(width, device=self.device)
 
 
@@ -145,7 +148,7 @@ def orthonormal_rows(rank: int, size: int, generator: torch.Generator) -> Tensor
     """
     if size == rank:
         return torch.eye(rank)
-    return torch.linalg.qr(torch.randn(size, rank, generator=generator)).Q.mT
+    return torch.linalg.qr(torch.randn(size, rank, generator=generator, device=generator.device)).Q.mT
 
 
 def find_attention(sampler: Mimetic, blueprint: Blueprint) -> list[AttentionBlock]:

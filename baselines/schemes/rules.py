@@ -86,7 +86,7 @@ class Scheme(Sampler):
             if spec.kind == "bias" or spec.role == "norm":
                 return torch.full(spec.shape, 1.0 - blueprint.offset(spec) if spec.kind == "weight" else 0.0)
             owner = owners[spec.name]
-            generator = stream(seed, f"{self.name}/{spec.name}")
+            generator = stream(seed, f"{self.name}/{spec.name}", self.device)
             parts = {}
             for part in spec.parts:
                 width = metadata.width if metadata else math.prod(part.shape[1:])
@@ -98,7 +98,7 @@ class Scheme(Sampler):
                 )
                 parts[part.role] = self.draw(slot, generator)
             filled = {role: tensor for role, tensor in parts.items() if tensor is not None}
-            return join_parts(spec, filled) if len(filled) == len(parts) else None
+            return join_parts(spec, filled).cpu() if len(filled) == len(parts) else None
 
         yield from make_in_order([spec for spec, _ in known], make)
 
@@ -141,7 +141,7 @@ class GPT2(Scheme):
 
     def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor:
         std = self.std / math.sqrt(2 * slot.layers) if slot.role in RESIDUAL_WRITERS else self.std
-        return std * torch.randn(slot.shape, generator=generator)
+        return std * torch.randn(slot.shape, generator=generator, device=generator.device)
 
 
 def torchtitan_std(slot: MatrixSlot, std: float) -> tuple[float, float]:
@@ -192,8 +192,10 @@ class TruncatedNormal(Scheme):
     def draw(self, slot: MatrixSlot, generator: torch.Generator) -> Tensor:
         std, bound = RECIPES[self.recipe](slot, self.std)
         if math.isinf(bound):
-            return std * torch.randn(slot.shape, generator=generator)
-        return nn.init.trunc_normal_(torch.empty(slot.shape), 0.0, std, -bound, bound, generator=generator)
+            return std * torch.randn(slot.shape, generator=generator, device=generator.device)
+        return nn.init.trunc_normal_(
+            torch.empty(slot.shape, device=generator.device), 0.0, std, -bound, bound, generator=generator
+        )
 
 
 @dataclass(kw_only=True)
@@ -258,7 +260,11 @@ class Identity(Scheme):
             if len(slot.shape) > 2
             else _identity_matrix(self.scheme, *slot.shape)
         )
-        return matrix + noise * torch.randn(slot.shape, generator=generator) if noise else matrix
+        if not noise:
+            return matrix
+        return matrix.to(generator.device) + noise * torch.randn(
+            slot.shape, generator=generator, device=generator.device
+        )
 
 
 def _nanochat_matrix(slot: MatrixSlot, generator: torch.Generator) -> Tensor:
@@ -266,9 +272,9 @@ def _nanochat_matrix(slot: MatrixSlot, generator: torch.Generator) -> Tensor:
         return torch.zeros(slot.shape)
     if slot.role in ("embed", "head"):
         std = slot.width**-0.5 if slot.tied else 1.0 if slot.role == "embed" else 0.001
-        return std * torch.randn(slot.shape, generator=generator)
+        return std * torch.randn(slot.shape, generator=generator, device=generator.device)
     bound = math.sqrt(3 / slot.width)
-    return torch.empty(slot.shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(slot.shape, device=generator.device).uniform_(-bound, bound, generator=generator)
 
 
 def _identity_matrix(scheme: str, rows: int, columns: int) -> Tensor:

@@ -112,7 +112,9 @@ class Transfer(Sampler):
         """`gather_tensors` from the fitted donor, or from `donor`, with the method's options."""
         only = self.only if donor is None else None
         donor = self.source if donor is None else donor
-        yield from gather_tensors(donor, blueprint, maps_of, seed, self.name, self.head == "embedding", only)
+        yield from gather_tensors(
+            donor, blueprint, maps_of, seed, self.name, self.head == "embedding", only, self.device
+        )
 
     def warn_about_head(self, blueprint: Blueprint) -> None:
         """Says what the target's head is where the donor has none."""

@@ -43,16 +43,17 @@ def gather_tensors(
     method: str,
     copy_head: bool = False,
     only: Collection[str] | None = None,
+    device: str = "cpu",
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) for every tensor of the target that the donor has, in float32 (float64 where the donor's is).
+    """(name, tensor) for every tensor of the target that the donor has, on the CPU, in float32 or the donor's float64.
 
     A tensor comes from the donor's tensor of the same name, with layer and expert mapped. A tensor with unknown axes is
     copied whole, in the donor's dtype, where it has the donor's shape; otherwise it is left out.
 
     maps_of: the maps for the tensor of a name; the same maps for all names keep the hidden spaces coupled. method: its
     name, for the random streams of what the donor lacks. copy_head: whether a donor without a head gives a copy of its
-    embedding; otherwise the head is left out. only: the names that are wanted. Each thread (`zoo.parallel`) has one
-    tensor of the donor in memory at a time, in the dtype on disk.
+    embedding; otherwise the head is left out. only: the names that are wanted. device: where rows are gathered and
+    drawn. Each thread (`zoo.parallel`) has one tensor of the donor in memory at a time, in the dtype on disk.
     """
     source, (metadata, _) = DonorParts(donor.blueprint, blueprint, copy_head), metadata_pair(donor, blueprint)
     tied_norms = norms_before_head(blueprint) if blueprint.ties else []
@@ -60,7 +61,7 @@ def gather_tensors(
 
     def read_parts(spec: TensorSpec) -> dict[str, Tensor]:
         if getattr(latest, "name", None) != spec.name:
-            latest.name, latest.parts = spec.name, split_parts(spec, _movable(donor.read(spec.name)))
+            latest.name, latest.parts = spec.name, split_parts(spec, _movable(donor.read(spec.name)).to(device))
         return latest.parts
 
     def make(spec: TensorSpec) -> Tensor | None:
@@ -75,16 +76,16 @@ def gather_tensors(
         if spec.role == "head" and matches == [None]:
             return None
         parts = {}
-        generator = stream(seed, f"{method}/free/{spec.name}")
+        generator = stream(seed, f"{method}/free/{spec.name}", device)
         for part, match in zip(spec.parts, matches, strict=True):
             assert match is not None, spec.name  # `donor_choice.mismatches` refuses such a donor
             donor_spec, donor_part = match
             matrix = read_parts(donor_spec)[donor_part.role]
             part_maps = _with_positions(maps, donor_part, part)
-            matrix = _append_new_rows(matrix, part, part_maps, stream(seed, f"{method}/{spec.name}"))
+            matrix = _append_new_rows(matrix, part, part_maps, stream(seed, f"{method}/{spec.name}", device))
             mapped = map_part(matrix, part, part_maps, spec.layer, spec.expert is not None, spec.kind, generator)
             parts[part.role] = mapped
-        tensor = join_parts(spec, parts)
+        tensor = join_parts(spec, parts).cpu()
         if spec.name in tied_norms:
             return _scale_final_norm(tensor, spec, blueprint, maps)
         kept = {matrix.untyped_storage().data_ptr() for matrix in latest.parts.values()}
@@ -132,7 +133,7 @@ def _append_new_rows(matrix: Tensor, part: Part, maps: IndexMaps, generator: tor
     if n_new <= 0:
         return matrix
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    draws = torch.randn(n_new, *matrix.shape[1:], generator=generator)
+    draws = torch.randn(n_new, *matrix.shape[1:], generator=generator, device=generator.device).to(matrix.device)
     rows = matrix.mean(0) + matrix.std(0, correction=0) * draws
     if part.axes[0] == "vocab" and maps.tokens is not None:
         rows = maps.tokens.fill_composed(rows, matrix, index[maps.tokens.composed] - len(matrix))

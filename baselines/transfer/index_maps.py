@@ -98,7 +98,7 @@ def map_part(
         elif use in ("write", "shift"):
             matrix = _multiply(matrix, axis.write_scale, dim)
             if use == "shift" and axis.free is not None:
-                matrix = matrix.masked_fill(axis.free, 0.0)
+                matrix = matrix.masked_fill(axis.free.to(matrix.device), 0.0)
         elif use == "gain" and part.axes[dim] != "residual":  # the gain undoes a scale that was written for the norm
             matrix = matrix / _broadcast_along(axis.write_scale, matrix, dim)
     scale = maps.embed_scale if part.role == "embed" and part.axes[0] == "vocab" else 1.0
@@ -108,8 +108,8 @@ def map_part(
 def _select(matrix: Tensor, dim: int, index: Tensor) -> Tensor:
     """`matrix.index_select(dim, index)`; the matrix itself where the index keeps everything in its place."""
     size = matrix.shape[dim]
-    keeps = len(index) == size and bool((index == torch.arange(size)).all())
-    return matrix if keeps else matrix.index_select(dim, index)
+    keeps = len(index) == size and bool((index == torch.arange(size, device=index.device)).all())
+    return matrix if keeps else matrix.index_select(dim, index.to(matrix.device))
 
 
 def _multiply(matrix: Tensor, scale: Tensor | float, dim: int) -> Tensor:
@@ -130,14 +130,16 @@ def _use_of_axis(part: Part, dim: int, kind: str) -> str:
 
 def _broadcast_along(values: Tensor | float, matrix: Tensor, dim: int) -> Tensor:
     """[n] or a number, shaped to multiply `matrix` along `dim`: a mask as bool, anything else in the matrix's dtype."""
-    mask = isinstance(values, Tensor) and values.dtype == torch.bool
-    values = torch.as_tensor(values, dtype=torch.bool if mask else matrix.dtype)
-    return values if values.ndim == 0 else values.view(-1, *[1] * (matrix.ndim - 1 - dim))
+    if not isinstance(values, Tensor) or values.ndim == 0:
+        return torch.as_tensor(values, dtype=matrix.dtype)
+    values = values.to(matrix.device, torch.bool if values.dtype == torch.bool else matrix.dtype)
+    return values.view(-1, *[1] * (matrix.ndim - 1 - dim))
 
 
 def _draw_free_columns(matrix: Tensor, free: Tensor, generator: torch.Generator | None) -> Tensor:
     """The matrix with its free columns drawn from a normal with the standard deviation of the others."""
-    draws = torch.randn(len(matrix), int(free.sum()), generator=generator).to(matrix.dtype)
-    matrix = matrix.clone()
+    place = matrix.device if generator is None else generator.device
+    draws = torch.randn(len(matrix), int(free.sum()), generator=generator, device=place).to(matrix)
+    free, matrix = free.to(matrix.device), matrix.clone()
     matrix[:, free] = matrix[:, ~free].std() * draws
     return matrix

@@ -168,6 +168,7 @@ def _write_description(job: GenerateJob, zoo: Zoo | None, folder: Path, defaulte
         "command": command,
         "versions": package_versions(),
         "reproducible": sampler.reproducibility(),
+        "device": sampler.device,
         "donors": sampler.provenance(zoo),
         "tensors": counts,
         "parameters": blueprint.parameters,

@@ -76,7 +76,7 @@ def sample_with_defaults(
             yield name, tensor
     if defaulted is not None:
         defaulted += left
-    yield from Default().fill(blueprint, left, seed)
+    yield from Default(device=sampler.device).fill(blueprint, left, seed)
 
 
 def log_defaulted(blueprint: Blueprint, names: Collection[str]) -> None:

@@ -86,7 +86,7 @@ def test_the_folder_says_what_made_it(tmp_path: Path) -> None:
     assert used["license"] == "mit" and re.fullmatch("[0-9a-f]{64}", used["sha256"])
     assert {"headstart", "torch", "transformers"} <= set(record["versions"])
     assert record["reproducible"] == (
-        "same bytes on the same machine with the same versions, device and number of threads; "
+        "same bytes on the same machine with the same versions, kind of device and number of threads; "
         "on other machines equal up to rounding errors"
     )
     assert record["command"].startswith("headstart generate --target ")
