@@ -111,7 +111,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-zoo_app = typer.Typer(help="Add, train, list and verify the donors of a zoo.", no_args_is_help=True)
+zoo_app = typer.Typer(help="Add, merge, train, list and verify the donors of a zoo.", no_args_is_help=True)
 train_app = typer.Typer(help="Train the autoencoder or the diffusion on a zoo.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(train_app, name="train")
@@ -200,6 +200,20 @@ def zoo_add(
 ) -> None:
     """Add checkpoints to a zoo. Adding twice changes nothing, and an interrupted add continues."""
     run_command(ctx, "zoo add")
+
+
+@zoo_app.command("merge", epilog="Example: headstart zoo merge zoo-a zoo-b --zoo zoo")
+def zoo_merge(
+    ctx: typer.Context,
+    sources: Annotated[list[str], typer.Argument(metavar="ZOO...", help="Folders of zoos that were filled apart.")],
+    zoo: Annotated[str, typer.Option("--zoo", metavar="DIR", help="The folder of the merged zoo, new or not.")],
+    plan: PlanOption = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Join zoos into one, each content once. Files are hard-linked where the disk allows it, else copied."""
+    run_command(ctx, "zoo merge")
 
 
 @zoo_app.command("train", epilog="Example: headstart zoo train --zoo zoo --preset demo")

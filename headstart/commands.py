@@ -23,6 +23,7 @@ from headstart.config import (
     TrainDiffusionConfig,
     ZooAddConfig,
     ZooListConfig,
+    ZooMergeConfig,
     ZooTrainConfig,
     ZooVerifyConfig,
 )
@@ -79,7 +80,7 @@ def check_early(config: CommandConfig) -> None:
     zoo = getattr(config, "zoo", None)
     if (
         zoo is not None
-        and not isinstance(config, ZooAddConfig | ZooTrainConfig)
+        and not isinstance(config, ZooAddConfig | ZooMergeConfig | ZooTrainConfig)
         and not (Path(zoo) / MANIFEST).is_file()
     ):
         raise UserError(f"{zoo}: is not a zoo (no {MANIFEST}); fill one with `headstart zoo add` or `zoo train`")
@@ -196,6 +197,17 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def _zoo_merge(config: ZooMergeConfig, invocation: Invocation) -> None:
+    from zoo.filling.merge import merge
+
+    rows = merge(config.sources, config.zoo, plan=invocation.plan, quiet=invocation.quiet)
+    print_records(
+        ["name", "state", "files", "source", "revision", "license", "tensors", "read", "write"],
+        rows,
+        invocation.as_json,
+    )
+
+
 def _zoo_train(config: ZooTrainConfig, invocation: Invocation) -> None:
     from zoo.training.embedded_zoo import train_zoo
 
@@ -271,6 +283,7 @@ COMMANDS: dict[str, Callable[[Any, Invocation], None]] = {
     "analyze": _analyze,
     "evaluate": _evaluate,
     "zoo add": _zoo_add,
+    "zoo merge": _zoo_merge,
     "zoo train": _zoo_train,
     "zoo list": _zoo_list,
     "zoo verify": _zoo_verify,

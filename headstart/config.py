@@ -249,6 +249,21 @@ class ZooAddConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZooMergeConfig(CommandConfig):
+    """`headstart zoo merge`: the donors of several zoos become donors of one."""
+
+    subcommand: ClassVar[str] = "zoo merge"
+
+    sources: tuple[str, ...]  # folders of zoos
+    zoo: str | Path
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sources:
+            raise UserError("nothing to merge: give folders of zoos")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZooTrainConfig(CommandConfig):
     """`headstart zoo train`: the embedded zoo, trained on this machine."""
 
@@ -327,8 +342,9 @@ class ZooVerifyConfig(CommandConfig):
 CONFIGS: dict[str, type[CommandConfig]] = {
     cls.subcommand: cls
     for cls in (
-        GenerateConfig, LoraConfig, CompareConfig, AnalyzeConfig, EvaluateConfig, ZooAddConfig, ZooTrainConfig,
-        ZooListConfig, ZooVerifyConfig, TrainAutoencoderConfig, TrainDiffusionConfig, DemoConfig, MethodsConfig,
+        GenerateConfig, LoraConfig, CompareConfig, AnalyzeConfig, EvaluateConfig, ZooAddConfig, ZooMergeConfig,
+        ZooTrainConfig, ZooListConfig, ZooVerifyConfig, TrainAutoencoderConfig, TrainDiffusionConfig, DemoConfig,
+        MethodsConfig,
     )
 }  # fmt: skip
 

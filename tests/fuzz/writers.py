@@ -78,6 +78,20 @@ def zoo_add(inputs: Path, place: Path, again: bool) -> None:
     add([str(inputs / "sources" / "d0"), str(inputs / "sources" / "d1")], place / "zoo", quiet=True)
 
 
+def zoo_merge(inputs: Path, place: Path, again: bool) -> None:
+    from zoo.filling.merge import merge
+
+    merge([inputs / "zoo-of-one", inputs / "zoo"], place / "zoo", quiet=True)
+
+
+def zoo_merge_with_copies(inputs: Path, place: Path, again: bool) -> None:
+    """As onto another disk."""
+    from zoo.filling import merge as module
+
+    with patch.object(module, "_link", return_value=False):
+        module.merge([inputs / "zoo-of-one", inputs / "zoo"], place / "zoo", quiet=True)
+
+
 def zoo_train(inputs: Path, place: Path, again: bool) -> None:
     from zoo.training.embedded_zoo import train_zoo
 
@@ -172,6 +186,8 @@ WRITERS: dict[str, Writer] = {
     "zoo add to a zoo": Writer(
         zoo_add, lambda inputs, place: shutil.copytree(inputs / "zoo-of-one", place / "zoo"), ZOO_LISTS, False
     ),
+    "zoo merge": Writer(zoo_merge, states=ZOO_LISTS, refuses_a_second=False),
+    "zoo merge with copies": Writer(zoo_merge_with_copies, states=ZOO_LISTS, refuses_a_second=False),
     "zoo train": Writer(zoo_train, states=ZOO_LISTS),
     "train autoencoder": Writer(train_autoencoder, states=("out/training.safetensors",)),
     "train diffusion": Writer(train_diffusion, states=("out/training.safetensors",)),

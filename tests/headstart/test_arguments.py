@@ -31,6 +31,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "analyze": {"zoo": "zoo", "donor": "donor", "out": "out"},
     "evaluate": {"model": "donor", "tasks": "q.jsonl", "out": "out", "base": "donor"},
     "zoo add": {"SOURCE": "donor", "zoo": "out", "revision": "main", "shard": "0/1"},
+    "zoo merge": {"SOURCE": "zoo", "zoo": "out"},
     "zoo train": {"zoo": "out", "preset": "demo"},
     "zoo list": {"zoo": "zoo"},
     "zoo verify": {"zoo": "zoo"},
@@ -95,7 +96,13 @@ def test_a_name_that_cannot_be_is_refused(command: str, key: str) -> None:
         if key != "rank":  # a number, which typer refuses
             reasons = ["is empty", "too long", "control character", "not UTF-8"]
             if kind in ("empty", "blank"):
-                reasons += ["--targets: give", "--methods: give", "--tasks: give", "nothing to add: give"]
+                reasons += [
+                    "--targets: give",
+                    "--methods: give",
+                    "--tasks: give",
+                    "nothing to add: give",
+                    "nothing to merge: give",
+                ]
             assert any(reason in line for reason in reasons), (kind, line)
 
 
@@ -105,7 +112,7 @@ def test_an_output_that_cannot_be_is_refused(command: str) -> None:
     key = next(key for key, value in options.items() if value == "out")
     alone = {"generate": ("target", "method", "out"), "compare": ("target", "methods", "corpus", "out"),
              "lora": ("base", "method", "rank", "out"), "evaluate": ("model", "tasks", "out"),
-             "zoo add": ("SOURCE", "zoo")}.get(command)  # fmt: skip
+             "zoo add": ("SOURCE", "zoo"), "zoo merge": ("SOURCE", "zoo")}.get(command)  # fmt: skip
     options = {name: value for name, value in options.items() if alone is None or name in alone}
     for out in ("file/x", "file", "/", "/dev/null/x"):
         if (key == "zoo" and out == "/") or (command == "demo" and out == "/"):

@@ -94,8 +94,8 @@ def test_help_needs_no_heavy_import() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "methods", "zoo add", "zoo train", "zoo list", "zoo verify", "train autoencoder", "train diffusion",
-     "generate", "compare", "analyze", "lora", "evaluate", "run"],
+    ["demo", "methods", "zoo add", "zoo merge", "zoo train", "zoo list", "zoo verify", "train autoencoder",
+     "train diffusion", "generate", "compare", "analyze", "lora", "evaluate", "run"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(command: str) -> None:
     from typer.testing import CliRunner

@@ -180,10 +180,17 @@ def count_tensors(source: Source) -> int:
 
 def _folder_source(path: Path) -> Source:
     checkpoint = Checkpoint.open(path)
-    parts = [safe_name(p) for p in path.resolve().parts[1:]]
-    names = tuple("--".join(parts[-n:]) for n in range(1, len(parts) + 1))
     files = {name: SourceFile((path / name).stat().st_size) for name in checkpoint.files}
-    return Source(str(path.resolve()), names, folder_license(path), files, folder=path)
+    return Source(str(path.resolve()), folder_names(path.resolve()), folder_license(path), files, folder=path)
+
+
+def folder_names(path: Path) -> tuple[str, ...]:
+    """Possible names for the donor from a folder, or from a file without its ending: its name, then more of its path.
+
+    path: absolute.
+    """
+    parts = [safe_name(part) for part in path.parts[1:]]
+    return tuple("--".join(parts[-n:]) for n in range(1, len(parts) + 1))
 
 
 def safe_name(name: str) -> str:
@@ -213,7 +220,7 @@ def _hub_source(repo: str, revision: str | None) -> Source:
     found = {name: try_to_load_from_cache(repo, name, revision=commit) for name in names}
     return Source(
         f"{repo}@{commit}",
-        _donor_names(repo, commit),
+        hub_names(repo, commit),
         hub_license(info),
         {name: sizes[name] for name in names},
         repo=repo,
@@ -231,7 +238,8 @@ def hub_license(info: ModelInfo) -> str:
     return found if found != UNKNOWN else license_text(next(tags, "").removeprefix("license:"))
 
 
-def _donor_names(repo: str, commit: str) -> tuple[str, ...]:
+def hub_names(repo: str, commit: str) -> tuple[str, ...]:
+    """Possible names for the donor from a hub repository at a commit."""
     return safe_name(repo), f"{safe_name(repo)}@{commit[:8]}", f"{safe_name(repo)}@{commit}"
 
 
@@ -293,7 +301,7 @@ def _cached_source(repo: str, revision: str, what: str) -> Source:
     commit = folder.name
     return Source(
         f"{repo}@{commit}",
-        _donor_names(repo, commit),
+        hub_names(repo, commit),
         found.license,
         found.files,
         repo=repo,

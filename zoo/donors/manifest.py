@@ -86,6 +86,12 @@ def donor_rows(
     return pa.Table.from_pylist(rows, schema=SCHEMA if types is None else SCHEMA_WITH_GGUF)
 
 
+def renamed_rows(table: pa.Table, model: str) -> pa.Table:
+    """The rows of one donor under another name, as `donor_rows` makes them."""
+    schema = SCHEMA_WITH_GGUF if GGUF_COLUMN in table.column_names else SCHEMA
+    return pa.Table.from_pylist([row | {"model": model} for row in table.to_pylist()], schema=schema)
+
+
 def write_rows(path: Path, table: pa.Table) -> None:
     """Writes a manifest, or one donor's rows of it, atomically. A file with the same bytes is left alone."""
     data = _to_parquet(table)

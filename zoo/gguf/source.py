@@ -10,7 +10,15 @@ from zoo.checkpoints.files import GGUF, FileHashes, content_hash
 from zoo.checkpoints.hub import HUB_ID, with_retries
 from zoo.checkpoints.hub_answers import is_safe_path
 from zoo.checkpoints.licenses import UNKNOWN
-from zoo.checkpoints.sources import Source, SourceFile, hub_license, model_info, safe_name, source_file
+from zoo.checkpoints.sources import (
+    Source,
+    SourceFile,
+    folder_names,
+    hub_license,
+    hub_names,
+    model_info,
+    source_file,
+)
 from zoo.errors import UserError, unknown
 from zoo.gguf.model import GgufModel, part_files, part_names, stem
 
@@ -56,12 +64,20 @@ def gguf_revision(source: GgufSource, hashes: FileHashes) -> str:
     return f"sha256:{only if len(hashes) == 1 else content_hash(hashes)}"
 
 
+def names_of_address(address: str) -> tuple[str, ...]:
+    """Possible names for the donor from the address in its record: a path, or org/name@commit:FILE."""
+    match = ADDRESS.fullmatch(address)
+    if Path(address).is_absolute() or match is None:
+        return folder_names(Path(address).with_name(stem(Path(address).name)))
+    repo, _, commit = match["id"].partition("@")
+    return hub_names(f"{repo}--{stem(Path(match['file']).name)}", commit)
+
+
 def _local_source(path: Path) -> GgufSource:
     paths = part_files(path)
     model = GgufModel.open(paths)
     folder = path.parent.resolve()  # not the file: in the hub's cache it is a link to a blob without an ending
-    parts = [safe_name(part) for part in (*folder.parts[1:], stem(path.name))]
-    names = tuple("--".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    names = folder_names(folder / stem(path.name))
     files = {part.name: SourceFile(part.stat().st_size) for part in paths}
     return GgufSource(str(folder / paths[0].name), names, model.license, files, folder=folder)
 
@@ -103,8 +119,7 @@ def _of_hub(
     repo: str, commit: str, files: dict[str, SourceFile], licence: str, requested: str, cached: frozenset[str]
 ) -> GgufSource:
     first = next(iter(files))
-    name = f"{safe_name(repo)}--{safe_name(stem(Path(first).name))}"
-    names = name, f"{name}@{commit[:8]}", f"{name}@{commit}"
+    names = hub_names(f"{repo}--{stem(Path(first).name)}", commit)
     address = f"{repo}@{commit}:{first}"
     return GgufSource(address, names, licence, files, None, repo, commit, requested, cached)
 
