@@ -57,11 +57,19 @@ def measure_tensor(task: AnalysisTask, spec: TensorSpec) -> dict[str, Any]:
     A fused tensor is split into its parts. In memory are the tensor in float32 and a part of it in float64.
     """
     try:
-        tensor = task.donor.read(spec.name)
+        found = _measure_parts(task, spec)
     except NotFinite as error:
         return {"not_finite": str(error)}
     except UserError as error:
         return {"error": str(error)}
+    for role, spectrum in found["spectra"].items():  # now that the tensor is not in memory any more
+        spectrum["noise"] = _noise_spectrum(task, spec, role)
+    return found
+
+
+def _measure_parts(task: AnalysisTask, spec: TensorSpec) -> dict[str, Any]:
+    """What `measure_tensor` returns, without noise."""
+    tensor = task.donor.read(spec.name)
     tensor = tensor if tensor.dtype.itemsize >= 4 else tensor.float()
     found: dict[str, Any] = {"marginals": {}, "spectra": {}, "stacks": {}, "std": {}, "row_column": {}}
     for part in spec.parts:
@@ -75,8 +83,6 @@ def measure_tensor(task: AnalysisTask, spec: TensorSpec) -> dict[str, Any]:
             found["std"][role] = power_sums(values)
         if values.ndim > 1:
             found["spectra"][role], found["stacks"][role] = _spectrum(task, spec, role, values.flatten(1))
-    for role in found["spectra"]:
-        found["spectra"][role]["noise"] = _noise_spectrum(task, spec, role)
     return found
 
 

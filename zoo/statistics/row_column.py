@@ -88,7 +88,7 @@ def measure_matrix(
     (sums of squares) of its rows [m] and columns [n], float64."""
     rows, columns = energies_of_sides(matrix)
     name = f"row-column/{spec.name}/{part.role}"
-    chosen = random_submatrix(matrix, _shuffled_shape(matrix, settings.most), stream(settings.seed, f"{name}/cut"))
+    chosen = random_submatrix(matrix, shuffled_shape(matrix, settings.most), stream(settings.seed, f"{name}/cut"))
     chosen = chosen.to(settings.device, torch.float32)
     if min(chosen.shape) < 2 or chosen.min() == chosen.max():
         return None, rows, columns
@@ -184,7 +184,7 @@ def random_submatrix(matrix: Tensor, most: int | tuple[int, int], generator: tor
     return matrix
 
 
-def _shuffled_shape(matrix: Tensor, most: int) -> tuple[int, int]:
+def shuffled_shape(matrix: Tensor, most: int) -> tuple[int, int]:
     """How many rows and columns are shuffled: at most `most` of each, and MAX_SHUFFLED entries."""
     rows, columns = (min(size, most) for size in matrix.shape)
     if rows * columns <= MAX_SHUFFLED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 
+from headstart.analyze import tensors
 from headstart.report.analysis import render_analysis
 from headstart.report.analysis_claims import BEYOND, discoveries, kurtosis_p_value, list_claims, probability_of_count
 from headstart.report.analysis_data import matrices_above_noise, noise_alpha
@@ -30,6 +32,7 @@ from tests.conftest import make_llama
 from tests.headstart.test_cli import headstart
 from tests.support.commands import analyze
 from zoo.add import add
+from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.statistics.grouping import read_grouping
 from zoo.statistics.spectra import spectrum_summary
@@ -200,6 +203,27 @@ def test_lora_reads_its_grouping(trained: tuple[Path, dict[str, Any]], folder: P
     assert grouping.source["sha256"] == results["donors"][0]["sha256"]
     with pytest.raises(UserError, match="one could not be grouped"):
         read_grouping(folder / "out" / "analysis.json", "one")
+
+
+def test_a_tensor_is_read_once_and_gone_before_noise_of_its_size_is_drawn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = Zoo.open(folder / "zoo").donor("one")
+    spec = next(s for s in donor.blueprint.specs if s.role == "embed")
+    read: list[weakref.ref[torch.Tensor]] = []
+    drawn: list[bool] = []
+
+    def counted_read(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        tensor = type(donor).read(donor, name, dtype)
+        read.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setitem(donor.__dict__, "read", counted_read)
+    draw = tensors._noise_spectrum
+    monkeypatch.setattr(tensors, "_noise_spectrum", lambda *a: (drawn.append(read[0]() is None), draw(*a))[1])
+    found = tensors.measure_tensor(tensors.AnalysisTask(donor, (4,), 2, 0, "cpu"), spec)
+    assert len(read) == 1 and drawn == [True]
+    assert found["spectra"]["embed"]["noise"]["rank_max"] == min(spec.shape)
 
 
 def test_an_interrupted_analysis_resumes(folder: Path, untrained: dict[str, Any]) -> None:

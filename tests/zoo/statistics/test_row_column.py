@@ -26,7 +26,14 @@ from zoo.donors.donor import Donor
 from zoo.donors.folder import open_donor
 from zoo.donors.memory import zoo_of
 from zoo.errors import UserError
-from zoo.statistics.row_column import permutation_test, random_submatrix, row_column_statistics, row_column_study
+from zoo.statistics.row_column import (
+    MAX_SHUFFLED,
+    permutation_test,
+    random_submatrix,
+    row_column_statistics,
+    row_column_study,
+    shuffled_shape,
+)
 
 NAMES = ("row_spread", "column_spread", "row_correlation")
 
@@ -216,6 +223,10 @@ def test_large_matrices_are_cut_and_seeds_count() -> None:
     matrix = torch.arange(40.0).view(8, 5)
     small = random_submatrix(matrix, 4, torch.Generator().manual_seed(0))
     assert small.shape == (4, 4) and bool((small.diff(dim=0) > 0).all()) and bool((small.diff(dim=1) > 0).all())
+    shapes = {(64, 256): (64, 256), (600, 700): (128, 128), (100, 600): (100, 163), (8192, 20): (512, 20)}
+    for shape, shuffled in shapes.items():
+        assert shuffled_shape(torch.empty(shape, device="meta"), 512) == shuffled
+        assert shuffled[0] * shuffled[1] <= MAX_SHUFFLED
     found = row_column_study(donor(llama()), permutations=9, most=16)
     assert found == row_column_study(donor(llama()), permutations=9, most=16)
     assert found != row_column_study(donor(llama()), permutations=9, most=16, seed=1)
