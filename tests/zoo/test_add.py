@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import zoo.donors.measures
 import zoo.filling.copy
+import zoo.filling.publish
 from zoo.add import add
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.checkpoints.headers import INDEX
@@ -259,6 +263,97 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_donor(tmp_path: Path, tin
         assert verify(disk) == [] and stray_files(disk) == []
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_copy(
+    tmp_path: Path, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_llama(tmp_path / "donor")
+    size = sum(p.stat().st_size for p in source.iterdir())
+    monkeypatch.setattr(zoo.filling.publish.shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    models = tmp_path / "zoo" / "models"
+    message = f"{models}: {size} bytes are needed and {size - 1} are free; free some space or choose another place"
+    with pytest.raises(UserError) as caught:
+        add([str(source)], tmp_path / "zoo", quiet=True)
+    assert str(caught.value) == message and not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_disk_that_fills_during_the_copy_leaves_nothing(tmp_path: Path, tiny_llama: Make, first: bool) -> None:
+    """Writing ends with an error of the system at 50 kB of the weights, in a zoo with a donor and in a new one."""
+    source, target = tiny_llama(tmp_path / "donor"), tmp_path / "zoo"
+    assert (source / "model.safetensors").stat().st_size > 60_000
+    if not first:
+        add([str(tiny_llama(tmp_path / "other", seed=1))], target, quiet=True)
+    before = tree(tmp_path)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        try:
+            add([str(source)], target, quiet=True)
+        except UserError as error:
+            os._exit(0 if "larger than the system allows" in str(error) and "\n" not in str(error) else 1)
+        os._exit(2)
+
+    assert fork(work) == [0] and tree(tmp_path) == before and target.exists() == (not first)
+
+
+def test_a_process_killed_in_the_middle_of_a_shard_is_continued(tmp_path: Path, tiny_llama: Make) -> None:
+    source = tiny_llama(tmp_path / "a", max_shard_size="40KB")
+    add([str(source)], tmp_path / "whole", quiet=True)
+    shards = sorted(p.name for p in source.glob("*.safetensors"))
+    assert len(shards) > 2
+    measure, target = zoo.filling.copy.measure_file, tmp_path / "zoo"
+
+    def die() -> None:
+        zoo.donors.measures.CHUNK = 4096
+
+        def measured(checkpoint: Checkpoint, path: Path, write: Callable[[memoryview], object]) -> object:
+            written = 0
+
+            def killing(raw: memoryview) -> None:
+                nonlocal written
+                write(raw)
+                written += len(raw)
+                if path.name == shards[1] and written > 20_000:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            return measure(checkpoint, path, killing)
+
+        zoo.filling.copy.measure_file = measured  # type: ignore[assignment]
+        add([str(source)], target, quiet=True)
+
+    assert fork(die) == [-signal.SIGKILL]
+    (staging,) = (p for p in (target / "models").iterdir() if p.is_dir())
+    assert (staging / shards[0]).exists() and not (staging / shards[1]).exists()
+    assert any(p.name.endswith(".partial") and p.stat().st_size > 0 for p in staging.iterdir())
+    inode = (staging / shards[0]).stat().st_ino
+    add([str(source)], target, quiet=True)
+    assert (target / "models" / "a" / shards[0]).stat().st_ino == inode  # kept
+    assert tree(target) == tree(tmp_path / "whole")
+
+
+def test_an_interrupted_add_of_a_source_that_has_changed_starts_again(tmp_path: Path, tiny_llama: Make) -> None:
+    source, target, copy = tiny_llama(tmp_path / "a"), tmp_path / "zoo", zoo.filling.copy.copy_file
+
+    def die() -> None:
+        def copying(path: Path, *args: object) -> object:
+            if path.name == "model.safetensors":
+                os._exit(9)
+            return copy(path, *args)  # type: ignore[arg-type]
+
+        zoo.filling.copy.copy_file = copying  # type: ignore[assignment]
+        (source / "facts.json").write_text("{}")
+        add([str(source)], target, quiet=True)
+
+    assert fork(die) == [9]
+    assert {p.name for p in (target / "models").glob(".a-*/*")} >= {"config.json", "facts.json"}
+    (source / "facts.json").unlink()
+    data = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(data | {"rope_theta": 10001.0}))
+    add([str(source)], target, quiet=True)
+    add([str(source)], tmp_path / "whole", quiet=True)
+    assert tree(target) == tree(tmp_path / "whole")
 
 
 def test_the_real_checkpoints(tmp_path: Path, shared_data: Path) -> None:
