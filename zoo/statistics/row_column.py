@@ -25,7 +25,6 @@ EnergyTable = dict[tuple[str, int | None, int | None], tuple[Tensor, Tensor]]  #
 
 READER_ROLES = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 WRITER_ROLES = ("attn.o", "mlp.down")
-SCALE_FLOOR = 1e-12  # of the norm of a centred row: constant rows correlate with none
 ENERGY_FLOOR = 1e-12  # times the mean energy, so that rows of zeros have a logarithm
 MAX_SHUFFLED = 1 << 14  # Our choice: entries of a matrix that are shuffled; 262,144 take seconds for each matrix
 ENTRIES_PER_BATCH = 1 << 20  # entries that are shuffled at once
@@ -204,11 +203,9 @@ def row_column_statistics(matrices: Tensor) -> Tensor:
     for energy in energies:
         floor = ENERGY_FLOOR * energy.mean(1, keepdim=True)
         spreads.append(torch.maximum(energy, floor).log().std(1))
-    rows = matrices - matrices.mean(2, keepdim=True)
-    covariance = rows @ rows.mT
-    scale = covariance.diagonal(dim1=1, dim2=2).sqrt().clamp_min(SCALE_FLOOR).reciprocal()
-    covariance.diagonal(dim1=1, dim2=2).zero_()
-    off = ((covariance.abs_() @ scale[:, :, None]).squeeze(2) * scale).sum(1)
+    rows = torch.nn.functional.normalize(matrices - matrices.mean(2, keepdim=True), dim=2)
+    correlation = (rows @ rows.mT).abs_()
+    off = correlation.sum((1, 2)) - correlation.diagonal(dim1=1, dim2=2).sum(1)
     return torch.stack([*spreads, off / (m * (m - 1))], dim=1)
 
 

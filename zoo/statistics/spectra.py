@@ -136,4 +136,4 @@ def spectrum_summary(matrix: Tensor, values: Tensor | None = None) -> dict[str, 
 
 def _singular_values_of_gram(gram: Tensor) -> Tensor:
     """Square roots of the eigenvalues of a Gram matrix, descending. Only its upper triangle is read."""
-    return torch.linalg.eigvalsh(gram, UPLO="U").flip(0).clamp(min=0).sqrt()
+    return torch.linalg.eigvalsh(gram.mT).flip(0).clamp(min=0).sqrt()
