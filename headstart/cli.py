@@ -364,6 +364,9 @@ def compare(
     workers: WorkersOption = CompareConfig.workers,
     tuning_seeds: TuningSeedsOption = CompareConfig.tuning_seeds,
     device: DeviceOption = Device.auto,
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="Of the products in training; weights and updates stay float32.")
+    ] = Dtype(CompareConfig.dtype),
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out methods that refuse the target, and report why.")
     ] = CompareConfig.keep_going,

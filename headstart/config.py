@@ -171,9 +171,12 @@ class CompareConfig(CommandConfig):
     workers: int | None = option(None, least=1)  # processes of one thread, else chosen by the target's size
     keep_going: bool = False  # leave out methods that refuse the target, and report why
     device: str = "auto"  # a CUDA GPU if one is available, else the CPU
+    dtype: str = "float32"  # of the products in training: bfloat16 is autocast, with weights in float32
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dtype == "float16":
+            raise UserError("--dtype float16: gradients would need a scale; give float32 or bfloat16")
         if not self.methods:
             raise UserError("--methods: give one or more methods, such as default,row-column")
         for key in ("seeds", "lrs", "default_scales"):

@@ -135,6 +135,7 @@ def _validate(config: CompareConfig) -> Inputs:
         sequence=config.sequence,
         windows=config.windows,
         device=device,
+        dtype=config.dtype,
         threads=1 if is_small or config.workers is not None else os.cpu_count() or 1,
         tokens="",
         runs=str(Path(config.out) / RUNS),
@@ -254,6 +255,7 @@ def _results(config: CompareConfig, inputs: Inputs, plan: ComparePlan, runs: dic
         "sequence": config.sequence,
         "windows": config.windows,
         "device": inputs.settings.device,
+        "dtype": inputs.settings.dtype,
     }
 
 

@@ -72,6 +72,7 @@ class TrialSettings:
     tokens: str  # .npy of the encoded corpus
     runs: str  # the folder of finished runs
     fingerprint: Mapping[str, Any]  # hashes of the content of tokens, zoo and model, for the names of the runs
+    dtype: str = "float32"  # of the products in training
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,17 @@ def run_trial(settings: TrialSettings, trial: Trial, report: ReportProgress) -> 
         origin = _initialize(settings, trial, folder)
         for lr in trial.lrs:
             run: RunResult = {"method": trial.label, "scale": trial.scale, "seed": trial.seed, "lr": lr}
-            run |= _train(settings, run, folder, corpus, report) | {"init": origin}
+            with _products_in(settings):
+                run |= _train(settings, run, folder, corpus, report)
+            run["init"] = origin
             replace_file(run_path(settings, trial, lr), (json.dumps(run) + "\n").encode())
+
+
+def _products_in(settings: TrialSettings) -> torch.autocast:
+    """The context in which matrix products have the dtype of the settings."""
+    is_mixed = settings.dtype != "float32"
+    # Casts of weights are not kept: a step changes the weights.
+    return torch.autocast(torch.device(settings.device).type, torch.bfloat16, is_mixed, cache_enabled=False)
 
 
 def _train(
@@ -241,6 +251,7 @@ def run_path(settings: TrialSettings, trial: Trial, lr: float) -> Path:
         "lr": lr,
         "training": [
             settings.steps, settings.batch_size, settings.sequence, settings.windows, settings.device, settings.threads,
+            *([] if settings.dtype == "float32" else [settings.dtype]),  # names of runs from before there was a choice
         ],
         "points": evaluation_points(settings.steps),
         "tokens": settings.fingerprint["tokens"],
