@@ -100,12 +100,12 @@ class Processes:
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:
         """Connects the processes. Inside, an error in one of them ends all: the others raise AnotherProcessFailed at
-        their next exchange or check."""
+        their next exchange or check. UserError where not all of them come here."""
         if self.count == 1:
             yield
             return
         try:
-            self._store()
+            self._meet()
             yield
         except AnotherProcessFailed:
             raise
@@ -144,6 +144,20 @@ class Processes:
                 if self._call("add", "left", 0) >= self.count:
                     return
                 time.sleep(POLL_SECONDS)
+
+    def _meet(self) -> None:
+        """Returns when all processes have called it. Unlike an exchange, it does not wait for long work."""
+        key, end = self._next_key(), time.monotonic() + PROCESS_CONNECT_SECONDS
+        arrived = self._call("add", key, 1)
+        while arrived < self.count:
+            self.check_others()
+            if time.monotonic() > end:
+                raise UserError(
+                    f"{arrived} of {self.count} processes came to this work within {PROCESS_CONNECT_SECONDS} seconds; "
+                    "let all of them call it, or one inside `zoo.processes.working_alone()`"
+                )
+            time.sleep(POLL_SECONDS)
+            arrived = self._call("add", key, 0)
 
     def _next_key(self) -> str:
         self._exchanges += 1

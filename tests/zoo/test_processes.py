@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,16 @@ import pytest
 from torch.distributed import HashStore
 
 from zoo.errors import UserError
-from zoo.processes import PIECE, AnotherProcessFailed, Processes, local_count, local_index, split_by_size, this_process
+from zoo.processes import (
+    PIECE,
+    AnotherProcessFailed,
+    Processes,
+    local_count,
+    local_index,
+    split_by_size,
+    this_process,
+    working_alone,
+)
 
 
 def run_together(count: int, work: Callable[[Processes], Any]) -> list[Any]:
@@ -83,6 +93,26 @@ def test_an_error_in_one_process_is_noticed_between_pieces_of_work() -> None:
     assert isinstance(second, ValueError) and failed.is_set()
     assert isinstance(first, AnotherProcessFailed) and first.exit_code == 1
     assert not isinstance(first, Exception)  # code that handles errors of a method does not handle this one
+
+
+def test_a_process_that_works_without_the_others_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.processes.PROCESS_CONNECT_SECONDS", 0.1)
+    store = HashStore()
+    with (
+        pytest.raises(UserError, match=r"^1 of 2 processes came to this work within 0.1 seconds; let all of them call"),
+        Processes(0, 2, lambda index, count: store).ending_together(),
+    ):
+        pass
+    with pytest.raises(AnotherProcessFailed), Processes(1, 2, lambda index, count: store).ending_together():
+        Processes(1, 2, lambda index, count: store).check_others()
+
+
+def test_work_alone_sees_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with working_alone():
+        assert (this_process().count, local_count()) == (1, 1) and "RANK" not in os.environ
+    assert (this_process().index, this_process().count) == (1, 2)
 
 
 def test_one_process_speaks_for_all() -> None:

@@ -64,7 +64,7 @@ def fit_best_xmin(
     bounds = np.where(sample.allowed(min_tail), sample.lower_bounds(), np.inf)
     distances = sample.nearest_by_bound(bounds)
     rows, best = np.arange(len(bounds)), distances.min(axis=1)
-    for i in np.flatnonzero((bounds <= best[:, None]).any(axis=0)):
+    for i in np.flatnonzero((bounds <= best[:, None]).any(axis=0)).tolist():
         own = rows[(bounds[:, i] <= best) & np.isinf(distances[:, i])]
         if len(own):
             distances[own, i] = sample.distances(own, i)
@@ -81,7 +81,7 @@ def are_farther(logs: Array, weights: Array, candidates: int | None, distance: f
     bounds = np.where(sample.allowed(0.0), sample.lower_bounds(), np.inf)
     distances = sample.nearest_by_bound(bounds)
     rows, farther = np.arange(len(bounds)), distances.min(axis=1) >= distance
-    for i in np.flatnonzero((bounds < distance).any(axis=0)):
+    for i in np.flatnonzero((bounds < distance).any(axis=0)).tolist():
         own = rows[farther & (bounds[:, i] < distance) & np.isinf(distances[:, i])]
         if len(own):
             farther[own] = sample.distances(own, i) >= distance
