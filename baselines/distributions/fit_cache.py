@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from zoo.checkpoints.atomic import new_folder
+from zoo.donors.layout import FITS
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.sampler import Sampler
@@ -19,7 +20,6 @@ from zoo.sampler import Sampler
 log = logging.getLogger(__name__)
 
 AnySampler = TypeVar("AnySampler", bound=Sampler)
-FITS = "fits"  # the folder of a zoo; it may be removed at any time
 
 
 def fit_folder(sampler: Sampler, zoo: Zoo, what: Mapping[str, Sequence[Sequence[str]]]) -> Path | None:

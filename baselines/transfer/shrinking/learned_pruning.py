@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from baselines.transfer.gather import copy_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking
 from baselines.transfer.shrinking.calibration import load_model, window_length
-from baselines.transfer.shrinking.importance import Scores, score_by_weights, top_indices
+from baselines.transfer.shrinking.importance import Scores, top_indices
+from baselines.transfer.shrinking.kept_scores import kept_or_scored
 from baselines.transfer.shrinking.masks import SUPPORTED, MaskDistribution, apply_masks
 from baselines.transfer.sizes import metadata_pair
 from zoo.donors.memory import ModuleDonor
@@ -130,7 +131,7 @@ class LearnedPruning(Shrinking):
     def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
         source, target = metadata_pair(self.source, blueprint)
         assert windows is not None
-        scores = score_by_weights(self.source, self.device)
+        scores = kept_or_scored(self.source, self.device)
         model = load_model(self.source, self.device)
         masks = self._train(model, MaskDistribution(source, target).to(self.device), windows)
         self._kept = select_most_open(masks, scores, source, target)

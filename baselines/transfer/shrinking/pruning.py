@@ -14,7 +14,8 @@ from baselines.transfer.index_maps import IndexMaps
 from baselines.transfer.matching import DonorParts
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, select_layers, select_parts, spread_ratio
 from baselines.transfer.shrinking.calibration import load_model, observe_inputs, run_windows
-from baselines.transfer.shrinking.importance import Scores, score_by_activations, score_by_weights
+from baselines.transfer.shrinking.importance import Scores, score_by_activations
+from baselines.transfer.shrinking.kept_scores import kept_or_scored
 from baselines.transfer.sizes import metadata_pair
 from zoo.errors import UserError
 from zoo.options import option
@@ -81,7 +82,7 @@ class Pruning(Shrinking):
 
     def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
         source, target = metadata_pair(self.source, blueprint)
-        scores = score_by_weights(self.source, self.device)
+        scores = kept_or_scored(self.source, self.device)
         model = None
         if windows is not None:
             model = load_model(self.source, self.device)

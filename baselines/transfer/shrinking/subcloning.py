@@ -11,7 +11,8 @@ from torch import Tensor
 from baselines.transfer.gather import copy_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, drop_middle_layers, select_parts
 from baselines.transfer.shrinking.calibration import load_model
-from baselines.transfer.shrinking.importance import score_by_activations, score_by_weights
+from baselines.transfer.shrinking.importance import score_by_activations
+from baselines.transfer.shrinking.kept_scores import kept_or_scored
 from baselines.transfer.sizes import metadata_pair
 from zoo.options import option
 from zoo.targets.blueprint import Blueprint
@@ -39,7 +40,7 @@ class Subcloning(Shrinking):
 
     def _choose_parts(self, blueprint: Blueprint, windows: Tensor | None) -> KeptParts:
         source, target = metadata_pair(self.source, blueprint)
-        scores = score_by_weights(self.source, self.device)
+        scores = kept_or_scored(self.source, self.device)
         if windows is not None:
             scores = score_by_activations(load_model(self.source, self.device), self.source, windows, scores)
         return select_parts(scores, drop_middle_layers(source.layers, target.layers), source, target)
