@@ -25,6 +25,7 @@ from zoo.tensors import TensorSpec, split_parts
 STRUCTURE_P_VALUE = 1e-8  # below this a matrix has structure: no false positive in thousands of tests
 MAX_EDGE_EXCESS = 8.0  # Tracy-Widom units of the largest squared singular value above the edge: p about 1e-7
 MIN_SIDE = 8  # rows and columns: smaller matrices cannot be tested
+VALUES_PER_CHUNK = 1 << 22  # values that are converted to float64 at a time
 FEW_ROWS = 4  # a matrix with more than so many times the tested rows is read row by row
 DEAD_SHARE = 0.01  # a block is dead if its output is at most this share of the same block in other layers
 UNIFORM_KURTOSIS, NORMAL_KURTOSIS = 1.8, 3.0  # initialisations lie between these
@@ -85,7 +86,7 @@ def check_health(
         tally.add(reader, spec)
         if progress is not None:
             progress(spec.numel)
-    noise = {layer: found for layer, found in tally.matrices.items() if not any(m.structured for m in found)}
+    noise = {layer: found for layer, found in tally.matrices.items() if not tally.has_structure(layer)}
     for found in noise.values():
         for matrix in found:
             entries = reader.entries(matrix.spec, matrix.role).double()
@@ -155,10 +156,14 @@ class _Tally:
                 self.constant.add(spec.name)
                 if found.low == 0:
                     self.constant_zero.add(spec.name)
-            elif is_matrix and "position" not in spec.parts[0].axes:
+            elif is_matrix and "position" not in spec.parts[0].axes and not self.has_structure(spec.layer):
                 self._add_matrix(spec, part.role, reader.entries(spec, part.role))
         if spec.role == "norm" and spec.kind == "weight" and min(r.low for r in ranges) < max(r.high for r in ranges):
             self.trained_gains.add(spec.layer)
+
+    def has_structure(self, layer: int | None) -> bool:
+        """Whether a matrix of a layer has structure, so that the others need no test."""
+        return any(matrix.structured for matrix in self.matrices.get(layer, ()))
 
     def _add_matrix(self, spec: TensorSpec, role: str, matrix: Tensor) -> None:
         """Adds the noise tests of a matrix."""
@@ -264,7 +269,9 @@ class _Reader:
 def _range(values: Tensor, offset: float) -> _Range:
     low, high = values.aminmax()
     gains = values + offset if offset else values
-    rms = torch.linalg.vector_norm(gains, dtype=torch.float64).item() / gains.numel() ** 0.5
+    parts = gains.flatten().split(VALUES_PER_CHUNK)  # torch makes a copy in float64
+    norm = math.hypot(*(torch.linalg.vector_norm(part, dtype=torch.float64).item() for part in parts))
+    rms = norm / gains.numel() ** 0.5
     return _Range(low.item(), high.item(), rms)
 
 
