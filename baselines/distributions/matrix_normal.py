@@ -15,12 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from baselines.distributions.kronecker import (
-    MAX_FULL_SIDE,
+    CHUNK,
+    Covariance,
+    FitRules,
     color_noise,
     covariance_factor,
     flip_flop,
     rescale_to_unit_rms,
 )
+from baselines.distributions.low_rank import LowRank
 from baselines.transfer.vocabulary import (
     VocabularyRows,
     composed_rows,
@@ -36,16 +39,28 @@ from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
-from zoo.units.aligned import AlignedDonor, align_donors
-from zoo.units.decoder import write_decoder
+from zoo.units.aligned import align_decoders
+from zoo.units.decoder import Decoder, Layer, write_decoder
 from zoo.units.gains import tie_head
-from zoo.units.resizing import resize_units
-from zoo.units.units import ROLES, require_unit_target, units_to_decoder
+from zoo.units.lazy import LazySequence
+from zoo.units.resizing import layer_map, resize_units, to_width
+from zoo.units.units import (
+    ROLES,
+    layer_to_units,
+    require_unit_target,
+    units_to_decoder,
+    vocabulary_decoder,
+    vocabulary_to_units,
+)
 from zoo.vocabularies.build import DEFAULT_RULE, RULES, VOCABULARY_HELP
 
 log = logging.getLogger(__name__)
 
 MIN_RMS = 1e-12  # the RMS of samples that are all equal
+LARGE_BLOCK = 1 << 18  # values of a block from which on products are in float32, which takes half the time
+LARGE_SIDE = 2048  # rows or columns, beyond which a fit ends at LARGE_TOLERANCE
+LOW_RANK_STEPS = 5  # of the fit of a side of low rank: later ones only turn directions that are noise
+LARGE_TOLERANCE = 1e-3  # a tenth of the sampling error that a covariance of so many variables has, or less
 CHOICES = {
     "basis": ("auto", "canonical", "stored"),
     "mean": ("pooled", "zero"),
@@ -75,11 +90,15 @@ class MatrixNormal(Sampler):
 
     Each layer uses the nearest relative depth of every donor. `granularity=role` fits one covariance to all layers of a
     kind, each scaled to unit RMS. With `mean=pooled` a single donor has no spread, so that the spread around zero is
-    used. A block that is constant, or that only one donor has, is set to its mean. A side longer than 4096 has a
-    diagonal covariance.
+    used. A block that is constant, or that only one donor has, is set to its mean.
 
-    Memory: means (a whole target with `mean=pooled`), covariances, one donor at a time in float64 a few times over, and
-    one target while sampling. While fitting, the donors' units are in a temporary folder.
+    Our choice: a side of more than 4096 rows or columns has a covariance of rank 256 plus a diagonal, whose variances
+    are those of the samples (`baselines.distributions.low_rank`). A step of the flip-flop then is one EM step of
+    factor analysis, and there are five. From 262,144 values in a block on, products are computed in float32.
+
+    Memory: the means of a whole target with `mean=pooled`, the covariances of one kind of block a few times over, one
+    block, and one layer of a donor in float64 beside its vocabulary. While fitting, the donors' units are in a
+    temporary folder. A target is drawn one layer at a time, beside its vocabulary.
     """
 
     name: ClassVar[str] = "matrix-normal"
@@ -127,49 +146,82 @@ class MatrixNormal(Sampler):
             canonical = self._canonical(blueprint)
             blocks = BlockStore(folder, self.device, pooled, frozenset({"vocab 0"} if canonical else ()))
             if canonical:
-                left = set(pool.names)
-                for aligned in align_donors(pool):
-                    left.discard(aligned.name)
-                    rows = composed_rows(pool.donor(aligned.name), blueprint, self.tokenizer, self.vocabulary)
-                    log_vocabulary(rows, f"{self.name}: {aligned.name}", self.vocabulary)
-                    self._coverage |= {aligned.name: record} if (record := rows.record(self.vocabulary)) else {}
-                    blocks.add(_unit_blocks(aligned, blueprint, rows))
-                if left:
-                    raise UserError(f"{pool.path}: donor {min(left)!r} has no canonical form; leave it out")
+                self._store_units(pool, blueprint, blocks)
             else:
                 for donor in pool.donors:
-                    blocks.add(_stored_blocks(donor, blueprint))
+                    for block in _stored_blocks(donor, blueprint):
+                        blocks.add(block)
             self._learn(blocks, by_kind=canonical and self.granularity == "role")
         return self
+
+    def _store_units(self, pool: Zoo, blueprint: Blueprint, blocks: BlockStore) -> None:
+        """Stores the units of the donors, a layer of the target at a time."""
+        left = set(pool.names)
+        for aligned in align_decoders(pool, device=self.device):
+            name = aligned.donor.name
+            left.discard(name)
+            rows = composed_rows(aligned.donor, blueprint, self.tokenizer, self.vocabulary)
+            log_vocabulary(rows, f"{self.name}: {name}", self.vocabulary)
+            self._coverage |= {name: record} if (record := rows.record(self.vocabulary)) else {}
+            for layer in _unit_blocks(aligned.decoder, blueprint, rows):
+                blocks.add(layer)
+        if left:
+            raise UserError(f"{pool.path}: donor {min(left)!r} has no canonical form; leave it out")
 
     def _learn(self, blocks: BlockStore, by_kind: bool) -> None:
         """Fits means, scales and covariances. by_kind: one pair of covariances for all layers of a kind."""
         groups: dict[str, list[str]] = {}
-        for name, mean in blocks.means().items():
-            self._tensors |= {f"mean/{name}": mean} if blocks.pooled or mean.ndim == 1 else {}
-            if mean.ndim == 2:
-                self._group[name] = name.partition(" ")[0] if by_kind else name
-                self._scales[name] = blocks.scale(name)
-                if self._scales[name] > MIN_RMS and float(blocks.counts(name).sum()):
-                    groups.setdefault(self._group[name], []).append(name)
-                else:  # constant, or only one donor has it
-                    self._tensors[f"mean/{name}"] = mean
-                    self._scales[name] = 0.0
+        for name in blocks.members:
+            is_vector = len(blocks.shape(name)) == 1
+            if blocks.pooled or is_vector:
+                self._tensors[f"mean/{name}"] = blocks.mean(name)
+            if is_vector:
+                continue
+            self._group[name] = name.partition(" ")[0] if by_kind else name
+            self._scales[name] = blocks.scale(name)
+            if self._scales[name] > MIN_RMS and float(blocks.counts(name).sum()):
+                groups.setdefault(self._group[name], []).append(name)
+            else:  # constant, or only one donor has it
+                self._tensors[f"mean/{name}"] = blocks.mean(name)
+                self._scales[name] = 0.0
         for group, names in groups.items():
-            counts = torch.stack([blocks.counts(name) for name in names]).sum(0)
-            rows, columns = flip_flop(
-                lambda names=names: (x for name in names for x in blocks.samples(name, self._scales[name])),  # type: ignore[misc]
-                counts,
-                blocks.shape(names[0])[1],
-                self.toward,
-                self.shrinkage,
-                diagonal_rows=names[0] in blocks.partial,
-            )
-            columns = rescale_to_unit_rms(rows, columns, counts)
-            for side, covariance in (("rows", rows), ("columns", columns)):
-                if covariance.ndim == 1 and len(covariance) > MAX_FULL_SIDE:
-                    log.info("%s: the %d %s of %s have a diagonal covariance", self.name, len(covariance), side, group)
-                self._tensors[f"{side}/{group}"] = covariance_factor(covariance).float().cpu()
+            self._fit_covariances(blocks, group, names)
+
+    def _fit_covariances(self, blocks: BlockStore, group: str, names: list[str]) -> None:
+        """Fits the covariances that the blocks of a group share."""
+        counts = torch.stack([blocks.counts(name) for name in names]).sum(0)
+        rules = FitRules(self.toward, self.shrinkage)
+        p, q = blocks.shape(names[0])
+        diagonal_rows = names[0] in blocks.partial
+        if q > LARGE_SIDE or (p > LARGE_SIDE and not diagonal_rows):
+            rules = replace(rules, tolerance=LARGE_TOLERANCE)
+        if q > rules.max_full_side or (p > rules.max_full_side and not diagonal_rows):
+            rules = replace(rules, steps=LOW_RANK_STEPS)
+        rows, columns = flip_flop(
+            lambda: (x for name in names for x in blocks.samples(name, self._scales[name])),
+            counts,
+            q,
+            rules,
+            diagonal_rows,
+        )
+        columns = rescale_to_unit_rms(rows, columns, counts)
+        for side, covariance in (("rows", rows), ("columns", columns)):
+            self._set_factor(f"{side}/{group}", covariance_factor(covariance))
+
+    def _set_factor(self, name: str, root: Covariance) -> None:
+        if isinstance(root, LowRank):
+            parts = {name: root.scale, f"{name}/axes": root.axes, f"{name}/gains": root.gains}
+        else:
+            parts = {name: root}
+        self._tensors |= {key: tensor.float().cpu().contiguous() for key, tensor in parts.items()}
+
+    def _factor(self, name: str) -> Covariance:
+        found = [
+            self._tensors[key].to(self.device)
+            for key in (name, f"{name}/axes", f"{name}/gains")
+            if key in self._tensors
+        ]
+        return found[0] if len(found) == 1 else LowRank(*found)
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         if not self._canonical(blueprint):
@@ -179,11 +231,18 @@ class MatrixNormal(Sampler):
             return
         target = blueprint.metadata
         assert target is not None
-        units = {}
-        for kind, roles in ROLES.items():
-            layers = [self._draw(name, seed) for name in self._group if name.partition(" ")[0] == kind]
-            units[kind] = torch.cat(layers).unflatten(1, (len(roles), target.width))
-        decoder = units_to_decoder(units, target)
+        shape = replace(target, layers=1)
+
+        def draw(kind: str, layer: int) -> Tensor:
+            return self._draw(f"{kind} {layer}", seed).unflatten(1, (len(ROLES[kind]), target.width))
+
+        def draw_layer(index: int) -> Layer:
+            units = {kind: draw(kind, index) for kind in ROLES if kind != "vocab"}
+            return units_to_decoder({**units, "vocab": no_tokens}, shape).layers[0]
+
+        vocabulary = draw("vocab", 0)
+        no_tokens = vocabulary[:0]
+        decoder = vocabulary_decoder(vocabulary, target, LazySequence(draw_layer, target.layers))
         yield from write_decoder(tie_head(decoder) if target.tied else decoder, blueprint)
 
     def _draw(self, name: str, seed: int) -> Tensor:
@@ -195,7 +254,7 @@ class MatrixNormal(Sampler):
         if not self._scales[name]:
             assert mean is not None
             return mean
-        rows, columns = (self._tensors[f"{side}/{self._group[name]}"].to(self.device) for side in ("rows", "columns"))
+        rows, columns = (self._factor(f"{side}/{self._group[name]}") for side in ("rows", "columns"))
         z = torch.randn(len(rows), len(columns), generator=stream(seed, f"{self.name}/{name}")).to(self.device)
         drawn = (self._scales[name] * color_noise(rows, columns, z)).cpu()
         return drawn if mean is None else drawn + mean
@@ -256,22 +315,24 @@ class MatrixNormal(Sampler):
 
 
 class BlockStore:
-    """The donors' matrices by name, in a folder: one file for each donor, one block in memory at a time."""
+    """The donors' matrices by name, in files of a folder: one block in memory at a time."""
 
     def __init__(self, folder: Path, device: str, pooled: bool, partial: frozenset[str]) -> None:
         """pooled: the mean of the samples is subtracted; partial: blocks where a row of zeros is unknown."""
         self.folder, self.device, self.pooled, self.partial = folder, device, pooled, partial
-        self.files: list[Path] = []
         self.members: dict[str, list[Path]] = {}  # block -> the files that hold it
-        self._means: dict[str, Tensor] = {}
+        self._files = 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._means: dict[str, Tensor] = {}  # where the mean is subtracted
 
     def add(self, blocks: dict[str, Tensor]) -> None:
-        """Adds the blocks of one donor: [p, q] or [p], float32."""
-        path = self.folder / f"{len(self.files)}.safetensors"
+        """Adds blocks of one donor: [p, q] or [p], float32."""
+        path = self.folder / f"{self._files}.safetensors"
         save_file(blocks, path)
-        self.files.append(path)
-        for name in blocks:
+        self._files += 1
+        for name, block in blocks.items():
             self.members.setdefault(name, []).append(path)
+            self._shapes[name] = tuple(block.shape)
 
     def _read(self, name: str) -> Iterator[Tensor]:
         for path in self.members[name]:
@@ -282,24 +343,24 @@ class BlockStore:
         """[p] float32: 1 for rows that the donor knows."""
         return (x != 0).any(1).float() if name in self.partial else torch.ones(len(x))
 
-    def means(self) -> dict[str, Tensor]:
-        """Block -> mean [p, q] or [p] over the donors that know a row; the mean row where no donor does."""
-        for name in self.members:
-            first = next(self._read(name))
-            total = torch.zeros_like(first)
-            known = torch.zeros(len(first))
-            for x in self._read(name):
-                total += x
-                known += self._known(name, x)
-            mean = total / known.clamp_min(1).view(-1, *[1] * (total.ndim - 1))
-            if total.ndim == 2 and 0 < int((known > 0).sum()) < len(known):
-                mean[known == 0] = mean[known > 0].mean(0)
+    def mean(self, name: str) -> Tensor:
+        """The mean [p, q] or [p] of a block over the donors that know a row; the mean row where no donor does."""
+        if name in self._means:
+            return self._means[name]
+        total = torch.zeros(self._shapes[name])
+        known = torch.zeros(len(total))
+        for x in self._read(name):
+            total += x
+            known += self._known(name, x)
+        mean = total / known.clamp_min(1).view(-1, *[1] * (total.ndim - 1))
+        if total.ndim == 2 and 0 < int((known > 0).sum()) < len(known):
+            mean[known == 0] = mean[known > 0].mean(0)
+        if self.pooled:
             self._means[name] = mean
-        return self._means
+        return mean
 
-    def shape(self, name: str) -> tuple[int, int]:
-        rows, columns = self._means[name].shape
-        return rows, columns
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
 
     def counts(self, name: str) -> Tensor:
         """[p]: in how many samples each row is known, less one if the mean is subtracted; at least zero."""
@@ -307,14 +368,19 @@ class BlockStore:
         return torch.as_tensor(known).clamp_min(0).to(self.device)
 
     def samples(self, name: str, scale: float = 1.0) -> Iterable[Tensor]:
-        """The samples of a block, [p, q] float64 on the device, less the mean where pooled, divided by `scale`."""
+        """The samples of a block, [p, q] on the device, less the mean where pooled, divided by `scale`.
+
+        In float64; in float32 from LARGE_BLOCK values on."""
         for x in self._read(name):
-            left = (x - self._means[name]) * self._known(name, x)[:, None] if self.pooled else x
-            yield left.to(self.device).double() / scale
+            if self.pooled:
+                x = (x - self.mean(name)) * self._known(name, x)[:, None]
+            x = x.to(self.device)
+            yield x.div_(scale) if x.numel() >= LARGE_BLOCK else x.double() / scale
+            del x
 
     def scale(self, name: str) -> float:
         """The RMS of a block's samples, at least MIN_RMS."""
-        squares = sum(float(x.square().sum()) for x in self.samples(name))
+        squares = sum(float(rows.double().square().sum()) for x in self.samples(name) for rows in x.split(CHUNK))
         return max(math.sqrt(squares / max(1.0, float(self.counts(name).sum()) * self.shape(name)[1])), MIN_RMS)
 
 
@@ -322,28 +388,26 @@ def _has_tensor(donor: Donor, name: str, shape: tuple[int, ...]) -> bool:
     return name in donor.blueprint and donor.blueprint[name].shape == shape
 
 
-def _stored_blocks(donor: Donor, blueprint: Blueprint) -> dict[str, Tensor]:
+def _stored_blocks(donor: Donor, blueprint: Blueprint) -> Iterator[dict[str, Tensor]]:
     """The donor's tensors with names and shapes of the target, with all axes but the first flattened."""
-    return {
-        s.name: (x.flatten(1) if x.ndim > 1 else x).contiguous()
-        for s in blueprint.specs
-        if _has_tensor(donor, s.name, s.shape)
-        for x in [donor.read(s.name, torch.float32)]
-    }
+    for spec in blueprint.specs:
+        if _has_tensor(donor, spec.name, spec.shape):
+            x = donor.read(spec.name, torch.float32)
+            yield {spec.name: (x.flatten(1) if x.ndim > 1 else x).contiguous()}
 
 
-def _unit_blocks(aligned: AlignedDonor, blueprint: Blueprint, rows: VocabularyRows) -> dict[str, Tensor]:
-    """'KIND LAYER' -> [units of a layer of the target, vectors x width]; 'vocab 0' -> the target's tokens.
+def _unit_blocks(decoder: Decoder, blueprint: Blueprint, rows: VocabularyRows) -> Iterator[dict[str, Tensor]]:
+    """'KIND LAYER' -> [units of a layer of the target, vectors x width]; first 'vocab 0' -> the target's tokens.
 
-    Rows of tokens that the donor does not serve are zero.
+    decoder: a donor in canonical form. Rows of tokens that the donor does not serve are zero.
     """
-    target = blueprint.metadata
+    source, target = decoder.metadata, blueprint.metadata
     assert target is not None
-    units = resize_units(aligned.units, aligned.metadata, replace(target, vocab=aligned.metadata.vocab))
-    table = units["vocab"]
-    units["vocab"] = rows.apply(table, table.new_zeros(len(rows.index), *table.shape[1:]))
-    out: dict[str, Tensor] = {}
-    for kind, vectors in units.items():
-        layers = vectors.flatten(1).chunk(1 if kind == "vocab" else target.layers)
-        out |= {f"{kind} {i}": layer.contiguous() for i, layer in enumerate(layers)}
-    return out
+    table = to_width(vocabulary_to_units(decoder, torch.float32).cpu(), target.width)
+    yield {"vocab 0": rows.apply(table, table.new_zeros(())).flatten(1).contiguous()}
+    del table
+    one, other = replace(source, layers=1), replace(target, layers=1, vocab=source.vocab)
+    for index, place in enumerate(layer_map(source.layers, target.layers).tolist()):
+        units = {kind: x.float().cpu() for kind, x in layer_to_units(decoder.layers[place], source).items()}
+        resized = resize_units(units, one, other)
+        yield {f"{kind} {index}": vectors.flatten(1).contiguous() for kind, vectors in resized.items()}

@@ -61,6 +61,8 @@ def resize_units(units: dict[str, Tensor], source: Metadata, target: Metadata) -
     groups keeps the function exactly, growth in width up to the norm's eps."""
     resized = {}
     for kind, (index, copies) in unit_map(source, target).items():
+        if kind not in units:
+            continue
         vectors = units[kind][index]  # a copy
         vectors[:, -1] /= copies[:, None].to(vectors.dtype)
         resized[kind] = to_width(vectors, target.width)

@@ -18,6 +18,7 @@ Letters: N units, P residual vectors per unit, d width, L layers, H query heads,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,15 +115,16 @@ def layer_to_units(layer: Layer, metadata: Metadata) -> dict[str, Tensor]:
     }
 
 
-def vocabulary_to_units(decoder: Decoder) -> Tensor:
-    """The vocabulary pairs [V, 2, d] of a canonical decoder."""
-    return torch.stack([decoder.embed, decoder.head * decoder.metadata.width**0.5], dim=1)
+def vocabulary_to_units(decoder: Decoder, dtype: torch.dtype | None = None) -> Tensor:
+    """The vocabulary pairs [V, 2, d] of a canonical decoder, in `dtype` or in its own."""
+    pairs = (decoder.embed, decoder.head * decoder.metadata.width**0.5)
+    return torch.stack([x.to(dtype or x.dtype) for x in pairs], dim=1)
 
 
 def decoder_to_units(decoder: Decoder, dtype: torch.dtype | None = None) -> dict[str, Units]:
     """The units of a canonical decoder by kind, in `dtype` or in its own. Each layer is read once."""
     meta = decoder.metadata
-    vectors = {"vocab": vocabulary_to_units(decoder).to(dtype or decoder.embed.dtype)}
+    vectors = {"vocab": vocabulary_to_units(decoder, dtype)}
     for index, layer in enumerate(decoder.layers):
         for kind, part in layer_to_units(layer, meta).items():
             if kind not in vectors:
@@ -130,6 +132,17 @@ def decoder_to_units(decoder: Decoder, dtype: torch.dtype | None = None) -> dict
             vectors[kind][index * len(part) : (index + 1) * len(part)] = part
         del layer, part  # before the next layer is computed
     return {kind: Units(kind, vectors[kind], *where) for kind, where in unit_addresses(meta).items()}
+
+
+def vocabulary_decoder(pairs: Tensor, metadata: Metadata, layers: Sequence[Layer]) -> Decoder:
+    """A canonical decoder with unit gains of vocabulary pairs [V, 2, d] and layers."""
+    return Decoder(
+        metadata=replace(metadata, tied=False),
+        embed=pairs[:, 0],
+        head=pairs[:, 1] * metadata.width**-0.5,
+        layers=layers,
+        gain={"final": torch.ones(metadata.width, dtype=pairs.dtype, device=pairs.device)},
+    )
 
 
 def units_to_decoder(units: dict[str, Tensor], metadata: Metadata) -> Decoder:
@@ -142,23 +155,18 @@ def units_to_decoder(units: dict[str, Tensor], metadata: Metadata) -> Decoder:
     planes = rearrange(units["qk"], "(l n p) (role two) d -> role l n (two p) d", l=layers, n=heads, role=2)
     v, o = rearrange(units["vo"], "(l n h) role d -> role l n h d", l=layers, n=heads)
     gate, up, down = rearrange(units["neuron"], "(l f) role d -> role l f d", l=layers)
-    ones = torch.ones(metadata.width, dtype=v.dtype)
-    return Decoder(
-        metadata=replace(metadata, tied=False),
-        embed=units["vocab"][:, 0],
-        head=units["vocab"][:, 1] * root,
-        layers=tuple(
-            Layer(
-                q=planes[0, i] * root,
-                k=planes[1, i, ::per_group] * root,
-                v=v[i, ::per_group] * root,
-                o=o[i],
-                gate=gate[i] * root,
-                up=up[i] * root,
-                down=down[i],
-                gain={"attn": ones, "mlp": ones},
-            )
-            for i in range(layers)
-        ),
-        gain={"final": ones},
+    ones = torch.ones(metadata.width, dtype=v.dtype, device=v.device)
+    blocks = tuple(
+        Layer(
+            q=planes[0, i] * root,
+            k=planes[1, i, ::per_group] * root,
+            v=v[i, ::per_group] * root,
+            o=o[i],
+            gate=gate[i] * root,
+            up=up[i] * root,
+            down=down[i],
+            gain={"attn": ones, "mlp": ones},
+        )
+        for i in range(layers)
     )
+    return vocabulary_decoder(units["vocab"], metadata, blocks)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config
 
 from baselines.distributions.kronecker import (
+    FitRules,
     color_noise,
     covariance_factor,
     flip_flop,
@@ -54,7 +55,7 @@ def full(p: int, n: int) -> Tensor:
 def test_the_flip_flop_is_the_textbook_one() -> None:
     """Against explicit inverses and loops in numpy, without shrinkage."""
     xs = samples(spd(6, 0), spd(4, 1), 9, seed=2)
-    u, v = flip_flop(lambda: xs, full(6, 9), 4, amount=0.0, steps=100, tolerance=1e-12)
+    u, v = flip_flop(lambda: xs, full(6, 9), 4, FitRules(amount=0.0, steps=100, tolerance=1e-12))
     row, column = np.eye(6), np.eye(4)
     for _ in range(100):
         row = sum(x.numpy() @ np.linalg.inv(column) @ x.numpy().T for x in xs) / (9 * 4)
@@ -72,7 +73,7 @@ def test_known_covariances_are_found() -> None:
     for n in (3, 12, 48):
         xs = samples(u, v, n, seed=n)
         for amount in (0.0, None):
-            found = flip_flop(lambda xs=xs: xs, full(48, n), 32, amount=amount)  # type: ignore[misc]
+            found = flip_flop(lambda xs=xs: xs, full(48, n), 32, FitRules(amount=amount))  # type: ignore[misc]
             errors[n, amount] = relative(found[0], u), relative(found[1], v)
     assert 0.28 < errors[12, 0.0][0] < 0.4
     assert errors[12, None][0] < 0.9 * errors[12, 0.0][0]
