@@ -87,6 +87,12 @@ DtypeOption = Annotated[
 ShardSizeOption = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Of the files of weights, such as 1GB or 500MB.")
 ]
+DefaultScalesOption = Annotated[
+    str,
+    typer.Option(
+        "--default-scales", metavar="1,A,...", help="Factors on the default initialisation's standard deviation to try."
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print neither progress nor notes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 TimeoutOption = Annotated[
@@ -348,14 +354,7 @@ def compare(
     windows: Annotated[
         int, typer.Option("--windows", help="Held-out windows at each measurement.")
     ] = CompareConfig.windows,
-    default_scales: Annotated[
-        str,
-        typer.Option(
-            "--default-scales",
-            metavar="1,A,...",
-            help="Factors on the default initialisation's standard deviation to try.",
-        ),
-    ] = comma_list(CompareConfig.default_scales),
+    default_scales: DefaultScalesOption = comma_list(CompareConfig.default_scales),
     donor: Annotated[
         str | None, typer.Option("--donor", metavar="NAME", help="The donor, for methods that take one.")
     ] = None,

@@ -32,7 +32,7 @@ from zoo.checkpoints.hub import hub_session
 from zoo.donors.layout import MANIFEST
 from zoo.errors import UserError, unknown
 from zoo.limits import HUB_TIMEOUT
-from zoo.processes import this_process, working_alone
+from zoo.parallel.processes import this_process, working_alone
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 from zoo.errors import UserError
-from zoo.processes import AnotherProcessFailed, this_process
+from zoo.parallel.processes import AnotherProcessFailed, this_process
 from zoo.targets.config_facts import default_folder, kept_in
 
 

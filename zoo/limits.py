@@ -70,7 +70,7 @@ MAX_QUESTIONS = 200_000_000  # bytes of a file of questions: HellaSwag has 40 mi
 # Writing
 MAX_LOCK_WAIT = 60  # seconds that a process waits for another one that writes the same file, which takes milliseconds
 
-# Several processes (zoo.processes)
+# Several processes (zoo.parallel.processes)
 PROCESS_CONNECT_SECONDS = 300  # seconds that a process waits for the others to start: machines of a cluster differ
 PROCESS_END_SECONDS = 10  # seconds that the process that holds their store waits for the others to end
 

@@ -30,7 +30,7 @@ from zoo.donors.donor import Donor, size_gap
 from zoo.donors.folder import donor_ref, open_ref
 from zoo.donors.zoo import Zoo
 from zoo.options import option
-from zoo.parallel import make_in_order
+from zoo.parallel.threads import make_in_order
 from zoo.sampler import Sampler, wanted_specs
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint

@@ -14,7 +14,7 @@ from baselines.distributions.auto_fit import AutoFit
 from baselines.distributions.empirical import KDE, Histogram, Permuted
 from baselines.distributions.parametric import GeneralizedNormal, Laplace, Mixture, Normal, Parametric, Stable, StudentT
 from zoo.options import option
-from zoo.parallel import make_in_order
+from zoo.parallel.threads import make_in_order
 from zoo.sampler import Sampler, wanted_specs
 from zoo.streams import stream
 from zoo.tensors import TensorSpec, join_parts, split_parts

@@ -16,7 +16,7 @@ from torch import Tensor
 from baselines.distributions.fit_cache import fit_folder, keep_fit, load_fit
 from zoo.errors import UserError
 from zoo.options import option
-from zoo.parallel import make_in_order
+from zoo.parallel.threads import make_in_order
 from zoo.sampler import Sampler, wanted_specs
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint

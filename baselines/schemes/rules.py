@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from baselines.schemes.default import Default
 from zoo.errors import UserError
 from zoo.options import option
-from zoo.parallel import make_in_order
+from zoo.parallel.threads import make_in_order
 from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint

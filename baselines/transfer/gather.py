@@ -16,7 +16,7 @@ from baselines.transfer.matching import DonorParts, has_unknown_axes, norms_befo
 from baselines.transfer.sizes import metadata_pair
 from baselines.transfer.vocabulary import VocabularyRows
 from zoo.donors.donor import Donor
-from zoo.parallel import make_in_order
+from zoo.parallel.threads import make_in_order
 from zoo.sampler import wanted_specs
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -53,7 +53,7 @@ def gather_tensors(
     maps_of: the maps for the tensor of a name; the same maps for all names keep the hidden spaces coupled. method: its
     name, for the random streams of what the donor lacks. copy_head: whether a donor without a head gives a copy of its
     embedding; otherwise the head is left out. only: the names that are wanted. device: where rows are gathered and
-    drawn. Each thread (`zoo.parallel`) has one tensor of the donor in memory at a time, in the dtype on disk.
+    drawn. Each thread (`zoo.parallel.threads`) has one tensor of the donor in memory at a time, in the dtype on disk.
     """
     source, (metadata, _) = DonorParts(donor.blueprint, blueprint, copy_head), metadata_pair(donor, blueprint)
     tied_norms = norms_before_head(blueprint) if blueprint.ties else []

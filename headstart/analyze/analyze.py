@@ -25,7 +25,7 @@ from zoo.checkpoints.atomic import new_folder
 from zoo.donors.donor import Donor, provenance
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
-from zoo.processes import local_index, this_process
+from zoo.parallel.processes import local_index, this_process
 from zoo.statistics.signature import signature_distances
 
 DIGITS = 10  # of all numbers: the last two or three digits of a sum depend on where its values lie in memory

@@ -22,7 +22,7 @@ from zoo.checkpoints.atomic import disk_errors
 from zoo.checkpoints.files import parse_json, read_bytes
 from zoo.errors import UserError
 from zoo.limits import MAX_JSON
-from zoo.processes import this_process
+from zoo.parallel.processes import this_process
 
 
 @dataclass(frozen=True, eq=False)

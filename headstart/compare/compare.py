@@ -31,7 +31,7 @@ from headstart.report.scores import REFERENCE, RunResult, best_setting, score
 from zoo.checkpoints.atomic import is_unused, remove_temporaries, replace_file, temporary_folder, work_folder
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
-from zoo.processes import local_count, this_process, working_alone
+from zoo.parallel.processes import local_count, this_process, working_alone
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import encode_read_corpus, read_for_tokenizer
 from zoo.training.documents import Corpus, TextSource

@@ -11,7 +11,7 @@ from typing import Any
 from headstart.compare.trials import Trial, TrialSettings, read_run, run_path, run_trial, unfinished
 from headstart.report.scores import RunResult
 from zoo.errors import UserError
-from zoo.processes import this_process
+from zoo.parallel.processes import this_process
 from zoo.training.workers import run_jobs
 
 

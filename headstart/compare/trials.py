@@ -32,7 +32,7 @@ from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.limits import MAX_RECORD
-from zoo.processes import local_count, working_alone
+from zoo.parallel.processes import local_count, working_alone
 from zoo.streams import stream_seed
 from zoo.training.loop import TrainingConfig, activation_rms, evaluate, reproducible, train_steps
 from zoo.training.workers import ReportProgress

@@ -34,7 +34,7 @@ from zoo.checkpoints.writer import Shard, allocate_shards, plan_shards, write_de
 from zoo.donors.folder import FolderDonor, standalone_name
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
-from zoo.processes import Processes, this_process
+from zoo.parallel.processes import Processes, this_process
 from zoo.targets.blueprint import Blueprint
 from zoo.vocabulary import find_tokenizer
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo import parallel
-from zoo.parallel import make_in_order
+from zoo.parallel import threads as parallel
+from zoo.parallel.threads import make_in_order
 from zoo.streams import stream
 from zoo.tensors import TensorSpec
 

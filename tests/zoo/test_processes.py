@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import HashStore
 
 from zoo.errors import UserError
-from zoo.processes import (
+from zoo.parallel.processes import (
     PIECE,
     AnotherProcessFailed,
     Processes,
@@ -96,7 +96,7 @@ def test_an_error_in_one_process_is_noticed_between_pieces_of_work() -> None:
 
 
 def test_a_process_that_works_without_the_others_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoo.processes.PROCESS_CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr("zoo.parallel.processes.PROCESS_CONNECT_SECONDS", 0.1)
     store = HashStore()
     with (
         pytest.raises(UserError, match=r"^1 of 2 processes came to this work within 0.1 seconds; let all of them call"),
@@ -156,5 +156,5 @@ def test_a_lost_connection_is_one_line() -> None:
 
 
 def test_a_single_process_does_not_import_torch() -> None:
-    code = "import sys, zoo.processes as p; p.this_process().wait_for_all(); print('torch' in sys.modules)"
+    code = "import sys, zoo.parallel.processes as p; p.this_process().wait_for_all(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

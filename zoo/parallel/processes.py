@@ -154,7 +154,7 @@ class Processes:
             if time.monotonic() > end:
                 raise UserError(
                     f"{arrived} of {self.count} processes came to this work within {PROCESS_CONNECT_SECONDS} seconds; "
-                    "let all of them call it, or one inside `zoo.processes.working_alone()`"
+                    "let all of them call it, or one inside `zoo.parallel.processes.working_alone()`"
                 )
             time.sleep(POLL_SECONDS)
             arrived = self._call("add", key, 0)
