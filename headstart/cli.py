@@ -87,6 +87,7 @@ DtypeOption = Annotated[
 ShardSizeOption = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Of the files of weights, such as 1GB or 500MB.")
 ]
+DEFAULT_SCALES = comma_list(CompareConfig.default_scales)
 DefaultScalesOption = Annotated[
     str,
     typer.Option(
@@ -354,7 +355,7 @@ def compare(
     windows: Annotated[
         int, typer.Option("--windows", help="Held-out windows at each measurement.")
     ] = CompareConfig.windows,
-    default_scales: DefaultScalesOption = comma_list(CompareConfig.default_scales),
+    default_scales: DefaultScalesOption = DEFAULT_SCALES,
     donor: Annotated[
         str | None, typer.Option("--donor", metavar="NAME", help="The donor, for methods that take one.")
     ] = None,
@@ -365,7 +366,7 @@ def compare(
     device: DeviceOption = Device.auto,
     dtype: Annotated[
         Dtype, typer.Option("--dtype", help="Of the products in training; weights and updates stay float32.")
-    ] = Dtype(CompareConfig.dtype),
+    ] = Dtype.float32,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out methods that refuse the target, and report why.")
     ] = CompareConfig.keep_going,
