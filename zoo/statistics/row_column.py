@@ -26,7 +26,7 @@ EnergyTable = dict[tuple[str, int | None, int | None], tuple[Tensor, Tensor]]  #
 READER_ROLES = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 WRITER_ROLES = ("attn.o", "mlp.down")
 ENERGY_FLOOR = 1e-12  # times the mean energy, so that rows of zeros have a logarithm
-MAX_SHUFFLED = 1 << 14  # Our choice: entries of a matrix that are shuffled; 262,144 take seconds for each matrix
+MAX_SHUFFLED = 1 << 16  # Our choice: entries of a matrix that are shuffled; 262,144 take seconds for each matrix
 ENTRIES_PER_BATCH = 1 << 20  # entries that are shuffled at once
 VALUES_PER_CHUNK = 1 << 22  # values that are converted to float64 at a time
 
