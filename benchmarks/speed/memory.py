@@ -58,22 +58,23 @@ def main() -> None:
         (given.work / f"{name}.json").write_text(json.dumps(target))
     rows: list[dict[str, Any]] = []
 
-    def note(what: str, wanted: str, *words: object) -> None:
+    def note(what: str, wanted: tuple[str, int], *words: object) -> None:
         shutil.rmtree(out, ignore_errors=True)
-        rows.append({"what": what, "gb": peak_gb(*words), "wanted": wanted})
+        reference, megabytes = wanted
+        peak = round(peak_gb(*words) * 1000)
+        rows.append({"what": what, "megabytes": peak, "reference": reference, "reference_megabytes": megabytes})
         print(json.dumps(rows[-1]), flush=True)
 
-    headstart, two_shards = ("-m", "headstart"), "two shards of 1 GB"
+    headstart, two_shards, one_tensor = ("-m", "headstart"), ("two shards", 2000), ("the largest tensor", 201)
     shutil.rmtree(zoo, ignore_errors=True)
-    note("`import torch, transformers`", "–", "-c", "import torch, transformers.modeling_utils")
-    note("`zoo add`", "one tensor", *headstart, "zoo", "add", given.donor, "--zoo", zoo, "--quiet")
-    note("`zoo verify`", "one tensor", *headstart, "zoo", "verify", "--zoo", zoo)
+    note("`zoo add`", one_tensor, *headstart, "zoo", "add", given.donor, "--zoo", zoo, "--quiet")
+    note("`zoo verify`", one_tensor, *headstart, "zoo", "verify", "--zoo", zoo)
     for method, name in (("normal", "smaller"), ("weight-selection", "smaller"), ("pruning", "smaller"),
                          ("row-column", "smaller"), ("net2wider", "larger")):  # fmt: skip
         words = ("--target", given.work / f"{name}.json", "--method", method, "--zoo", zoo, "--out", out, "--quiet")
         note(f"`generate --method {method}`, a {name} target", two_shards, *headstart, "generate", *words)
     words = ("--target", given.work / "70b.json", "--method", "default", "--out", out, "--plan")
-    note("`generate --plan` of a Llama of 70 billion", "no weights", *headstart, "generate", *words)
+    note("`generate --plan` of a Llama of 70 billion", ("the imports", 380), *headstart, "generate", *words)
     JSON.write_text(json.dumps({"rows": [], "memory": rows}, indent=1) + "\n")
 
 
