@@ -52,7 +52,7 @@ def test_a_row_holds_a_whole_run(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_benchmark_continues(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headstart.compare import compare
+    from headstart.compare import compare, shared_training
 
     monkeypatch.setattr(tasks, "prepare_models", lambda *a, **b: {"zoo": zoo.path, "model": None})
     monkeypatch.setattr(tasks, "BUDGETS", {"short": 3, "long": 6})
@@ -69,7 +69,7 @@ def test_an_interrupted_benchmark_continues(zoo: Zoo, tmp_path: Path, monkeypatc
     def assert_no_jobs(function: Any, jobs: Any, *rest: Any) -> None:
         assert not jobs
 
-    monkeypatch.setattr(compare, "run_jobs", assert_no_jobs)
+    monkeypatch.setattr(shared_training, "run_jobs", assert_no_jobs)
     second = benchmark.run_comparison(SMALL, tmp_path / "two", None, small=True)
     assert second["methods"] == first["methods"]
     assert rows.read(tmp_path / "two" / "runs.parquet") == found
