@@ -66,7 +66,7 @@ def test_an_interrupted_benchmark_continues(zoo: Zoo, tmp_path: Path, monkeypatc
     (tmp_path / "two").mkdir()
     (tmp_path / "one" / "runs.parquet").rename(tmp_path / "two" / "runs.parquet")
 
-    def assert_no_jobs(function: Any, jobs: Any, *rest: Any) -> None:
+    def assert_no_jobs(function: Any, jobs: Any, *rest: Any, **options: Any) -> None:
         assert not jobs
 
     monkeypatch.setattr(shared_training, "run_jobs", assert_no_jobs)
