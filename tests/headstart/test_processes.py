@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from headstart.analyze.analyze import analyze
 from headstart.compare.compare import compare
 from headstart.config import AnalyzeConfig, CompareConfig, GenerateConfig
+from headstart.devices import torch_device
 from headstart.generate.generate import generate
 from tests.conftest import make_llama
 from tests.headstart.compare.test_compare import TARGET
@@ -140,3 +142,17 @@ def test_one_process_prints_and_an_error_ends_both_with_one_line(
     assert (first[1]["code"], second[1]["code"]) == (2, 2)
     line = f"headstart: {folder / 'analysis'}: exists already; give another output folder or remove it\n"
     assert first[1]["err"] + second[1]["err"] == line
+
+
+def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert torch_device("auto") == "cuda" and taken == []  # alone, the device that is current stays
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for index in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(index))
+        assert torch_device("auto") == torch_device("cuda") == "cuda"
+    assert torch_device("cpu") == "cpu"
+    assert taken == [0, 0, 1, 1, 0, 0]
