@@ -72,6 +72,7 @@ def test_the_folder_says_what_made_it(tmp_path: Path) -> None:
         "command",
         "versions",
         "reproducible",
+        "device",
         "donors",
         "tensors",
         "parameters",

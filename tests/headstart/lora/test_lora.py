@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 
 import headstart
 from headstart import samplers
-from headstart.analyze import parts as analysis_parts
 from headstart.lora.in_memory import initialize_lora_weights
 from tests.baselines.lora.test_peft_inits import NAMES, model_of
 from tests.conftest import make_llama
@@ -415,17 +414,11 @@ def apart(folder: Path) -> Path:
     return folder
 
 
-def left_out(task: analysis_parts.AnalysisTask) -> Any:
-    raise UserError("left out")
-
-
 @pytest.mark.parametrize("differs", [True, False])
 def test_a_reference_reduced_to_its_analysis_gives_the_same_bytes_and_is_named(
-    base: Path, tmp_path: Path, differs: bool, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, differs: bool
 ) -> None:
     """Of a model whose matrices have fewer singular values than were asked for."""
-    for part in ("_marginals", "_spectra", "_row_column"):  # not looked at here, and most of the time
-        monkeypatch.setattr(analysis_parts, part, left_out)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "vocab_size": 16}
     folder = make_llama(tmp_path / "model", **small)
     if differs:
