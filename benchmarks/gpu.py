@@ -138,6 +138,7 @@ def compare_rows(work: Path, zoo: Zoo, text: Path, device: str) -> list[dict[str
         config = CompareConfig(
             target=target, corpus=text, out=out, methods=COMPARED, donor=str(zoo.path), steps=STEPS, seeds=(0,),
             lrs=(1e-3,), default_scales=(1.0,), batch_size=8, sequence=64, windows=4, device=where, dtype=dtype,
+            workers=1,
         )  # fmt: skip
         compare(config, quiet=True)
         runs = [json.loads(path.read_text()) for path in sorted((out / "runs").iterdir())]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,14 @@ def make_llama(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overr
 def tiny_llama() -> Callable[..., Path]:
     """make(folder, seed=0, max_shard_size="5GB", **overrides of the config) -> folder."""
     return make_llama
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Iterator[None]:
+    """A command that a test runs in this process sets the level and the handlers of our loggers."""
+    loggers = [logging.getLogger(name) for name in ("zoo", "autoencoder", "diffusion", "baselines", "headstart")]
+    before = [(logger.level, logger.handlers) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers = handlers

@@ -18,6 +18,7 @@ SMALLER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Zoo:
     monkeypatch.setattr(gpu, "DONOR", gpu.DONOR | DONOR | {"num_key_value_heads": 2})
     monkeypatch.setattr(gpu, "SMALLER", SMALLER | {"num_key_value_heads": 1})
+    monkeypatch.setattr(gpu, "COMPARED", ("default", "row-column"))
     monkeypatch.setitem(gpu.TARGETS, "stacking", {"num_hidden_layers": 1})
     return gpu.write_donor(tmp_path / "donor")
 
