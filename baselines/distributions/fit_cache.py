@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from zoo.checkpoints.atomic import new_folder
-from zoo.donors.layout import FITS
+from zoo.donors.layout import fit_path
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.sampler import Sampler
@@ -20,6 +17,7 @@ from zoo.sampler import Sampler
 log = logging.getLogger(__name__)
 
 AnySampler = TypeVar("AnySampler", bound=Sampler)
+CODE = tuple(sorted(Path(__file__).parent.glob("*.py")))  # other code may fit other values
 
 
 def fit_folder(sampler: Sampler, zoo: Zoo, what: Mapping[str, Sequence[Sequence[str]]]) -> Path | None:
@@ -31,8 +29,7 @@ def fit_folder(sampler: Sampler, zoo: Zoo, what: Mapping[str, Sequence[Sequence[
     if zoo.members is not None:
         return None
     options = {name: value for name, value in sampler.options().items() if name != "donor"}  # `what` names the donors
-    key = json.dumps([sampler.name, options, sampler.device, _source_hash(), what], sort_keys=True)
-    return zoo.path / FITS / f"{sampler.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    return fit_path(zoo.path, sampler.name, [options, sampler.device, what], CODE)
 
 
 def load_fit(cls: type[AnySampler], folder: Path) -> AnySampler | None:
@@ -55,10 +52,3 @@ def keep_fit(sampler: Sampler, folder: Path) -> None:
             sampler.save(partial)
     except (UserError, OSError) as error:
         log.info("%s: the fit is not kept: %s", sampler.name, error)
-
-
-@cache
-def _source_hash() -> str:
-    """sha256 of the modules of this package: other code may fit other values."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -21,17 +23,26 @@ class GuidedSearch:
         """table: [n] float64, ascending, from 0 to `scale`. right: as for `torch.searchsorted`."""
         self._table, self._scale, self._right = table, scale, right
         self._buckets = 1 << (BUCKETS_PER_POINT * len(table) - 1).bit_length()  # u * 2^k is exact
-        at = table * (self._buckets / scale)
+
+    @cached_property
+    def _guide(self) -> Tensor:
+        """[buckets + 1] int64: the place of all numbers in a bucket, -1 where they have to be searched for."""
+        at = self._table * (self._buckets / self._scale)
         bucket = at.long().clamp_(0, self._buckets)
-        counts = torch.zeros(self._buckets + 1, dtype=torch.long, device=table.device)
+        counts = torch.zeros(self._buckets + 1, dtype=torch.long, device=at.device)
         counts.index_add_(0, bucket, torch.ones_like(bucket))
-        self._guide = counts.cumsum(0) - counts
+        guide = counts.cumsum(0) - counts
         for edge in (at - MARGIN, at + MARGIN):
-            self._guide[edge.long().clamp_(0, self._buckets)] = -1
+            guide[edge.long().clamp_(0, self._buckets)] = -1
+        return guide
 
     def __call__(self, u: Tensor) -> Tensor:
         """[m] int64, for u [m] float64."""
+        if len(u) < len(self._table):  # the guide would take longer than it saves
+            return self._search(u)
         found = self._guide.index_select(0, (u * self._buckets).long())
         unclear = (found < 0).nonzero().squeeze(1)
-        sought = u.index_select(0, unclear) * self._scale
-        return found.index_copy_(0, unclear, torch.searchsorted(self._table, sought, right=self._right))
+        return found.index_copy_(0, unclear, self._search(u.index_select(0, unclear)))
+
+    def _search(self, u: Tensor) -> Tensor:
+        return torch.searchsorted(self._table, u * self._scale, right=self._right)

@@ -81,7 +81,8 @@ def sample_with_defaults(
 
 def log_defaulted(blueprint: Blueprint, names: Collection[str]) -> None:
     """Says which tensors keep the default initialisation."""
-    left = [name for name in blueprint.names if name in set(names)]
+    defaulted = set(names)
+    left = [name for name in blueprint.names if name in defaulted]
     if left:
         log.info(
             "%d of %d tensors keep the default initialisation: %s",
@@ -89,7 +90,7 @@ def log_defaulted(blueprint: Blueprint, names: Collection[str]) -> None:
             len(blueprint.names),
             shortened_list(left, 3),
         )
-    if unknown := [name for name in blueprint.unknown if name in set(left)]:
+    if unknown := [name for name in blueprint.unknown if name in defaulted]:
         log.info(
             "%d tensors have an unknown role and keep the default initialisation: %s",
             len(unknown),

@@ -42,13 +42,18 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo.filling.merge.os, "link", refuse)
 
 
-@pytest.mark.parametrize("links", [True, False])
+@pytest.fixture(params=[True, False])
+def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the disk allows hard links."""
+    if not request.param:
+        no_links(monkeypatch)
+    return request.param
+
+
 def test_zoos_filled_apart_become_the_zoo_of_one_add(
     tmp_path: Path, apart: tuple[list[str], list[Path]], monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     sources, zoos = apart
-    if not links:
-        no_links(monkeypatch)
     add(sources, tmp_path / "whole", quiet=True)
     before = [stamps(folder) for folder in zoos]
     done = merge(zoos, tmp_path / "zoo", quiet=True)
@@ -123,13 +128,10 @@ def test_a_zoo_without_the_column_of_gguf_files_joins_one_with_it(tmp_path: Path
     assert {row["model"]: row["gguf_type"] is None for row in rows} == {"plain": True, "small": False}
 
 
-@pytest.mark.parametrize("links", [True, False])
 def test_an_interrupted_merge_continues(
     tmp_path: Path, apart: tuple[list[str], list[Path]], monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     sources, zoos = apart
-    if not links:
-        no_links(monkeypatch)
     add(sources, tmp_path / "whole", quiet=True)
     step = "_link" if links else "_copy"
     work = getattr(zoo.filling.merge, step)

@@ -102,11 +102,17 @@ def restore_files(home: Path, checkpoint: ModelCheckpoint, record: dict[str, Any
 
 def _restore_file(source: Path, target: Path, sha256: str) -> None:
     """Copies one file. UserError where the bytes have another hash."""
-    digest = hashlib.sha256()
     with replacement_file(target) as partial:
-        with source.open("rb") as file, partial.open("wb") as out:
-            while raw := file.read(CHUNK):
-                digest.update(raw)
-                out.write(raw)
-        if digest.hexdigest() != sha256:
+        if copy_and_hash(source, partial) != sha256:
             raise _changed(source)
+
+
+def copy_and_hash(source: Path, target: Path, tick: Tick = lambda n: None) -> str:
+    """Writes the bytes of a file to another. Returns their sha256. tick: as for `copy_checkpoint`."""
+    digest = hashlib.sha256()
+    with source.open("rb") as file, target.open("wb") as out:
+        while raw := file.read(CHUNK):
+            digest.update(raw)
+            out.write(raw)
+            tick(len(raw))
+    return digest.hexdigest()

@@ -26,10 +26,10 @@ from zoo.checkpoints.hub import HUB_ID
 from zoo.checkpoints.sources import folder_names, hub_names
 from zoo.donors.layout import MANIFEST, RECORD, ROWS, donor_folder
 from zoo.donors.manifest import read_rows, renamed_rows, write_rows
-from zoo.donors.measures import CHUNK
 from zoo.donors.records import read_record, write_record
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
+from zoo.filling.copy import copy_and_hash
 from zoo.filling.present import missing_files
 from zoo.filling.publish import LOCK, check_free_space, merge_manifest, removed_on_error
 from zoo.gguf.source import is_gguf_address, names_of_address
@@ -241,13 +241,8 @@ def _copy_all(staging: Path, donor: _Donor, files: list[str], quiet: bool) -> No
 
 def _copy(source: Path, target: Path, tick: Callable[[int], object]) -> str:
     """Copies a file. Returns the sha256 of its bytes."""
-    digest = hashlib.sha256()
-    with replacement_file(target) as partial, source.open("rb") as file, partial.open("wb") as out:
-        while raw := file.read(CHUNK):
-            digest.update(raw)
-            out.write(raw)
-            tick(len(raw))
-    return digest.hexdigest()
+    with replacement_file(target) as partial:
+        return copy_and_hash(source, partial, tick)
 
 
 def _publish(staging: Path, donor: _Donor) -> tuple[str, bool]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from zoo.checkpoints.atomic import replacement_file
 from zoo.checkpoints.headers import read_header
 from zoo.donors.donor import Donor
 from zoo.donors.folder import ZooDonor
-from zoo.donors.layout import FITS
+from zoo.donors.layout import fit_path
 from zoo.errors import UserError
 from zoo.sandbox import library_errors
 
@@ -24,6 +22,7 @@ log = logging.getLogger(__name__)
 
 PARTS = ("residual", "ffn", "heads", "expert_ffn", "shared_ffn")
 ENERGY = "energy/"
+CODE = (Path(__file__).with_name("importance.py"),)  # other code may give other scores
 
 
 def kept_or_scored(donor: Donor, device: str) -> Scores:
@@ -34,8 +33,8 @@ def kept_or_scored(donor: Donor, device: str) -> Scores:
     """
     if not isinstance(donor, ZooDonor):
         return score_by_weights(donor, device)
-    key = f"{donor.sha256}\0{torch.device(device).type}\0{_source_hash()}"
-    path = donor.folder.parent.parent / FITS / f"scores-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    zoo, depends_on = donor.folder.parent.parent, [donor.sha256, torch.device(device).type]
+    path = fit_path(zoo, "scores", depends_on, CODE).with_suffix(".safetensors")
     if path.exists():
         try:
             return _read(path, donor)
@@ -73,9 +72,3 @@ def _read(path: Path, donor: Donor) -> Scores:
         raise UserError(f"{path}: holds other values than scores; {advice}")
     energy = {name.removeprefix(ENERGY): tensor for name, tensor in tensors.items() if name.startswith(ENERGY)}
     return Scores(**{part: tensors[part] for part in PARTS}, energy=energy)
-
-
-@cache
-def _source_hash() -> str:
-    """sha256 of the code that scores: other code may give other scores."""
-    return hashlib.sha256(Path(__file__).with_name("importance.py").read_bytes()).hexdigest()
