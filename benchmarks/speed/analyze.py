@@ -14,23 +14,22 @@ import argparse
 import json
 import os
 import re
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import paths
+from benchmarks.speed.children import in_child, peak_bytes
 
+MODULE = "benchmarks.speed.analyze"
 RESULTS = paths.RESULTS / "speed_analyze.json"
 LAYERS = 3  # of the large checkpoint: fewer cannot be compared
 
 
 def measure(donor: Path, work: Path) -> list[dict[str, Any]]:
     """[{what, seconds, reference, reference_seconds, ratio, wanted}]."""
-    took = _in_child("seconds", donor, work)
+    took = in_child(MODULE, "seconds", donor, work)
     return [
         {"what": "`analyze`, without start-up", "seconds": took["analyze"],
          "reference": "svdvals of its matrices in float32", "reference_seconds": took["svdvals"],
@@ -40,7 +39,7 @@ def measure(donor: Path, work: Path) -> list[dict[str, Any]]:
 
 def measure_memory(checkpoint: Path, work: Path) -> list[dict[str, Any]]:
     """[{what, megabytes, reference, reference_megabytes}]: memory beyond the imports, beside the largest tensor."""
-    found = _in_child("memory", _first_layers(checkpoint, work / "layers"), work)
+    found = in_child(MODULE, "memory", _first_layers(checkpoint, work / "layers"), work)
     return [
         {"what": "`analyze`, memory beyond the imports", "megabytes": round(found["peak"] / 1e6),
          "reference": "the largest tensor in float32", "reference_megabytes": round(4 * found["largest"] / 1e6)}
@@ -64,16 +63,6 @@ def _first_layers(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def _in_child(what: str, checkpoint: Path, work: Path) -> Any:
-    """What `_child` returns, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "benchmarks.speed.analyze", "--child", what, str(checkpoint), str(work)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=paths.ROOT)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout)
-
-
 def _child(what: str, checkpoint: Path, work: Path) -> dict[str, float]:
     import torch
 
@@ -83,9 +72,9 @@ def _child(what: str, checkpoint: Path, work: Path) -> dict[str, float]:
     donor = open_donor(checkpoint)
     matrices = [spec for spec in donor.blueprint.specs if len(spec.shape) == 2]
     if what == "memory":
-        before = _peak()
+        before = peak_bytes()
         _analyze(checkpoint, work / "analysis")
-        return {"peak": _peak() - before, "largest": max(spec.numel for spec in donor.blueprint.specs)}
+        return {"peak": peak_bytes() - before, "largest": max(spec.numel for spec in donor.blueprint.specs)}
     svdvals = 0.0
     for spec in matrices:
         matrix = donor.read(spec.name, torch.float32)
@@ -115,11 +104,6 @@ def _analyze(donor: Path, out: Path, **options: Any) -> None:
 
     shutil.rmtree(out, ignore_errors=True)
     analyze(AnalyzeConfig(out=out, donor=str(donor), device="cpu", **options), quiet=True)
-
-
-def _peak() -> int:
-    """Bytes that this process has taken at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:

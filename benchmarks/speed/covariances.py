@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from baselines.distributions.matrix_normal import MatrixNormal
 from benchmarks import paths
+from benchmarks.speed.children import peak_bytes
 from zoo.donors.zoo import open_standalone
 from zoo.targets.blueprint import Blueprint
 
@@ -76,12 +76,11 @@ def measure(width: int, layers: int, vocab: int) -> list[dict[str, Any]]:
     config = llama(width, layers, vocab)
     with tempfile.TemporaryDirectory() as folder:
         write_donor(Path(folder), config)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         zoo, blueprint = open_standalone(Path(folder)), Blueprint.from_config(config)
         start = time.process_time()
         sampler = MatrixNormal().fit(zoo, blueprint)
         seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes()
     took: list[tuple[int, float]] = []
     for covariance in full_covariances(sampler):
         start = time.process_time()
@@ -99,7 +98,7 @@ def measure(width: int, layers: int, vocab: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
     return [
         {"what": what, "seconds": seconds, "reference": name, "reference_seconds": reference,
-         "ratio": reference / seconds, "wanted": wanted, "gigabytes": max(peak, before) / 1e6}
+         "ratio": reference / seconds, "wanted": wanted, "gigabytes": peak / 1e9}
         for name, reference, wanted in references
     ]  # fmt: skip
 

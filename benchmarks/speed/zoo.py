@@ -14,23 +14,22 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import paths
+from benchmarks.speed.children import in_child, peak_bytes
 
-MEBIBYTE = 1 << 20
+MODULE = "benchmarks.speed.zoo"
 
 
 def measure(donor: Path, work: Path, repeats: int = 3) -> list[dict[str, Any]]:
     """[{what, seconds, reference, reference_seconds, ratio, wanted}], in CPU seconds."""
-    done = _in_child("seconds", donor, work, repeats)
+    done = in_child(MODULE, "seconds", donor, work, repeats)
     rows = [
         ("zoo add", "copy and sha256", "at least 0.3"),
         ("zoo add --no-health", "copy and sha256", "at least 0.7"),
@@ -51,21 +50,12 @@ def measure_memory(checkpoint: Path, work: Path) -> list[dict[str, Any]]:
     from zoo.checkpoints.checkpoint import Checkpoint
 
     largest = max(entry.nbytes for entry in Checkpoint.open(checkpoint).entries.values())
+    found = {what: in_child(MODULE, what, checkpoint, work) for what in ("zoo add", "zoo verify")}
     return [
-        {"what": f"`{what}`, memory beyond the imports", "megabytes": round(_in_child(what, checkpoint, work) / 1e6),
+        {"what": f"`{what}`, memory beyond the imports", "megabytes": round(peak / 1e6),
          "reference": "the largest tensor", "reference_megabytes": round(largest / 1e6)}
-        for what in ("zoo add", "zoo verify")
+        for what, peak in found.items()
     ]  # fmt: skip
-
-
-def _in_child(*words: object) -> Any:
-    """What `_child` prints for these words in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "benchmarks.speed.zoo", "--child", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=paths.ROOT)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout)
 
 
 def _child(what: str, checkpoint: Path, work: Path, repeats: int = 1) -> Any:
@@ -95,12 +85,12 @@ def _child(what: str, checkpoint: Path, work: Path, repeats: int = 1) -> Any:
         return best | {"copy and two sha256": best["copy and sha256"] + best["sha256"]}
     if what == "zoo add":
         shutil.rmtree(zoo, ignore_errors=True)
-    before = _peak()
+    before = peak_bytes()
     if what == "zoo add":
         add([str(checkpoint)], zoo, quiet=True)
     elif verify(zoo):
         raise RuntimeError("the zoo is damaged")
-    return _peak() - before
+    return peak_bytes() - before
 
 
 def _warm_up(work: Path) -> None:
@@ -135,11 +125,6 @@ def _hash_all(folder: Path) -> None:
 def _cpu_seconds() -> float:
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-
-def _peak() -> int:
-    """Bytes that this process has taken at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
