@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from baselines.distributions.lookup import BLOCK
@@ -279,6 +278,8 @@ def _mixture_components(law: Params) -> tuple[Tensor, Tensor, Tensor]:
 
 def minimize_bounded(loss: Callable[[float], float], low: float, high: float) -> float:
     """Where `loss` is least between low and high (Brent's method)."""
+    from scipy.optimize import minimize_scalar  # takes a second to import, and a fit that is kept needs none of it
+
     return float(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-8}).x)
 
 
