@@ -227,12 +227,27 @@ def zoo_merge(
 def zoo_train(
     ctx: typer.Context,
     zoo: ZooOption,
-    preset: Annotated[str, typer.Option(metavar="NAME", help="Which set of models to train.")] = ZooTrainConfig.preset,
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="Which models to train: demo, quick, bench or specialists.")
+    ] = ZooTrainConfig.preset,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--corpus",
+            metavar="NAME=FILE",
+            help="With --preset specialists: a further text, as a file or folder of text, JSON lines, Parquet or CSV; "
+            "repeatable.",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the embedded zoo: tiny Llama-style models, on the text that every Python ships."""
+    """Train tiny Llama-style models on the text that every Python ships.
+
+    The preset `specialists` trains models on several texts: Python's language reference, the source code of its
+    standard library, and those of --corpus.
+    """
     run_command(ctx, "zoo train")
 
 

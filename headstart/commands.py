@@ -211,7 +211,7 @@ def _zoo_merge(config: ZooMergeConfig, invocation: Invocation) -> None:
 def _zoo_train(config: ZooTrainConfig, invocation: Invocation) -> None:
     from zoo.training.embedded_zoo import train_zoo
 
-    train_zoo(config.zoo, preset=config.preset, seed=config.seed, quiet=invocation.quiet)
+    train_zoo(config.zoo, config.preset, config.seed, quiet=invocation.quiet, corpora=config.corpus)
 
 
 def _zoo_list(config: ZooListConfig, invocation: Invocation) -> None:

@@ -28,6 +28,7 @@ NAMES = (
     "target", "method", "methods", "out", "zoo", "donor", "model", "tokenizer", "base", "reference", "corpus", "tasks",
     "sources", "autoencoder", "preset", "revision", "name", "targets", "shard",
 )  # fmt: skip
+MAPPINGS = ("set", "corpus")  # options that the command line takes as repeated KEY=VALUE, where they are mappings
 POSITIONAL = ("sources", "name")  # options that the command line takes without a --name
 
 
@@ -274,6 +275,7 @@ class ZooTrainConfig(CommandConfig):
 
     zoo: str | Path
     preset: str = "demo"
+    corpus: Mapping[str, str] = field(default_factory=dict)  # {name: file or folder of text}, for specialists
     seed: int = 0
 
 
@@ -386,10 +388,10 @@ def default_of(item: dataclasses.Field[Any]) -> Any:
 def _check_texts(name: str, value: Any) -> None:
     """UserError for text that no file, record or terminal can hold."""
     label, is_name = f"--{option_key(name)}", name in NAMES
-    if name == "set":
+    if name in MAPPINGS and isinstance(value, Mapping):
         for key, setting in value.items():
-            check_text(label, key, is_name=False)
-            check_text(f"{label} {key}", setting, is_name=False)
+            check_text(label, key, is_name)
+            check_text(f"{label} {key}", setting, is_name)
     for text in value if isinstance(value, tuple) else [value]:
         if isinstance(text, str):
             check_text(label, text, is_name)
@@ -410,8 +412,8 @@ def _normalized(name: str, value: Any) -> Any:
 
 def _option_words(name: str, value: Any) -> list[str]:
     """An option as words of a command line."""
-    if name == "set":
-        return [word for key, setting in value.items() for word in ("--set", f"{key}={setting}")]
+    if name in MAPPINGS and isinstance(value, Mapping):
+        return [word for key, setting in value.items() for word in (f"--{option_key(name)}", f"{key}={setting}")]
     if name in POSITIONAL:
         return [str(item) for item in (value if isinstance(value, tuple) else [value])]
     if isinstance(value, bool):

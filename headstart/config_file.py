@@ -10,8 +10,8 @@ from typing import Any
 
 import typer
 
-from headstart.config import CONFIGS
-from headstart.config_values import check_text, comma_list, settings_of
+from headstart.config import CONFIGS, MAPPINGS
+from headstart.config_values import check_text, comma_list, files_by_name, settings_of
 from headstart.terminal import session
 from zoo.checkpoints.files import parse_json, read_bytes, read_text
 from zoo.checkpoints.yaml_files import parse_yaml
@@ -90,8 +90,9 @@ def merged_options(ctx: typer.Context, subcommand: str) -> dict[str, Any]:
         name = _parameter(field.name)
         source = ctx.get_parameter_source(name)
         typed = source is not None and source.name == "COMMANDLINE"
-        if field.name == "set":
-            options["set"] = {**in_file.get("set", {}), **(settings_of(ctx.params[name] or ()) if typed else {})}
+        if field.name in MAPPINGS and field.default_factory is dict:
+            read = settings_of if field.name == "set" else files_by_name
+            options[field.name] = {**in_file.get(field.name, {}), **(read(ctx.params[name] or ()) if typed else {})}
         elif field.name in in_file and not typed:
             options[field.name] = in_file[field.name]
         else:
@@ -115,7 +116,7 @@ def _parameter(field: str) -> str:
 
 def _as_typed(name: str, value: Any) -> Any:
     """A value as the command line writes it. `merged_options` uses the value itself."""
-    if name == "set":
+    if name in MAPPINGS and isinstance(value, Mapping):
         return [f"{key}={setting}" for key, setting in value.items()]
     if name == "sources":
         return list(value)

@@ -66,6 +66,20 @@ def settings_of(assignments: Iterable[str]) -> dict[str, str]:
     return {key: value for _, key, _, value in pairs}
 
 
+def files_by_name(assignments: Iterable[str]) -> dict[str, str]:
+    """["NAME=FILE", …] of --corpus as a mapping. Raises UserError where there is no `=`, and for a name given twice."""
+    files: dict[str, str] = {}
+    for text in assignments:
+        check_text("--corpus", text, is_name=True)
+        name, _, file = text.partition("=")
+        if not name or not file:
+            raise UserError(f"--corpus {text}: write it as NAME=FILE")
+        if name in files:
+            raise UserError(f"--corpus {text}: the name {name!r} is given twice; give each text a name of its own")
+        files[name] = file
+    return files
+
+
 def comma_list(values: Iterable[Any]) -> str:
     """Values as a list option writes them: 0.001,0.003."""
     return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

@@ -8,7 +8,6 @@ C  real donors -> unseen shapes on children's stories, with the donors' tokenize
 from __future__ import annotations
 
 import json
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,8 @@ from typing import Any
 
 from headstart import samplers
 from zoo.checkpoints.atomic import replace_file
-from zoo.training.corpora import reference_corpus
-from zoo.training.embedded_zoo import DonorRecipe, bench_recipes
+from zoo.training.corpora import library_source, reference_corpus
+from zoo.training.recipes import DonorRecipe, bench_recipes
 from zoo.vocabulary import save_byte_tokenizer
 
 SEEDS = (0, 1, 2)
@@ -44,14 +43,6 @@ SMALL_METHODS = (  # the default, and the eight that were strongest on the main 
 )  # fmt: skip
 LLAMA_DONORS = ("stories260K", "llama2xs-260K", "babyllama-tok105")  # autoencoder and diffusion learn from these
 GPT2_DONORS = ("arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")
-# Modules of Python's library, together more than a megabyte; none is generated or a table.
-LIBRARY_MODULES = (
-    "argparse", "ast", "calendar", "codecs", "configparser", "copy", "csv", "dataclasses", "datetime", "decimal",
-    "difflib", "dis", "doctest", "enum", "fractions", "functools", "gettext", "heapq", "inspect", "ipaddress",
-    "locale", "mailbox", "optparse", "os", "pathlib", "pickle", "pickletools", "plistlib", "pprint", "random",
-    "shutil", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading",
-    "tokenize", "traceback", "turtle", "types", "typing", "uuid", "zipfile",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,14 +167,6 @@ def main_comparison(budget: str) -> Comparison:
 def small_comparison() -> Comparison:
     """The comparison of `--small`."""
     return replace(main_comparison("long"), lrs=LRS["long"][1:3], methods=SMALL_METHODS)
-
-
-def library_source() -> bytes:
-    """Source code of LIBRARY_MODULES, one after the other."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    paths = (folder / f"{name}.py" for name in LIBRARY_MODULES)
-    found = [path if path.is_file() else path.with_suffix("") / "__init__.py" for path in paths]
-    return b"\n".join(path.read_bytes() for path in found if path.is_file())
 
 
 def corpus_bytes(name: str, data: Path | None) -> bytes:

@@ -17,7 +17,7 @@ from tests.support.tiny import config, make_zoo
 from zoo.add import add
 from zoo.donors.zoo import Zoo
 from zoo.targets.blueprint import Blueprint
-from zoo.training.corpora import python_reference
+from zoo.training.corpora import library_source, python_reference
 from zoo.training.loop import evaluate
 from zoo.vocabulary import byte_tokens, save_byte_tokenizer
 
@@ -98,7 +98,7 @@ def test_every_target_is_compared_and_unseen() -> None:
 
 
 def test_library_source_is_long_enough() -> None:
-    source = tasks.library_source()
+    source = library_source()
     assert 1_000_000 < len(source) < 4_000_000 and b"class ArgumentParser" in source
 
 

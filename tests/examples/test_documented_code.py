@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from zoo.training.embedded_zoo import DonorRecipe, quick_recipes, train_zoo
+from zoo.training.embedded_zoo import train_zoo
+from zoo.training.recipes import DonorRecipe, quick_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "headstart zoo train --zoo zoo --preset quick"  # replaced by two donors of a few steps

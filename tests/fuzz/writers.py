@@ -21,7 +21,7 @@ from tests.support.tiny import config
 from zoo.donors.verify import verify
 
 if TYPE_CHECKING:
-    from zoo.training.embedded_zoo import DonorRecipe
+    from zoo.training.recipes import DonorRecipe
 
 ZOO_LISTS = ("zoo/manifest.parquet", "zoo/index.json")
 SHAPES = (dict(hidden_size=16, kv=2, vocab_size=48), dict(hidden_size=24, kv=2, vocab_size=48))
@@ -99,7 +99,7 @@ def zoo_train(inputs: Path, place: Path, again: bool) -> None:
 
 
 def micro_recipes() -> list[DonorRecipe]:
-    from zoo.training.embedded_zoo import DonorRecipe
+    from zoo.training.recipes import DonorRecipe
 
     return [
         DonorRecipe(16, 1, heads=2, kv_heads=1, head_dim=8, ffn=32, steps=1, seed=seed, batch_size=1, sequence=16)
@@ -151,14 +151,14 @@ def demo(inputs: Path, place: Path, again: bool) -> None:
     from headstart import demo as module
     from headstart.compare import trials
     from headstart.config import DemoConfig
-    from zoo.training import embedded_zoo
+    from zoo.training import recipes
 
     sizes = module.DemoSizes(
         "micro", autoencoder_steps=1, diffusion_steps=1, compare_steps=1, seeds=(0,), lrs=(3e-3,),
         default_scales=(1.0,), batch_size=1, methods=("default",), diffusion=dict(hidden=32, blocks=1, pool=2),
     )  # fmt: skip
     with (
-        patch.dict(embedded_zoo.PRESETS, micro=micro_recipes),
+        patch.dict(recipes.PRESETS, micro=micro_recipes),
         patch("os.cpu_count", return_value=1),
         patch.object(trials, "time", types.SimpleNamespace(perf_counter=lambda: 0.0)),
         contextlib.redirect_stdout(io.StringIO()),

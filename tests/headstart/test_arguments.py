@@ -32,7 +32,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "evaluate": {"model": "donor", "tasks": "q.jsonl", "out": "out", "base": "donor"},
     "zoo add": {"SOURCE": "donor", "zoo": "out", "revision": "main", "shard": "0/1"},
     "zoo merge": {"SOURCE": "zoo", "zoo": "out"},
-    "zoo train": {"zoo": "out", "preset": "demo"},
+    "zoo train": {"zoo": "out", "preset": "specialists", "corpus": "text=text.txt"},
     "zoo list": {"zoo": "zoo"},
     "zoo verify": {"zoo": "zoo"},
     "train autoencoder": {"zoo": "zoo", "out": "out"},
@@ -112,7 +112,8 @@ def test_an_output_that_cannot_be_is_refused(command: str) -> None:
     key = next(key for key, value in options.items() if value == "out")
     alone = {"generate": ("target", "method", "out"), "compare": ("target", "methods", "corpus", "out"),
              "lora": ("base", "method", "rank", "out"), "evaluate": ("model", "tasks", "out"),
-             "zoo add": ("SOURCE", "zoo"), "zoo merge": ("SOURCE", "zoo")}.get(command)  # fmt: skip
+             "zoo add": ("SOURCE", "zoo"), "zoo merge": ("SOURCE", "zoo"),
+             "zoo train": ("zoo",)}.get(command)  # fmt: skip
     options = {name: value for name, value in options.items() if alone is None or name in alone}
     for out in ("file/x", "file", "/", "/dev/null/x"):
         if (key == "zoo" and out == "/") or (command == "demo" and out == "/"):

@@ -47,7 +47,7 @@ EXAMPLES: list[CommandConfig] = [
     EvaluateConfig(model="model", tasks=("a.jsonl", "b"), limit=3),
     ZooAddConfig(sources=("org/name@main", "folder"), zoo="zoo", shard="1/4"),
     ZooMergeConfig(sources=("one", "two"), zoo="zoo"),
-    ZooTrainConfig(zoo="zoo", preset="quick"),
+    ZooTrainConfig(zoo="zoo", preset="specialists", corpus={"plays": "plays.txt", "tales": "a=b"}),
     ZooListConfig(zoo="zoo"),
     ZooVerifyConfig(zoo="zoo"),
     TrainAutoencoderConfig(zoo="zoo", out="out", steps=4, device="cpu"),

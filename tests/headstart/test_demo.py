@@ -13,8 +13,7 @@ from headstart.config import DemoConfig
 from headstart.demo import TARGET, DemoSizes, demo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
-from zoo.training import embedded_zoo
-from zoo.training.embedded_zoo import DonorRecipe
+from zoo.training.recipes import PRESETS, DonorRecipe
 
 
 def micro() -> list[DonorRecipe]:
@@ -37,7 +36,7 @@ MICRO = DemoSizes(
 def test_the_demo_runs_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(embedded_zoo.PRESETS, "micro", micro)
+    monkeypatch.setitem(PRESETS, "micro", micro)
     # Workers import everything anew, which takes longer than all stages.
     # They are tested in test_embedded_zoo.py and test_compare.py.
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
@@ -67,7 +66,7 @@ def test_the_target_is_in_no_preset() -> None:
     target = Blueprint.from_config(TARGET).metadata
     assert target is not None
     shape = (target.width, target.layers, target.heads, target.kv_heads, target.ffn)
-    for preset in embedded_zoo.PRESETS.values():
+    for preset in PRESETS.values():
         assert shape not in {(r.width, r.layers, r.heads, r.kv_heads, r.ffn) for r in preset()}
 
 

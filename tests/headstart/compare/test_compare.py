@@ -172,7 +172,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def donors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zoo of two donors that were trained for a moment, wider and narrower than the target."""
-    from zoo.training.embedded_zoo import DonorRecipe, train_zoo
+    from zoo.training.embedded_zoo import train_zoo
+    from zoo.training.recipes import DonorRecipe
 
     zoo = tmp_path_factory.mktemp("zoo") / "zoo"
     wide = DonorRecipe(32, 1, heads=4, kv_heads=2, head_dim=8, ffn=64, steps=60, lr=1e-2)

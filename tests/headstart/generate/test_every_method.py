@@ -19,7 +19,8 @@ from zoo.donors.zoo import Zoo, open_standalone
 from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import python_reference
-from zoo.training.embedded_zoo import DonorRecipe, train_zoo
+from zoo.training.embedded_zoo import train_zoo
+from zoo.training.recipes import DonorRecipe
 
 TARGET = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 32,
