@@ -57,7 +57,7 @@ MAX_CHILD_REPLY = 1 << 30  # bytes that the child process answers: token ids tak
 
 # Texts to train on. Each byte of text takes eight bytes of memory as a token of a byte vocabulary.
 MAX_CORPUS = 256_000_000  # bytes of text that are read: a run of a million windows of 64 tokens sees as many
-LEAST_TRAINING_TEXT = 40_000  # bytes of a text that donors learn: nine blocks of 4096, of which one is held out
+LEAST_TRAINING_TEXT = 40_000  # bytes of a text that donors learn: ten blocks of 4096, of which two are held out
 MAX_CORPUS_NAME = 40  # characters of the name of such a text: it is part of the names of folders
 MAX_CORPUS_FILES = 10_000  # files of a folder or data set: those of the hub have up to a few thousand
 MAX_HUB_CORPUS_FILE = 1 << 33  # bytes of a file of a data set: the hub's guidelines ask for files below 5 GB

@@ -7,6 +7,7 @@ only, not on the number of processes. Donors that are already in the zoo are kep
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -132,12 +133,16 @@ def _train_missing(zoo: Path, runs: Sequence[TrainingRun], workers: int, quiet: 
 def train_run(folder: Path, run: TrainingRun, report: ReportProgress = lambda steps: None) -> None:
     """Trains one model in this process and writes its donors into `folder`, each as soon as it is complete.
 
-    report: called with the number of steps since its last call."""
+    report: called with the number of steps since its last call. Raises UserError where the training diverges."""
     recipe, names = run.recipe, run.recipe.donor_names
     training_text, held_out = (byte_tokens(part) for part in split_held_out(run.text))
     with reproducible():
         model = _new_model(recipe)
         for step in train_steps(model, training_text, recipe.training):
+            if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+                raise UserError(
+                    f"{recipe.name}: training diverged at step {step.number}; give a lower lr in its recipe"
+                )
             if step.number % REPORT_EVERY == 0:
                 report(REPORT_EVERY)
             if step.number in names:

@@ -184,6 +184,12 @@ def test_a_recipe_without_its_text_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "zoo").exists()
 
 
+def test_a_training_that_diverges_is_one_line(tales: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="specialist-tales-w16-l1-h2-kv1-s0: training diverged at step 2; give a lower"):
+        train_zoo(tmp_path / "zoo", [replace(TALES, lr=1e38)], workers=1, quiet=True, corpora={"tales": tales})
+    assert not (tmp_path / "zoo" / "models").exists()
+
+
 def test_the_preset_trains_every_text_on_the_same_shapes() -> None:
     recipes = specialist_recipes(["reference", "source", "tales"])
     names = [name for recipe in recipes for name in recipe.donor_names.values()]
