@@ -52,6 +52,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "row-column": ("baselines.transfer.row_column", "RowColumn"),
     "autoencoder": ("autoencoder.sampler", "AutoencoderSampler"),
     "diffusion": ("diffusion.sampler", "DiffusionSampler"),
+    "retrieval": ("baselines.retrieval.sampler", "Retrieval"),
     "pareto": ("baselines.lora.pareto", "Pareto"),
     "peft-default": ("baselines.lora.peft_inits", "PeftDefault"),
     "pissa": ("baselines.lora.peft_inits", "PiSSA"),

@@ -68,6 +68,7 @@ class AlignedDecoder:
     donor: Donor
     tokens: tuple[str, ...]
     decoder: Decoder
+    basis: Tensor  # [d, d]: `canonicalise` with this basis makes the decoder again
 
 
 def align_decoders(zoo: Zoo, quiet: bool = True, device: str = "cpu") -> Iterator[AlignedDecoder]:
@@ -92,15 +93,16 @@ def align_decoders(zoo: Zoo, quiet: bool = True, device: str = "cpu") -> Iterato
         try:
             shares_tokens = anchor is not None and not set(tokens).isdisjoint(anchor.tokens)
             source = read_donor_decoder(donor, device, lazy=True)
-            decoder = canonicalise(source, tokens, anchor if shares_tokens else None).decoder
-            del source  # its vocabulary
+            canonical = canonicalise(source, tokens, anchor if shares_tokens else None)
+            decoder, basis = canonical.decoder, canonical.symmetry.basis
+            del source, canonical  # the vocabulary before its rotation
         except UserError as error:
             _report_skipped(error, quiet)
             continue
         if not found_any and donor is not donors[-1]:
             anchor = make_anchor(decoder, tokens)
         found_any = True
-        yield AlignedDecoder(donor, tokens, decoder)
+        yield AlignedDecoder(donor, tokens, decoder, basis)
     if not found_any:
         raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")
 

@@ -29,8 +29,10 @@ def fold_gains(decoder: Decoder) -> tuple[Decoder, FoldedGains]:
     If a reader has no bias, the shift stays in the norm, divided by the gain. Raises UserError if that gain is zero
     where the shift is not."""
 
+    metadata = decoder.metadata  # lazy layers keep `fold`, which must not keep the vocabulary
+
     def fold(layer: Layer) -> Layer:
-        return _fold_layer(layer, decoder.metadata)
+        return _fold_layer(layer, metadata)
 
     gain, shift, head = dict(decoder.gain), dict(decoder.shift), decoder.head
     if "final" in gain:
