@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.head_start import costs, donor_losses, rows, tasks
-from benchmarks.head_start.results import AUDIT_NAMES
+from benchmarks.head_start.results import AUDIT_NAMES, Facts
 from benchmarks.head_start.tasks import Comparison
 from benchmarks.novelty import audits
 from benchmarks.paths import RESULTS
@@ -49,7 +49,8 @@ def run_all(work: Path, data: Path | None, only: Sequence[str], end: float | Non
             measured = AUDITS[name](work, data)
             paths = tasks.work_paths(work, "embedded")
             measured["made_from"] = audits.content_hash(paths["zoo"], paths["model"])
-            write_facts(read_facts() | {name: measured})
+            facts = read_facts()
+            write_facts(facts | {name: with_earlier_labels(measured, facts.get(name, {}))})
 
 
 def is_selected(comparison: Comparison, data: Path | None, only: Sequence[str]) -> bool:
@@ -103,14 +104,30 @@ def record_facts(results: dict[str, Any], comparison: Comparison, work: Path, da
     facts.setdefault("trained", {})[comparison.zoo] = tasks.training_seconds(work, comparison.zoo)
     content = audits.content_hash(*(tasks.work_paths(work, comparison.zoo)[key] for key in ("zoo", "model")))
     facts.setdefault("made_from", {})[comparison.zoo] = content
+    stored = rows.of_comparison(rows.read(RUNS), comparison)
     about = {key: results[key] for key in RECORDED_KEYS} | {
-        "runs": rows.runs_digest(results["runs"]),
+        "runs": rows.runs_digest(r["file"] for r in stored),
         "made_from": content,
     }
+    before = facts.get("comparisons", {}).get(comparison.name, {"refused": {}})["refused"]
+    about["refused"] = {k: why for k, why in before.items() if k in tasks.EARLIER_LABELS} | about["refused"]
     target = tasks.target_folder(work, comparison, data)
     about["as_they_are"] = donor_losses.donor_losses(zoo, target, _corpus(work, comparison.text, data))
     facts.setdefault("comparisons", {})[comparison.name] = about
     write_facts(facts)
+
+
+def with_earlier_labels(measured: dict[str, Any], before: Facts) -> dict[str, Any]:
+    """An audit, with what an earlier one measured of EARLIER_LABELS that the new one lacks."""
+    kept = dict(measured)
+    for key in ("methods", "models"):  # label -> measurement
+        found = {k: v for k, v in before.get(key, {}).items() if k in tasks.EARLIER_LABELS}
+        kept |= {key: found | measured[key]} if key in measured else {}
+    if "samples" in measured:  # [{label, …}]
+        new = {sample["label"] for sample in measured["samples"]}
+        lacking = set(tasks.EARLIER_LABELS) - new
+        kept["samples"] = measured["samples"] + [s for s in before.get("samples", []) if s["label"] in lacking]
+    return kept
 
 
 def audit_novelty(work: Path, data: Path | None) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def rank_methods(comparisons: Iterable[Entries]) -> list[str]:
     """Methods with a result in most comparisons first; among these the lowest mean difference to the default first. So
     a method that refuses hard targets does not rank above one that accepts them."""
     comparisons = list(comparisons)
-    names = dict.fromkeys([*tasks.method_labels(), *(name for e in comparisons for name in e)])
+    names = dict.fromkeys([*tasks.row_labels(), *(name for e in comparisons for name in e)])
     differences = {
         name: [
             e[name]["difference"]["mean"]

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.head_start.tasks import Comparison
+from benchmarks.head_start.tasks import EARLIER_LABELS, Comparison
 from benchmarks.paths import ROOT
 from headstart.report.scores import RunResult
 from zoo.checkpoints.atomic import replace_file
@@ -116,9 +116,11 @@ def replace_comparison(
     rows: Sequence[dict[str, Any]], comparison: Comparison, runs: Path, files: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """`rows` with those of this comparison replaced by the contents of its run files: all files, or those in `files`,
-    because files of earlier donors or settings may remain."""
-    paths = sorted(runs.glob("*.json")) if files is None else [runs / name for name in files]
+    because files of earlier donors or settings may remain. Rows of EARLIER_LABELS stay."""
     before = {r["file"]: r for r in of_comparison(rows, comparison)}
+    kept = {file: r for file, r in before.items() if r["method"] in EARLIER_LABELS}
+    names = sorted(path.name for path in runs.glob("*.json")) if files is None else files
+    paths = [runs / name for name in names if name not in kept]
     found = [before.get(path.name) or to_row(comparison, path.name, json.loads(path.read_text())) for path in paths]
     others = [r for r in rows if any(r[key] != getattr(comparison, key) for key in KEYS)]
-    return others + found
+    return [*others, *kept.values(), *found]

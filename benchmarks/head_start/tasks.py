@@ -37,6 +37,12 @@ VARIANTS = {
     "real": ("weight-selection:wider=repeat", "sliced:tie=fit"),
 }
 CONTROLS = tuple(f"diffusion:condition={condition}" for condition in ("shape", "shuffled", "mean"))  # wrong metadata
+# Committed runs of code that was removed stay, and nothing makes them again. `retrieval`: the pipeline that was called
+# `diffusion`, in which a trained network chose the blocks; the method `retrieval` of today chooses them by a formula.
+RETRIEVAL = "retrieval"
+RETRIEVAL_CONTROLS = tuple(f"{RETRIEVAL}:condition={condition}" for condition in ("shape", "shuffled", "mean"))
+EARLIER_VERSIONS = {"autoencoder-v1": "autoencoder"}  # label -> the method of which it is an earlier version
+EARLIER_LABELS = (RETRIEVAL, *RETRIEVAL_CONTROLS, *EARLIER_VERSIONS)
 SMALL_METHODS = (  # the default, and the eight that were strongest on the main target
     "default", "sliced", "autoencoder", "subcloning", "learned-pruning", "pruning", "row-column", "weight-selection",
     "diffusion",
@@ -126,7 +132,20 @@ def language_model_methods() -> list[str]:
 
 
 def method_labels(zoo: str = "embedded") -> list[str]:
-    return [*language_model_methods(), *VARIANTS[zoo], *CONTROLS]
+    """The methods that a comparison runs, with their options."""
+    methods = [name for name in language_model_methods() if name not in EARLIER_LABELS]
+    return [*methods, *VARIANTS[zoo], *CONTROLS]
+
+
+def row_labels(zoo: str = "embedded") -> list[str]:
+    """The labels that rows may have: those of `method_labels`, and of the committed runs of removed code."""
+    return [*method_labels(zoo), *EARLIER_LABELS]
+
+
+def method_of_label(label: str) -> str:
+    """The method of a label, without options and version."""
+    name = label.partition(":")[0]
+    return EARLIER_VERSIONS.get(name, name)
 
 
 def comparisons() -> Iterator[Comparison]:

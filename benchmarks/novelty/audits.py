@@ -49,7 +49,9 @@ LRS = tasks.LRS["long"][1:3]  # learning rates of the test training; the better 
 SHAPES = {"seen": tasks.SEEN_TARGET, "unseen": tasks.UNSEEN_TARGETS[tasks.MAIN_TARGET]}
 # Methods that generate from what they learned from donors; the autoencoder encodes and decodes one. `default` uses no
 # donor: its distance to the donors is that of unrelated models.
-GENERATING_METHODS = ("diffusion", "autoencoder", "row-column", "matrix-normal", "normal", "default")
+GENERATING_METHODS = (
+    "diffusion", "retrieval", "autoencoder", "row-column", "matrix-normal", "normal", "default"
+)  # fmt: skip
 # Methods that draw entries one by one; they differ in the distribution alone, so they are sampled at one shape.
 MARGINAL_METHODS = (
     "laplace", "student-t", "generalized-normal", "stable", "mixture", "auto-fit", "histogram", "kde", "permuted",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.head_start import tasks
-from benchmarks.head_start.results import BenchmarkResults, paired_difference
+from benchmarks.head_start.results import BenchmarkResults, Facts, paired_difference
 from benchmarks.novelty.audits import SHAPES, sample_labels
 from benchmarks.novelty.verdict import TAUS, count_novel
 from benchmarks.pages import cells
-from benchmarks.pages.comparison_tables import GENERATOR
 from benchmarks.peers.measure import format_table as format_peers_table
 from headstart.report.scores import REFERENCE
 
@@ -61,9 +60,16 @@ def novelty_table(results: BenchmarkResults) -> str:
     rows = [
         [shape, label, *_novelty_cells(count_novel(audit, label, shape, *(losses[f"{shape} {b}"] for b in _BUDGETS)))]
         for shape in SHAPES
-        for label in sample_labels(shape)
+        for label in sampled_labels(audit, shape)
     ]
     return cells.table(heads, rows)
+
+
+def sampled_labels(audit: Facts, shape: str) -> list[str]:
+    """The labels that an audit has samples of at a shape; an earlier version of a method follows the method."""
+    found = {s["label"] for s in audit["samples"] if s["shape"] == shape}
+    versions = {method: label for label, method in tasks.EARLIER_VERSIONS.items()}
+    return [name for label in sample_labels(shape) for name in (label, versions.get(label)) if name in found]
 
 
 _BUDGETS = ("short", "long")
@@ -80,21 +86,21 @@ def _novelty_cells(s: dict[str, Any]) -> list[str]:
 
 
 def conditioning_table(results: BenchmarkResults) -> str:
-    """The diffusion with the target's true metadata and with wrong metadata, paired by seed."""
+    """Retrieval with the target's true metadata and with wrong metadata, paired by seed."""
     rows = []
     for c, e in results.entries.items():
-        own = e.get(GENERATOR)
+        own = e.get(tasks.RETRIEVAL)
         if c.budget == "ladder" or own is None or not own["curves"]:
             continue
         row = [cells.comparison_name(c), f"{own['step0_loss']:.2f}", f"{own['final_loss']['mean']:.3f}"]
-        for control in tasks.CONTROLS:
+        for control in tasks.RETRIEVAL_CONTROLS:
             if control not in e or not e[control]["curves"]:
                 row += [cells.MISSING, cells.MISSING]
             else:
                 difference = paired_difference(e[control], own)
                 row += [f"{e[control]['step0_loss']:.2f}", cells.difference_cell(difference)]
         rows.append(row)
-    controls = [control.rpartition("=")[2] for control in tasks.CONTROLS]
+    controls = [control.rpartition("=")[2] for control in tasks.RETRIEVAL_CONTROLS]
     heads = [f"{name}: {what}" for name in controls for what in ("step 0", "final minus true")]
     return cells.table(["comparison", "true: step 0", "final", *heads], rows)
 

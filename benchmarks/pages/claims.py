@@ -11,15 +11,15 @@ from typing import Any
 
 from benchmarks.head_start import tasks
 from benchmarks.head_start.results import BenchmarkResults, Entries, format_interval, paired_difference
-from benchmarks.novelty.audits import SHAPES, sample_labels
+from benchmarks.novelty.audits import SHAPES
 from benchmarks.novelty.verdict import count_novel
 from benchmarks.pages import cells
-from benchmarks.pages.audit_tables import default_losses
-from benchmarks.pages.comparison_tables import GENERATOR
+from benchmarks.pages.audit_tables import default_losses, sampled_labels
 from headstart import samplers
 from headstart.report.scores import REFERENCE
 
 LINE = 100
+RETRIEVAL = tasks.RETRIEVAL
 TRANSFER_FAMILIES = ("selection", "pruning", "growth", "mean-field")
 MARGINAL_FAMILIES = ("parametric", "empirical")
 TEXTS = (("A", "reference"), ("B", "source"), ("B", "shakespeare"))
@@ -56,13 +56,13 @@ class Differences:
 
 def is_transfer(label: str) -> bool:
     """Whether a method carries a trained donor over: cut, grown, or passed through the autoencoder."""
-    name = label.partition(":")[0]
+    name = tasks.method_of_label(label)
     return name == "autoencoder" or samplers.get(name).family in TRANSFER_FAMILIES
 
 
 def is_marginal(label: str) -> bool:
     """Whether a method draws entries one by one from the distribution of donors' entries."""
-    return label != "matrix-normal" and samplers.get(label.partition(":")[0]).family in MARGINAL_FAMILIES
+    return label != "matrix-normal" and samplers.get(tasks.method_of_label(label)).family in MARGINAL_FAMILIES
 
 
 def to_default(comparisons: Iterable[Entries], labels: Iterable[str]) -> Differences:
@@ -75,15 +75,15 @@ def best_transfer(entries: Entries) -> str:
     return min(done, key=lambda name: entries[name]["final_loss"]["mean"])
 
 
-def diffusion_against_best(comparisons: Iterable[Entries]) -> Differences:
-    return Differences([paired_difference(e[GENERATOR], e[best_transfer(e)]) for e in comparisons if GENERATOR in e])
+def retrieval_against_best(comparisons: Iterable[Entries]) -> Differences:
+    return Differences([paired_difference(e[RETRIEVAL], e[best_transfer(e)]) for e in comparisons if RETRIEVAL in e])
 
 
 def claims(results: BenchmarkResults) -> str:
     """Five numbered paragraphs with their evidence; "" before all comparisons are there."""
     if any(not results.comparisons_of(task, text, budget) for task, text in TEXTS for budget in tasks.BUDGETS):
         return ""
-    makers = (_donors_claim, _diffusion_claim, _real_donors_claim, _statistics_claim, _novelty_claim)
+    makers = (_donors_claim, _retrieval_claim, _real_donors_claim, _statistics_claim, _novelty_claim)
     paragraphs = [make(results) for make in makers]
     table = _shapes_table(results.comparisons_of("A", "reference", "long"))
     numbered = [_wrap(f"{i}. {text}") for i, text in enumerate(paragraphs, 1)]
@@ -101,7 +101,7 @@ def _of_text(results: BenchmarkResults, text: tuple[str, str], budget: str) -> l
 
 
 def _donors_claim(results: BenchmarkResults) -> str:
-    labels = [label for label in tasks.method_labels() if is_transfer(label)]
+    labels = [label for label in tasks.row_labels() if is_transfer(label)]
     embedded = [e for text in TEXTS for budget in tasks.BUDGETS for e in _of_text(results, text, budget)]
     all_cases = to_default(embedded, labels)
     long = {text: to_default(_of_text(results, text, "long"), labels) for text in TEXTS}
@@ -127,50 +127,52 @@ def _donors_claim(results: BenchmarkResults) -> str:
     )
 
 
-def _diffusion_claim(results: BenchmarkResults) -> str:
+def _retrieval_claim(results: BenchmarkResults) -> str:
     everywhere = [e for text in TEXTS for budget in tasks.BUDGETS for e in _of_text(results, text, budget)]
-    all_cases, rivals = to_default(everywhere, [GENERATOR]), diffusion_against_best(everywhere)
+    all_cases, rivals = to_default(everywhere, [RETRIEVAL]), retrieval_against_best(everywhere)
     long = _of_text(results, TEXTS[0], "long")
-    coder = fmean(paired_difference(e[GENERATOR], e["autoencoder"])["mean"] for e in long)
-    own = to_default(long, [GENERATOR])
+    coder = fmean(paired_difference(e[RETRIEVAL], e["autoencoder-v1"])["mean"] for e in long)
+    own = to_default(long, [RETRIEVAL])
     scrambled = Differences(
-        [paired_difference(e[f"{GENERATOR}:condition=shuffled"], e[f"{GENERATOR}:condition=shape"]) for e in everywhere]
+        [paired_difference(e[f"{RETRIEVAL}:condition=shuffled"], e[f"{RETRIEVAL}:condition=shape"]) for e in everywhere]
     )
     costs = [d["mean"] for d in scrambled.values]
     return (
-        "**The diffusion has this head start too, and does not beat the best transfer method.** From a config alone "
-        f"it ends below the tuned default in {all_cases.below} of {len(all_cases.values)} cases; on the donors' own "
-        f"text it gains {own.gain()} nats after {tasks.BUDGETS['long']} steps (weakest: {own.weakest()}). That is "
+        "**Retrieval has this head start too, and does not beat the best transfer method.** These runs are of the "
+        "pipeline that was called `diffusion`, in which a trained network chose the blocks; the method `retrieval` of "
+        "today chooses them by a formula. From a config alone it ends below the tuned default in "
+        f"{all_cases.below} of {len(all_cases.values)} cases; on the donors' own text it gains {own.gain()} nats "
+        f"after {tasks.BUDGETS['long']} steps (weakest: {own.weakest()}). That is "
         f"{abs(coder):.2f} nats {'less' if coder > 0 else 'more'} than one donor passed through our autoencoder, on "
         f"average. Beside the best transfer method of each comparison, chosen after the fact, it is worse in "
         f"{rivals.above} cases, better in {rivals.below} and not distinguishable in {rivals.unresolved}. It is better "
         f"on {_better_shapes(results)}. On `{tasks.DONOR_CHOICE_TARGET}` each method had its default donor; from the "
-        f"best donor `{tasks.DONOR_CHOICE_METHOD}` is as good ({_best_donor_difference(results)}). The diffusion needs "
+        f"best donor `{tasks.DONOR_CHOICE_METHOD}` is as good ({_best_donor_difference(results)}). Retrieval needs "
         f"the place of every unit: scrambling layer, head and rank costs {min(costs):.2f} to {max(costs):.2f} nats "
         f"more than a wrong shape alone, beyond noise in {scrambled.above} of {len(costs)} cases."
     )
 
 
 def _better_shapes(results: BenchmarkResults) -> str:
-    """`gqa` (4) and `deeper` (1): the shapes on which the diffusion is better than the best transfer method."""
+    """`gqa` (4) and `deeper` (1): the shapes on which retrieval is better than the best transfer method."""
     found = Counter(
         c.target
         for text in TEXTS
         for budget in tasks.BUDGETS
         for c, e in results.comparisons_of(*text, budget).items()
-        if diffusion_against_best([e]).below
+        if retrieval_against_best([e]).below
     )
     return " and ".join(f"`{target}` ({n})" for target, n in found.most_common())
 
 
 def _best_donor_difference(results: BenchmarkResults) -> str:
-    """The diffusion minus the method from the donor of the lowest final loss."""
+    """Retrieval minus the method from the donor of the lowest final loss."""
     done = {c.budget: e for c, e in results.entries.items() if (c.task, c.target) == ("A", tasks.DONOR_CHOICE_TARGET)}
     best = min(
         (e for name, e in done["donors"].items() if name != REFERENCE and e["curves"]),
         key=lambda e: e["final_loss"]["mean"],
     )
-    return f"the diffusion minus it: {format_interval(paired_difference(done['long'][GENERATOR], best), '+', 2)}"
+    return f"retrieval minus it: {format_interval(paired_difference(done['long'][RETRIEVAL], best), '+', 2)}"
 
 
 def _shapes_table(done: dict[tasks.Comparison, Entries]) -> str:
@@ -181,33 +183,33 @@ def _shapes_table(done: dict[tasks.Comparison, Entries]) -> str:
         rows.append(
             [
                 c.target, format_interval(e[REFERENCE]["final_loss"], digits=2), f"`{best}`",
-                cells.difference_cell(e[best]["difference"], 2), cells.difference_cell(e[GENERATOR]["difference"], 2),
-                cells.difference_cell(paired_difference(e[GENERATOR], e[best]), 2),
+                cells.difference_cell(e[best]["difference"], 2), cells.difference_cell(e[RETRIEVAL]["difference"], 2),
+                cells.difference_cell(paired_difference(e[RETRIEVAL], e[best]), 2),
             ]
         )  # fmt: skip
-    heads = ["shape", "tuned default", "best transfer", "its gain", "diffusion's gain", "diffusion minus best"]
+    heads = ["shape", "tuned default", "best transfer", "its gain", "retrieval's gain", "retrieval minus best"]
     return "\n".join(f"   {line}" for line in cells.table(heads, rows).splitlines())
 
 
 def _real_donors_claim(results: BenchmarkResults) -> str:
     done = {c.target: e for c, e in results.comparisons_of("C", "stories", "long").items()}
-    labels = [*(label for zoo in ("embedded", "real") for label in tasks.method_labels(zoo) if is_transfer(label))]
+    labels = [*(label for zoo in ("embedded", "real") for label in tasks.row_labels(zoo) if is_transfer(label))]
 
     def gains(*targets: str) -> Differences:
         return to_default([done[target] for target in targets], dict.fromkeys(labels))
 
-    def diffusion(target: str) -> str:
-        return format_interval(done[target][GENERATOR]["difference"], "+", 2)
+    def retrieval(target: str) -> str:
+        return format_interval(done[target][RETRIEVAL]["difference"], "+", 2)
 
-    behind = paired_difference(done["between"][GENERATOR], done["between"][best_transfer(done["between"])])
+    behind = paired_difference(done["between"][RETRIEVAL], done["between"][best_transfer(done["between"])])
     return (
-        "**Real donors are a head start as well, and there the diffusion is behind.** Small Llamas trained on stories, "
+        "**Real donors are a head start as well, and there retrieval is behind.** Small Llamas trained on stories, "
         f"cut or grown to two shapes with their tokenizer, gain {gains('between', 'narrower').gain()} nats after "
         f"{tasks.BUDGETS['long']} steps (weakest: {gains('between', 'narrower').weakest()}), and "
         f"{gains('bytes').gain()} on a target with other tokens (weakest: {gains('bytes').weakest()}). GPT-2s that "
-        f"never saw a story gain {gains('gpt2').gain()} (weakest: {gains('gpt2').weakest()}). The diffusion ends at "
-        f"{diffusion('between')} on `between`, {format_interval(behind, '+', 2)} beside the best transfer method; "
-        f"{diffusion('bytes')} on `bytes`; and {diffusion('narrower')} on `narrower`, which does not exclude zero. It "
+        f"never saw a story gain {gains('gpt2').gain()} (weakest: {gains('gpt2').weakest()}). Retrieval ends at "
+        f"{retrieval('between')} on `between`, {format_interval(behind, '+', 2)} beside the best transfer method; "
+        f"{retrieval('bytes')} on `bytes`; and {retrieval('narrower')} on `narrower`, which does not exclude zero. It "
         "refuses the GPT-2 target."
     )
 
@@ -240,19 +242,19 @@ def _novelty_claim(results: BenchmarkResults) -> str:
     counts = {
         (shape, label): count_novel(audit, label, shape, losses[f"{shape} short"], losses[f"{shape} long"])
         for shape in SHAPES
-        for label in sample_labels(shape)
+        for label in sampled_labels(audit, shape)
     }
     samples = sum(s["n"] for s in counts.values())
     both = sum(s["both"]["1"] for s in counts.values())
-    own = [counts[shape, GENERATOR] for shape in SHAPES]
+    own = [counts[shape, RETRIEVAL] for shape in SHAPES]
     donors, noisy = audit["donors"]["median"], counts["seen", "a donor with 20% noise"]
     return (
         "**What performs is not new, and what is new does not perform.** A sample is novel if it is farther from every "
         f"donor than donors are from one another ({donors:.2f}), and performs if it is as good after "
         f"{audit['steps']} steps as the tuned default after {tasks.BUDGETS['long']}. Of {samples} samples of "
         f"{len({label for _, label in counts})} methods and controls {both} do both. All "
-        f"{sum(s['performant'] for s in own)} samples of the diffusion perform and {sum(s['novel']['1'] for s in own)} "
+        f"{sum(s['performant'] for s in own)} samples of retrieval perform and {sum(s['novel']['1'] for s in own)} "
         f"are novel: they lie {own[0]['distance']:.2f} from the nearest donor at a shape that donors have and "
         f"{own[1]['distance']:.2f} at one that they do not. A donor with 20 % noise lies at {noisy['distance']:.2f}. "
-        "The diffusion arranges parts of its donors; that is its head start."
+        "Retrieval arranges parts of its donors; that is its head start."
     )

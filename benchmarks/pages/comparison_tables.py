@@ -21,7 +21,7 @@ from headstart import samplers
 from headstart.report.scores import REFERENCE
 from zoo.targets.blueprint import Blueprint
 
-GENERATOR = "diffusion"
+OUR_METHODS = ("diffusion", tasks.RETRIEVAL)  # they are not rivals of one another
 
 
 def run_counts(results: BenchmarkResults) -> str:
@@ -33,12 +33,12 @@ def run_counts(results: BenchmarkResults) -> str:
     for r in done:
         commit, _, versions = r["made"].partition(", ")
         commits.setdefault(versions, set()).add(commit)
-    methods = tasks.language_model_methods()
-    families = len({samplers.get(name).family for name in methods})
+    methods = {r["method"].partition(":")[0] for r in done}
+    families = len({samplers.get(tasks.method_of_label(name)).family for name in methods})
     rates = ", ".join(f"{lr:g}" for lr in tasks.LRS["long"])
     lines = [
         f"- rows: {len(done):,}, of {len({r['file'] for r in done}):,} different runs",
-        f"- methods: {len(methods)}, of {families} families; besides, options that lift a refusal, and the diffusion "
+        f"- methods: {len(methods)}, of {families} families; besides, options that lift a refusal, and retrieval "
         "under wrong metadata",
         f"- seeds: {', '.join(map(str, tasks.SEEDS))}",
         f"- learning rates: {rates}; with {tasks.BUDGETS['short']} steps {tasks.LRS['short'][-1]:g} too; more for the "
@@ -98,7 +98,8 @@ def head_start_table(task: str, text: str, budget: str) -> Callable[[BenchmarkRe
             [f"{REFERENCE}, tuned", *(cells.default_cell(e[REFERENCE]) for e in chosen.values())],
             ["best donor, not trained further", *(cells.best_donor_cell(about[c]) for c in chosen)],
         ]
-        for name in rank_methods(chosen.values()):
+        measured = {name for c, e in chosen.items() for name in (*e, *about[c]["refused"])}
+        for name in (name for name in rank_methods(chosen.values()) if name in measured):
             rows.append(
                 [name, *(cells.method_cell(e.get(name), about[c]["refused"].get(name)) for c, e in chosen.items())]
             )
@@ -108,39 +109,39 @@ def head_start_table(task: str, text: str, budget: str) -> Callable[[BenchmarkRe
 
 
 def rivals_table(results: BenchmarkResults) -> str:
-    """The diffusion beside the best method that needs no donor, and beside the best other method that needs one."""
+    """Retrieval beside the best method that needs no donor, and beside the best method that takes one donor."""
     rows = []
     for c, e in results.entries.items():
-        if c.budget == "ladder" or c.methods or GENERATOR not in e:
+        if c.budget == "ladder" or c.methods or tasks.RETRIEVAL not in e:
             continue
         row = [cells.comparison_name(c)]
         for donors in (False, True):
             best = best_rival(e, donors)
             own_gain = "" if best == REFERENCE else f" ({cells.difference_cell(e[best]['difference'])})"
-            row += [best + own_gain, cells.difference_cell(paired_difference(e[GENERATOR], e[best]))]
+            row += [best + own_gain, cells.difference_cell(paired_difference(e[tasks.RETRIEVAL], e[best]))]
             if not donors:
-                row.append(cells.fewer_cell(paired_speedup(e[GENERATOR], e[best])))
+                row.append(cells.fewer_cell(paired_speedup(e[tasks.RETRIEVAL], e[best])))
         rows.append(row)
-    heads = ["comparison", "best without donors", "diffusion minus it", "fewer steps", "best with donors"]
-    return cells.table([*heads, "diffusion minus it"], rows)
+    heads = ["comparison", "best without donors", "retrieval minus it", "fewer steps", "best with donors"]
+    return cells.table([*heads, "retrieval minus it"], rows)
 
 
 def best_rival(entries: Entries, donors: bool) -> str:
-    """The method of lowest final loss that needs donors, or that needs none; the diffusion is left out."""
+    """The method of lowest final loss that needs donors, or that needs none, without OUR_METHODS."""
     losses = {
         name: e["final_loss"]["mean"]
         for name, e in entries.items()
-        if name.partition(":")[0] != GENERATOR and bool(samplers.get(name.partition(":")[0]).needs) == donors
+        if (method := tasks.method_of_label(name)) not in OUR_METHODS and bool(samplers.get(method).needs) == donors
     }
     return min(losses, key=lambda name: math.inf if losses[name] is None else losses[name])
 
 
 def donor_choice_table(results: BenchmarkResults) -> str:
-    """One method from every donor of the zoo, with the diffusion beside it."""
+    """One method from every donor of the zoo, with retrieval beside it."""
     done = {c.budget: c for c in results.entries if (c.task, c.target) == ("A", tasks.DONOR_CHOICE_TARGET)}
-    if "donors" not in done or "long" not in done or GENERATOR not in results.entries[done["long"]]:
+    if "donors" not in done or "long" not in done or tasks.RETRIEVAL not in results.entries[done["long"]]:
         return ""
-    entries, diffusion = results.entries[done["donors"]], results.entries[done["long"]][GENERATOR]
+    entries, retrieval = results.entries[done["donors"]], results.entries[done["long"]][tasks.RETRIEVAL]
     untrained = results.facts["comparisons"][done["donors"].name]["as_they_are"]
     rows = []
     for name in rank_methods([entries]):
@@ -148,6 +149,6 @@ def donor_choice_table(results: BenchmarkResults) -> str:
             continue
         e, donor = entries[name], name.partition("donor=")[2]
         final = f"{format_interval(e['final_loss'])} ({cells.rate_cell(e)})"
-        beside = cells.difference_cell(paired_difference(diffusion, e))
+        beside = cells.difference_cell(paired_difference(retrieval, e))
         rows.append([donor, f"{untrained[donor]:.3f}", final, beside])
-    return cells.table(["donor", "its loss before", "final loss (learning rate)", "diffusion minus it"], rows)
+    return cells.table(["donor", "its loss before", "final loss (learning rate)", "retrieval minus it"], rows)

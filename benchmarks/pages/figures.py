@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 PAPER, TEXT = "#ffffff", "#1f2328"
 ACTIVATION_METHODS = (
-    "diffusion", "autoencoder", "sliced", "net2wider", "stacking", "row-column", "normal", "mimetic"
+    "diffusion", "autoencoder", tasks.RETRIEVAL, *tasks.EARLIER_VERSIONS,
+    "sliced", "net2wider", "stacking", "row-column", "normal", "mimetic",
 )  # fmt: skip
 
 

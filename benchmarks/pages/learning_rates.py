@@ -25,8 +25,8 @@ def learning_rates_table(results: BenchmarkResults) -> str:
     best = _best_rates(results.rows)
     families: dict[str, list[float]] = defaultdict(list)
     family = {method["name"]: method["family"] for method in samplers.described_methods()}
-    for method, rates in best.items():
-        families[family[method]] += rates
+    for label, rates in best.items():
+        families[family[tasks.method_of_label(label)]] += rates
     entries = [c for c in results.entries if c.budget == BUDGET]
     sizes = [results.facts["comparisons"][c.name]["parameters"] for c in entries]
     content = {
@@ -35,7 +35,7 @@ def learning_rates_table(results: BenchmarkResults) -> str:
         "batch": f"{tasks.BATCH_SIZE} x {tasks.SEQUENCE} tokens",
         "parameters": [min(sizes), max(sizes)],
         "warmup": TrainingConfig.warmup,
-        "methods": {method: _summary(rates) for method, rates in sorted(best.items())},
+        "methods": {method: _summary(rates) for method, rates in sorted(best.items()) if method in family},
         "families": {name: _summary(rates) for name, rates in sorted(families.items())},
     }
     return json.dumps(content, indent=2) + "\n"

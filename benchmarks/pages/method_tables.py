@@ -13,7 +13,7 @@ from headstart import samplers
 from headstart.report.scores import REFERENCE
 
 README_METHODS = (
-    REFERENCE, "sliced", "row-column", "autoencoder", "diffusion", "matrix-normal", "truncated-normal", "normal"
+    REFERENCE, "sliced", "row-column", "autoencoder-v1", "retrieval", "matrix-normal", "truncated-normal", "normal"
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def gains_table(results: BenchmarkResults) -> str:
     if not done:
         return ""
     cost = results.facts.get("cost", {}).get("methods", {})
-    methods = set(tasks.language_model_methods())
+    methods = {*tasks.language_model_methods(), *tasks.EARLIER_VERSIONS}
     rows = []
     for name in [REFERENCE, *(name for name in rank_methods(done.values()) if name in methods)]:
         label = f"{name}, tuned: loss" if name == REFERENCE else name
@@ -88,4 +88,4 @@ def _convolution_row(targets: int) -> list[str]:
 
 
 def needs_cell(name: str) -> str:
-    return ", ".join(samplers.get(name).needs) or cells.MISSING
+    return ", ".join(samplers.get(tasks.method_of_label(name)).needs) or cells.MISSING

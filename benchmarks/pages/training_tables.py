@@ -18,7 +18,6 @@ from benchmarks.head_start.results import (
     rank_methods,
 )
 from benchmarks.pages import cells
-from benchmarks.pages.comparison_tables import GENERATOR
 from headstart.report.scores import REFERENCE
 
 STABLE_WITHIN = (0.1, 0.25)  # nats above the loss at a method's best rate, up to which a rate counts as stable
@@ -108,7 +107,7 @@ def _details_table(entries: Entries) -> str:
     heads = [
         "method", "lr", "step 0", "final loss",
         *(f"times fewer steps to {level['loss']:.3f} (default's at {float(at):.0%})" for at, level in levels.items()),
-        f"times fewer steps to the {GENERATOR}'s final loss", "spikes", "largest gradient", "diverged",
+        f"times fewer steps to the final loss of {tasks.RETRIEVAL}", "spikes", "largest gradient", "diverged",
         "activation RMS by layer at the start", "at the end",
     ]  # fmt: skip
     rows = []
@@ -120,7 +119,7 @@ def _details_table(entries: Entries) -> str:
             nothing = [cells.MISSING] * (len(levels) + 3)
             rows.append([name, "–", "–", "diverged", *nothing, str(len(m["diverged"])), "–", "–"])
             continue
-        rms, faster = m["activation_rms"], paired_speedup(m, entries.get(GENERATOR, {"curves": []}))
+        rms, faster = m["activation_rms"], paired_speedup(m, entries.get(tasks.RETRIEVAL, {"curves": []}))
         rows.append(
             [
                 name, cells.rate_cell(m), f"{m['step0_loss']:.2f}", format_interval(m["final_loss"]),

@@ -145,7 +145,8 @@ def test_novelty_table() -> None:
     drawn = [
         sample(1.5, 1.9, 2.9, shape=shape, label=label)
         for shape in audits.SHAPES
-        for label in audits.sample_labels(shape)
+        for label in (*audits.sample_labels(shape), *tasks.EARLIER_VERSIONS)
+        if label != "diffusion"  # not sampled yet
         for _ in range(2)
     ]
     apart = {"median": 1.0, "mosaic": 0.7, "iou": 0.7, "expected": 0.5, "same": 0.4}
@@ -155,8 +156,11 @@ def test_novelty_table() -> None:
         BenchmarkResults.from_rows(found, facts | {"made_from": {"embedded": "b"}})
     ), "other donors"
     line = "2 (1) | 2.90 | 1.900 (0.002) | 0.75 | 1.500 | 0.750 | 0.50 (0.30; 0.20) | 2 | 2 | 2, 2 | 0, 0 | 0, 0 | 0, 0"
-    assert f"| seen | diffusion | {line} | 2 |" in text
+    assert f"| seen | retrieval | {line} | 2 |" in text and "| diffusion |" not in text
     assert text.count("\n| seen |") == len(audits.sample_labels("seen"))
+    assert (
+        text.index("| seen | autoencoder |") < text.index("| seen | autoencoder-v1 |") < text.index("| seen | row-co")
+    )
 
 
 def test_samples_are_measured(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,28 @@ def test_a_row_holds_a_whole_run(tmp_path: Path) -> None:
     assert not rows.of_comparison(rows.replace_comparison(kept, other, folder, []), other)
 
 
+def test_rows_of_removed_code_stay(tmp_path: Path) -> None:
+    """A comparison that is run again replaces the rows of what it runs, and keeps those of removed code."""
+    labels = ("default", *tasks.EARLIER_LABELS)
+    assert set(tasks.EARLIER_LABELS).isdisjoint(tasks.method_labels()) and "retrieval" in tasks.language_model_methods()
+    before = [rows.to_row(SMALL, f"old-{i}.json", run(name, 0, 1e-3, [5.0, 4.0])) for i, name in enumerate(labels)]
+    rows.write_run_files(before, SMALL, tmp_path)
+    (tmp_path / "new.json").write_text(json.dumps(run("diffusion", 0, 1e-3, [5.0, 3.0])))
+    for files in (["new.json"], None):  # of a finished call, and of an interrupted one
+        found = rows.replace_comparison(before, SMALL, tmp_path, files)
+        kept = [r for r in found if r["method"] in tasks.EARLIER_LABELS]
+        assert kept == before[1:] and sum(r["method"] == "diffusion" for r in found) == 1
+        assert ("default" in {r["method"] for r in found}) == (files is None)
+    was = {"methods": {"autoencoder-v1": 1, "normal": 2, "retrieval": 3}, "samples": [{"label": "autoencoder-v1"}]}
+    again = benchmark.with_earlier_labels({"methods": {"normal": 4, "retrieval": 5}}, was)
+    assert again == {"methods": {"autoencoder-v1": 1, "normal": 4, "retrieval": 5}}
+    new = {"samples": [{"label": "normal"}, {"label": "retrieval"}]}
+    assert benchmark.with_earlier_labels(new, was)["samples"] == [*new["samples"], *was["samples"]]
+    assert benchmark.with_earlier_labels(new, {}) == new and len(new["samples"]) == 2
+    assert tasks.method_of_label("autoencoder-v1") == "autoencoder"
+    assert tasks.method_of_label("retrieval:condition=mean") == "retrieval"
+
+
 def test_an_interrupted_benchmark_continues(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headstart.compare import compare, shared_training
 

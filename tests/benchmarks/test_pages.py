@@ -49,7 +49,7 @@ def test_tables_of_rows(tmp_path: Path) -> None:
     facts["cost"] = {"methods": {"normal": {"refused": "x"}}, "made_from": "a"}
     facts["zoos"] = {"embedded": [{"parameters": 10, "tokens": 100}]}
     for c in done:
-        for name, ends in (("default", 3.0), ("normal", 2.5), ("diffusion", 2.0), (tasks.CONTROLS[0], 2.2)):
+        for name, ends in (("default", 3.0), ("normal", 2.5), ("retrieval", 2.0), (tasks.RETRIEVAL_CONTROLS[0], 2.2)):
             for seed in tasks.SEEDS:
                 one = run(name, seed, 1e-3, [5.0, 4.0, ends + seed / 100], scale=1.0)
                 found.append(rows.to_row(c, f"{name}-{seed}.json", one))
@@ -69,9 +69,12 @@ def test_tables_of_rows(tmp_path: Path) -> None:
         page[2].endswith("scale 1\\*; 3.000 at scale 1) |") and page[3] == "| best donor, not trained further | 2.500 |"
     )
     order = [line.split(" | ")[0] for line in page[4:7]]
-    assert order == ["| diffusion", f"| {tasks.CONTROLS[0]}", "| normal"]
-    assert page[4].startswith("| diffusion | -1.000 ± 0.000, ") and "| kde | diverged |" in page
-    assert "| pruning | refused |" in page and "| mimetic | – |" in page
+    assert order == ["| retrieval", f"| {tasks.RETRIEVAL_CONTROLS[0]}", "| normal"]
+    assert page[4].startswith("| retrieval | -1.000 ± 0.000, ") and "| kde | diverged |" in page
+    assert "| pruning | refused |" in page
+    named = {line.split(" | ")[0] for line in page[4:]}
+    assert named.isdisjoint({"| mimetic", "| diffusion", "| autoencoder"}), "without a run and not refused"
+    assert "\n| diffusion | model | – | – | – |" in made["gains"], "the table of all methods names them"
     assert "+0.200 ± 0.000" in made["conditioning"] and made["B-source-long"] == ""
     assert "\n| normal | – | – | 0 | 0 | 5.00 |" in made["stability"] and "kde" not in made["stability"]
     assert "rows: 26, of 13 different runs" in made["run_counts"] and made["novelty"] == ""
@@ -135,7 +138,7 @@ def test_the_tables_name_every_method() -> None:
 
     page = write.TABLES.read_text()
     gains = page.partition("## Every method in one line")[2].partition("\n## ")[0]
-    assert first_cells(gains) == set(METHODS) - set(LORA_METHODS)
+    assert first_cells(gains) == set(METHODS) - set(LORA_METHODS) | set(tasks.EARLIER_VERSIONS)
     readme = (ROOT / "baselines" / "README.md").read_text()
     assert first_cells(readme.partition("<!-- methods -->")[2].partition("<!-- /methods -->")[0]) == set(METHODS)
 
@@ -146,18 +149,20 @@ def test_the_claims_say_what_the_runs_say(results: BenchmarkResults) -> None:
     assert text.count("\n\n") == 5 and max(map(len, text.splitlines())) <= 100
     everywhere = {b: [e for t in claims.TEXTS for e in results.comparisons_of(*t, b).values()] for b in tasks.BUDGETS}
     both = everywhere["short"] + everywhere["long"]
-    transfer = claims.to_default(both, [label for label in tasks.method_labels() if claims.is_transfer(label)])
+    transfer = claims.to_default(both, [label for label in tasks.row_labels() if claims.is_transfer(label)])
     assert transfer.above == 0 and transfer.unresolved == 1, "every shape and text but for one case"
-    diffusion = claims.to_default(both, ["diffusion"])
-    assert diffusion.below == len(diffusion.values)
-    rivals = claims.diffusion_against_best(both)
+    retrieval = claims.to_default(both, ["retrieval"])
+    assert retrieval.below == len(retrieval.values) == 30
+    flat = text.replace("\n   ", " ")
+    assert "was called `diffusion`, in which a trained network chose the blocks" in flat
+    rivals = claims.retrieval_against_best(both)
     assert rivals.above > rivals.below, "it does not beat the best transfer method"
-    assert "`gqa` (4) and `deeper` (1)" in text
+    assert "`gqa` (4) and `deeper` (1)" in flat
     real = results.comparisons_of("C", "stories", "long")
     by_target = {c.target: e for c, e in real.items()}
-    assert claims.diffusion_against_best([by_target["between"]]).above == 1
-    assert claims.to_default([by_target["narrower"]], ["diffusion"]).unresolved == 1
-    assert "diffusion" not in by_target["gpt2"] and claims.to_default([by_target["gpt2"]], ["row-column"]).below == 1
+    assert claims.retrieval_against_best([by_target["between"]]).above == 1
+    assert claims.to_default([by_target["narrower"]], ["retrieval"]).unresolved == 1
+    assert "retrieval" not in by_target["gpt2"] and claims.to_default([by_target["gpt2"]], ["row-column"]).below == 1
     marginals = [label for label in tasks.language_model_methods() if claims.is_marginal(label)]
     assert len(marginals) == 11
     assert claims.to_default(results.comparisons_of("A", "reference", "long").values(), marginals).below == 0
