@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call

@@ -173,9 +173,11 @@ def given_corpora(values: Sequence[str], donors: Sequence[str], names: Sequence[
     NAME is a donor's, or the name of a text in the donors' facts. Raises UserError for another name or file."""
     found: dict[str, Path] = {}
     for value in values:
-        name, equals, path = value.partition("=") if not Path(value).exists() else ("", "", value)
+        name, _, path = value.partition("=") if not Path(value).exists() else ("", "", value)
         if name and name not in donors and name not in names:
-            raise UserError(f"--corpus {value}: no donor and no donor's text is called {name!r}; see `headstart zoo list`")
+            raise UserError(
+                f"--corpus {value}: no donor and no donor's text is called {name!r}; see `headstart zoo list`"
+            )
         if name in found:
             raise UserError(f"--corpus {value}: the name {name!r} is given twice; give each text once")
         if not Path(path).exists():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.tensors import Metadata
-from zoo.units.tables import BLOCK_TABLES, TABLE_ROLES
+from zoo.units.tables import TABLE_ROLES
 
 DEPTH_FREQUENCIES = (1.0, 2.0, 4.0, 8.0)  # Fourier features of the relative depth, in half-turns
 DEPTH_FEATURES = 2 + 2 * len(DEPTH_FREQUENCIES)
@@ -119,7 +119,7 @@ class WeightField(nn.Module):
             nn.Linear(n_features, sizes.hidden), nn.SiLU(), nn.Linear(sizes.hidden, sizes.hidden), nn.SiLU()
         )
         for mixer in self.mixers.values():
-            nn.init.zeros_(mixer.bias)
+            nn.init.zeros_(mixer.get_parameter("bias"))
 
     def _features(self, shape: Metadata, latents: Latents, index: Tensor, member: float = 0.0) -> Tensor:
         """The condition of blocks number `index` [n], for query heads number `member` of their groups: [n, hidden]."""
@@ -177,7 +177,9 @@ def all_blocks(field: WeightField, shape: Metadata, latents: Latents) -> dict[st
 
 
 @torch.no_grad()
-def start_field(field: WeightField, blocks: list[dict[str, Tensor]], tokens: list[Tensor], rng: torch.Generator) -> None:
+def start_field(
+    field: WeightField, blocks: list[dict[str, Tensor]], tokens: list[Tensor], rng: torch.Generator
+) -> None:
     """Sets bases and maps to the principal components of a zoo's blocks, by table, and of its vocabularies.
 
     blocks: one per base, tables without an axis of layers; the slots of a group's further query heads are left out.
@@ -203,7 +205,7 @@ def _start_table(field: WeightField, table: str, found: list[Tensor], rng: torch
     energy = torch.stack([t.square().mean((0, 2)) for t in found]).mean(0)  # a donor counts by its own RMS
     scale = energy.sqrt()
     flat = [torch.nn.functional.pad(t / scale[:, None], (0, sizes.width - t.shape[-1])).flatten(1) for t in found]
-    _, values, axes = torch.linalg.svd(torch.cat(flat), full_matrices=False)
+    _, _, axes = torch.linalg.svd(torch.cat(flat), full_matrices=False)
     axes = axes[:rank]
     kept = len(axes)
     field.get_buffer(f"scale_{table}").copy_(scale)

@@ -25,7 +25,6 @@ def capped_shape(shape: Metadata, sizes: FieldSizes) -> Metadata:
         ffn=min(shape.ffn, sizes.neurons),
         kv_heads=groups,
         heads=groups * share,
-        head_dim=min(shape.head_dim, sizes.head_dim),
     )
 
 

@@ -30,7 +30,7 @@ class ShapeRange:
 
 
 def shape_range(donors: Sequence[Metadata], sizes: FieldSizes) -> ShapeRange:
-    """From two thirds of the smallest donor to the largest shape of the field; up to twice the layers of the deepest."""
+    """From two thirds of the smallest donor to the largest shape of the field, and to twice the greatest depth."""
 
     def least(size: str) -> int:
         return min(getattr(m, size) for m in donors)
@@ -63,7 +63,9 @@ def random_shape(base: Metadata, bounds: ShapeRange, seed: int, name: str) -> Me
         width, layers = draw(*bounds.width, step=math.lcm(2, groups * share)), draw(*bounds.layers)
         neurons, tied = draw(*bounds.neurons), float(torch.rand((), generator=rng)) < TIED
         attention = groups * share * base.head_dim / width
-        if width % (groups * share) or not (ATTENTION[0] <= attention <= ATTENTION[1] and FFN[0] <= neurons / width <= FFN[1]):
+        if width % (groups * share) or not (
+            ATTENTION[0] <= attention <= ATTENTION[1] and FFN[0] <= neurons / width <= FFN[1]
+        ):
             continue
         shape = replace(
             base, width=width, layers=layers, heads=groups * share, kv_heads=groups, ffn=neurons, tied=base.tied or tied
@@ -80,7 +82,7 @@ def layer_numbers(shape: Metadata) -> int:
 
 
 def layer_numbers_of_largest(bounds: ShapeRange, base: Metadata) -> int:
-    """The most numbers that the blocks of a random shape may have: those of the widest at half of the greatest depth."""
+    """The most numbers in the blocks of a random shape: those of the widest at a third of the greatest depth."""
     widest = replace(
         base,
         width=bounds.width[1],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,51 +16,79 @@ from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.streams import stream_seed
 from zoo.training.corpora import donor_text, encode_corpus
-from zoo.training.documents import TextSource
+from zoo.training.documents import TextSource, read_corpus
 from zoo.vocabulary import BYTE_VOCAB, byte_tokens
+
+
+@dataclass(frozen=True)
+class DonorText:
+    """What a donor's part in training reads."""
+
+    name: str
+    tokens: Tensor  # int64 [N], in the donor's vocabulary
+    sample: bytes | None  # the text as bytes, None where it is not known
+
 
 SAMPLED = (64, 256)  # sequences sampled from a donor without a known text, and tokens of each
 LEAST_TOKENS = 1024
 
 
-def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed: int) -> list[tuple[str, Tensor]]:
-    """For each donor the name of its text, and the text in the donor's tokens, int64 [N].
+def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed: int) -> list[DonorText]:
+    """The text of each donor, without held-out parts.
 
     Given files come first (see `donors.given_corpora`), then the text that the donor's facts name, then sequences that
     are sampled from the donor itself. Raises UserError for a text of too few tokens, or of unknown tokens."""
-    texts: list[tuple[str, Tensor]] = []
-    kept: dict[tuple[str, int], Tensor] = {}
+    kept: dict[tuple[str, int], DonorText] = {}
+    texts = []
     for donor in donors:
-        name, key = _text_name(donor, given), donor.shape.vocab
+        name = _text_name(donor, given)
         if name is None:
-            texts.append((f"sampled from {donor.name}", sample_tokens(donor.donor, seed)))
+            texts.append(_sampled(donor, seed))
             continue
-        if (name, key) not in kept:
-            kept[name, key] = _encode(donor, given, name)
-        texts.append((name, kept[name, key]))
+        key = (name, donor.shape.vocab)
+        if key not in kept:
+            kept[key] = _read(donor, given, name)
+        texts.append(kept[key])
     return texts
 
 
 def _text_name(donor: TrainingDonor, given: Mapping[str, Path]) -> str | None:
+    """The name of a donor's text: "" for the file that is given for all; None if no text is known."""
     for name in (donor.name, donor.corpus, ""):
         if name in given:
-            return name or "the given text"
+            return name
     return donor.corpus if donor_text(donor.donor.facts, {}, donor.name) is not None else None
 
 
-def _encode(donor: TrainingDonor, given: Mapping[str, Path], name: str) -> Tensor:
-    own = {key: path for key, path in given.items() if key}
-    text = donor_text(donor.donor.facts, own, donor.name) if name != "the given text" else None
-    if text is not None and donor.shape.vocab == BYTE_VOCAB:
-        tokens = byte_tokens(text)
+def _read(donor: TrainingDonor, given: Mapping[str, Path], name: str) -> DonorText:
+    vocab = donor.shape.vocab
+    if name:
+        own = {key: path for key, path in given.items() if key}
+        text = donor_text(donor.donor.facts, own, donor.name)
+        assert text is not None
     else:
-        path = given.get("") or given.get(donor.name) or given.get(donor.corpus)
-        if path is None:
-            raise UserError(f"{donor.name}: its text {name!r} is known only for byte-level donors; give --corpus FILE")
-        tokens = encode_corpus(TextSource(str(path)), _tokenizer(donor.donor), donor.shape.vocab)
+        text = read_corpus(TextSource(str(given[""]))).text
+    tokens = byte_tokens(text) if vocab == BYTE_VOCAB else _tokens_of(text, donor)
     if len(tokens) < LEAST_TOKENS:
-        raise UserError(f"the text {name!r} of {donor.name} has {len(tokens)} tokens; give at least {LEAST_TOKENS}")
-    return tokens
+        raise UserError(f"the text of {donor.name} has {len(tokens)} tokens; give at least {LEAST_TOKENS}")
+    return DonorText(name or str(given[""]), tokens, text)
+
+
+def _tokens_of(text: bytes, donor: TrainingDonor) -> Tensor:
+    """A text in the tokens of a donor that has a tokenizer."""
+    folder = _tokenizer(donor.donor)
+    if folder is None:
+        raise UserError(f"{donor.name}: has no tokenizer, so that no text can be read for it; leave out --corpus")
+    with tempfile.NamedTemporaryFile(suffix=".txt") as file:
+        file.write(text)
+        file.flush()
+        return encode_corpus(TextSource(file.name), folder, donor.shape.vocab)
+
+
+def _sampled(donor: TrainingDonor, seed: int) -> DonorText:
+    tokens = sample_tokens(donor.donor, seed)
+    sample = bytes(tokens.tolist()) if donor.shape.vocab == BYTE_VOCAB else None
+    return DonorText(f"sampled from {donor.name}", tokens, sample)
 
 
 def _tokenizer(donor: Donor) -> Path | None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import (
-    TrainingDonor,
     base_blocks,
     base_vocabularies,
     field_sizes,
@@ -106,8 +105,8 @@ class _AutoencoderTrainer:
             )
         self.donors, strings = read_training_donors(zoo, run.quiet)
         self.model = self._new_model(zoo, strings).to(self.accelerator.device)
-        named = read_texts(self.donors, given, config.seed)
-        self.text_names, self.texts = [name for name, _ in named], [text for _, text in named]
+        read = read_texts(self.donors, given, config.seed)
+        self.text_names, self.texts = [text.name for text in read], [text.tokens for text in read]
         self.shapes = training_shapes(self.donors, self.model, config.shapes, config.seed)
         self.skeletons = Skeletons(self.donors[0].donor.config)
         is_base = [name.startswith(BASE_NAMES) for name, _ in self.model.named_parameters()]
