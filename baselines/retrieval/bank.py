@@ -50,14 +50,13 @@ class BankDonor:
         return cls.of_decoder(donor, basis, _canonical_decoder(donor, basis, device))
 
     def block(self, index: int) -> dict[str, Tensor]:
-        """The units of a block by kind, float32 vectors [N, P, d] on the CPU."""
-        units = layer_to_units(self.layers[index], self.metadata)
-        return {kind: vectors.to("cpu", torch.float32) for kind, vectors in units.items()}
+        """The units of a block by kind, float32 vectors [N, P, d]."""
+        return {kind: vectors.float() for kind, vectors in layer_to_units(self.layers[index], self.metadata).items()}
 
     def vocabulary(self) -> Tensor:
-        """The vocabulary pairs, float32 [V, 2, d] on the CPU; the donor's embedding and head are read again."""
+        """The vocabulary pairs, float32 [V, 2, d]; the donor's embedding and head are read again."""
         decoder = _canonical_decoder(self.donor, self.basis, str(self.basis.device))
-        return vocabulary_to_units(decoder).to("cpu", torch.float32)
+        return vocabulary_to_units(decoder).float()
 
 
 def _canonical_decoder(donor: Donor, basis: Tensor, device: str) -> Decoder:

@@ -117,7 +117,8 @@ class Retrieval(Sampler):
             return self._block_units(blocks[index], index, replace(target, width=width), seed)
 
         decoder = lazy_decoder(pairs, block_units, target)
-        yield from write_decoder(tie_head(decoder) if target.tied else decoder, blueprint)
+        for name, tensor in write_decoder(tie_head(decoder) if target.tied else decoder, blueprint):
+            yield name, tensor.cpu()
 
     def _draw_blocks(self, distances: Tensor, target: Metadata, seed: int) -> list[DrawnBlock]:
         """The block of a donor for each block of a target. distances: of the donors, squared [D]."""
@@ -153,7 +154,7 @@ class Retrieval(Sampler):
         rows = composed_rows(first.donor, blueprint, self.tokenizer, self.vocabulary)
         own = first.vocabulary()
         draws = torch.randn(len(rows.index), *own.shape[1:], generator=self._stream(seed, "tokens"))
-        pairs = rows.apply(own, own.mean(0) + own.std(0, correction=0) * draws)
+        pairs = rows.apply(own, own.mean(0) + own.std(0, correction=0) * draws.to(own))
         missing = rows.index < 0
         for member in members[1:]:
             if not missing.any():
@@ -172,7 +173,7 @@ class Retrieval(Sampler):
         if self.noise == 0:
             return vectors
         scale = self.noise * donor.metadata.width**-0.5 * vectors.norm(dim=-1, keepdim=True)
-        return vectors + scale * torch.randn(vectors.shape, generator=generator)
+        return vectors + scale * torch.randn(vectors.shape, generator=generator).to(vectors)
 
     def _stream(self, seed: int, name: str) -> torch.Generator:
         return stream(seed, f"{self.name}/{name}")

@@ -64,7 +64,7 @@ def resize_units(units: dict[str, Tensor], source: Metadata, target: Metadata) -
         if kind not in units:
             continue
         vectors = units[kind][index]  # a copy
-        vectors[:, -1] /= copies[:, None].to(vectors.dtype)
+        vectors[:, -1] /= copies[:, None].to(vectors)
         resized[kind] = to_width(vectors, target.width)
     return resized
 
