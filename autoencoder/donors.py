@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,24 +166,19 @@ def anchor_donors(donors: Sequence[TrainingDonor], count: int) -> list[int]:
     return numbers or [donors.index(_by_text_in_turn(donors)[0])]
 
 
-def given_corpora(values: Sequence[str], donors: Sequence[str], names: Sequence[str]) -> Mapping[str, Path]:
-    """["FILE"] or ["NAME=FILE", …] of --corpus -> {name: file}; a file alone has the name "".
+FOR_ALL = "all"  # the name of a text that is given for every donor
 
-    NAME is a donor's, or the name of a text in the donors' facts. Raises UserError for another name or file."""
-    found: dict[str, Path] = {}
-    for value in values:
-        name, _, path = value.partition("=") if not Path(value).exists() else ("", "", value)
-        if name and name not in donors and name not in names:
+
+def given_corpora(files: Mapping[str, str | Path], donors: Sequence[Donor]) -> dict[str, Path]:
+    """{name: file} of --corpus, checked. A name is a donor's, that of a text in the donors' facts, or `all`.
+
+    Raises UserError for another name, and for a file that does not exist."""
+    names = {d.name for d in donors} | {str(d.facts.get("corpus")) for d in donors} | {FOR_ALL}
+    for name, path in files.items():
+        if name not in names:
             raise UserError(
-                f"--corpus {value}: no donor and no donor's text is called {name!r}; see `headstart zoo list`"
+                f"--corpus {name}={path}: no donor and no donor's text is called {name!r}; see `headstart zoo list`"
             )
-        if name in found:
-            raise UserError(f"--corpus {value}: the name {name!r} is given twice; give each text once")
         if not Path(path).exists():
-            raise UserError(f"--corpus {value}: no such file; give FILE, or NAME=FILE per donor or text")
-        found[name] = Path(path)
-    return found
-
-
-def facts_of(donor: TrainingDonor) -> dict[str, Any]:
-    return donor.donor.facts
+            raise UserError(f"--corpus {path}: no such file; give FILE, or NAME=FILE per donor or text")
+    return {name: Path(path) for name, path in files.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.behaviour import make_skeleton
-from autoencoder.donors import TrainingDonor
+from autoencoder.donors import FOR_ALL, TrainingDonor
 from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.streams import stream_seed
@@ -53,8 +53,8 @@ def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed:
 
 
 def _text_name(donor: TrainingDonor, given: Mapping[str, Path]) -> str | None:
-    """The name of a donor's text: "" for the file that is given for all; None if no text is known."""
-    for name in (donor.name, donor.corpus, ""):
+    """The name of a donor's text: `all` for the file that is given for every donor; None if no text is known."""
+    for name in (donor.name, donor.corpus, FOR_ALL):
         if name in given:
             return name
     return donor.corpus if donor_text(donor.donor.facts, {}, donor.name) is not None else None
@@ -62,16 +62,16 @@ def _text_name(donor: TrainingDonor, given: Mapping[str, Path]) -> str | None:
 
 def _read(donor: TrainingDonor, given: Mapping[str, Path], name: str) -> DonorText:
     vocab = donor.shape.vocab
-    if name:
-        own = {key: path for key, path in given.items() if key}
+    if name != FOR_ALL:
+        own = {key: path for key, path in given.items() if key != FOR_ALL}
         text = donor_text(donor.donor.facts, own, donor.name)
         assert text is not None
     else:
-        text = read_corpus(TextSource(str(given[""]))).text
+        text = read_corpus(TextSource(str(given[FOR_ALL]))).text
     tokens = byte_tokens(text) if vocab == BYTE_VOCAB else _tokens_of(text, donor)
     if len(tokens) < LEAST_TOKENS:
         raise UserError(f"the text of {donor.name} has {len(tokens)} tokens; give at least {LEAST_TOKENS}")
-    return DonorText(name or str(given[""]), tokens, text)
+    return DonorText(name, tokens, text)
 
 
 def _tokens_of(text: bytes, donor: TrainingDonor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,20 +51,19 @@ def train_autoencoder(
     zoo: str | Path,
     out: str | Path,
     *,
-    corpora: Sequence[str] = (),
+    corpora: Mapping[str, str | Path] | None = None,
     resume: bool = False,
     device: str = "auto",
     quiet: bool = False,
     command: dict[str, Any] | None = None,
 ) -> Path:
-    """Trains the autoencoder of a zoo and writes it to `out`, with `report.json`. corpora: FILE or NAME=FILE, see
+    """Trains the autoencoder of a zoo and writes it to `out`, with `report.json`. corpora: {name: file}, see
     `donors.given_corpora`. command: the configuration of the command, written to the report as it is.
 
     An interrupted run leaves its state in `out`; `resume` continues from it to the same bytes. Raises UserError for an
     unusable zoo or text, or for an `out` that is in use (without `resume`)."""
     out, opened = Path(out), Zoo.open(zoo)
-    names = sorted({str(d.facts.get("corpus", "")) for d in opened.donors})
-    given = given_corpora(corpora, [d.name for d in opened.donors], names)
+    given = given_corpora(corpora or {}, opened.donors)
     identity = run_identity(config, opened, *(f"{name}={path}" for name, path in sorted(given.items())))
     run = Run(out, identity, config.all_steps, SAVE_EVERY, REPORT_FILE, "autoencoder", resume, quiet)
     return train_in_folder(run, lambda: _AutoencoderTrainer(config, opened, run, given, device, command))

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,20 +46,19 @@ def train_diffusion(
     autoencoder: str | Path,
     out: str | Path,
     *,
-    corpora: Sequence[str] = (),
+    corpora: Mapping[str, str | Path] | None = None,
     resume: bool = False,
     device: str = "auto",
     quiet: bool = False,
     command: dict[str, Any] | None = None,
 ) -> Path:
-    """Trains a denoiser of latents on a zoo and writes a `WeightDiffusionPipeline` folder to `out`. corpora: FILE or
-    NAME=FILE, see `autoencoder.donors.given_corpora`. command: the configuration of the command, for the record.
+    """Trains a denoiser of latents on a zoo and writes a `WeightDiffusionPipeline` folder to `out`. corpora: {name:
+    file}, see `autoencoder.donors.given_corpora`. command: the configuration of the command, for the record.
 
     An interrupted run leaves its state in `out`; `resume` continues from it to the same bytes. Raises UserError for an
     unusable zoo or text, an autoencoder of another zoo, or an `out` that is in use (without `resume`)."""
     out, opened, coder = Path(out), Zoo.open(zoo), load_autoencoder(autoencoder)
-    names = sorted({str(d.facts.get("corpus", "")) for d in opened.donors})
-    given = given_corpora(corpora, [d.name for d in opened.donors], names)
+    given = given_corpora(corpora or {}, opened.donors)
     weights = b"".join(p.detach().numpy().tobytes() for p in coder.parameters())
     files = [f"{name}={path}" for name, path in sorted(given.items())]
     identity = run_identity(config, opened, hashlib.sha256(weights).hexdigest(), *files)

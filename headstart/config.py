@@ -287,6 +287,7 @@ class TrainAutoencoderConfig(CommandConfig):
 
     zoo: str | Path
     out: str | Path
+    corpus: Mapping[str, str] = field(default_factory=dict)  # {donor, its text's name, or all: file or folder of text}
     steps: int | None = option(None, least=1)  # else the default of the training
     seed: int = 0
     device: str = "auto"  # a CUDA GPU if one is available, else the CPU
@@ -301,6 +302,7 @@ class TrainDiffusionConfig(CommandConfig):
     zoo: str | Path
     autoencoder: str | Path
     out: str | Path
+    corpus: Mapping[str, str] = field(default_factory=dict)  # {donor, its text's name, or all: file or folder of text}
     steps: int | None = option(None, least=1)
     seed: int = 0
     device: str = "auto"  # a CUDA GPU if one is available, else the CPU
