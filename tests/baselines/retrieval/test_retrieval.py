@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter
@@ -231,6 +232,15 @@ def test_a_donor_in_other_coordinates_is_left_out(tmp_path: Path, caplog: pytest
     assert sampler.planned_donors(zoo, target) == ("bytes", "words")
     assert sampler.fit(zoo, target).donors == ("bytes",)
     assert "retrieval: left out, because damaged or without a token of bytes: words" in caplog.text
+
+
+def test_no_vocabulary_stays_in_memory(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path, [{"hidden_size": width, "vocab_size": 3000} for width in (32, 24)])
+    target = Blueprint.from_config(dict(zoo.donors[0].config))
+    sampler = Retrieval().fit(zoo, target)
+    gc.collect()
+    held = [o for o in gc.get_objects() if isinstance(o, Tensor) and o.ndim >= 2 and 3000 in o.shape]
+    assert len(sampler.donors) == 2 and not held
 
 
 REFUSED = [
