@@ -56,7 +56,7 @@ class BankDonor:
     def vocabulary(self) -> Tensor:
         """The vocabulary pairs, float32 [V, 2, d]; the donor's embedding and head are read again."""
         decoder = _canonical_decoder(self.donor, self.basis, str(self.basis.device))
-        return vocabulary_to_units(decoder).float()
+        return vocabulary_to_units(decoder, torch.float32)
 
 
 def _canonical_decoder(donor: Donor, basis: Tensor, device: str) -> Decoder:
@@ -145,8 +145,9 @@ def fit_bank(zoo: Zoo, donors: Sequence[Donor], method: str, device: str) -> Ban
 def _probed_pairs(found: AlignedDecoder, anchor: tuple[str, ...]) -> dict[str, Tensor]:
     """Token string -> vocabulary pair, float32 [2, d] on the CPU, of some of the anchor's tokens."""
     probed = {anchor[i] for i in torch.linspace(0, len(anchor) - 1, min(PROBED_TOKENS, len(anchor))).long().tolist()}
-    pairs = vocabulary_to_units(found.decoder)
-    return {token: pairs[i].to("cpu", torch.float32) for i, token in enumerate(found.tokens) if token in probed}
+    rows = [i for i, token in enumerate(found.tokens) if token in probed]
+    pairs = torch.stack([found.decoder.embed[rows], found.decoder.head[rows]], dim=1).to("cpu", torch.float32)
+    return {found.tokens[row]: pair for row, pair in zip(rows, pairs, strict=True)}
 
 
 def disagreement(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -19,13 +19,15 @@ def donor_distances(
 ) -> Tensor:
     """The squared distance of each donor to a target, float64 [D].
 
-    It is the sum of squares of the log2 ratios of SIZES, and of the difference of the losses in units of LOSS_SCALE.
+    It is the sum of squares of the log2 ratios of SIZES, of the log10 ratio of the RoPE bases, and of the difference of
+    the losses in units of LOSS_SCALE.
     losses: the donors' held-out losses, None where unknown; an unknown one counts as the highest. wanted_loss: None for
     the donors' lowest."""
     known = [loss for loss in losses if loss is not None]
     found = []
     for source, loss in zip(sources, losses, strict=True):
         ratios = [math.log2(getattr(source, name) / getattr(target, name)) for name in SIZES]
+        ratios.append(math.log10((source.rope_theta or 1.0) / (target.rope_theta or 1.0)))
         wanted = wanted_loss if wanted_loss is not None else min(known, default=0.0)
         off = 0.0 if not known else ((max(known) if loss is None else loss) - wanted) / LOSS_SCALE
         found.append(sum(ratio**2 for ratio in ratios) + off**2)

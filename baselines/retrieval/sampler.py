@@ -96,7 +96,24 @@ class Retrieval(Sampler):
         assert zoo is not None  # `fitting_donors` refuses that
         self._bank = fit_bank(zoo, found, self.name, self.device)
         log.info("%s: from %d donors: %s", self.name, len(self.donors), shortened_list(self.donors))
+        known = self._known_rows(blueprint)
+        if not known.all():
+            log.info(
+                "%s: donors have %d of the target's %d tokens; the others are made by the rule %s, or drawn",
+                self.name, int(known.sum()), len(known), self.vocabulary,
+            )  # fmt: skip
         return self
+
+    def _known_rows(self, blueprint: Blueprint) -> Tensor:
+        """bool [V]: the target's tokens that a donor has."""
+        donors = [member.donor for member in self._bank.members]
+        rows = [vocabulary_rows(donor, blueprint, self.tokenizer, self.vocabulary).index for donor in donors]
+        return (torch.stack(rows) >= 0).any(0)
+
+    def details(self, blueprint: Blueprint) -> dict[str, Any]:
+        known = self._known_rows(blueprint) if self._bank.members else torch.ones(1)
+        record = {"rule": self.vocabulary, "tokens": len(known), "copied": int(known.sum())}
+        return {} if known.all() else {"vocabulary": record}
 
     def _request(self, blueprint: Blueprint) -> BankRequest:
         return BankRequest(self.name, blueprint, self.donor, self.tokenizer, self.vocabulary)
@@ -109,6 +126,9 @@ class Retrieval(Sampler):
         order = drawn_order(distances, self.bandwidth, self._stream(seed, "donors")).tolist()
         distances += self._bank.disagreement[order[0]] / DISAGREEMENT_SCALE**2
         blocks = self._draw_blocks(distances, target, seed)
+        taken = Counter(block.donor.donor.name for block in blocks)
+        counts = ", ".join(f"{count} of {name}" for name, count in taken.most_common(3))
+        log.info("%s: vocabulary of %s; blocks: %s", self.name, members[order[0]].donor.name, counts)
         pairs = self._vocabulary(blueprint, [members[i] for i in order], seed)
         width = max(target.width, pairs.shape[-1], *(block.donor.metadata.width for block in blocks))
         pairs = self._with_noise(to_width(pairs, width), members[order[0]], self._stream(seed, "noise vocab"))

@@ -107,6 +107,10 @@ class _Reader:
             self._parts = (name, split_parts(self.blueprint[name], self._read(name).to(self.dtype)))
         return self._parts[1]
 
+    def release(self) -> None:
+        """Lets go of the tensor that was read last."""
+        self._parts = ("", {})
+
     def get(self, role: str, layer: int | None, kind: str = "weight", site: str | None = None) -> Tensor | None:
         found = self.blueprint.find(role, layer=layer, kind=kind, site=site)
         return self.parts(found[0][0].name)[found[0][1].role] if found else None
@@ -135,7 +139,7 @@ class _Reader:
             if b is not None:
                 bias[short] = b.unflatten(0, (heads[short], -1)) if short in ("q", "k", "v") else b
         gain, shift = self.norms(index, ("attn", "mlp", "attn.out", "mlp.out", "q", "k"))
-        self._parts = ("", {})
+        self.release()
         return Layer(**weights, bias=bias, gain=gain, shift=shift)
 
 
@@ -164,7 +168,8 @@ def read_decoder(
         layers = tuple(reader.layer(i) for i in range(meta.layers))
     gain, shift = reader.norms(None, ("final", "embed"))
     tables = {part.axes[0]: reader.parts(spec.name)[part.role] for spec, part in blueprint.find("embed")}
-    head = reader.get("head", None)
+    head, head_bias = reader.get("head", None), reader.get("head", None, "bias")
+    reader.release()  # lazy layers keep the reader, which must not keep the vocabulary
     return Decoder(
         metadata=meta,
         embed=tables["vocab"],
@@ -173,7 +178,7 @@ def read_decoder(
         layers=layers,
         gain=gain,
         shift=shift,
-        head_bias=reader.get("head", None, "bias"),
+        head_bias=head_bias,
     )
 
 

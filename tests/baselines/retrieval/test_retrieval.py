@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter
@@ -64,6 +65,7 @@ def test_distances_count_blocks_sizes_and_losses() -> None:
     assert depth_distances(2, 1).tolist() == [[0.25, 0.25]] and depth_distances(1, 3).tolist() == [[1], [0], [1]]
     sources = [META, replace(META, width=64, layers=6, ffn=12), replace(META, heads=2, kv_heads=1)]
     assert donor_distances(sources, [None, None, None], META, None).tolist() == [0, 6, 5]
+    assert donor_distances([META], [2.0], replace(META, rope_theta=1e6), None).tolist() == [4]
     assert donor_distances(sources, [2.0, 2.1, None], META, None).tolist() == pytest.approx([0, 7, 6]), "as the highest"
     assert donor_distances(sources, [2.0, 2.1, None], META, 2.2).tolist() == pytest.approx([4, 7, 6])
     one, other = {"a": torch.eye(2), "b": torch.ones(2, 2)}, {"a": 3 * torch.eye(2, 5), "c": torch.ones(2, 5)}
@@ -173,7 +175,11 @@ def test_the_same_bytes_whatever_the_order_of_donors(three: Zoo) -> None:
     assert all(torch.equal(found[0][name], tensors[name]) for tensors in found for name in names)
     assert all(torch.equal(found[0][name], found[2][name]) for name in target.names)
     assert not torch.equal(found[0]["lm_head.weight"], other["lm_head.weight"])
-    assert set(sampler.donors) == {d.name for d in three.donors} and len(sampler.provenance(three)) == 3
+    assert (
+        sampler.details(target) == {}
+        and set(sampler.donors) == {d.name for d in three.donors}
+        and len(sampler.provenance(three)) == 3
+    )
     assert all(record["sha256"] and record["license"] for record in sampler.provenance(three))
 
 
@@ -210,6 +216,8 @@ def test_a_token_comes_from_the_first_drawn_donor_that_has_it(tmp_path: Path) ->
     old, new = (read_tokens(tmp_path / name).ids for name in sizes)
     assert torch.equal(embed[new["Ġthe"]], tables["sentencepiece"][old["▁the"]]), "both have it: from the lower loss"
     assert torch.equal(embed[new["Ġthere"]], tables["bytes"][new["Ġthere"]]), "only the second has it"
+    expected = {"rule": "mean", "tokens": 14, "copied": 13}
+    assert sampler.details(target) == {"vocabulary": expected}, "the rest is padding"
     assert 0.3 < float(embed[13].std() / tables["sentencepiece"].std()) < 3, "padding is drawn"
 
 
@@ -224,6 +232,15 @@ def test_a_donor_in_other_coordinates_is_left_out(tmp_path: Path, caplog: pytest
     assert sampler.planned_donors(zoo, target) == ("bytes", "words")
     assert sampler.fit(zoo, target).donors == ("bytes",)
     assert "retrieval: left out, because damaged or without a token of bytes: words" in caplog.text
+
+
+def test_no_vocabulary_stays_in_memory(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path, [{"hidden_size": width, "vocab_size": 3000} for width in (32, 24)])
+    target = Blueprint.from_config(dict(zoo.donors[0].config))
+    sampler = Retrieval().fit(zoo, target)
+    gc.collect()
+    held = [o for o in gc.get_objects() if type(o) is Tensor and o.ndim >= 2 and 3000 in o.shape]
+    assert len(sampler.donors) == 2 and not held
 
 
 REFUSED = [
