@@ -22,6 +22,8 @@ class AutoencoderTrainConfig:
     reconstruction_lr: float = 3e-3  # of the network; the bases' is a sixth
     noise: float = 0.15  # standard deviation on the latents, which have unit RMS
     mixing: float = 0.3  # how often the latents of two donors, and their texts, are mixed
+    diversity: float = 0.3  # least relative distance of what two donors' latents write at one shape
+    diversity_weight: float = 0.5
     shapes: int = 128  # random shapes that are drawn before training
     seed: int = 0
 

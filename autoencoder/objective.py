@@ -27,6 +27,7 @@ class BehaviourStep:
     """What one step of behaviour trains on, a function of (seed, step)."""
 
     donors: tuple[int, ...]  # one, or two whose latents are mixed
+    other: int  # a donor whose latents must write other weights
     share: float  # of the first donor's latents and text
     shape: int  # the number of a random shape; -1 for the first donor's own
 
@@ -64,7 +65,7 @@ def draw_step(config: AutoencoderTrainConfig, donors: Sequence[TrainingDonor], s
     shape = -1 if own else int(torch.randint(config.shapes, (1,), generator=rng))
     both = donors[first], donors[second]
     mixes = mixes and all(d.is_final for d in both) and torch.equal(both[0].rows, both[1].rows)
-    return BehaviourStep((first, second) if mixes else (first,), share if mixes else 1.0, shape)
+    return BehaviourStep((first, second) if mixes else (first,), second, share if mixes else 1.0, shape)
 
 
 OWN_SHAPE = 0.1  # how often a donor's latents are trained at its own shape
@@ -103,6 +104,19 @@ def reconstruction_error(
     errors = {t: relative(found[t], donor.blocks[t].to(device)) for t in BLOCK_TABLES}
     tokens = field.tokens(donor.shape, latents, donor.rows.to(device))
     return errors | {"token": relative(tokens, donor.tokens.to(device))}
+
+
+def sameness(field: WeightField, shape: Metadata, one: Latents, other: Latents, margin: float) -> Tensor:
+    """How far the squared relative distance of what two latents write is below margin², from 0 to 1.
+
+    The loss on text alone makes the weights forget the latents: all donors of a text then write one model."""
+    spread = (z.at_depth(shape.layers) for z in (one, other))
+    a, b = (field.blocks(shape, z, torch.arange(shape.layers)) for z in spread)
+    found = []
+    for table in BLOCK_TABLES:
+        energy = (a[table].square().sum() + b[table].square().sum()) / 2
+        found.append(1 - (a[table] - b[table]).square().sum() / energy / margin**2)
+    return torch.stack(found).clamp_min(0).mean()
 
 
 def donor_logits(donor: TrainingDonor, skeletons: Skeletons, windows: Tensor) -> Tensor:

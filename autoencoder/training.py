@@ -28,6 +28,7 @@ from autoencoder.objective import (
     mixed_windows,
     noisy,
     reconstruction_error,
+    sameness,
     training_shapes,
     written_loss,
 )
@@ -161,7 +162,11 @@ class _AutoencoderTrainer:
         latents = noisy(latents, config.noise, rng)
         shape = first.shape if chosen.shape < 0 else replace(self.shapes[chosen.shape], vocab=first.shape.vocab)
         windows = mixed_windows(self.texts, chosen, config, step).chunk(parts)[part].to(device)
-        return written_loss(model.field, latents, first, shape, self.skeletons, windows)
+        loss = written_loss(model.field, latents, first, shape, self.skeletons, windows)
+        if chosen.other != chosen.donors[0] and config.diversity:
+            both = self.encode(model, chosen.donors[0]), self.encode(model, chosen.other)
+            loss = loss + config.diversity_weight * sameness(model.field, shape, *both, config.diversity)
+        return loss
 
     def train_step(self, step: int) -> None:
         for group, lr in zip(self.optimizer.param_groups, learning_rates(self.config, step), strict=True):

@@ -199,7 +199,7 @@ class _DiffusionTrainer:
         )
         windows = mixed_windows(
             self.tokens,
-            BehaviourStep(sample.donors, sample.share, -1),
+            BehaviourStep(sample.donors, sample.donors[0], sample.share, -1),
             AutoencoderTrainConfig(batch=config.tuning_windows, sequence=config.sequence, seed=config.seed),
             step,
         )
