@@ -166,14 +166,17 @@ class _DiffusionTrainer:
         first = self.pool[int(torch.randint(len(self.pool), (1,), generator=rng))]
         layers = first.shape.layers
         same = torch.tensor(self.by_depth[layers])
-        chosen = same[torch.randint(len(same), (config.batch,), generator=rng)].chunk(parts)[part]
-        rng = stream(config.seed, f"flow noise {step} {part} of {parts}")
+        chosen = same[torch.randint(len(same), (config.batch,), generator=rng)]
+        rng = stream(config.seed, f"flow noise {step}")
         samples = [self.pool[i] for i in chosen.tolist()]
-        scaled = [scaled_latents(self.denoiser, _to(noisy(s.latents, config.jitter, rng), device)) for s in samples]
+        own = slice(part * len(samples) // parts, (part + 1) * len(samples) // parts)  # all parts draw for all samples
+        drawn = [noisy(s.latents, config.jitter, rng) for s in samples][own]
+        sigma = torch.randn(len(samples), generator=rng).sigmoid()[own].to(device)
+        noise = [latent_noise(self.denoiser, layers, rng) for _ in samples][own]
+        drop = torch.rand(len(samples), generator=rng)[own].to(device) < config.drop
+        samples = samples[own]
+        scaled = [scaled_latents(self.denoiser, _to(z, device)) for z in drawn]
         model, blocks = torch.stack([z.model for z in scaled]), torch.stack([z.blocks for z in scaled])
-        sigma = torch.randn(len(samples), generator=rng).sigmoid().to(device)
-        noise = [latent_noise(self.denoiser, layers, rng) for _ in samples]
-        drop = torch.rand(len(samples), generator=rng).to(device) < config.drop
         condition = self.denoiser.embed(torch.stack([s.condition for s in samples]).to(device))
         condition = torch.where(drop[:, None], self.denoiser.unconditional, condition)
         n_model = torch.stack([z.model for z in noise]).to(device)
