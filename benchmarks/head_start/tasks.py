@@ -36,7 +36,6 @@ VARIANTS = {
     "embedded": ("weight-selection:wider=repeat",),
     "real": ("weight-selection:wider=repeat", "sliced:tie=fit"),
 }
-CONTROLS = tuple(f"diffusion:condition={condition}" for condition in ("shape", "shuffled", "mean"))  # wrong metadata
 # Committed runs of code that was removed stay, and nothing makes them again. `retrieval`: the pipeline that was called
 # `diffusion`, in which a trained network chose the blocks; the method `retrieval` of today chooses them by a formula.
 RETRIEVAL = "retrieval"
@@ -134,7 +133,7 @@ def language_model_methods() -> list[str]:
 def method_labels(zoo: str = "embedded") -> list[str]:
     """The methods that a comparison runs, with their options."""
     methods = [name for name in language_model_methods() if name not in EARLIER_LABELS]
-    return [*methods, *VARIANTS[zoo], *CONTROLS]
+    return [*methods, *VARIANTS[zoo]]
 
 
 def row_labels(zoo: str = "embedded") -> list[str]:

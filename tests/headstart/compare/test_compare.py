@@ -344,14 +344,10 @@ def test_bad_input_is_refused_before_training(
 
 @pytest.fixture(scope="module")
 def pipeline(donors: Path) -> Path:
-    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
-    from diffusion.training import DiffusionTrainConfig, train_diffusion
+    from tests.support.generators import train_tiny_autoencoder, train_tiny_diffusion
 
-    made = train_autoencoder(
-        AutoencoderTrainConfig(steps=2), donors, donors.parent / "autoencoder", device="cpu", quiet=True
-    )
-    small = DiffusionTrainConfig(steps=2, batch=8, hidden=32, blocks=1, pool=2)
-    return train_diffusion(small, donors, made, donors.parent / "pipeline", device="cpu", quiet=True)
+    made = train_tiny_autoencoder(donors, donors.parent / "autoencoder")
+    return train_tiny_diffusion(donors, made, donors.parent / "pipeline")
 
 
 GPT2 = {
