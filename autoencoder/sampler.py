@@ -53,11 +53,18 @@ class AutoencoderSampler(Sampler):
         self._donor: str | None = None
         self._autoencoder: WeightAutoencoder | None = None
 
+    @property
+    def donors(self) -> tuple[str, ...]:
+        return () if self._donor is None else (self._donor,)
+
+    def planned_donors(self, zoo: Zoo | None, blueprint: Blueprint) -> tuple[str, ...]:
+        return tuple(d.name for d in zoo.donors) if zoo is not None else ()
+
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
         """The donor, and the donors in the autoencoder's training data."""
         assert self._autoencoder is not None
         of_autoencoder = list(self._autoencoder.config["donors"] or [])
-        own = [d for d in super().provenance(zoo) if d["name"] == self._donor] if zoo is not None else []
+        own = super().provenance(zoo)
         return own + [d for d in of_autoencoder if d["sha256"] not in {o["sha256"] for o in own}]
 
     def _load(self) -> WeightAutoencoder:
