@@ -117,7 +117,11 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         number of the step, the time and the latents; what it returns replaces them. vocabulary: how tokens that the zoo
         does not know are composed, see `zoo.vocabularies.build.RULES`.
 
+        Weights in bfloat16 or float16 are cast to float32, in which everything is computed; tensors are float32.
+
         Raises UserError for a config whose function is not in units, and for another vocabulary without a tokenizer."""
+        self.autoencoder.float()
+        self.denoiser.float()
         blueprint = config if isinstance(config, Blueprint) else Blueprint.from_config(config)
         shape = require_unit_target(blueprint, "target")
         tokens = None if tokenizer is None else read_tokens(tokenizer)
