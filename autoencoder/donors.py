@@ -19,7 +19,7 @@ from zoo.units.tables import BLOCK_TABLES, TABLE_ROLES, layer_to_tables, token_t
 
 GROWTH = 1.25  # the field's largest width, heads and neurons, in those of the largest donor
 RANK = 1.2  # numbers per slot and base, per coordinate of the field's width
-SHARE = 0.45  # of the zoo's weights that a field stores at most
+SHARE = 0.42  # of the zoo's weights that the bases and maps of a field hold at most; networks come on top
 MOST_BASES = 32
 LEAST_BASES = 2
 SMALL_ZOO = 2_000_000  # weights; below, the share does not bind
@@ -97,7 +97,7 @@ def field_sizes(donors: Sequence[TrainingDonor], tokens: int) -> FieldSizes:
         "rank": rank,
         "token_bases": min(4, max(1, len({d.corpus for d in donors})), len(donors)) if tokens <= 4096 else 1,
     }
-    weights = sum(count_numbers(d) for d in donors)
+    weights = sum(d.donor.parameters for d in donors)
     bases = MOST_BASES
     while bases > LEAST_BASES and weights >= SMALL_ZOO:
         if field_numbers(FieldSizes(bases=bases, **shared)) <= SHARE * weights:

@@ -18,8 +18,8 @@ class DiffusionTrainConfig:
     tuning_windows: int = 16
     sequence: int = 64
     solver_steps: int = 4  # of the sampler while tuning
-    hidden: int = 128
-    layers: int = 3
+    hidden: int = 64
+    layers: int = 2
     drop: float = 0.1  # how often the condition is dropped, for classifier-free guidance
     jitter: float = 0.1  # noise on the latents, which have unit RMS
     mixing: float = 0.3  # how often two models of two texts are mixed

@@ -16,6 +16,7 @@ from autoencoder.field import Latents
 from autoencoder.loading import load_component, local_folder
 from autoencoder.model import WeightAutoencoder
 from autoencoder.sampler import target_pairs
+from diffusion.card import pipeline_card
 from diffusion.conditions import Wanted, condition_values, vocabulary_features
 from diffusion.denoiser import LatentDenoiser
 from diffusion.solving import StepEnd, latent_noise, make_scheduler, solve
@@ -90,6 +91,11 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         return with_retries(
             lambda: snapshot_download(pretrained_model_name, allow_patterns=patterns, **options), pretrained_model_name
         )
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Writes the components and a model card with the donors and their licences."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / "README.md").write_text(pipeline_card(self.autoencoder, self.denoiser), encoding="utf-8")
 
     @property
     def donors(self) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Lets `diffusers.DiffusionPipeline.from_pretrained` load our pipelines.
 
-diffusers looks the class of a pipeline up among its own names. `import headstart` adds ours, without importing diffusers:
-it is added when diffusers is imported, and our class is imported when its name is read."""
+diffusers looks the class of a pipeline up among its own names. `import headstart` adds ours, without importing
+diffusers: it is added when diffusers is imported, and our class is imported when its name is read."""
 
 from __future__ import annotations
 
