@@ -45,6 +45,8 @@ class WeightAutoencoder(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.sizes = FieldSizes(**sizes)
+        if len(tokens) != self.sizes.tokens:
+            raise ValueError(f"{len(tokens)} token strings for {self.sizes.tokens} rows of the field")
         self.encoder = WeightEncoder(self.sizes, hidden)
         self.field = WeightField(self.sizes)
 
