@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 from autoencoder.config import AutoencoderTrainConfig
 from diffusion.config import DiffusionTrainConfig
-from tests.support.tiny import make_zoo
+from tests.support.tiny import donor
+from zoo.add import add
 from zoo.donors.zoo import Zoo
-from zoo.vocabulary import BYTE_VOCAB
+from zoo.vocabulary import BYTE_VOCAB, save_byte_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog, and says that nothing is new. " * 80
 SHAPES: tuple[dict[str, int], ...] = (
@@ -28,10 +29,13 @@ DIFFUSION = DiffusionTrainConfig(
 
 
 def byte_zoo(folder: Path) -> Zoo:
-    """Donors that need no tokenizer, and beside them `text.txt`."""
-    zoo = make_zoo(folder, SHAPES)
+    """Donors with the tokenizer of bytes, and beside them `text.txt`."""
+    sources = [donor(folder / "sources" / f"d{i}", i, **shape) for i, shape in enumerate(SHAPES)]
+    for source in sources:
+        save_byte_tokenizer(source)
+    add([str(source) for source in sources], folder / "zoo", quiet=True)
     (folder / "text.txt").write_text(TEXT)
-    return zoo
+    return Zoo.open(folder / "zoo")
 
 
 def train_tiny_autoencoder(
