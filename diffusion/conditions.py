@@ -6,7 +6,7 @@ left out, so that it has no effect."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from diffusion import text_features
 from zoo.tensors import Metadata
 
-LATEST_TEXT = text_features.SIZE
 SHAPE_NAMES = ("width", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "rope_theta")
 CONSTANT = 1e-4  # deviation below which a number is constant
 REACH = 3.0  # deviations beyond which a number is cut, because no donor is there
@@ -66,13 +65,31 @@ def vocabulary_features(strings: Iterable[str]) -> Tensor:
     return text_features.text_features("\0".join(sorted(strings)).encode())
 
 
-def fit_scales(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean [SIZE] and the inverse deviation [SIZE] of conditions [N, SIZE]; unknown numbers do not count."""
+def fit_scales(values: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The mean [SIZE] and the inverse deviation [SIZE] of conditions [N, SIZE]; unknown numbers do not count.
+
+    texts: the name of each condition's text. Features of texts and vocabularies are scaled by how far different texts
+    lie apart, by one number for all, so that a zoo of one text does not react to another."""
+    mean, deviation = _moments(values)
+    inverse = torch.where(deviation > CONSTANT, 1 / deviation.clamp_min(CONSTANT), torch.zeros_like(deviation))
+    names = sorted(set(texts))
+    by_text = torch.stack([_moments(values[[i for i, t in enumerate(texts) if t == name]])[0] for name in names])
+    start = 0
+    for group, size in GROUPS.items():
+        columns = slice(start, start + size)
+        start += size
+        if group in ("text", "vocabulary"):
+            spread = _moments(by_text[:, columns])[1].square().mean().sqrt()
+            inverse[columns] = 1 / spread if spread > CONSTANT else 0.0
+    return mean, inverse
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each column of [N, C] over the numbers that are not NaN."""
     known = ~values.isnan()
     count = known.sum(0).clamp_min(1)
     mean = values.nan_to_num().sum(0) / count
-    deviation = (((values - mean).nan_to_num().square() * known).sum(0) / count).sqrt()
-    return mean, torch.where(deviation > CONSTANT, 1 / deviation.clamp_min(CONSTANT), torch.zeros_like(deviation))
+    return mean, (((values - mean).nan_to_num().square() * known).sum(0) / count).sqrt()
 
 
 def scaled(values: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ class WeightDiffusionPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Writes the components and a model card with the donors and their licences."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        (Path(save_directory) / "README.md").write_text(pipeline_card(self.autoencoder, self.denoiser), encoding="utf-8")
+        card = pipeline_card(self.autoencoder, self.denoiser)
+        (Path(save_directory) / "README.md").write_text(card, encoding="utf-8")
 
     @property
     def donors(self) -> list[dict[str, Any]]:

@@ -130,7 +130,9 @@ class _DiffusionTrainer:
 
     def _fit_scales(self) -> None:
         """Sets the scales of conditions and latents."""
-        mean, inverse = fit_scales(torch.stack([sample.condition for sample in self.pool]))
+        pure = [s for s in self.pool if len(s.donors) == 1]
+        names = [self.data.donors[s.donors[0]].corpus for s in pure]
+        mean, inverse = fit_scales(torch.stack([s.condition for s in pure]), names)
         self.denoiser.get_buffer("mean").copy_(mean)
         self.denoiser.get_buffer("inverse").copy_(inverse)
         models = torch.stack([z.model for z in self.data.latents])

@@ -73,13 +73,26 @@ def test_a_condition_has_the_sizes_then_quality_then_text_then_vocabulary() -> N
 
 def test_scales_ignore_what_is_unknown_and_what_is_constant() -> None:
     nan = float("nan")
-    values = torch.tensor([[1.0, 7.0, nan, 2.0], [3.0, 7.0, 4.0, nan], [5.0, 7.0, 8.0, nan]])
-    mean, inverse = fit_scales(values)
+    values = torch.full((3, SIZE), nan)
+    values[:, :4] = torch.tensor([[1.0, 7.0, nan, 2.0], [3.0, 7.0, 4.0, nan], [5.0, 7.0, 8.0, nan]])
+    mean, inverse = (found[:4] for found in fit_scales(values, ["a", "a", "b"]))
     assert mean.tolist() == [3.0, 7.0, 6.0, 2.0]
     assert inverse.tolist() == pytest.approx([(3 / 8) ** 0.5, 0.0, 0.5, 0.0])
     found = scaled(torch.tensor([5.0, 99.0, nan, 99.0]), mean, inverse)
     assert found.tolist() == pytest.approx([2 * (3 / 8) ** 0.5, 0, 0, 0])
     assert scaled(torch.tensor([1e6, 0.0, -1e6, 0.0]), mean, inverse).tolist() == [REACH, 0, -REACH, 0]
+
+
+def test_texts_are_scaled_by_how_far_different_ones_lie_apart() -> None:
+    rng = torch.Generator().manual_seed(0)
+    excerpts = torch.randn(6, TEXT_SIZE, generator=rng)
+    values = torch.stack([condition_values(Wanted(shape_of(), text=x)) for x in excerpts])
+    columns = slice(SIZE - 2 * TEXT_SIZE, SIZE - TEXT_SIZE)
+    _, one = fit_scales(values, ["a"] * 6)
+    assert not one[columns].any()  # excerpts of one text differ too, which means nothing
+    _, two = fit_scales(values, ["a", "a", "a", "b", "b", "b"])
+    apart = torch.stack([excerpts[:3].mean(0), excerpts[3:].mean(0)]).std(0, correction=0).square().mean().sqrt()
+    assert torch.allclose(two[columns], (1 / apart).expand(TEXT_SIZE)) and not two[-TEXT_SIZE:].any()
 
 
 def shaken_denoiser() -> LatentDenoiser:
@@ -95,7 +108,7 @@ def shaken_denoiser() -> LatentDenoiser:
 def test_a_number_that_is_constant_in_the_zoo_has_no_effect() -> None:
     model = shaken_denoiser()
     values = torch.stack([condition_values(Wanted(shape_of(width=w), excess=x)) for w, x in ((16, 0.0), (64, 0.2))])
-    for name, found in zip(("mean", "inverse"), fit_scales(values), strict=True):
+    for name, found in zip(("mean", "inverse"), fit_scales(values, ["", ""]), strict=True):
         model.get_buffer(name).copy_(found)
     wanted = Wanted(shape_of(width=32), excess=0.1)
     with torch.no_grad():
