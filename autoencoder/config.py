@@ -23,7 +23,8 @@ class AutoencoderTrainConfig:
     noise: float = 0.15  # standard deviation on the latents, which have unit RMS
     mixing: float = 0.3  # how often the latents of two donors, and their texts, are mixed
     diversity: float = 0.3  # least relative distance of what two donors' latents write at one shape
-    diversity_weight: float = 0.5
+    diversity_weight: float = 0.2
+    diversity_from: float = 0.6  # share of the third stage before the distance counts
     shapes: int = 128  # random shapes that are drawn before training
     seed: int = 0
 

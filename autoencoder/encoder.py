@@ -21,7 +21,7 @@ QUERIES = 4  # of the attention that pools a table
 
 
 class WeightEncoder(nn.Module):
-    """Tables -> `Latents`. Each latent has unit RMS."""
+    """Tables -> `Latents`. Over the donors of the training, each number of a latent has mean 0 and deviation 1."""
 
     def __init__(self, sizes: FieldSizes, hidden: int = 96) -> None:
         super().__init__()
@@ -32,6 +32,8 @@ class WeightEncoder(nn.Module):
             self.query[table] = nn.Parameter(torch.randn(QUERIES, hidden) / hidden**0.5)
             self.register_buffer(f"scale_{table}", torch.ones(len(roles)))
         self.to_block = nn.Linear(len(BLOCK_TABLES) * QUERIES * hidden, sizes.block_latent)
+        self.register_buffer("block_norm", torch.tensor([[0.0], [1.0]]).repeat(1, sizes.block_latent))
+        self.register_buffer("model_norm", torch.tensor([[0.0], [1.0]]).repeat(1, sizes.model_latent))
         self.to_model = nn.Linear(QUERIES * hidden + sizes.block_latent, sizes.model_latent)
 
     def _pool(self, table: str, entries: Tensor) -> Tensor:
@@ -54,7 +56,9 @@ class WeightEncoder(nn.Module):
         pooled = torch.cat([self._pool(table, entries[table]) for table in BLOCK_TABLES], dim=-1)
         latents = _unit_rms(self.to_block(pooled))
         model = _unit_rms(self.to_model(torch.cat([self._pool("token", tokens), latents.mean(0)])))
-        return Latents(model, latents)
+        model_mean, model_deviation = self.get_buffer("model_norm")
+        block_mean, block_deviation = self.get_buffer("block_norm")
+        return Latents((model - model_mean) / model_deviation, (latents - block_mean) / block_deviation)
 
 
 def _unit_rms(x: Tensor) -> Tensor:

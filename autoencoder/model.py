@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,8 @@ from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder
 from zoo.units.lazy import LazySequence
 from zoo.units.tables import BLOCK_TABLES, tables_to_decoder, tables_to_layer
+
+LEAST_DEVIATION = 0.01  # of a number of the latents over donors; smaller ones are noise
 
 
 class WeightAutoencoder(ModelMixin, ConfigMixin):
@@ -98,5 +100,23 @@ def new_autoencoder(
         return WeightAutoencoder(asdict(sizes), list(tokens), architecture, donors=donors)
 
 
-def untied(shape: Metadata) -> Metadata:
-    return replace(shape, tied=False)
+@torch.no_grad()
+def normalise_latents(model: WeightAutoencoder, found: Sequence[Latents]) -> None:
+    """Gives each number of the latents mean 0 and deviation 1 over the donors, whose latents so far are `found`. What
+    the field writes for a donor stays the same."""
+    parts = {
+        "model": torch.stack([z.model for z in found]),
+        "block": torch.cat([z.blocks for z in found]),
+    }
+    first = model.field.condition[0]
+    assert isinstance(first, torch.nn.Linear)
+    end = first.in_features
+    for name, size in (("block", model.sizes.block_latent), ("model", model.sizes.model_latent)):
+        mean, deviation = parts[name].mean(0), parts[name].std(0, correction=0).clamp_min(LEAST_DEVIATION)
+        old_mean, old_deviation = model.encoder.get_buffer(f"{name}_norm")
+        norm = torch.stack([old_mean + old_deviation * mean, old_deviation * deviation])
+        model.encoder.get_buffer(f"{name}_norm").copy_(norm)
+        weight = first.weight[:, end - size : end]
+        first.get_parameter("bias").add_(weight @ mean)
+        weight *= deviation
+        end -= size

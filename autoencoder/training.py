@@ -21,7 +21,7 @@ from autoencoder.donors import (
     read_training_donors,
 )
 from autoencoder.field import Latents, start_field
-from autoencoder.model import WeightAutoencoder, new_autoencoder
+from autoencoder.model import WeightAutoencoder, new_autoencoder, normalise_latents
 from autoencoder.objective import (
     Skeletons,
     draw_step,
@@ -44,6 +44,7 @@ from zoo.units.tables import TABLE_ROLES
 
 REPORT_FILE = "report.json"
 SAVE_EVERY = 200  # steps
+NORMS = ("model_norm", "block_norm")  # buffers of the encoder
 BASE_NAMES = ("field.bases.", "field.maps.")  # the shared parameters; all others are the small network
 
 
@@ -117,6 +118,7 @@ class _AutoencoderTrainer:
         )
         self.objective, self.optimizer = self.accelerator.prepare(_Objective(self.model, self), optimizer)
         self.average_loss = float("nan")  # exponential moving average
+        self.latents: list[Latents] | None = None  # of the donors, from the second stage on
 
     def _new_model(self, zoo: Zoo, strings: tuple[str, ...]) -> WeightAutoencoder:
         sizes = field_sizes(self.donors, len(strings))
@@ -131,19 +133,35 @@ class _AutoencoderTrainer:
 
     def state(self) -> dict[str, Tensor]:
         loss = torch.tensor(self.average_loss, dtype=torch.float64)
-        return training_tensors(self.model, self.optimizer) | {"average": loss}
+        norms = {name: self.model.encoder.get_buffer(name) for name in NORMS}
+        return training_tensors(self.model, self.optimizer) | norms | {"average": loss}
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         restore_training(state, self.model, self.optimizer)
         self.average_loss = float(stored_tensor(state, "average", torch.tensor(0.0, dtype=torch.float64)))
+        for name in NORMS:
+            norm = self.model.encoder.get_buffer(name)
+            norm.copy_(stored_tensor(state, name, norm))
+        if step > self.config.reconstruction:
+            self._finish_encoder(normalise=False)
 
     def progress_note(self) -> str:
         return f"loss={self.average_loss:.3f}"
 
-    def encode(self, model: WeightAutoencoder, number: int) -> Latents:
-        """The latents of donor `number`."""
+    def encode(self, number: int) -> Latents:
+        """The latents of donor `number`; after the first stage the encoder stays as it is."""
+        if self.latents is not None:
+            return self.latents[number]
         donor, device = self.donors[number], self.accelerator.device
-        return model.encode({t: x.to(device) for t, x in donor.blocks.items()}, donor.tokens.to(device))
+        return self.model.encode({t: x.to(device) for t, x in donor.blocks.items()}, donor.tokens.to(device))
+
+    @torch.no_grad()
+    def _finish_encoder(self, normalise: bool) -> None:
+        """Keeps the latents of all donors from now on. Trained further, the encoder would give all donors of a text the
+        same latents, which is the shortest way to a low loss."""
+        if normalise:
+            normalise_latents(self.model, [self.encode(i) for i in range(len(self.donors))])
+        self.latents = [self.encode(i) for i in range(len(self.donors))]
 
     def step_loss(self, model: WeightAutoencoder, step: int, part: int, parts: int) -> Tensor:
         """The loss of a step on one of `parts` equal parts of its windows."""
@@ -151,24 +169,27 @@ class _AutoencoderTrainer:
         rng = stream(config.seed, f"noise {step}")
         if step < config.reconstruction:  # every process reconstructs the same donor
             number = int(torch.randint(len(self.donors), (1,), generator=rng))
-            latents = noisy(self.encode(model, number), config.noise, rng)
+            latents = noisy(self.encode(number), config.noise, rng)
             errors = reconstruction_error(model.field, self.donors[number], latents, device)
             return torch.stack([e.mean() for e in errors.values()]).mean()
         chosen = draw_step(config, self.donors, step)
         first = self.donors[chosen.donors[0]]
-        latents = self.encode(model, chosen.donors[0])
+        latents = self.encode(chosen.donors[0])
         if len(chosen.donors) == 2:
-            latents = latents.mixed(self.encode(model, chosen.donors[1]), chosen.share)
+            latents = latents.mixed(self.encode(chosen.donors[1]), chosen.share)
         latents = noisy(latents, config.noise, rng)
         shape = first.shape if chosen.shape < 0 else replace(self.shapes[chosen.shape], vocab=first.shape.vocab)
         windows = mixed_windows(self.texts, chosen, config, step).chunk(parts)[part].to(device)
         loss = written_loss(model.field, latents, first, shape, self.skeletons, windows)
-        if chosen.other != chosen.donors[0] and config.diversity:
-            both = self.encode(model, chosen.donors[0]), self.encode(model, chosen.other)
+        late = step >= config.reconstruction + config.warmup + config.diversity_from * config.steps
+        if late and chosen.other != chosen.donors[0] and config.diversity:
+            both = self.encode(chosen.donors[0]), self.encode(chosen.other)
             loss = loss + config.diversity_weight * sameness(model.field, shape, *both, config.diversity)
         return loss
 
     def train_step(self, step: int) -> None:
+        if step == self.config.reconstruction:
+            self._finish_encoder(normalise=True)
         for group, lr in zip(self.optimizer.param_groups, learning_rates(self.config, step), strict=True):
             group["lr"] = lr
         accelerator, value = self.accelerator, 0.0
