@@ -15,7 +15,7 @@ from autoencoder.donors import FOR_ALL, TrainingDonor
 from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.streams import stream_seed
-from zoo.training.corpora import donor_text, encode_corpus
+from zoo.training.corpora import donor_text, encode_corpus, text_sha256
 from zoo.training.documents import TextSource, read_corpus
 from zoo.vocabulary import BYTE_VOCAB, byte_tokens
 
@@ -50,6 +50,11 @@ def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed:
             kept[key] = _read(donor, given, name)
         texts.append(kept[key])
     return texts
+
+
+def given_text_hashes(given: Mapping[str, Path]) -> list[str]:
+    """A line for each given text, with the hash of its content: what a training run depends on."""
+    return [f"{name}={text_sha256(read_corpus(TextSource(str(path))).text)}" for name, path in sorted(given.items())]
 
 
 def _text_name(donor: TrainingDonor, given: Mapping[str, Path]) -> str | None:

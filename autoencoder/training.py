@@ -33,7 +33,7 @@ from autoencoder.objective import (
     written_loss,
 )
 from autoencoder.report import training_report
-from autoencoder.texts import read_texts
+from autoencoder.texts import given_text_hashes, read_texts
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
@@ -66,7 +66,7 @@ def train_autoencoder(
     unusable zoo or text, or for an `out` that is in use (without `resume`)."""
     out, opened = Path(out), Zoo.open(zoo)
     given = given_corpora(corpora or {}, opened.donors)
-    identity = run_identity(config, opened, *(f"{name}={path}" for name, path in sorted(given.items())))
+    identity = run_identity(config, opened, *given_text_hashes(given))
     run = Run(out, identity, config.all_steps, SAVE_EVERY, REPORT_FILE, "autoencoder", resume, quiet)
     return train_in_folder(run, lambda: _AutoencoderTrainer(config, opened, run, given, device, command))
 

@@ -22,7 +22,7 @@ from autoencoder.field import Latents
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import WeightAutoencoder
 from autoencoder.objective import BehaviourStep, Skeletons, mixed_windows, noisy, training_shapes
-from autoencoder.texts import read_texts
+from autoencoder.texts import given_text_hashes, read_texts
 from diffusion.conditions import fit_scales
 from diffusion.config import DiffusionTrainConfig
 from diffusion.denoiser import LatentDenoiser
@@ -60,8 +60,7 @@ def train_diffusion(
     out, opened, coder = Path(out), Zoo.open(zoo), load_autoencoder(autoencoder)
     given = given_corpora(corpora or {}, opened.donors)
     weights = b"".join(p.detach().numpy().tobytes() for p in coder.parameters())
-    files = [f"{name}={path}" for name, path in sorted(given.items())]
-    identity = run_identity(config, opened, hashlib.sha256(weights).hexdigest(), *files)
+    identity = run_identity(config, opened, hashlib.sha256(weights).hexdigest(), *given_text_hashes(given))
     run = Run(out, identity, config.all_steps, SAVE_EVERY, RECORD_FILE, "diffusion", resume, quiet)
     return train_in_folder(run, lambda: _DiffusionTrainer(config, opened, coder, run, given, device, command))
 

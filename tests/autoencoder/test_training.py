@@ -133,9 +133,12 @@ def test_an_interrupted_training_ends_with_the_same_bytes(zoo: Zoo, text: Path, 
         train_tiny_autoencoder(zoo.path, out, text)
     with pytest.raises(UserError, match="other settings"):
         train_tiny_autoencoder(zoo.path, out, text, replace(AUTOENCODER, seed=1), resume=True)
-    with pytest.raises(UserError, match="other settings"):
-        train_tiny_autoencoder(zoo.path, out, None, resume=True)
-    train_tiny_autoencoder(zoo.path, out, text, resume=True)
+    (moved := tmp_path / "moved.txt").write_text(TEXT + "more")
+    for other in (None, moved):
+        with pytest.raises(UserError, match="other settings"):
+            train_tiny_autoencoder(zoo.path, out, other, resume=True)
+    moved.write_text(TEXT)
+    train_tiny_autoencoder(zoo.path, out, moved, resume=True)  # its content counts, not its place
     assert (out / WEIGHTS).read_bytes() == (trained / "autoencoder" / WEIGHTS).read_bytes()
     assert json.loads((out / "report.json").read_text()) == json.loads(
         (trained / "autoencoder" / "report.json").read_text()

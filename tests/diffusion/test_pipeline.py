@@ -23,6 +23,7 @@ from autoencoder.loading import load_autoencoder
 from diffusion import WeightDiffusionPipeline, training
 from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
+from diffusion.text_features import SIZE as TEXT_SIZE
 from tests.support.commands import generate
 from tests.support.generators import DIFFUSION, TEXT, byte_zoo, train_both, train_tiny_diffusion
 from tests.support.tiny import config
@@ -55,6 +56,7 @@ def pipe(trained: Path) -> WeightDiffusionPipeline:
     with torch.no_grad():
         for parameter in loaded.denoiser.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
+        loaded.denoiser.get_buffer("inverse")[-2 * TEXT_SIZE : -TEXT_SIZE] = 1.0  # as in a zoo of several texts
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -116,7 +118,15 @@ def test_layers_do_not_depend_on_the_order(pipe: WeightDiffusionPipeline) -> Non
     assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
 
 
-def test_quality_and_sizes_are_conditions_and_a_constant_text_is_none(pipe: WeightDiffusionPipeline) -> None:
+def test_a_zoo_of_one_text_does_not_react_to_another(trained: Path, pipe: WeightDiffusionPipeline) -> None:
+    loaded = load_pipeline(str(trained))
+    loaded.denoiser.load_state_dict(dict(pipe.denoiser.named_parameters()), strict=False)
+    plain = generated(loaded)
+    assert distance(plain, generated(loaded, text="0123456789" * 300)) == 0
+    assert distance(plain, generated(loaded, excess=0.1)) > 1e-5
+
+
+def test_quality_and_text_are_conditions(pipe: WeightDiffusionPipeline) -> None:
     plain = generated(pipe)
     assert distance(plain, generated(pipe, excess=0.1)) > 1e-5  # the two donors have two losses
     same = generated(pipe, text=None)
