@@ -32,7 +32,7 @@ from autoencoder.objective import (
     training_shapes,
     written_loss,
 )
-from autoencoder.report import training_report
+from autoencoder.report import mean_flops, training_report
 from autoencoder.texts import given_text_hashes, read_texts
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
@@ -44,6 +44,7 @@ from zoo.units.tables import TABLE_ROLES
 
 REPORT_FILE = "report.json"
 SAVE_EVERY = 200  # steps
+FLOP_STEPS = 6  # of a stage, whose operations are counted
 NORMS = ("model_norm", "block_norm")  # buffers of the encoder
 BASE_NAMES = ("field.bases.", "field.maps.")  # the shared parameters; all others are the small network
 
@@ -212,14 +213,27 @@ class _AutoencoderTrainer:
         fresh = math.isnan(self.average_loss) or step == self.config.reconstruction
         self.average_loss = mean if fresh else 0.97 * self.average_loss + 0.03 * mean
 
+    def _flops(self) -> float:
+        """The floating-point operations of the training, from those of some steps of each stage."""
+        config = self.config
+        stages = ((0, config.reconstruction), (config.reconstruction, config.all_steps))
+        total = 0.0
+        for first, end in stages:
+            steps = torch.linspace(first, end - 1, min(FLOP_STEPS, end - first)).long().tolist()
+            total += (end - first) * mean_flops([lambda s=s: self.step_loss(self.model, s, 0, 1) for s in steps])
+        self.optimizer.zero_grad()
+        return total
+
     def save(self, folder: Path) -> dict[str, Any]:
         self.model.cpu().eval().save_pretrained(folder)
+        flops = self._flops()
         report = training_report(self.model, self.donors, self.texts, self.skeletons)
         record = {
             "recipe": asdict(self.config),
             "donors": self.model.config["donors"],
             "texts": dict(zip([d.name for d in self.donors], self.text_names, strict=True)),
             "loss": self.average_loss,
+            "flops": flops,
             "identity": self.run.identity,
         } | report
         return record if self.command is None else record | {"config": self.command}
