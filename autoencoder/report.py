@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder.behaviour import field_decoder, text_loss
 from autoencoder.donors import TrainingDonor, count_numbers, field_numbers
@@ -15,6 +16,17 @@ from autoencoder.model import WeightAutoencoder
 from autoencoder.objective import Skeletons, donor_logits, reconstruction_error
 
 WINDOWS, SEQUENCE = 32, 64  # of text, on which decoded donors are judged
+
+
+def mean_flops(losses: Sequence[Callable[[], Tensor]]) -> float:
+    """The mean floating-point operations of computing some losses and their gradients, as torch counts them: matrix
+    products and attention."""
+    counts = []
+    for loss in losses:
+        with FlopCounterMode(display=False) as counter:
+            loss().backward()
+        counts.append(counter.get_total_flops())
+    return sum(counts) / max(len(counts), 1)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +218,11 @@ class _AutoencoderTrainer:
         """The floating-point operations of the training, from those of some steps of each stage."""
         config = self.config
         stages = ((0, config.reconstruction), (config.reconstruction, config.all_steps))
-        total = 0.0
+        total, kept = 0.0, self.latents
         for first, end in stages:
+            self.latents = None if first == 0 else kept  # the first stage trains the encoder
             steps = torch.linspace(first, end - 1, min(FLOP_STEPS, end - first)).long().tolist()
-            total += (end - first) * mean_flops([lambda s=s: self.step_loss(self.model, s, 0, 1) for s in steps])
+            total += (end - first) * mean_flops([partial(self.step_loss, self.model, s, 0, 1) for s in steps])
         self.optimizer.zero_grad()
         return total
 
