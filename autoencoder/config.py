@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class AutoencoderTrainConfig:
     diversity_from: float = 0.6  # share of the third stage before the distance counts
     shapes: int = 128  # random shapes that are drawn before training
     seed: int = 0
+    corpora: Mapping[str, str] = field(default_factory=dict)  # {donor, text of donors, or `all`: file}
 
     @property
     def all_steps(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -55,20 +54,19 @@ def train_autoencoder(
     zoo: str | Path,
     out: str | Path,
     *,
-    corpora: Mapping[str, str | Path] | None = None,
     resume: bool = False,
     device: str = "auto",
     quiet: bool = False,
     command: dict[str, Any] | None = None,
 ) -> Path:
-    """Trains the autoencoder of a zoo and writes it to `out`, with `report.json`. corpora: {name: file}, see
-    `donors.given_corpora`. command: the configuration of the command, written to the report as it is.
+    """Trains the autoencoder of a zoo and writes it to `out`, with `report.json`. command: the configuration of the
+    command, written to the report as it is.
 
     An interrupted run leaves its state in `out`; `resume` continues from it to the same bytes. Raises UserError for an
     unusable zoo or text, or for an `out` that is in use (without `resume`)."""
     out, opened = Path(out), Zoo.open(zoo)
-    given = given_corpora(corpora or {}, opened.donors)
-    identity = run_identity(config, opened, *given_text_hashes(given))
+    given = given_corpora(config.corpora, opened.donors)
+    identity = run_identity(replace(config, corpora={}), opened, *given_text_hashes(given))
     run = Run(out, identity, config.all_steps, SAVE_EVERY, REPORT_FILE, "autoencoder", resume, quiet)
     return train_in_folder(run, lambda: _AutoencoderTrainer(config, opened, run, given, device, command))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class DiffusionTrainConfig:
     sample_bytes: int = 100_000  # of a text whose features are a condition, at most
     shapes: int = 128
     seed: int = 0
+    corpora: Mapping[str, str] = field(default_factory=dict)  # {donor, text of donors, or `all`: file}
 
     @property
     def all_steps(self) -> int:

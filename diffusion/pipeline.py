@@ -73,6 +73,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
     denoiser: LatentDenoiser
     scheduler: FlowMatchEulerDiscreteScheduler
     model_cpu_offload_seq = "denoiser->autoencoder"
+    vocabulary_rule = DEFAULT_RULE  # one of zoo.vocabularies.build.RULES
 
     def __init__(
         self, autoencoder: WeightAutoencoder, denoiser: LatentDenoiser, scheduler: FlowMatchEulerDiscreteScheduler
@@ -114,15 +115,14 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         generator: torch.Generator | None = None,
         callback_on_step_end: StepEnd | None = None,
-        vocabulary: str = DEFAULT_RULE,
     ) -> WeightPipelineOutput:
         """Generates the weights of a config.
 
         config: a config.json, its folder, a hub id, a parsed config, or a blueprint. tokenizer: the target's (folder or
         tokenizer.json); without one its vocabulary must be the zoo's. text: a sample of the text that the model will be
         trained on. excess: nats above the best donor's held-out loss to imitate. callback_on_step_end: called with the
-        number of the step, the time and the latents; what it returns replaces them. vocabulary: how tokens that the zoo
-        does not know are composed, see `zoo.vocabularies.build.RULES`.
+        number of the step, the time and the latents; what it returns replaces them. `vocabulary_rule` says how
+        tokens that the zoo does not know are composed.
 
         Weights in bfloat16 or float16 are cast to float32, in which everything is computed; tensors are float32.
 
@@ -139,7 +139,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             guidance=guidance_scale,
             on_step_end=callback_on_step_end,
         )
-        return self.decode(blueprint, latents, tokens, vocabulary)
+        return self.decode(blueprint, latents, tokens)
 
     def wanted(self, shape: Metadata, tokens: Tokens | None, text: str | bytes | None, excess: float) -> Wanted:
         """The condition that the arguments of a call ask for."""
@@ -166,9 +166,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             self.denoiser, self.scheduler, noise, condition, steps=steps, guidance=guidance, on_step_end=on_step_end
         )
 
-    def decode(
-        self, blueprint: Blueprint, latents: Latents, tokens: Tokens | None, vocabulary: str
-    ) -> WeightPipelineOutput:
+    def decode(self, blueprint: Blueprint, latents: Latents, tokens: Tokens | None) -> WeightPipelineOutput:
         """The model that latents make. tokens: the target's; None if it has the zoo's vocabulary."""
         shape = blueprint.metadata
         assert shape is not None
@@ -178,7 +176,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
                 f"diffusion: the target's vocabulary has {shape.vocab} tokens, the zoo's has {known}; "
                 "give the target's --tokenizer to match tokens by their strings"
             )
-        pairs = target_pairs(self.autoencoder, shape, latents, tokens, vocabulary)
+        pairs = target_pairs(self.autoencoder, shape, latents, tokens, self.vocabulary_rule)
         return WeightPipelineOutput(self.autoencoder.decode(shape, latents, pairs), blueprint)
 
 

@@ -50,7 +50,9 @@ class DiffusionSampler(Sampler):
     def _load(self) -> WeightDiffusionPipeline:
         if self.model is None:
             raise UserError("diffusion: needs a trained pipeline; give one with --model (`headstart train diffusion`)")
-        return load_pipeline(self.model).to(self.device)
+        pipeline = load_pipeline(self.model).to(self.device)
+        pipeline.vocabulary_rule = self.vocabulary
+        return pipeline
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
         target = require_unit_target(blueprint, "target")
@@ -74,7 +76,6 @@ class DiffusionSampler(Sampler):
             num_inference_steps=self.steps,
             guidance_scale=self.guidance,
             generator=stream(seed, "latents"),
-            vocabulary=self.vocabulary,
         )
         yield from output.tensors()
 

@@ -6,8 +6,7 @@ import contextlib
 import copy
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +45,20 @@ def train_diffusion(
     autoencoder: str | Path,
     out: str | Path,
     *,
-    corpora: Mapping[str, str | Path] | None = None,
     resume: bool = False,
     device: str = "auto",
     quiet: bool = False,
     command: dict[str, Any] | None = None,
 ) -> Path:
-    """Trains a denoiser of latents on a zoo and writes a `WeightDiffusionPipeline` folder to `out`. corpora: {name:
-    file}, see `autoencoder.donors.given_corpora`. command: the configuration of the command, for the record.
+    """Trains a denoiser of latents on a zoo and writes a `WeightDiffusionPipeline` folder to `out`. command: the
+    configuration of the command, written to the record as it is.
 
     An interrupted run leaves its state in `out`; `resume` continues from it to the same bytes. Raises UserError for an
     unusable zoo or text, an autoencoder of another zoo, or an `out` that is in use (without `resume`)."""
     out, opened, coder = Path(out), Zoo.open(zoo), load_autoencoder(autoencoder)
-    given = given_corpora(corpora or {}, opened.donors)
-    weights = b"".join(p.detach().numpy().tobytes() for p in coder.parameters())
-    identity = run_identity(config, opened, hashlib.sha256(weights).hexdigest(), *given_text_hashes(given))
+    given = given_corpora(config.corpora, opened.donors)
+    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in coder.parameters())).hexdigest()
+    identity = run_identity(replace(config, corpora={}), opened, weights, *given_text_hashes(given))
     run = Run(out, identity, config.all_steps, SAVE_EVERY, RECORD_FILE, "diffusion", resume, quiet)
     return train_in_folder(run, lambda: _DiffusionTrainer(config, opened, coder, run, given, device, command))
 

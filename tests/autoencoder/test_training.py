@@ -235,9 +235,9 @@ def test_without_a_text_the_donors_write_one(zoo: Zoo) -> None:
 def test_texts_that_cannot_be_used_are_one_line(zoo: Zoo, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"no donor and no donor's text is called 'poems'; see `headstart zoo list`"):
-        training.train_autoencoder(AUTOENCODER, zoo.path, out, corpora={"poems": "x"}, quiet=True)
+        training.train_autoencoder(replace(AUTOENCODER, corpora={"poems": "x"}), zoo.path, out, quiet=True)
     with pytest.raises(UserError, match="no such file; give FILE, or NAME=FILE per donor or text"):
-        training.train_autoencoder(AUTOENCODER, zoo.path, out, corpora={"all": tmp_path / "missing"}, quiet=True)
+        train_tiny_autoencoder(zoo.path, out, tmp_path / "missing")
     words = make_zoo(tmp_path / "words", [dict(hidden_size=24, kv=2)])
     (tmp_path / "text.txt").write_text(TEXT)
     with pytest.raises(UserError, match="d0: has no tokenizer, so that no text can be read for it"):

@@ -171,7 +171,9 @@ def words(folder: Path) -> Path:
     return folder
 
 
-def test_tokens_are_matched_by_their_strings(pipe: WeightDiffusionPipeline, tmp_path: Path) -> None:
+def test_tokens_are_matched_by_their_strings(
+    pipe: WeightDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = words(tmp_path / "tokenizer")
     rows = {token: i for i, token in enumerate(pipe.autoencoder.token_strings)}
     latents = Latents(torch.ones(16), torch.ones(3, 16))
@@ -179,9 +181,11 @@ def test_tokens_are_matched_by_their_strings(pipe: WeightDiffusionPipeline, tmp_
     found = generated(pipe, tokenizer=tokenizer, **given)["model.embed_tokens.weight"]
     own = generated(pipe, callback_on_step_end=lambda *a: latents)["model.embed_tokens.weight"]
     torch.testing.assert_close(found[[1, 3, 0]], own[[rows["a"], rows["b"], rows["c"]]])
-    composed = generated(pipe, tokenizer=tokenizer, vocabulary="mean", **given)["model.embed_tokens.weight"]
+    monkeypatch.setattr(pipe, "vocabulary_rule", "mean")
+    composed = generated(pipe, tokenizer=tokenizer, **given)["model.embed_tokens.weight"]
     torch.testing.assert_close(composed[2], own[[rows["a"], rows["b"], rows["c"]]].mean(0), atol=1e-5, rtol=1e-4)
-    unknown = generated(pipe, tokenizer=tokenizer, vocabulary="strings", **given)["model.embed_tokens.weight"]
+    monkeypatch.setattr(pipe, "vocabulary_rule", "strings")
+    unknown = generated(pipe, tokenizer=tokenizer, **given)["model.embed_tokens.weight"]
     torch.testing.assert_close(unknown[2], own.mean(0), atol=1e-5, rtol=1e-4)
 
 

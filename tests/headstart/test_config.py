@@ -202,9 +202,9 @@ def test_the_commands_of_training_pass_their_texts_on(tmp_path: Path, monkeypatc
     from autoencoder import training as autoencoder_training
     from diffusion import training as diffusion_training
 
-    seen: list[dict[str, Any]] = []
+    seen: list[tuple[Any, dict[str, Any]]] = []
     for module, name in ((autoencoder_training, "train_autoencoder"), (diffusion_training, "train_diffusion")):
-        monkeypatch.setattr(module, name, lambda *given, **options: seen.append(options))
+        monkeypatch.setattr(module, name, lambda config, *_, **options: seen.append((config, options)))
     (tmp_path / "manifest.parquet").write_text("")
     shared = [
         "--zoo",
@@ -221,5 +221,6 @@ def test_the_commands_of_training_pass_their_texts_on(tmp_path: Path, monkeypatc
     for command in (["train", "autoencoder"], ["train", "diffusion", "--autoencoder", "a"]):
         done = CliRunner().invoke(cli.app, [*command, *shared])
         assert done.exit_code == 0, done.output
-        assert seen[-1]["corpora"] == {"all": "text.txt", "plays": "p.txt"} and seen[-1]["device"] == "cpu"
-        assert seen[-1]["command"]["corpus"] == {"all": "text.txt", "plays": "p.txt"}
+        config, options = seen[-1]
+        assert config.corpora == {"all": "text.txt", "plays": "p.txt"} and options["device"] == "cpu"
+        assert options["command"]["corpus"] == {"all": "text.txt", "plays": "p.txt"}

@@ -6,6 +6,7 @@ As a module it trains both, for several processes: `accelerate launch … -m tes
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,11 +45,9 @@ def train_tiny_autoencoder(
     """A trained autoencoder. text: what all donors are trained on; None samples a few tokens from each."""
     from autoencoder import texts, training
 
-    corpora = {} if text is None else {"all": text}
+    config = replace(config, corpora={} if text is None else {"all": str(text)})
     with patch.object(texts, "SAMPLED", (16, 80)):
-        return training.train_autoencoder(
-            config, zoo, out, corpora=corpora, **{"device": "cpu", "quiet": True, **options}
-        )
+        return training.train_autoencoder(config, zoo, out, **{"device": "cpu", "quiet": True, **options})
 
 
 def train_tiny_diffusion(
@@ -63,11 +62,9 @@ def train_tiny_diffusion(
     from autoencoder import texts
     from diffusion import latent_data, training
 
-    corpora = {} if text is None else {"all": text}
+    config = replace(config, corpora={} if text is None else {"all": str(text)})
     with patch.object(texts, "SAMPLED", (16, 80)), patch.object(latent_data, "POOL", 24):
-        return training.train_diffusion(
-            config, zoo, autoencoder, out, corpora=corpora, **{"device": "cpu", "quiet": True, **options}
-        )
+        return training.train_diffusion(config, zoo, autoencoder, out, **{"device": "cpu", "quiet": True, **options})
 
 
 def train_both(zoo: Path, text: Path, out: Path) -> None:
