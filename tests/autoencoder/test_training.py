@@ -140,9 +140,8 @@ def test_an_interrupted_training_ends_with_the_same_bytes(zoo: Zoo, text: Path, 
     moved.write_text(TEXT)
     train_tiny_autoencoder(zoo.path, out, moved, resume=True)  # its content counts, not its place
     assert (out / WEIGHTS).read_bytes() == (trained / "autoencoder" / WEIGHTS).read_bytes()
-    assert json.loads((out / "report.json").read_text()) == json.loads(
-        (trained / "autoencoder" / "report.json").read_text()
-    )
+    found, expected = (json.loads((f / "report.json").read_text()) for f in (out, trained / "autoencoder"))
+    assert found == expected
     assert not (out / STATE_FILE).exists()
 
 
