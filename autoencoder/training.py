@@ -229,7 +229,7 @@ class _AutoencoderTrainer:
         flops = self._flops()
         report = training_report(self.model, self.donors, self.texts, self.skeletons)
         record = {
-            "recipe": asdict(self.config),
+            "recipe": asdict(replace(self.config, corpora={})),
             "donors": self.model.config["donors"],
             "texts": dict(zip([d.name for d in self.donors], self.text_names, strict=True)),
             "loss": self.average_loss,

@@ -232,7 +232,7 @@ class _DiffusionTrainer:
         pipeline = WeightDiffusionPipeline(self.autoencoder.cpu().eval(), self.denoiser.cpu().eval(), make_scheduler())
         pipeline.save_pretrained(folder)
         record = {
-            "recipe": asdict(self.config),
+            "recipe": asdict(replace(self.config, corpora={})),
             "loss": self.average_loss,
             "donors": donors,
             "identity": self.run.identity,
