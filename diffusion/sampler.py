@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from zoo.options import option
 from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
+from zoo.training.documents import TextSource, read_corpus
 from zoo.units.units import require_unit_target
 from zoo.vocabularies.build import DEFAULT_RULE, RULES, VOCABULARY_HELP
 
@@ -46,12 +46,15 @@ class DiffusionSampler(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._pipeline: WeightDiffusionPipeline | None = None
+        self._sample_of_text: bytes | None = None
 
     def _load(self) -> WeightDiffusionPipeline:
         if self.model is None:
             raise UserError("diffusion: needs a trained pipeline; give one with --model (`headstart train diffusion`)")
         pipeline = load_pipeline(self.model).to(self.device)
         pipeline.vocabulary_rule = self.vocabulary
+        if self.text is not None:
+            self._sample_of_text = read_corpus(TextSource(self.text), most=SAMPLE_BYTES).text
         return pipeline
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
@@ -71,7 +74,7 @@ class DiffusionSampler(Sampler):
         output = self._pipeline(
             blueprint,
             tokenizer=self.tokenizer,
-            text=None if self.text is None else Path(self.text).read_bytes()[:SAMPLE_BYTES],
+            text=self._sample_of_text,
             excess=self.excess,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance,

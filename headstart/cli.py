@@ -76,6 +76,10 @@ ModelOption = Annotated[
 DonorOption = Annotated[
     str | None, typer.Option("--donor", metavar="NAME", help="A donor of the zoo; without --zoo a folder or a hub id.")
 ]
+TextOption = Annotated[
+    str | None,
+    typer.Option("--text", metavar="TEXT", help="A sample of the text to train on, for methods with the option text."),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.")
 ]
@@ -331,6 +335,7 @@ def generate(
     settings: SetOption = None,
     plan: PlanOption = False,
     tokenizer: TokenizerOption = None,
+    text: TextOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
@@ -387,6 +392,7 @@ def compare(
     ] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
+    text: TextOption = None,
     workers: WorkersOption = CompareConfig.workers,
     tuning_seeds: TuningSeedsOption = CompareConfig.tuning_seeds,
     device: DeviceOption = Device.auto,

@@ -289,6 +289,28 @@ def test_the_method_is_the_pipeline(trained: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
+def test_a_text_is_an_option_of_generate(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "config.json").write_text(json.dumps(target()))
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    options: dict[str, Any] = {"target": tmp_path / "target", "method": "diffusion", "model": str(trained)}
+    shared = options | {"settings": ["steps=2"], "quiet": True}
+    for name, given in (("by option", {"text": tmp_path / "text.txt"}), ("by rows", {"text": tmp_path / "rows.jsonl"})):
+        generate(out=tmp_path / name, **shared, **given)
+    settings = ["steps=2", f"text={tmp_path / 'text.txt'}"]
+    generate(out=tmp_path / "by setting", **shared | {"settings": settings})
+    found = {(tmp_path / f"by {name}" / "model.safetensors").read_bytes() for name in ("option", "rows", "setting")}
+    assert len(found) == 1
+    record = json.loads((tmp_path / "by option" / "headstart.json").read_text())
+    assert record["options"]["text"] == record["config"]["text"] == str(tmp_path / "text.txt")
+    with pytest.raises(UserError, match=r"nowhere\.txt: no such corpus"):
+        generate(out=tmp_path / "out", **shared, text=tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match="default takes no --text: leave it out"):
+        generate(tmp_path / "target", "default", tmp_path / "out", text=tmp_path / "text.txt")
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_use_is_refused(trained: Path, pipe: WeightDiffusionPipeline, tmp_path: Path) -> None:
     good = Blueprint.from_config(target())
     other = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 256}
