@@ -19,6 +19,8 @@ class DiffusionTrainConfig:
     tuning_windows: int = 16
     sequence: int = 64
     solver_steps: int = 4  # of the sampler while tuning
+    diversity: float = 0.3  # least relative distance of what two noises write for one condition
+    diversity_weight: float = 0.2
     hidden: int = 64
     layers: int = 2
     drop: float = 0.1  # how often the condition is dropped, for classifier-free guidance

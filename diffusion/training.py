@@ -14,13 +14,20 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from autoencoder.behaviour import field_decoder, text_loss
 from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import given_corpora, read_training_donors
 from autoencoder.field import Latents
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import WeightAutoencoder
-from autoencoder.objective import BehaviourStep, Skeletons, mixed_windows, noisy, training_shapes
+from autoencoder.objective import (
+    BehaviourStep,
+    Skeletons,
+    mixed_windows,
+    noisy,
+    sameness,
+    training_shapes,
+    written_loss,
+)
 from autoencoder.texts import given_text_hashes, read_texts
 from diffusion.conditions import fit_scales
 from diffusion.config import DiffusionTrainConfig
@@ -188,17 +195,17 @@ class _DiffusionTrainer:
         return sum(errors) / 2  # type: ignore[return-value]
 
     def _tuning_loss(self, step: int, part: int, parts: int) -> Tensor:
-        """The loss on text of a model from the sampler, through its last step."""
+        """The loss of a model from the sampler, through its last step; and how far a model from other noise is from
+        being another one, because the loss alone would make every noise give the same model."""
         config, device = self.config, self.accelerator.device
         sample = draw_sample(self.data, config, f"tuning {step}")
-        donor = self.data.donors[sample.donors[0]]
-        noise = _to(
-            latent_noise(self.denoiser, sample.shape.layers, stream(config.seed, f"tuning noise {step}")), device
-        )
+        donor, layers = self.data.donors[sample.donors[0]], sample.shape.layers
         condition = self.denoiser.embed(sample.condition[None].to(device))
-        latents = solve(
-            self.denoiser, make_scheduler(), noise, condition, steps=config.solver_steps, last_with_gradient=True
-        )
+        found = []
+        for name in ("", "other "):
+            noise = latent_noise(self.denoiser, layers, stream(config.seed, f"tuning {name}noise {step}"))
+            start, steps = _to(noise, device), config.solver_steps
+            found.append(solve(self.denoiser, make_scheduler(), start, condition, steps=steps, last_with_gradient=True))
         windows = mixed_windows(
             self.tokens,
             BehaviourStep(sample.donors, sample.donors[0], sample.share, -1),
@@ -206,8 +213,11 @@ class _DiffusionTrainer:
             step,
         )
         windows = windows.chunk(parts)[part].to(device)
-        decoder = field_decoder(self.autoencoder.field, sample.shape, latents, donor.rows.to(device))
-        return text_loss(self.skeletons.get(sample.shape), decoder, windows)
+        field = self.autoencoder.field
+        loss = written_loss(field, found[0], donor, sample.shape, self.skeletons, windows)
+        if not config.diversity:
+            return loss
+        return loss + config.diversity_weight * sameness(field, sample.shape, found[0], found[1], config.diversity)
 
     def train_step(self, step: int) -> None:
         for group, lr in zip(self.optimizer.param_groups, learning_rates(self.config, step), strict=True):
