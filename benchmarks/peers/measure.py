@@ -66,9 +66,9 @@ class Variant:
 
 VARIANTS = {
     "d2nwg": Variant("d2nwg", "nearest to published"),
-    "d2nwg-helped": Variant("d2nwg", "in our coordinates, at our rate", {"coordinates": "canonical", "rate": 1.5}),
+    "d2nwg-helped": Variant("d2nwg", "in our coordinates, at rate 1.5", {"coordinates": "canonical", "rate": 1.5}),
     "sane": Variant("sane", "nearest to published, in our coordinates"),
-    "sane-helped": Variant("sane", "in our coordinates, at our rate", {"rate": 1.5}),
+    "sane-helped": Variant("sane", "in our coordinates, at rate 1.5", {"rate": 1.5}),
 }
 SAMPLERS: dict[str, type[Sampler]] = {"d2nwg": d2nwg.D2NWG, "sane": sane.SANE}
 MODULES: dict[str, Any] = {"d2nwg": d2nwg, "sane": sane}
