@@ -35,11 +35,16 @@ class DemoSizes:
     methods: tuple[str, ...] = ("default", "normal", "weight-selection", "row-column", "diffusion")
 
 
-FULL = DemoSizes(preset="demo", autoencoder={"steps": 500}, diffusion={"steps": 400, "tuning": 60}, compare_steps=150)
+FULL = DemoSizes(
+    preset="demo",
+    autoencoder={"steps": 400, "shapes": 48},
+    diffusion={"steps": 400, "tuning": 60, "shapes": 48},
+    compare_steps=150,
+)
 QUICK = DemoSizes(
     preset="quick",
-    autoencoder={"steps": 50, "warmup": 15, "reconstruction": 30},
-    diffusion={"steps": 40, "tuning": 6},
+    autoencoder={"steps": 50, "warmup": 15, "reconstruction": 30, "shapes": 16},
+    diffusion={"steps": 40, "tuning": 6, "shapes": 16},
     compare_steps=50,
     seeds=(0, 1, 2),
     lrs=(6e-3,),
