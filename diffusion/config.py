@@ -15,12 +15,12 @@ class DiffusionTrainConfig:
     tuning: int = 300  # steps through the sampler
     batch: int = 64  # models per step of flow matching
     lr: float = 1e-3
-    tuning_lr: float = 2e-4
+    tuning_lr: float = 1e-4
     tuning_windows: int = 16
     sequence: int = 64
     solver_steps: int = 4  # of the sampler while tuning
     diversity: float = 0.3  # least relative distance of what two noises write for one condition
-    diversity_weight: float = 0.2
+    diversity_weight: float = 0.05
     hidden: int = 64
     layers: int = 2
     drop: float = 0.1  # how often the condition is dropped, for classifier-free guidance
