@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["UnitAutoencoder"]
+__all__ = ["WeightAutoencoder"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(name)
-    from autoencoder.model import UnitAutoencoder
+    from autoencoder.model import WeightAutoencoder
 
-    return UnitAutoencoder
+    return WeightAutoencoder

@@ -15,10 +15,9 @@ from zoo.errors import UserError
 from zoo.limits import MAX_MODULES
 from zoo.sandbox import library_errors
 from zoo.targets.config_bounds import limited_modules
-from zoo.units.units import ROLES
 
 if TYPE_CHECKING:
-    from autoencoder.model import UnitAutoencoder
+    from autoencoder.model import WeightAutoencoder
 
 
 def local_folder(source: str | Path, what: str) -> Path:
@@ -98,20 +97,12 @@ def _short(value: object) -> str:
     return value[:60] if isinstance(value, str) else "no class"
 
 
-def check_kinds(folder: Path, autoencoder: UnitAutoencoder, how: str) -> None:
-    """Raises UserError for an autoencoder that lacks a kind of unit."""
-    missing = sorted(ROLES.keys() - autoencoder.config["latent"].keys())
-    if missing:
-        raise UserError(f"{folder}: its autoencoder knows no {missing[0]} units; {how}")
-
-
-def load_autoencoder(source: str | Path) -> UnitAutoencoder:
+def load_autoencoder(source: str | Path) -> WeightAutoencoder:
     """Loads the autoencoder in a folder, in a pipeline's folder, or of a hub id. Raises UserError if there is none."""
-    from autoencoder.model import UnitAutoencoder  # imports diffusers, which takes seconds
+    from autoencoder.model import WeightAutoencoder  # imports diffusers, which takes seconds
 
     folder = local_folder(source, "an autoencoder")
     inner = folder / "autoencoder" if (folder / "model_index.json").is_file() else folder
     how = "train one with `headstart train autoencoder`"
-    model = load_component(UnitAutoencoder, inner, "config.json", how).eval()
-    check_kinds(inner, model, how)
+    model: WeightAutoencoder = load_component(WeightAutoencoder, inner, "config.json", how).eval()
     return model

@@ -1,131 +1,122 @@
-"""The unit autoencoder: a unit becomes a latent and the exact norms of its vectors, and back.
-
-Each of a unit's P residual vectors is divided by its norm. The norms are kept in float32 beside the latent. The
-directions go through a linear map that starts as PCA, and a small network that starts at zero. So training starts from
-PCA with latents of the same size.
-
-Letters: N units, P residual vectors per unit, d their width, W width of the autoencoder, R latent size.
-"""
+"""The weight autoencoder: a donor of any shape becomes a few latents, and latents become a model of any shape."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
+from torch import Tensor
 
-from zoo.linear_algebra import symmetric_eigenvectors
-from zoo.units.resizing import to_width
-from zoo.units.units import ROLES
+from autoencoder.encoder import WeightEncoder
+from autoencoder.field import FieldSizes, Latents, WeightField
+from autoencoder.growing import capped_shape, grow_tables, grow_tokens
+from zoo.tensors import Metadata
+from zoo.units.decoder import Decoder
+from zoo.units.lazy import LazySequence
+from zoo.units.tables import BLOCK_TABLES, tables_to_decoder, tables_to_layer
 
-WRITER_ROLES = ("embed", "o", "down")
+LEAST_DEVIATION = 0.01  # of a number of the latents over donors; smaller ones are noise
 
 
-class UnitAutoencoder(ModelMixin, ConfigMixin):
-    """Maps units to latents and back, for every kind of unit.
+class WeightAutoencoder(ModelMixin, ConfigMixin):
+    """An encoder of tables to latents, and a field that writes tables of any shape.
 
-    width: W, the widest residual stream. latent: kind -> R. hidden: size of the correcting network, 0 for none, which
-    leaves a linear autoencoder. donors: provenance of the donors it was trained on."""
+    sizes: those of `FieldSizes`. tokens: the token string of each of the field's rows. hidden: of the encoder.
+    architecture: of the donors. donors: their provenance. shapes: the bounds of the shapes that it was trained on."""
 
-    CONFIG_KINDS: ClassVar = {"width": int, "latent": {str: int}, "hidden": int, "donors": (None, [dict])}
+    CONFIG_KINDS: ClassVar = {
+        "sizes": {str: int},
+        "tokens": [str],
+        "architecture": str,
+        "hidden": int,
+        "donors": (None, [dict]),
+    }
 
     @register_to_config
     def __init__(
-        self, width: int, latent: dict[str, int], hidden: int = 128, donors: list[dict[str, Any]] | None = None
+        self,
+        sizes: dict[str, int],
+        tokens: list[str],
+        architecture: str,
+        hidden: int = 96,
+        donors: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        self.width = width
-        for kind in latent:
-            flat = len(ROLES[kind]) * width
-            self.register_buffer(f"weight_{kind}", torch.ones(flat))  # square root of the weight of the error
-            self.register_buffer(f"mean_{kind}", torch.zeros(flat))
-        self.encoders = nn.ModuleDict({k: nn.Linear(len(ROLES[k]) * width, r, bias=False) for k, r in latent.items()})
-        self.decoders = nn.ModuleDict({k: nn.Linear(r, len(ROLES[k]) * width, bias=False) for k, r in latent.items()})
-        self.corrections = nn.ModuleDict()
-        if hidden:
-            for kind, size in latent.items():
-                out = nn.Linear(hidden, len(ROLES[kind]) * width)
-                nn.init.zeros_(out.weight)
-                nn.init.zeros_(out.bias)
-                self.corrections[kind] = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), out)
+        self.sizes = FieldSizes(**sizes)
+        if len(tokens) != self.sizes.tokens:
+            raise ValueError(f"{len(tokens)} token strings for {self.sizes.tokens} rows of the field")
+        self.encoder = WeightEncoder(self.sizes, hidden)
+        self.field = WeightField(self.sizes)
 
-    def latent_size(self, kind: str) -> int:
-        """R of a kind."""
-        return int(self.config["latent"][kind])
+    @property
+    def token_strings(self) -> tuple[str, ...]:
+        return tuple(self.config["tokens"])
 
-    def _weighted(self, kind: str, directions: Tensor) -> Tensor:
-        """Centres directions and scales them by the square root of the weight: [N, P, W] -> [N, P W]."""
-        centred = directions.flatten(1) - self.get_buffer(f"mean_{kind}")
-        return centred * self.get_buffer(f"weight_{kind}")
+    def encode(self, blocks: Mapping[str, Tensor], tokens: Tensor) -> Latents:
+        """The latents of a model. blocks: its tables, each with a first axis of L; tokens: [V, 2, d]."""
+        return self.encoder(blocks, tokens)
 
-    def encode(self, kind: str, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors [N, P, d] -> latents [N, R] and log-norms [N, P], float32. Coordinates beyond W are dropped."""
-        vectors = to_width(vectors.float(), self.width)
-        norms = vectors.norm(dim=-1).clamp_min(1e-12)
-        return self.encoders[kind](self._weighted(kind, vectors / norms.unsqueeze(-1))), norms.log()
+    @torch.no_grad()
+    def token_pairs(self, shape: Metadata, latents: Latents) -> Tensor:
+        """The vocabulary pairs of all of the field's tokens at a shape, [tokens, 2, d] on the CPU."""
+        inner = capped_shape(shape, self.sizes)
+        return grow_tokens(self.field.tokens(inner, latents), shape.width).cpu()
 
-    def decode_directions(self, kind: str, latents: Tensor, width: int) -> Tensor:
-        """Latents [N, R] -> directions [N, P, width] that are not normalised yet. `width` is at most W."""
-        flat = self.decoders[kind](latents)
-        if kind in self.corrections:
-            flat = flat + self.corrections[kind](latents)
-        flat = flat / self.get_buffer(f"weight_{kind}") + self.get_buffer(f"mean_{kind}")
-        return flat.unflatten(1, (len(ROLES[kind]), self.width))[..., :width]
+    @torch.no_grad()
+    def decode(self, shape: Metadata, latents: Latents, pairs: Tensor) -> Decoder:
+        """The canonical decoder of a shape, on the CPU; a block is written when it is read, and does not stay.
 
-    def decode(self, kind: str, latents: Tensor, log_norms: Tensor, width: int) -> Tensor:
-        """Latents [N, R] and log-norms [N, P] -> vectors [N, P, width] with exactly these norms.
+        pairs [V, 2, d]: the vocabulary of the target, see `token_pairs`. A shape beyond the field's is grown from the
+        largest one within it: copies share their output, further coordinates hold weak noise."""
+        inner = capped_shape(shape, self.sizes)
+        spread = latents.at_depth(shape.layers)
 
-        Coordinates beyond W are zero."""
-        directions = self.decode_directions(kind, latents, min(width, self.width))
-        vectors = nn.functional.normalize(directions, dim=-1) * log_norms.exp().unsqueeze(-1)
-        return to_width(vectors, width)
+        def layer(index: int) -> Any:
+            with torch.no_grad():
+                block = self.field.blocks(inner, spread, torch.tensor([index]))
+            tables = {t: block[t][0].cpu() for t in BLOCK_TABLES}
+            return tables_to_layer(grow_tables(tables, shape, index))
 
-    def loss(self, kind: str, vectors: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Weighted relative squared error of the decoded directions of vectors [N, P, d]: a scalar.
+        outline = tuple(_outline(shape) for _ in range(1)) * shape.layers
+        return tables_to_decoder(pairs, LazySequence(layer, shape.layers, outline), shape)
 
-        noise [N, R] is added to the latents, in units of their RMS. A narrower donor is padded with zeros, and the
-        decoder must reproduce them."""
-        vectors = to_width(vectors.float(), self.width)
-        directions = nn.functional.normalize(vectors, dim=-1)
-        latents = self.encoders[kind](self._weighted(kind, directions))
-        if noise is not None:
-            latents = latents + noise * latents.detach().square().mean().sqrt()
-        error = self.decode_directions(kind, latents, self.width).flatten(1) - directions.flatten(1)
-        weight = self.get_buffer(f"weight_{kind}").square()
-        return (weight * error.square()).sum() / (weight * directions.flatten(1).square()).sum()
+
+def _outline(shape: Metadata) -> Any:
+    groups, share, h, d = shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, shape.width
+    sizes = {"neuron": (shape.ffn, 3, d), "query": (groups, share, h, 2, d), "key": (groups, h, 2, d)}
+    return tables_to_layer({t: torch.empty(size, device="meta") for t, size in sizes.items()})
+
+
+def new_autoencoder(
+    sizes: FieldSizes, tokens: tuple[str, ...], architecture: str, donors: list[dict[str, Any]], seed: int
+) -> WeightAutoencoder:
+    """An untrained autoencoder; its random numbers depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WeightAutoencoder(asdict(sizes), list(tokens), architecture, donors=donors)
 
 
 @torch.no_grad()
-def set_linear_part_to_pca(model: UnitAutoencoder, kind: str, vectors: Tensor, weight: Tensor) -> None:
-    """Sets the linear part to the PCA of the directions of vectors [N, P, d]. weight: of the squared error, [P, W]."""
-    directions = to_width(nn.functional.normalize(vectors.double(), dim=-1), model.width).flatten(1)
-    root = weight.double().flatten().sqrt()
-    mean = directions.mean(0)
-    scaled = (directions - mean) * root
-    axes = symmetric_eigenvectors(scaled.mT @ scaled)[1][:, : model.latent_size(kind)]
-    model.get_buffer(f"mean_{kind}").copy_(mean)
-    model.get_buffer(f"weight_{kind}").copy_(root)
-    model.encoders[kind].get_parameter("weight").copy_(axes.mT)
-    model.decoders[kind].get_parameter("weight").copy_(axes)
-
-
-def error_weights(units: list[dict[str, Tensor]], width: int) -> dict[str, Tensor]:
-    """Weights of the squared error: kind -> [P, W], mean 1 per vector.
-
-    A reader is multiplied by the residual stream, so its error counts by the energy of the writers in that coordinate;
-    a writer's error counts by the energy of the readers."""
-    energy = {"reads": torch.zeros(width, dtype=torch.float64), "writes": torch.zeros(width, dtype=torch.float64)}
-    for donor in units:
-        for kind, vectors in donor.items():
-            for part, role in enumerate(ROLES[kind]):
-                side = "writes" if role in WRITER_ROLES else "reads"
-                energy[side] += to_width(vectors[:, part].double().square().mean(0), width)
-    weights = {}
-    for kind, roles in ROLES.items():
-        rows = [energy["reads" if role in WRITER_ROLES else "writes"] for role in roles]
-        weight = torch.stack(rows)
-        weight = weight / weight.mean(1, keepdim=True)
-        weights[kind] = weight.clamp_min(1e-3)
-    return weights
+def normalise_latents(model: WeightAutoencoder, found: Sequence[Latents]) -> None:
+    """Gives each number of the latents mean 0 and deviation 1 over the donors, whose latents so far are `found`. What
+    the field writes for a donor stays the same."""
+    parts = {
+        "model": torch.stack([z.model for z in found]),
+        "block": torch.cat([z.blocks for z in found]),
+    }
+    first = model.field.condition[0]
+    assert isinstance(first, torch.nn.Linear)
+    end = first.in_features
+    for name, size in (("block", model.sizes.block_latent), ("model", model.sizes.model_latent)):
+        mean, deviation = parts[name].mean(0), parts[name].std(0, correction=0).clamp_min(LEAST_DEVIATION)
+        old_mean, old_deviation = model.encoder.get_buffer(f"{name}_norm")
+        norm = torch.stack([old_mean + old_deviation * mean, old_deviation * deviation])
+        model.encoder.get_buffer(f"{name}_norm").copy_(norm)
+        weight = first.weight[:, end - size : end]
+        first.get_parameter("bias").add_(weight @ mean)
+        weight *= deviation
+        end -= size

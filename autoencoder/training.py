@@ -1,44 +1,52 @@
-"""Training the unit autoencoder on a zoo."""
+"""Training the weight autoencoder on a zoo: reconstruction of the donors, then the behaviour of what it writes."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
 
-from autoencoder.model import UnitAutoencoder, error_weights, set_linear_part_to_pca
+from autoencoder.config import AutoencoderTrainConfig
+from autoencoder.donors import (
+    base_blocks,
+    base_vocabularies,
+    field_sizes,
+    given_corpora,
+    read_training_donors,
+)
+from autoencoder.field import Latents, start_field
+from autoencoder.model import WeightAutoencoder, new_autoencoder, normalise_latents
+from autoencoder.objective import (
+    Skeletons,
+    draw_step,
+    mixed_windows,
+    noisy,
+    reconstruction_error,
+    sameness,
+    training_shapes,
+    written_loss,
+)
+from autoencoder.report import mean_flops, training_report
+from autoencoder.texts import given_text_hashes, read_texts
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
+from zoo.errors import UserError
 from zoo.streams import stream
-from zoo.training.resumable import restore_training, training_tensors
+from zoo.training.resumable import restore_training, stored_tensor, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
-from zoo.units.aligned import AlignedDonor, align_donors
-from zoo.units.resizing import to_width
-from zoo.units.units import ROLES
+from zoo.units.tables import TABLE_ROLES
 
 REPORT_FILE = "report.json"
 SAVE_EVERY = 200  # steps
-
-
-@dataclass(frozen=True)
-class AutoencoderTrainConfig:
-    """Hyperparameters. The network starts as PCA and is then trained for `steps`.
-
-    Generated latents are off by about a tenth of their RMS. A decoder that was trained on exact latents amplifies
-    that error in directions where donors have little energy, so it is trained under noise (2510.11690)."""
-
-    rate: float = 1.5  # compression: numbers of a unit per number of its latent
-    noise: float = 0.1  # standard deviation of the noise on the latents, relative to their RMS
-    hidden: int = 128
-    steps: int = 400
-    batch: int = 256  # units of each kind per step
-    lr: float = 1e-3
-    seed: int = 0
+FLOP_STEPS = 6  # of a stage, whose operations are counted
+NORMS = ("model_norm", "block_norm")  # buffers of the encoder
+BASE_NAMES = ("field.bases.", "field.maps.")  # the shared parameters; all others are the small network
 
 
 def train_autoencoder(
@@ -51,114 +59,203 @@ def train_autoencoder(
     quiet: bool = False,
     command: dict[str, Any] | None = None,
 ) -> Path:
-    """Trains the unit autoencoder of a zoo and writes it to `out`, with `report.json`: per kind, its error beside that
-    of PCA with latents of the same size. command: the configuration of the command, written to the report as it is.
+    """Trains the autoencoder of a zoo and writes it to `out`, with `report.json`. command: the configuration of the
+    command, written to the report as it is.
 
     An interrupted run leaves its state in `out`; `resume` continues from it to the same bytes. Raises UserError for an
-    unusable zoo, or for an `out` that is in use (without `resume`)."""
+    unusable zoo or text, or for an `out` that is in use (without `resume`)."""
     out, opened = Path(out), Zoo.open(zoo)
-    run = Run(
-        out, run_identity(config, opened), config.steps, SAVE_EVERY, REPORT_FILE, "autoencoder", resume, quiet
-    )  # fmt: skip
-    return train_in_folder(run, lambda: _AutoencoderTrainer(config, opened, run, device, command))
+    given = given_corpora(config.corpora, opened.donors)
+    identity = run_identity(replace(config, corpora={}), opened, *given_text_hashes(given))
+    run = Run(out, identity, config.all_steps, SAVE_EVERY, REPORT_FILE, "autoencoder", resume, quiet)
+    return train_in_folder(run, lambda: _AutoencoderTrainer(config, opened, run, given, device, command))
 
 
-def pca_autoencoder(
-    donors: list[AlignedDonor], config: AutoencoderTrainConfig, records: list[dict[str, Any]]
-) -> UnitAutoencoder:
-    """The autoencoder before training: PCA at the config's `rate`, under the error's weights. records: provenance of
-    the donors, kept in the model's config."""
-    width = max(d.metadata.width for d in donors)
-    latent = {kind: max(1, round(len(roles) * width / config.rate)) for kind, roles in ROLES.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = UnitAutoencoder(width, latent, config.hidden, records)
-    weights = error_weights([d.units for d in donors], width)
-    for kind in ROLES:
-        set_linear_part_to_pca(model, kind, torch.cat([to_width(d.units[kind], width) for d in donors]), weights[kind])
-    return model
+class _Objective(nn.Module):
+    """The loss of one step, as a module, because that is what accelerate distributes over processes."""
 
+    def __init__(self, model: WeightAutoencoder, trainer: _AutoencoderTrainer) -> None:
+        super().__init__()
+        self.model = model
+        self._trainer = [trainer]  # not a submodule
 
-def sample_batch(
-    donors: list[AlignedDonor], kind: str, config: AutoencoderTrainConfig, step: int, width: int
-) -> Tensor:
-    """Units of one kind drawn from all donors, [batch, P, W]: a function of (seed, step). Every unit counts alike."""
-    rng = stream(config.seed, f"{kind} {step}")
-    sizes = torch.tensor([float(len(d.units[kind])) for d in donors])
-    counts = torch.bincount(torch.multinomial(sizes, config.batch, True, generator=rng), minlength=len(donors))
-    rows = []
-    for donor, count in zip(donors, counts.tolist(), strict=True):
-        units = donor.units[kind]
-        rows.append(to_width(units[torch.randint(len(units), (count,), generator=rng)], width))
-    return torch.cat(rows)
-
-
-@torch.no_grad()
-def reconstruction_errors(model: UnitAutoencoder, donors: list[AlignedDonor], noise: float = 0.0) -> dict[str, float]:
-    """kind -> relative weighted squared error over all units of all donors. noise: standard deviation of the noise on
-    the latents, relative to their RMS."""
-    errors = {}
-    for kind in ROLES:
-        units = torch.cat([to_width(d.units[kind], model.width) for d in donors])
-        drawn = noise * torch.randn(len(units), model.latent_size(kind), generator=stream(0, f"errors {kind}"))
-        errors[kind] = float(model.loss(kind, units.to(model.device), drawn.to(model.device)))
-    return errors
+    def forward(self, step: int, part: int, parts: int) -> Tensor:
+        return self._trainer[0].step_loss(self.model, step, part, parts)
 
 
 class _AutoencoderTrainer:
     """The autoencoder, its optimizer and its donors (`zoo.training.runs.Trainer`)."""
 
     def __init__(
-        self, config: AutoencoderTrainConfig, zoo: Zoo, run: Run, device: str, command: dict[str, Any] | None
+        self,
+        config: AutoencoderTrainConfig,
+        zoo: Zoo,
+        run: Run,
+        given: Any,
+        device: str,
+        command: dict[str, Any] | None,
     ) -> None:
         self.config, self.run, self.command = config, run, command
-        self.accelerator = Accelerator(cpu=device == "cpu")
-        self.donors = list(align_donors(zoo, run.quiet))
-        records = [provenance(zoo.donor(d.name)) for d in self.donors]
-        self.model = pca_autoencoder(self.donors, config, records).to(self.accelerator.device)
-        self.pca_errors = self._errors()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.0)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
+        self.parts = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
+        if config.batch % self.parts:
+            raise UserError(
+                f"a batch of {config.batch} windows cannot be shared by {self.parts} processes and accumulated parts; "
+                "use a number that divides it"
+            )
+        self.donors, strings = read_training_donors(zoo, run.quiet)
+        self.model = self._new_model(zoo, strings).to(self.accelerator.device)
+        read = read_texts(self.donors, given, config.seed)
+        self.text_names, self.texts = [text.name for text in read], [text.tokens for text in read]
+        self.shapes = training_shapes(self.donors, self.model, config.shapes, config.seed)
+        self.skeletons = Skeletons(self.donors[0].donor.config)
+        is_base = [name.startswith(BASE_NAMES) for name, _ in self.model.named_parameters()]
+        everything = list(self.model.parameters())
+        groups = [[p for p, base in zip(everything, is_base, strict=True) if base is kind] for kind in (False, True)]
+        optimizer = torch.optim.AdamW(
+            [{"params": group} for group in groups], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(_Objective(self.model, self), optimizer)
+        self.average_loss = float("nan")  # exponential moving average
+        self.latents: list[Latents] | None = None  # of the donors, from the second stage on
 
-    def _errors(self) -> tuple[dict[str, float], dict[str, float]]:
-        """With exact latents, and with noisy ones."""
-        exact = reconstruction_errors(self.model, self.donors)
-        return exact, reconstruction_errors(self.model, self.donors, self.config.noise)
+    def _new_model(self, zoo: Zoo, strings: tuple[str, ...]) -> WeightAutoencoder:
+        sizes = field_sizes(self.donors, len(strings))
+        records = [provenance(d.donor) for d in self.donors]
+        model = new_autoencoder(sizes, strings, self.donors[0].shape.architecture, records, self.config.seed)
+        blocks = base_blocks(self.donors, sizes.bases)
+        tokens = base_vocabularies(self.donors, sizes.token_bases, len(strings))
+        start_field(model.field, blocks, tokens, stream(self.config.seed, "start of the field"))
+        for table in TABLE_ROLES:
+            model.encoder.get_buffer(f"scale_{table}").copy_(model.field.get_buffer(f"scale_{table}"))
+        return model
 
     def state(self) -> dict[str, Tensor]:
-        return training_tensors(self.model, self.optimizer)
+        loss = torch.tensor(self.average_loss, dtype=torch.float64)
+        norms = {name: self.model.encoder.get_buffer(name) for name in NORMS}
+        return training_tensors(self.model, self.optimizer) | norms | {"average": loss}
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         restore_training(state, self.model, self.optimizer)
+        self.average_loss = float(stored_tensor(state, "average", torch.tensor(0.0, dtype=torch.float64)))
+        for name in NORMS:
+            norm = self.model.encoder.get_buffer(name)
+            norm.copy_(stored_tensor(state, name, norm))
+        if step > self.config.reconstruction:
+            self._finish_encoder(normalise=False)
 
     def progress_note(self) -> str:
-        return ""
+        return f"loss={self.average_loss:.3f}"
+
+    def encode(self, number: int) -> Latents:
+        """The latents of donor `number`; after the first stage the encoder stays as it is."""
+        if self.latents is not None:
+            return self.latents[number]
+        donor, device = self.donors[number], self.accelerator.device
+        return self.model.encode({t: x.to(device) for t, x in donor.blocks.items()}, donor.tokens.to(device))
+
+    @torch.no_grad()
+    def _finish_encoder(self, normalise: bool) -> None:
+        """Keeps the latents of all donors from now on. Trained further, the encoder would give all donors of a text the
+        same latents, which is the shortest way to a low loss."""
+        if normalise:
+            normalise_latents(self.model, [self.encode(i) for i in range(len(self.donors))])
+        self.latents = [self.encode(i) for i in range(len(self.donors))]
+
+    def step_loss(self, model: WeightAutoencoder, step: int, part: int, parts: int) -> Tensor:
+        """The loss of a step on one of `parts` equal parts of its windows."""
+        config, device = self.config, self.accelerator.device
+        rng = stream(config.seed, f"noise {step}")
+        if step < config.reconstruction:  # every process reconstructs the same donor
+            number = int(torch.randint(len(self.donors), (1,), generator=rng))
+            latents = noisy(self.encode(number), config.noise, rng)
+            errors = reconstruction_error(model.field, self.donors[number], latents, device)
+            return torch.stack([e.mean() for e in errors.values()]).mean()
+        chosen = draw_step(config, self.donors, step)
+        first = self.donors[chosen.donors[0]]
+        latents = self.encode(chosen.donors[0])
+        if len(chosen.donors) == 2:
+            latents = latents.mixed(self.encode(chosen.donors[1]), chosen.share)
+        latents = noisy(latents, config.noise, rng)
+        shape = first.shape if chosen.shape < 0 else replace(self.shapes[chosen.shape], vocab=first.shape.vocab)
+        windows = mixed_windows(self.texts, chosen, config, step).chunk(parts)[part].to(device)
+        loss = written_loss(model.field, latents, first, shape, self.skeletons, windows)
+        late = step >= config.reconstruction + config.warmup + config.diversity_from * config.steps
+        if late and chosen.other != chosen.donors[0] and config.diversity:
+            both = self.encode(chosen.donors[0]), self.encode(chosen.other)
+            loss = loss + config.diversity_weight * sameness(model.field, shape, *both, config.diversity)
+        return loss
 
     def train_step(self, step: int) -> None:
-        config, device = self.config, self.accelerator.device
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        loss = torch.zeros((), device=device)
-        for kind in ROLES:
-            units = sample_batch(self.donors, kind, config, step, self.model.width).to(device)
-            rng = stream(config.seed, f"noise {kind} {step}")
-            noise = config.noise * torch.randn(len(units), self.model.latent_size(kind), generator=rng)
-            loss = loss + self.model.loss(kind, units, noise.to(device))
-        self.accelerator.backward(loss)
+        if step == self.config.reconstruction:
+            self._finish_encoder(normalise=True)
+        for group, lr in zip(self.optimizer.param_groups, learning_rates(self.config, step), strict=True):
+            group["lr"] = lr
+        accelerator, value = self.accelerator, 0.0
+        count = accelerator.gradient_accumulation_steps
+        for i in range(count):
+            last = i == count - 1
+            part = accelerator.process_index * count + i
+            with accelerator.no_sync(self.objective) if not last else _nothing(), accelerator.autocast():
+                loss = self.objective(step, part, self.parts) / count
+            accelerator.backward(loss * count)  # accelerate divides by the count
+            value += float(loss.detach())
+        accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._note(value, step)
+
+    def _note(self, value: float, step: int) -> None:
+        total = self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean")
+        mean = float(total)  # type: ignore[arg-type]
+        fresh = math.isnan(self.average_loss) or step == self.config.reconstruction
+        self.average_loss = mean if fresh else 0.97 * self.average_loss + 0.03 * mean
+
+    def _flops(self) -> float:
+        """The floating-point operations of the training, from those of some steps of each stage."""
+        config = self.config
+        stages = ((0, config.reconstruction), (config.reconstruction, config.all_steps))
+        total, kept = 0.0, self.latents
+        for first, end in stages:
+            self.latents = None if first == 0 else kept  # the first stage trains the encoder
+            steps = torch.linspace(first, end - 1, min(FLOP_STEPS, end - first)).long().tolist()
+            total += (end - first) * mean_flops([partial(self.step_loss, self.model, s, 0, 1) for s in steps])
+        self.optimizer.zero_grad()
+        return total
 
     def save(self, folder: Path) -> dict[str, Any]:
-        (exact, noisy), (pca_exact, pca_noisy) = self._errors(), self.pca_errors
-        columns = {"autoencoder": exact, "pca": pca_exact, "autoencoder_noised": noisy, "pca_noised": pca_noisy}
-        errors = {
-            kind: {name: column[kind] for name, column in columns.items()} | {"latent": self.model.latent_size(kind)}
-            for kind in ROLES
-        }
-        self.model.cpu().save_pretrained(folder)
-        report = {
-            "recipe": asdict(self.config),
+        self.model.cpu().eval().save_pretrained(folder)
+        flops = self._flops()
+        report = training_report(self.model, self.donors, self.texts, self.skeletons)
+        record = {
+            "recipe": asdict(replace(self.config, corpora={})),
             "donors": self.model.config["donors"],
-            "error": errors,
+            "texts": dict(zip([d.name for d in self.donors], self.text_names, strict=True)),
+            "loss": self.average_loss,
+            "flops": flops,
             "identity": self.run.identity,
-        }
-        return report if self.command is None else report | {"config": self.command}
+        } | report
+        return record if self.command is None else record | {"config": self.command}
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def learning_rates(config: AutoencoderTrainConfig, step: int) -> tuple[float, float]:
+    """The learning rates of the small network and of the bases."""
+
+    def cosine(number: int, total: int) -> float:
+        return min(1.0, (number + 1) / 20) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * number / max(total, 1))))
+
+    if step < config.reconstruction:
+        lr = config.reconstruction_lr * cosine(step, config.reconstruction)
+        return lr, lr / 6
+    number = step - config.reconstruction
+    if number < config.warmup:
+        return config.reconstruction_lr, 0.0
+    lr = config.lr * cosine(number - config.warmup, config.steps)
+    return lr, lr

@@ -1,14 +1,13 @@
-"""Latent diffusion over sets of units. Its names are imported at first use, because diffusers is slow to load."""
+"""Latent diffusion over language models. Its names are imported at first use, because diffusers is slow to load."""
 
 from __future__ import annotations
 
 from typing import Any
 
 _MODULES = {
+    "LatentDenoiser": "diffusion.denoiser",
     "WeightDiffusionPipeline": "diffusion.pipeline",
-    "Request": "diffusion.pipeline",
-    "UnitDenoiser": "diffusion.denoiser",
-    "ZooMemory": "diffusion.memory",
+    "WeightPipelineOutput": "diffusion.pipeline",
 }
 __all__ = sorted(_MODULES)
 

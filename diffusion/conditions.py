@@ -1,92 +1,99 @@
-"""The condition of a unit: the target's metadata and the unit's address, as features in about [-2, 2].
+"""The condition of a model: the metadata that somebody asks for, as numbers.
 
-Letters: N units.
-"""
+Each number is centred and scaled by its mean and deviation over the training samples. One that is constant in a zoo is
+left out, so that it has no effect."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffusion import text_features
 from zoo.tensors import Metadata
 
-FREQUENCIES = (1.0, 2.0, 4.0)  # Fourier features of relative positions, in half-turns over the range
-PERIODS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0)  # Fourier features of the rank, which separate neighbours
-SHAPE_FEATURES = 8  # of a model; two more describe its quality
-MODEL_FEATURES = SHAPE_FEATURES + 2
-FEATURES = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES)) + 3 + 2 * len(PERIODS)
-
-Address = tuple[Tensor, Tensor, Tensor]  # (layer, head, slot), int64 [N] each, -1 where it does not apply
-MODEL_ADDRESS: Address = (torch.tensor([-1]), torch.tensor([-1]), torch.tensor([-1]))  # stands for a whole model
+SHAPE_NAMES = ("width", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "rope_theta")
+CONSTANT = 1e-4  # deviation below which a number is constant
+REACH = 3.0  # deviations beyond which a number is cut, because no donor is there
 
 
-def model_features(metadata: Metadata, loss: float | None) -> Tensor:
-    """The shape of a model on a log scale, and its quality: float32 [MODEL_FEATURES].
+@dataclass(frozen=True)
+class Wanted:
+    """What to generate, beside the architecture.
 
-    loss: held-out loss in nats, None if unknown."""
-    sizes = (
-        math.log2(metadata.width) - 7,
-        math.log2(metadata.layers) - 2,
-        math.log2(metadata.heads) - 2,
-        math.log2(metadata.kv_heads) - 2,
-        math.log2(metadata.head_dim) - 4,
-        math.log2(metadata.ffn / metadata.width) - 1.4,
-        math.log2(metadata.vocab) - 8,
-        math.log10(metadata.rope_theta or 1.0) - 4,
-    )
-    quality = (0.0, 0.0) if loss is None else (2 * (loss - 1.5), 1.0)
-    return torch.tensor([*sizes, *quality], dtype=torch.float32)
+    excess: nats above the lowest held-out loss that the zoo has on the same text; 0 asks for the best."""
+
+    shape: Metadata
+    text: Tensor | None = None  # features of a sample, [text_features.SIZE]
+    vocabulary: Tensor | None = None  # features of the token strings, [text_features.SIZE]
+    excess: float = 0.0
 
 
-def _relative_position(index: Tensor, size: int) -> Tensor:
-    """index / (size - 1) and its Fourier features, [N] -> [N, 1 + 2 len(FREQUENCIES)]; zeros if the index is -1."""
-    value = index.clamp_min(0) / max(size - 1, 1)
-    waves = [f(math.pi * w * value) for w in FREQUENCIES for f in (torch.sin, torch.cos)]
-    return torch.stack([2 * value - 1, *waves], dim=1) * (index >= 0)[:, None]
+GROUPS = {"shape": len(SHAPE_NAMES), "quality": 1, "text": text_features.SIZE, "vocabulary": text_features.SIZE}
+SIZE = sum(GROUPS.values())
 
 
-def unit_features(kind: str, address: Address, metadata: Metadata, loss: float | None) -> Tensor:
-    """The features of units of a kind at addresses (layer, head, slot): float32 [N, FEATURES]."""
-    layer, head, slot = address
-    sizes = {"neuron": metadata.ffn, "qk": metadata.head_dim // 2, "vo": metadata.head_dim}
-    rank = slot if kind in sizes else torch.full_like(slot, -1)  # a token has no rank
-    angle = 2 * math.pi * slot[:, None] / torch.tensor(PERIODS) + 0.5
-    exact_rank = torch.cat([angle.sin(), angle.cos()], dim=1) * (rank >= 0)[:, None]
-    absolute = torch.stack(
-        [
-            torch.log2(1.0 + rank.clamp_min(0)) / 4 - 1,
-            torch.log2(1.0 + head.clamp_min(0)) / 2 - 1,
-            torch.log2(1.0 + layer.clamp_min(0)) / 2 - 1,
-        ],
-        dim=1,
-    )
+def condition_values(wanted: Wanted) -> Tensor:
+    """The numbers of a condition, float32 [SIZE]; NaN for what is not known."""
+    shape = wanted.shape
+    sizes = [
+        math.log2(shape.width),
+        math.log2(shape.layers),
+        math.log2(shape.heads),
+        math.log2(shape.kv_heads),
+        math.log2(shape.head_dim),
+        math.log2(shape.ffn),
+        math.log2(shape.vocab),
+        float(shape.tied),
+        math.log10(shape.rope_theta or 1.0),
+    ]
+    unknown = torch.full((text_features.SIZE,), float("nan"))
     return torch.cat(
         [
-            model_features(metadata, loss).expand(len(slot), -1),
-            _relative_position(layer, metadata.layers),
-            _relative_position(head, metadata.heads),
-            _relative_position(rank, sizes.get(kind, 1)),
-            absolute,
-            exact_rank,
-        ],
-        dim=1,
-    ).float()
+            torch.tensor([*sizes, wanted.excess]),
+            unknown if wanted.text is None else wanted.text,
+            unknown if wanted.vocabulary is None else wanted.vocabulary,
+        ]
+    )
 
 
-def layer_and_head_of_features(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Reads layer and head back from the features of units: int64 [N] each, 0 where a unit has none."""
-    start = MODEL_FEATURES + 3 * (1 + 2 * len(FREQUENCIES))
-    head, layer = (2.0 ** (2 * (features[:, start + i].double() + 1)) - 1 for i in (1, 2))
-    return layer.round().long(), head.round().long()
+def vocabulary_features(strings: Iterable[str]) -> Tensor:
+    """The features of a vocabulary: those of its token strings as a text."""
+    return text_features.text_features("\0".join(sorted(strings)).encode())
 
 
-def query_heads_per_group(features: Tensor) -> int:
-    """Query heads per KV head of the donor whose units have these `features` [N, FEATURES]."""
-    return round(float(2.0 ** (features[0, 2] - features[0, 3]).double()))
+def fit_scales(values: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The mean [SIZE] and the inverse deviation [SIZE] of conditions [N, SIZE]; unknown numbers do not count.
+
+    texts: the name of each condition's text. Features of texts and vocabularies are scaled by how far different texts
+    lie apart, by one number for all, so that a zoo of one text does not react to another."""
+    mean, deviation = _moments(values)
+    inverse = torch.where(deviation > CONSTANT, 1 / deviation.clamp_min(CONSTANT), torch.zeros_like(deviation))
+    names = sorted(set(texts))
+    by_text = torch.stack([_moments(values[[i for i, t in enumerate(texts) if t == name]])[0] for name in names])
+    start = 0
+    for group, size in GROUPS.items():
+        columns = slice(start, start + size)
+        start += size
+        if group in ("text", "vocabulary"):
+            spread = _moments(by_text[:, columns])[1].square().mean().sqrt()
+            inverse[columns] = 1 / spread if spread > CONSTANT else 0.0
+    return mean, inverse
 
 
-def model_condition(metadata: Metadata, loss: float | None) -> Tensor:
-    """The features of a whole model, for its context: [FEATURES]."""
-    return unit_features("vocab", MODEL_ADDRESS, metadata, loss)[0]
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each column of [N, C] over the numbers that are not NaN."""
+    known = ~values.isnan()
+    count = known.sum(0).clamp_min(1)
+    mean = values.nan_to_num().sum(0) / count
+    return mean, (((values - mean).nan_to_num().square() * known).sum(0) / count).sqrt()
+
+
+def scaled(values: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """Conditions [..., SIZE] in units of their deviation; unknown numbers are at the mean.
+
+    The numbers of a text have one scale, so that their distances stay."""
+    return ((values - mean) * inverse).nan_to_num().clamp(-REACH, REACH)

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class DiffusionTrainConfig:
-    """How the denoiser is trained. `batch` units per step are shared among the kinds (`BATCH_SHARES` in batches.py)."""
+    """Two stages: flow matching on the latents of the donors, then the loss of the models that come out of the
+    sampler, through its last step (2309.17400)."""
 
-    steps: int = 4000
-    batch: int = 256
-    lr: float = 2e-3
-    warmup: int = 100  # steps
-    hidden: int = 192
-    blocks: int = 3
-    bandwidth: float | None = 0.1  # standard deviation around a unit of the bank, in RMS of a token; None: no bank
-    context: int = 32  # size of the context vector
-    jitter: float = 0.1  # noise on the context, in its RMS, so that nearby contexts have the same meaning
+    steps: int = 2000  # of flow matching
+    tuning: int = 300  # steps through the sampler
+    batch: int = 64  # models per step of flow matching
+    lr: float = 1e-3
+    tuning_lr: float = 1e-4
+    tuning_windows: int = 16
+    sequence: int = 64
+    solver_steps: int = 4  # of the sampler while tuning
+    diversity: float = 0.3  # least relative distance of what two noises write for one condition
+    diversity_weight: float = 0.05
+    hidden: int = 64
+    layers: int = 2
     drop: float = 0.1  # how often the condition is dropped, for classifier-free guidance
-    ema: float = 0.999  # decay of the average of the weights
-    pool: int = 32  # views in memory
-    refresh: int = 4  # steps between two new views
+    jitter: float = 0.1  # noise on the latents, which have unit RMS
+    mixing: float = 0.3  # how often two models of two texts are mixed
+    sample_bytes: int = 100_000  # of a text whose features are a condition, at most
+    shapes: int = 128
     seed: int = 0
+    corpora: Mapping[str, str] = field(default_factory=dict)  # {donor, text of donors, or `all`: file}
+
+    @property
+    def all_steps(self) -> int:
+        return self.steps + self.tuning

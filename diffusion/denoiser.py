@@ -1,22 +1,11 @@
-"""The denoiser: the velocity of a mixture over the zoo's units, in closed form, plus a network.
+"""The denoiser: a small transformer over a model's latents (2212.09748), one token for the model and one per block.
 
-A token is a unit's latent and log-norms (`memory.TokenScale`). The mixture models a unit's token as one of the bank's
-tokens plus normal noise of a fixed bandwidth. A learned prior chooses the bank's token, given the unit's condition. The
-velocity of this mixture is known in closed form (2310.12395). A network of adaLN-Zero blocks (DiT, 2212.09748) adds a
-correction that starts at zero. Without a bank, the network alone is a plain diffusion.
-
-Units are independent given their condition, so the cost is linear in their number. Three things connect them: all units
-of a model share a context vector, which is generated first as a token of its own kind; all units of a block or a head
-come from the same block or head of the bank; query heads of a group have a partner token.
-
-Letters: N units, M units of the bank, T token size of a kind, H hidden size, X context size.
-"""
+Letters: N models, L blocks, Z size of a latent."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -24,165 +13,78 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion.conditions import FEATURES
-from diffusion.memory import Bank
+from autoencoder.field import DEPTH_FEATURES, depth_features
+from diffusion.conditions import GROUPS, SIZE, scaled
 
-CONTEXT = "context"
-KEY_SIZE = 64  # of the queries and keys of the prior
-SHARPNESS_SPEED = 5.0  # the prior's sharpness learns this many times faster than the other parameters
-KINDS_WITH_PARTNER = ("vocab", "qk", "vo")
+TIMES = 32  # Fourier features of the noise level
 
 
-def sigma_embedding(sigma: Tensor, size: int) -> Tensor:
-    """Sinusoidal embedding of noise levels in [0, 1]: [N] -> [N, size]."""
-    half = size // 2
-    waves = torch.exp(-math.log(1e4) * torch.arange(half, device=sigma.device) / half)
-    angle = 1e3 * sigma[:, None] * waves
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+class LatentDenoiser(ModelMixin, ConfigMixin):
+    """Noisy latents, noise level and condition -> velocity.
 
+    latents: sizes of a model's latent and of a block's. Latents are scaled to unit RMS by `scale`."""
 
-def mixture_velocity(x: Tensor, sigma: Tensor, tokens: Tensor, log_prior: Tensor, bandwidth: float) -> Tensor:
-    """E[noise - token | x] for x = (1 - sigma) token + sigma noise, [N, T].
-
-    The token is drawn from a mixture of normals: component i has mean `tokens[i]`, standard deviation `bandwidth` and
-    probability softmax(log_prior)_i. x [N, T], sigma [N], tokens [M, T] or [N, M, T], log_prior [N, M]."""
-    signal, noise = (1 - sigma)[:, None], sigma[:, None]
-    variance = noise.square() + (signal * bandwidth).square()  # of x given its component, [N, 1]
-    if tokens.ndim == 2:
-        inner, square = x @ tokens.mT, tokens.square().sum(1)
-    else:
-        inner, square = (tokens @ x.unsqueeze(-1)).squeeze(-1), tokens.square().sum(2)
-    likelihood = (signal * inner - 0.5 * signal.square() * square) / variance  # up to a constant in i
-    weights = (log_prior + likelihood).softmax(dim=1)  # [N, M]
-    mean = weights @ tokens if tokens.ndim == 2 else (weights.unsqueeze(1) @ tokens).squeeze(1)
-    return (noise - signal * bandwidth**2) / variance * (x - signal * mean) - mean
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The components of the mixture for N units."""
-
-    tokens: Tensor  # [M, T] or [N, M, T]
-    log_prior: Tensor  # [N, M]
-
-
-def mask_to_group(log_prior: Tensor, required: Tensor | None, group: Tensor | None) -> Tensor:
-    """Restricts the prior [N, M] of each unit to the bank's units of its required group; others get -inf.
-
-    A group is a token string, or a head. required: int64 [N], -1 if any group will do. group: int64 [M], of the bank's
-    units. None for units without groups."""
-    if required is None or group is None:
-        return log_prior
-    return log_prior.masked_fill((required[:, None] >= 0) & (required[:, None] != group), -math.inf)
-
-
-class Block(nn.Module):
-    """A residual MLP with adaLN-Zero: the condition sets normalisation and gate, and the gate starts at zero."""
-
-    def __init__(self, hidden: int, expand: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(hidden, expand * hidden), nn.GELU(), nn.Linear(expand * hidden, hidden))
-        self.modulation = nn.Sequential(nn.SiLU(), _zero_initialised(nn.Linear(hidden, 3 * hidden)))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=1)  # [N, H] each
-        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
-
-
-class UnitDenoiser(ModelMixin, ConfigMixin):
-    """Predicts the velocity of noisy tokens.
-
-    tokens: kind -> T, including `context`. families: architectures in the training data; others share one embedding.
-    hidden, blocks, expand: size of the network. bandwidth: standard deviation around the bank's tokens, in RMS of a
-    token; None for no bank, which is a plain diffusion."""
-
-    CONFIG_KINDS: ClassVar = {
-        "tokens": {str: int}, "families": [str], "hidden": int, "blocks": int, "expand": int,
-        "bandwidth": (None, float),
-    }  # fmt: skip
+    CONFIG_KINDS: ClassVar = {"model_latent": int, "block_latent": int, "hidden": int, "layers": int, "heads": int}
 
     @register_to_config
     def __init__(
-        self,
-        tokens: dict[str, int],
-        families: list[str],
-        hidden: int = 192,
-        blocks: int = 3,
-        expand: int = 2,
-        bandwidth: float | None = 0.1,
+        self, model_latent: int, block_latent: int, hidden: int = 128, layers: int = 3, heads: int = 4
     ) -> None:
         super().__init__()
-        self.index = {kind: i for i, kind in enumerate(tokens)}
-        self.family = {name: i + 1 for i, name in enumerate(families)}
-        self.read = nn.ModuleDict({k: nn.Linear(size, hidden) for k, size in tokens.items()})
-        self.partner = nn.ModuleDict({k: nn.Linear(tokens[k], hidden) for k in KINDS_WITH_PARTNER})
-        self.write = nn.ModuleDict({k: _zero_initialised(nn.Linear(hidden, size)) for k, size in tokens.items()})
-        self.query = nn.ModuleDict({k: nn.Linear(hidden, KEY_SIZE) for k in tokens})
-        self.key = nn.ModuleDict({k: nn.Linear(hidden, KEY_SIZE) for k in tokens})
-        self.sharpness = nn.Parameter(torch.tensor(math.log(60.0) / SHARPNESS_SPEED))
-        self.kind = nn.Embedding(len(tokens), hidden)
-        self.architecture = nn.Embedding(len(families) + 1, hidden)
-        self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.metadata = nn.Sequential(nn.Linear(FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.context = nn.Sequential(nn.Linear(tokens[CONTEXT], hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.read = nn.ModuleDict({"model": nn.Linear(model_latent, hidden), "block": nn.Linear(block_latent, hidden)})
+        self.write = nn.ModuleDict({"model": nn.Linear(hidden, model_latent), "block": nn.Linear(hidden, block_latent)})
+        self.place = nn.Linear(DEPTH_FEATURES, hidden)
+        self.model_place = nn.Parameter(torch.zeros(hidden))
+        self.time = nn.Sequential(nn.Linear(2 * TIMES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.groups = nn.ModuleDict({name: nn.Linear(size, hidden) for name, size in GROUPS.items()})
         self.unconditional = nn.Parameter(torch.zeros(hidden))
-        self.trunk = nn.ModuleList(Block(hidden, expand) for _ in range(blocks))
-        self.last = nn.LayerNorm(hidden, elementwise_affine=False)
-        for embedding in (self.kind, self.architecture):
-            nn.init.normal_(embedding.weight, std=0.02)
+        self.mix = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.blocks = nn.ModuleList(_Block(hidden, heads) for _ in range(layers))
+        self.register_buffer("mean", torch.zeros(SIZE))  # of the conditions
+        self.register_buffer("inverse", torch.zeros(SIZE))
+        self.register_buffer("model_scale", torch.ones(2, model_latent))  # mean and deviation of the latents
+        self.register_buffer("block_scale", torch.ones(2, block_latent))
+        for write in self.write.values():
+            nn.init.zeros_(write.get_parameter("weight"))
+            nn.init.zeros_(write.get_parameter("bias"))
 
-    def condition_embedding(
-        self, kind: str, features: Tensor, family: Tensor, context: Tensor | None, partner: Tensor | None
-    ) -> Tensor:
-        """Embeds the condition of units, [N, H].
+    def embed(self, conditions: Tensor) -> Tensor:
+        """Conditions [N, SIZE], NaN where unknown -> [N, hidden]."""
+        values = scaled(conditions, self.get_buffer("mean"), self.get_buffer("inverse"))
+        parts = values.split(list(GROUPS.values()), dim=-1)
+        return self.mix(F.silu(sum(self.groups[name](part) for name, part in zip(GROUPS, parts, strict=True))))
 
-        features [N, FEATURES]; family int64 [N], 0 for an unknown architecture; context [N, X]; partner [N, T], zeros
-        for a unit without one."""
-        embedding = self.metadata(features) + self.architecture(family)
-        if context is not None:
-            embedding = embedding + self.context(context)
-        if partner is not None and kind in self.partner:
-            embedding = embedding + self.partner[kind](partner) * (partner != 0).any(1, keepdim=True)
-        return embedding
-
-    def log_prior(self, kind: str, condition: Tensor, bank_condition: Tensor) -> Tensor:
-        """Log-probability of each unit of the bank for each condition, up to a constant per row: [N, M].
-
-        The cosine of query and key times a learned sharpness, as in CLIP (2103.00020). condition [N, H],
-        bank_condition [M, H]."""
-        query = F.normalize(self.query[kind](condition), dim=1)
-        key = F.normalize(self.key[kind](bank_condition), dim=1)
-        return (SHARPNESS_SPEED * self.sharpness).exp().clamp(max=1000.0) * query @ key.mT
-
-    def bank_embedding(self, kind: str, bank: Bank) -> Tensor:
-        """Embeds the conditions of the bank's units, [M, H]."""
-        return self.condition_embedding(kind, bank.features, bank.family, bank.context, bank.partners)
-
-    def forward(
-        self,
-        kind: str,
-        x: Tensor,  # [N, T] noisy tokens, (1 - sigma) token + sigma noise
-        sigma: Tensor,  # [N]
-        condition: Tensor,  # [N, H], from `condition_embedding`
-        candidates: Candidates | None = None,
-        conditional: Tensor | None = None,  # bool [N]: False drops the condition (classifier-free guidance)
-    ) -> Tensor:
-        """The velocity noise - token, [N, T]."""
-        if conditional is not None:
-            condition = torch.where(conditional[:, None], condition, self.unconditional)
-        condition = condition + self.time(sigma_embedding(sigma, 64)) + self.kind.weight[self.index[kind]]
-        h = self.read[kind](x)
-        for block in self.trunk:
-            h = block(h, condition)
-        velocity = self.write[kind](self.last(h))
-        bandwidth = self.config["bandwidth"]
-        if candidates is None or bandwidth is None:
-            return velocity
-        return velocity + mixture_velocity(x, sigma, candidates.tokens, candidates.log_prior, bandwidth)
+    def forward(self, model: Tensor, blocks: Tensor, sigma: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """model [N, Z], blocks [N, L, Z], sigma [N] in [0, 1], condition [N, hidden] -> velocities of both."""
+        angle = sigma[:, None] * torch.exp(torch.linspace(0, math.log(200.0), TIMES, device=sigma.device))
+        vector = self.time(torch.cat([angle.sin(), angle.cos()], dim=1)) + condition
+        places = self.place(depth_features(torch.arange(blocks.shape[1]), blocks.shape[1]).to(blocks))
+        x = torch.cat(
+            [(self.read["model"](model) + self.model_place)[:, None], self.read["block"](blocks) + places], dim=1
+        )
+        for block in self.blocks:
+            x = block(x, vector)
+        return self.write["model"](x[:, 0]), self.write["block"](x[:, 1:])
 
 
-def _zero_initialised(linear: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+class _Block(nn.Module):
+    """Attention and MLP whose norms are scaled, shifted and gated by the condition (adaLN-zero)."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(hidden, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden))
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
+        self.modulation = nn.Linear(hidden, 6 * hidden)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(vector))[:, None].chunk(6, dim=-1)
+        h = self.norm(x) * (1 + scale_a) + shift_a
+        x = x + gate_a * self.attention(h, h, h, need_weights=False)[0]
+        return x + gate_m * self.mlp(self.norm(x) * (1 + scale_m) + shift_m)
+
+
+def latent_sizes(config: Any) -> tuple[int, int]:
+    return int(config["model_latent"]), int(config["block_latent"])

@@ -1,32 +1,48 @@
-"""Training the diffusion on a zoo: flow matching (2210.02747) over unit tokens."""
+"""Training the diffusion on the latents of a zoo, and then on the loss of the models that it generates."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
-from torch import Tensor
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
 
+from autoencoder.config import AutoencoderTrainConfig
+from autoencoder.donors import given_corpora, read_training_donors
+from autoencoder.field import Latents
 from autoencoder.loading import load_autoencoder
-from autoencoder.model import UnitAutoencoder
-from diffusion.batches import NoisyBatch, batches
+from autoencoder.model import WeightAutoencoder
+from autoencoder.objective import (
+    BehaviourStep,
+    Skeletons,
+    mixed_windows,
+    noisy,
+    sameness,
+    training_shapes,
+    written_loss,
+)
+from autoencoder.texts import given_text_hashes, read_texts
+from diffusion.conditions import fit_scales
 from diffusion.config import DiffusionTrainConfig
-from diffusion.denoiser import CONTEXT, Candidates, UnitDenoiser, mask_to_group
-from diffusion.pipeline import WeightDiffusionPipeline, make_scheduler
-from diffusion.training_data import family_numbers, prepare_training_data
+from diffusion.denoiser import LatentDenoiser
+from diffusion.latent_data import draw_pool, draw_sample, prepare_latents
+from diffusion.pipeline import WeightDiffusionPipeline
+from diffusion.solving import latent_noise, make_scheduler, scaled_latents, solve
+from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
+from zoo.errors import UserError
+from zoo.streams import stream
 from zoo.training.resumable import restore_training, stored_tensor, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
-from zoo.units.units import ROLES
 
-SAVE_EVERY = 500  # steps
+SAVE_EVERY = 200  # steps
 RECORD_FILE = "headstart.json"
 
 
@@ -41,111 +57,210 @@ def train_diffusion(
     quiet: bool = False,
     command: dict[str, Any] | None = None,
 ) -> Path:
-    """Trains the denoiser on a zoo and writes a `WeightDiffusionPipeline` folder to `out`. command: the configuration
-    of the command, written to the record as it is.
+    """Trains a denoiser of latents on a zoo and writes a `WeightDiffusionPipeline` folder to `out`. command: the
+    configuration of the command, written to the record as it is.
 
     An interrupted run leaves its state in `out`; `resume` continues from it to the same bytes. Raises UserError for an
-    unusable zoo, an autoencoder of another zoo, or an `out` that is in use (without `resume`)."""
+    unusable zoo or text, an autoencoder of another zoo, or an `out` that is in use (without `resume`)."""
     out, opened, coder = Path(out), Zoo.open(zoo), load_autoencoder(autoencoder)
-    weights = b"".join(p.detach().numpy().tobytes() for p in coder.parameters())
-    identity = run_identity(config, opened, hashlib.sha256(weights).hexdigest())
-    run = Run(out, identity, config.steps, SAVE_EVERY, RECORD_FILE, "diffusion", resume, quiet)
-    return train_in_folder(run, lambda: _DiffusionTrainer(config, opened, coder, run, device, command))
+    given = given_corpora(config.corpora, opened.donors)
+    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in coder.parameters())).hexdigest()
+    identity = run_identity(replace(config, corpora={}), opened, weights, *given_text_hashes(given))
+    run = Run(out, identity, config.all_steps, SAVE_EVERY, RECORD_FILE, "diffusion", resume, quiet)
+    return train_in_folder(run, lambda: _DiffusionTrainer(config, opened, coder, run, given, device, command))
 
 
-def batch_loss(denoiser: UnitDenoiser, batch: NoisyBatch) -> Tensor:
-    """Mean squared error of the velocity: a scalar."""
-    units = batch.units
-    condition = denoiser.condition_embedding(units.kind, units.features, units.family, units.context, units.partner)
-    candidates = None
-    if units.bank is not None and units.log_count is not None:
-        query = torch.where(batch.conditional[:, None], condition, denoiser.unconditional)
-        log_prior = denoiser.log_prior(units.kind, query, denoiser.bank_embedding(units.kind, units.bank))
-        log_prior = mask_to_group(log_prior, units.strings, units.bank.group)
-        candidates = Candidates(units.bank.tokens, log_prior + units.log_count)
-    velocity = denoiser(units.kind, batch.x, batch.sigma, condition, candidates, batch.conditional)
-    return (velocity - batch.target).square().mean()
+class _Objective(nn.Module):
+    """The loss of one step, as a module, because that is what accelerate distributes over processes."""
 
+    def __init__(self, denoiser: LatentDenoiser, autoencoder: WeightAutoencoder, trainer: _DiffusionTrainer) -> None:
+        super().__init__()
+        self.denoiser, self.field = denoiser, autoencoder.field
+        self._trainer = [trainer]  # not a submodule
 
-def learning_rate(config: DiffusionTrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to a hundredth of the peak."""
-    warm = min(1.0, (step + 1) / config.warmup)
-    return config.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+    def forward(self, step: int, part: int, parts: int) -> Tensor:
+        return self._trainer[0].step_loss(step, part, parts)
 
 
 class _DiffusionTrainer:
-    """The denoiser, its optimizer, the average of its weights and its data (`zoo.training.runs.Trainer`)."""
+    """The denoiser, the field, their optimizer and the latents (`zoo.training.runs.Trainer`)."""
 
     def __init__(
         self,
         config: DiffusionTrainConfig,
         zoo: Zoo,
-        autoencoder: UnitAutoencoder,
+        autoencoder: WeightAutoencoder,
         run: Run,
+        given: Any,
         device: str,
         command: dict[str, Any] | None,
     ) -> None:
-        self.config, self.autoencoder, self.run, self.command = config, autoencoder, run, command
-        self.accelerator = Accelerator(cpu=device == "cpu")
-        self.data = prepare_training_data(zoo, autoencoder, config.context, run.quiet)
-        tokens = {kind: autoencoder.latent_size(kind) + len(ROLES[kind]) for kind in ROLES}
+        self.config, self.run, self.command = config, run, command
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
+        self.parts = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
+        for size in (config.batch, config.tuning_windows):
+            if size % self.parts:
+                raise UserError(
+                    f"a batch of {size} cannot be shared by {self.parts} processes and accumulated parts; "
+                    "use a number that divides it"
+                )
+        donors, strings = read_training_donors(zoo, run.quiet)
+        if strings != autoencoder.token_strings or donors[0].shape.head_dim != autoencoder.sizes.head_dim:
+            raise UserError(f"{zoo.path}: has other tokens or heads than the autoencoder; train one on this zoo")
+        self.autoencoder = copy.deepcopy(autoencoder)
+        read = read_texts(donors, given, config.seed)
+        self.tokens = [text.tokens for text in read]
+        shapes = training_shapes(donors, autoencoder, config.shapes, config.seed)
+        self.data = prepare_latents(autoencoder, donors, [text.sample for text in read], shapes)
+        self.pool = draw_pool(self.data, config)
+        self.by_depth: dict[int, list[int]] = {}
+        for i, sample in enumerate(self.pool):
+            self.by_depth.setdefault(sample.shape.layers, []).append(i)
+        self.skeletons = Skeletons(donors[0].donor.config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.denoiser = UnitDenoiser(
-                tokens | {CONTEXT: config.context},
-                list(family_numbers(self.data.donors)),
-                hidden=config.hidden,
-                blocks=config.blocks,
-                bandwidth=config.bandwidth,
-            ).to(self.accelerator.device)
-        self.optimizer = torch.optim.AdamW(
-            self.denoiser.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01
-        )
-        self.ema = EMAModel(self.denoiser.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
+            sizes = autoencoder.sizes
+            self.denoiser = LatentDenoiser(sizes.model_latent, sizes.block_latent, config.hidden, config.layers)
+        self._fit_scales()
+        device_now = self.accelerator.device
+        self.denoiser.to(device_now)
+        self.autoencoder.to(device_now)
+        groups = [{"params": list(self.denoiser.parameters())}, {"params": list(self.autoencoder.field.parameters())}]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        objective = _Objective(self.denoiser, self.autoencoder, self)
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.average_loss = float("nan")  # exponential moving average
-        self.batches: Iterator[list[NoisyBatch]] | None = None  # from the first step of this process on
+
+    def _fit_scales(self) -> None:
+        """Sets the scales of conditions and latents."""
+        pure = [s for s in self.pool if len(s.donors) == 1]
+        names = [self.data.donors[s.donors[0]].corpus for s in pure]
+        mean, inverse = fit_scales(torch.stack([s.condition for s in pure]), names)
+        self.denoiser.get_buffer("mean").copy_(mean)
+        self.denoiser.get_buffer("inverse").copy_(inverse)
+        models = torch.stack([z.model for z in self.data.latents])
+        blocks = torch.cat([z.blocks for z in self.data.latents])
+        for name, found in (("model_scale", models), ("block_scale", blocks)):
+            deviation = (found.var(0, correction=0) + self.config.jitter**2).sqrt()
+            self.denoiser.get_buffer(name).copy_(torch.stack([found.mean(0), deviation]))
 
     def state(self) -> dict[str, Tensor]:
-        average = {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
         loss = torch.tensor(self.average_loss, dtype=torch.float64)
-        return training_tensors(self.denoiser, self.optimizer) | average | {"average": loss}
+        return training_tensors(self._modules(), self.optimizer) | {"average": loss}
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
-        restore_training(state, self.denoiser, self.optimizer)
-        for i, p in enumerate(self.ema.shadow_params):
-            p.copy_(stored_tensor(state, f"ema.{i}", p))
-        self.ema.optimization_step = step
+        restore_training(state, self._modules(), self.optimizer)
         self.average_loss = float(stored_tensor(state, "average", torch.tensor(0.0, dtype=torch.float64)))
+
+    def _modules(self) -> nn.Module:
+        return nn.ModuleDict({"denoiser": self.denoiser, "field": self.autoencoder.field})
 
     def progress_note(self) -> str:
         return f"loss={self.average_loss:.3f}"
 
+    def step_loss(self, step: int, part: int, parts: int) -> Tensor:
+        """The loss of a step on one of `parts` equal parts of its batch."""
+        if step < self.config.steps:
+            return self._flow_loss(step, part, parts)
+        return self._tuning_loss(step, part, parts)
+
+    def _flow_loss(self, step: int, part: int, parts: int) -> Tensor:
+        """Mean squared error of the velocity. All models of a step have the same depth."""
+        config, device = self.config, self.accelerator.device
+        rng = stream(config.seed, f"flow {step}")
+        first = self.pool[int(torch.randint(len(self.pool), (1,), generator=rng))]
+        layers = first.shape.layers
+        same = torch.tensor(self.by_depth[layers])
+        chosen = same[torch.randint(len(same), (config.batch,), generator=rng)]
+        rng = stream(config.seed, f"flow noise {step}")
+        samples = [self.pool[i] for i in chosen.tolist()]
+        own = slice(part * len(samples) // parts, (part + 1) * len(samples) // parts)  # all parts draw for all samples
+        drawn = [noisy(s.latents, config.jitter, rng) for s in samples][own]
+        sigma = torch.randn(len(samples), generator=rng).sigmoid()[own].to(device)
+        noise = [latent_noise(self.denoiser, layers, rng) for _ in samples][own]
+        drop = torch.rand(len(samples), generator=rng)[own].to(device) < config.drop
+        samples = samples[own]
+        scaled = [scaled_latents(self.denoiser, _to(z, device)) for z in drawn]
+        model, blocks = torch.stack([z.model for z in scaled]), torch.stack([z.blocks for z in scaled])
+        condition = self.denoiser.embed(torch.stack([s.condition for s in samples]).to(device))
+        condition = torch.where(drop[:, None], self.denoiser.unconditional, condition)
+        n_model = torch.stack([z.model for z in noise]).to(device)
+        n_blocks = torch.stack([z.blocks for z in noise]).to(device)
+        s_model, s_blocks = sigma[:, None], sigma[:, None, None]
+        found = self.denoiser(
+            (1 - s_model) * model + s_model * n_model, (1 - s_blocks) * blocks + s_blocks * n_blocks, sigma, condition
+        )
+        errors = (found[0] - (n_model - model)).square().mean(), (found[1] - (n_blocks - blocks)).square().mean()
+        return sum(errors) / 2  # type: ignore[return-value]
+
+    def _tuning_loss(self, step: int, part: int, parts: int) -> Tensor:
+        """The loss of a model from the sampler, through its last step; and how far a model from other noise is from
+        being another one, because the loss alone would make every noise give the same model."""
+        config, device = self.config, self.accelerator.device
+        sample = draw_sample(self.data, config, f"tuning {step}")
+        donor, layers = self.data.donors[sample.donors[0]], sample.shape.layers
+        condition = self.denoiser.embed(sample.condition[None].to(device))
+        found = []
+        for name in ("", "other "):
+            noise = latent_noise(self.denoiser, layers, stream(config.seed, f"tuning {name}noise {step}"))
+            start, steps = _to(noise, device), config.solver_steps
+            found.append(solve(self.denoiser, make_scheduler(), start, condition, steps=steps, last_with_gradient=True))
+        windows = mixed_windows(
+            self.tokens,
+            BehaviourStep(sample.donors, sample.donors[0], sample.share, -1),
+            AutoencoderTrainConfig(batch=config.tuning_windows, sequence=config.sequence, seed=config.seed),
+            step,
+        )
+        windows = windows.chunk(parts)[part].to(device)
+        field = self.autoencoder.field
+        loss = written_loss(field, found[0], donor, sample.shape, self.skeletons, windows)
+        if not config.diversity:
+            return loss
+        return loss + config.diversity_weight * sameness(field, sample.shape, found[0], found[1], config.diversity)
+
     def train_step(self, step: int) -> None:
-        if self.batches is None:
-            self.batches = batches(self.data, self.config, step)
-        parts = next(self.batches)
-        device = self.accelerator.device
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
-        loss = torch.zeros((), device=device)
-        for batch in parts:
-            loss = loss + batch_loss(self.denoiser, batch.to(device)) / len(parts)
-        self.accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
+        for group, lr in zip(self.optimizer.param_groups, learning_rates(self.config, step), strict=True):
+            group["lr"] = lr
+        accelerator, value = self.accelerator, 0.0
+        count = accelerator.gradient_accumulation_steps
+        for i in range(count):
+            waits = accelerator.no_sync(self.objective) if i < count - 1 else contextlib.nullcontext()
+            with waits, accelerator.autocast():
+                loss = self.objective(step, accelerator.process_index * count + i, self.parts)
+            accelerator.backward(loss)
+            value += float(loss.detach()) / count
+        accelerator.clip_grad_norm_(self._modules().parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.step(self.denoiser.parameters())
-        value = float(loss.detach())
-        self.average_loss = value if math.isnan(self.average_loss) else 0.98 * self.average_loss + 0.02 * value
+        mean = float(accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean"))  # type: ignore[arg-type]
+        fresh = math.isnan(self.average_loss) or step == self.config.steps
+        self.average_loss = mean if fresh else 0.97 * self.average_loss + 0.03 * mean
 
     def save(self, folder: Path) -> dict[str, Any]:
-        self.ema.copy_to(self.denoiser.parameters())
-        pipeline = WeightDiffusionPipeline(self.autoencoder, self.denoiser.cpu(), self.data.memory, make_scheduler())
+        donors = [provenance(d.donor) for d in self.data.donors]
+        pipeline = WeightDiffusionPipeline(self.autoencoder.cpu().eval(), self.denoiser.cpu().eval(), make_scheduler())
         pipeline.save_pretrained(folder)
         record = {
-            "recipe": asdict(self.config),
+            "recipe": asdict(replace(self.config, corpora={})),
             "loss": self.average_loss,
-            "donors": self.data.memory.config["donors"],
+            "donors": donors,
             "identity": self.run.identity,
         }
         return record if self.command is None else record | {"config": self.command}
+
+
+def _to(latents: Latents, device: torch.device) -> Latents:
+    return Latents(latents.model.to(device), latents.blocks.to(device))
+
+
+def learning_rates(config: DiffusionTrainConfig, step: int) -> tuple[float, float]:
+    """The learning rates of the denoiser and of the field, which is only tuned."""
+
+    def cosine(number: int, total: int) -> float:
+        return min(1.0, (number + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * number / max(total, 1))))
+
+    if step < config.steps:
+        return config.lr * cosine(step, config.steps), 0.0
+    lr = config.tuning_lr * cosine(step - config.steps, config.tuning)
+    return lr, lr

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from headstart.pipelines import register_pipeline
+
 __version__ = "0.1.0"
 
 # Imported on first use, because torch and transformers take seconds: name -> (module, attribute or None for itself).
@@ -27,6 +29,9 @@ __all__ = [
     "samplers",
     "zoo_of",
 ]
+
+
+register_pipeline()
 
 
 def __getattr__(name: str) -> Any:

@@ -76,6 +76,10 @@ ModelOption = Annotated[
 DonorOption = Annotated[
     str | None, typer.Option("--donor", metavar="NAME", help="A donor of the zoo; without --zoo a folder or a hub id.")
 ]
+TextOption = Annotated[
+    str | None,
+    typer.Option("--text", metavar="TEXT", help="A sample of the text to train on, for methods with the option text."),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.")
 ]
@@ -109,7 +113,16 @@ WorkersOption = Annotated[
 TuningSeedsOption = Annotated[
     int | None, typer.Option("--tuning-seeds", metavar="N", help="Tune on the first N seeds [default: on all].")
 ]
-AUTOENCODER_STEPS, DIFFUSION_STEPS = 400, 4000  # defaults of the training configurations, which import torch
+CorporaOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--corpus",
+        metavar="[NAME=]FILE",
+        help="Text to train on: a file or folder for all donors, or NAME=FILE for a donor or a text that donors name; "
+        "repeatable [default: the donors' own text where it is known, else text that they write].",
+    ),
+]
+AUTOENCODER_STEPS, DIFFUSION_STEPS = 4000, 2000  # defaults of the training configurations, which import torch
 
 app = typer.Typer(
     help="Initial weights for new language models, learned from the weights of open ones.",
@@ -274,6 +287,7 @@ def train_autoencoder(
     ctx: typer.Context,
     zoo: ZooOption,
     out: OutOption,
+    corpus: CorporaOption = None,
     resume: ResumeOption = False,
     steps: Annotated[
         int | None, typer.Option("--steps", help=f"Optimiser steps [default: {AUTOENCODER_STEPS}].")
@@ -283,7 +297,7 @@ def train_autoencoder(
     config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the autoencoder of residual units."""
+    """Train the autoencoder: donors to latents, and latents to weights of any shape."""
     run_command(ctx, "train autoencoder")
 
 
@@ -295,6 +309,7 @@ def train_diffusion(
     zoo: ZooOption,
     autoencoder: Annotated[str, typer.Option("--autoencoder", metavar="DIR", help="A trained autoencoder.")],
     out: OutOption,
+    corpus: CorporaOption = None,
     resume: ResumeOption = False,
     steps: Annotated[
         int | None, typer.Option("--steps", help=f"Optimiser steps [default: {DIFFUSION_STEPS}].")
@@ -304,7 +319,7 @@ def train_diffusion(
     config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the latent diffusion."""
+    """Train the diffusion of latents, which generates models for a config and a text."""
     run_command(ctx, "train diffusion")
 
 
@@ -320,6 +335,7 @@ def generate(
     settings: SetOption = None,
     plan: PlanOption = False,
     tokenizer: TokenizerOption = None,
+    text: TextOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
@@ -376,6 +392,7 @@ def compare(
     ] = None,
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
+    text: TextOption = None,
     workers: WorkersOption = CompareConfig.workers,
     tuning_seeds: TuningSeedsOption = CompareConfig.tuning_seeds,
     device: DeviceOption = Device.auto,

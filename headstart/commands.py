@@ -241,7 +241,7 @@ def _train_autoencoder(config: TrainAutoencoderConfig, invocation: Invocation) -
 
     steps = {} if config.steps is None else {"steps": config.steps}
     train_autoencoder(
-        AutoencoderTrainConfig(seed=config.seed, **steps),
+        AutoencoderTrainConfig(seed=config.seed, corpora=config.corpus, **steps),
         config.zoo,
         config.out,
         resume=invocation.resume,
@@ -257,7 +257,7 @@ def _train_diffusion(config: TrainDiffusionConfig, invocation: Invocation) -> No
 
     steps = {} if config.steps is None else {"steps": config.steps}
     train_diffusion(
-        DiffusionTrainConfig(seed=config.seed, **steps),
+        DiffusionTrainConfig(seed=config.seed, corpora=config.corpus, **steps),
         config.zoo,
         config.autoencoder,
         config.out,

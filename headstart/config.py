@@ -26,7 +26,7 @@ DTYPE_ADVICE = "give --dtype float32, bfloat16 or float16"
 CHOICES = {"device": DEVICES, "dtype": DTYPE_NAMES}
 NAMES = (
     "target", "method", "methods", "out", "zoo", "donor", "model", "tokenizer", "base", "reference", "corpus", "tasks",
-    "sources", "autoencoder", "preset", "revision", "name", "targets", "shard",
+    "sources", "autoencoder", "preset", "revision", "name", "targets", "shard", "text",
 )  # fmt: skip
 MAPPINGS = ("set", "corpus")  # options that the command line takes as repeated KEY=VALUE, where they are mappings
 POSITIONAL = ("sources", "name")  # options that the command line takes without a --name
@@ -112,6 +112,7 @@ class GenerateConfig(CommandConfig):
     donor: str | None = None
     model: str | Path | None = None  # a trained pipeline or autoencoder: a folder or a hub id
     tokenizer: str | Path | None = None  # of the target; else the one in the target's folder, else that of the donors
+    text: str | Path | None = None  # a sample of what the model will be trained on, for methods that take one
     set: Mapping[str, Any] = field(default_factory=dict)  # options of the method
     seed: int = 0
     device: str = "auto"  # a CUDA GPU if one is available, else the CPU
@@ -159,6 +160,7 @@ class CompareConfig(CommandConfig):
     donor: str | None = None  # for methods that take one
     model: str | Path | None = None
     tokenizer: str | Path | None = None
+    text: str | Path | None = None  # for methods that take one, else the beginning of the corpus
     steps: int = option(300, least=1)  # training steps of each run
     seeds: tuple[int, ...] = (0, 1, 2)
     lrs: tuple[float, ...] = option((1e-3, 3e-3, 6e-3), above=0)  # learning rates, tuned per method
@@ -287,6 +289,7 @@ class TrainAutoencoderConfig(CommandConfig):
 
     zoo: str | Path
     out: str | Path
+    corpus: Mapping[str, str] = field(default_factory=dict)  # {donor, its text's name, or all: file or folder of text}
     steps: int | None = option(None, least=1)  # else the default of the training
     seed: int = 0
     device: str = "auto"  # a CUDA GPU if one is available, else the CPU
@@ -301,6 +304,7 @@ class TrainDiffusionConfig(CommandConfig):
     zoo: str | Path
     autoencoder: str | Path
     out: str | Path
+    corpus: Mapping[str, str] = field(default_factory=dict)  # {donor, its text's name, or all: file or folder of text}
     steps: int | None = option(None, least=1)
     seed: int = 0
     device: str = "auto"  # a CUDA GPU if one is available, else the CPU

@@ -91,8 +91,11 @@ def merged_options(ctx: typer.Context, subcommand: str) -> dict[str, Any]:
         source = ctx.get_parameter_source(name)
         typed = source is not None and source.name == "COMMANDLINE"
         if field.name in MAPPINGS and field.default_factory is dict:
-            read = settings_of if field.name == "set" else files_by_name
-            options[field.name] = {**in_file.get(field.name, {}), **(read(ctx.params[name] or ()) if typed else {})}
+            options[field.name] = {**in_file.get(field.name, {})}
+            if typed and field.name == "set":
+                options[field.name] |= settings_of(ctx.params[name] or ())
+            elif typed:
+                options[field.name] |= files_by_name(ctx.params[name] or (), subcommand.startswith("train "))
         elif field.name in in_file and not typed:
             options[field.name] = in_file[field.name]
         else:

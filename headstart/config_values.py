@@ -6,6 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from zoo.checkpoints.files import parse_json
@@ -66,12 +67,19 @@ def settings_of(assignments: Iterable[str]) -> dict[str, str]:
     return {key: value for _, key, _, value in pairs}
 
 
-def files_by_name(assignments: Iterable[str]) -> dict[str, str]:
-    """["NAME=FILE", …] of --corpus as a mapping. Raises UserError where there is no `=`, and for a name given twice."""
+FOR_ALL = "all"  # the name of a text that is given for every donor
+
+
+def files_by_name(assignments: Iterable[str], for_all: bool = False) -> dict[str, str]:
+    """["NAME=FILE", …] of --corpus as a mapping. for_all: whether a file alone stands for every donor.
+
+    Raises UserError where there is no `=`, and for a name given twice."""
     files: dict[str, str] = {}
     for text in assignments:
         check_text("--corpus", text, is_name=True)
-        name, _, file = text.partition("=")
+        name, equals, file = text.partition("=")
+        if for_all and (not equals or Path(text).exists()):
+            name, file = FOR_ALL, text
         if not name or not file:
             raise UserError(f"--corpus {text}: write it as NAME=FILE")
         if name in files:

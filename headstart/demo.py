@@ -25,22 +25,26 @@ class DemoSizes:
     """The sizes of a demo. The target's shape is in no preset of the embedded zoo."""
 
     preset: str  # of the embedded zoo
-    autoencoder_steps: int
-    diffusion_steps: int
+    autoencoder: dict[str, Any]  # options of `AutoencoderTrainConfig`
+    diffusion: dict[str, Any]  # options of `DiffusionTrainConfig`
     compare_steps: int
     seeds: tuple[int, ...] = (0, 1, 2)
     lrs: tuple[float, ...] = (3e-3, 8e-3)
     default_scales: tuple[float, ...] = (1.0, 4.0)  # 4 gives about 0.8 / sqrt(width), as in the donors
     batch_size: int = 8
     methods: tuple[str, ...] = ("default", "normal", "weight-selection", "row-column", "diffusion")
-    diffusion: dict[str, Any] = field(default_factory=dict)
 
 
-FULL = DemoSizes(preset="demo", autoencoder_steps=150, diffusion_steps=1000, compare_steps=150)
+FULL = DemoSizes(
+    preset="demo",
+    autoencoder={"steps": 400, "shapes": 48},
+    diffusion={"steps": 400, "tuning": 60, "shapes": 48},
+    compare_steps=150,
+)
 QUICK = DemoSizes(
     preset="quick",
-    autoencoder_steps=30,
-    diffusion_steps=150,
+    autoencoder={"steps": 50, "warmup": 15, "reconstruction": 30, "shapes": 16},
+    diffusion={"steps": 40, "tuning": 6, "shapes": 16},
     compare_steps=50,
     seeds=(0, 1, 2),
     lrs=(6e-3,),
@@ -181,14 +185,14 @@ def _train_zoo(sizes: DemoSizes, folders: DemoFolders, seed: int, quiet: bool) -
 def _train_autoencoder(sizes: DemoSizes, folders: DemoFolders, seed: int, quiet: bool) -> None:
     from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
 
-    config = AutoencoderTrainConfig(seed=seed, steps=sizes.autoencoder_steps)
+    config = AutoencoderTrainConfig(seed=seed, **sizes.autoencoder)
     train_autoencoder(config, folders.zoo, folders.autoencoder, resume=True, device="cpu", quiet=quiet)
 
 
 def _train_diffusion(sizes: DemoSizes, folders: DemoFolders, seed: int, quiet: bool) -> None:
     from diffusion.training import DiffusionTrainConfig, train_diffusion
 
-    config = DiffusionTrainConfig(seed=seed, steps=sizes.diffusion_steps, **sizes.diffusion)
+    config = DiffusionTrainConfig(seed=seed, **sizes.diffusion)
     train_diffusion(config, folders.zoo, folders.autoencoder, folders.pipeline, resume=True, device="cpu", quiet=quiet)
 
 

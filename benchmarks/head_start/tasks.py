@@ -36,7 +36,6 @@ VARIANTS = {
     "embedded": ("weight-selection:wider=repeat",),
     "real": ("weight-selection:wider=repeat", "sliced:tie=fit"),
 }
-CONTROLS = tuple(f"diffusion:condition={condition}" for condition in ("shape", "shuffled", "mean"))  # wrong metadata
 # Committed runs of code that was removed stay, and nothing makes them again. `retrieval`: the pipeline that was called
 # `diffusion`, in which a trained network chose the blocks; the method `retrieval` of today chooses them by a formula.
 RETRIEVAL = "retrieval"
@@ -47,8 +46,9 @@ SMALL_METHODS = (  # the default, and the eight that were strongest on the main 
     "default", "sliced", "autoencoder", "subcloning", "learned-pruning", "pruning", "row-column", "weight-selection",
     "diffusion",
 )  # fmt: skip
-LLAMA_DONORS = ("stories260K", "llama2xs-260K", "babyllama-tok105")  # autoencoder and diffusion learn from these
-GPT2_DONORS = ("arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")
+LEARNED_DONORS = ("stories260K", "llama2xs-260K")  # autoencoder and diffusion learn from these: one size of heads
+OTHER_DONORS = ("babyllama-tok105", "arthur/run3-ep183", "makemore-en-a", "makemore-ar-nombres")
+DIFFUSION_STEPS = 2000  # of flow matching: the default of the training
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def language_model_methods() -> list[str]:
 def method_labels(zoo: str = "embedded") -> list[str]:
     """The methods that a comparison runs, with their options."""
     methods = [name for name in language_model_methods() if name not in EARLIER_LABELS]
-    return [*methods, *VARIANTS[zoo], *CONTROLS]
+    return [*methods, *VARIANTS[zoo]]
 
 
 def row_labels(zoo: str = "embedded") -> list[str]:
@@ -199,15 +199,17 @@ def corpus_bytes(name: str, data: Path | None) -> bytes:
     return (data / "corpora" / files[name]).read_bytes()
 
 
-def work_paths(work: Path, zoo: str, steps: int = 1500) -> dict[str, Path]:
+def work_paths(work: Path, zoo: str, steps: int = DIFFUSION_STEPS) -> dict[str, Path]:
     """{zoo, autoencoder, model}: folders of the donors and of our models trained on them."""
     folder = work / zoo
     return {"zoo": folder / "zoo", "autoencoder": folder / "autoencoder", "model": folder / f"diffusion-{steps}"}
 
 
-def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = 1500) -> dict[str, Path]:
-    """The `paths`, with donors, and autoencoder and diffusion trained on them; what an earlier call made is kept. The
-    autoencoder and the diffusion of the real zoo learn its Llamas, the only ones that they read."""
+def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = DIFFUSION_STEPS) -> dict[str, Path]:
+    """The `paths`, with donors, and autoencoder and diffusion trained on them; what an earlier call made is kept.
+
+    Both learn from the donors' own text, which the embedded zoo names. The real donors name none, so that they write
+    the text themselves: the given one would hold what is later held out."""
     from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
     from diffusion.training import DiffusionTrainConfig, train_diffusion
     from zoo.add import add
@@ -220,9 +222,9 @@ def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = 1500) -
     else:
         if data is None:
             raise SystemExit("the real donors are in the data folder; give it with --data DIR")
-        learned = work / zoo / "llamas"
-        add([str(data / "models" / name) for name in LLAMA_DONORS], learned, quiet=True)
-        add([str(data / "models" / name) for name in LLAMA_DONORS + GPT2_DONORS], to["zoo"], quiet=True)
+        learned = work / zoo / "learned"
+        add([str(data / "models" / name) for name in LEARNED_DONORS], learned, quiet=True)
+        add([str(data / "models" / name) for name in LEARNED_DONORS + OTHER_DONORS], to["zoo"], quiet=True)
 
     def timed(what: Path, train: Callable[[bool], Any]) -> None:
         kept, began = what.exists(), time.process_time()
@@ -234,10 +236,7 @@ def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = 1500) -
     same: dict[str, Any] = {"resume": True, "device": "cpu"}
     config = DiffusionTrainConfig(steps=steps)
     timed(coder, lambda kept: train_autoencoder(AutoencoderTrainConfig(), learned, coder, quiet=kept, **same))
-    timed(
-        model,
-        lambda kept: train_diffusion(config, learned, coder, model, quiet=kept, **same),
-    )
+    timed(model, lambda kept: train_diffusion(config, learned, coder, model, quiet=kept, **same))
     return to
 
 
@@ -245,7 +244,7 @@ def _seconds(trained: Path) -> Path:
     return trained.with_name(f"seconds-{trained.name}.json")
 
 
-def training_seconds(work: Path, zoo: str, steps: int = 1500) -> float | None:
+def training_seconds(work: Path, zoo: str, steps: int = DIFFUSION_STEPS) -> float | None:
     """CPU seconds that training autoencoder and diffusion took, or None if one was interrupted."""
     to = work_paths(work, zoo, steps)
     files = [_seconds(to["autoencoder"]), _seconds(to["model"])]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion.conditions import MODEL_FEATURES, PERIODS, model_features
+from benchmarks.peers.conditions import MODEL_FEATURES, PERIODS, model_features
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import TensorSpec
 

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from autoencoder.loading import load_component
 from benchmarks.peers import training
 from benchmarks.peers.chunks import FEATURES, chunk_conditions, chunk_counts, from_chunks, to_chunks
+from benchmarks.peers.conditions import MODEL_FEATURES, model_features
 from benchmarks.peers.weights import (
     Reconstruction,
     Weights,
@@ -39,7 +40,6 @@ from benchmarks.peers.weights import (
     read_weights,
     to_checkpoint,
 )
-from diffusion.conditions import MODEL_FEATURES, model_features
 from zoo.donors.zoo import Zoo
 from zoo.options import option
 from zoo.sampler import Sampler

@@ -22,18 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoencoder.donors import read_training_donors
 from autoencoder.loading import load_autoencoder
-from autoencoder.model import UnitAutoencoder, error_weights, set_linear_part_to_pca
 from benchmarks.novelty import distance as novelty
 from benchmarks.peers import d2nwg, sane
 from benchmarks.peers.scoring import WINDOWS, donor_loss, finite_loss
 from benchmarks.peers.training import parameter_count
 from benchmarks.peers.weights import (
     Reconstruction,
+    canonical_weights,
     fit_pca_reconstruction,
     make_reconstruction,
     read_weights,
-    to_canonical,
 )
 from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
@@ -46,10 +46,9 @@ from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import encode_corpus
 from zoo.training.runs import run_identity
-from zoo.units.aligned import align_donors, token_strings
+from zoo.units.aligned import token_strings
 from zoo.units.decoder import read_decoder
-from zoo.units.resizing import to_width
-from zoo.units.units import ROLES
+from zoo.units.tables import BLOCK_TABLES, tables_to_decoder, tables_to_layer
 from zoo.vocabulary import find_tokenizer
 
 OURS = "diffusion"
@@ -67,9 +66,9 @@ class Variant:
 
 VARIANTS = {
     "d2nwg": Variant("d2nwg", "nearest to published"),
-    "d2nwg-helped": Variant("d2nwg", "in our coordinates, at our rate", {"coordinates": "canonical", "rate": 1.5}),
+    "d2nwg-helped": Variant("d2nwg", "in our coordinates, at rate 1.5", {"coordinates": "canonical", "rate": 1.5}),
     "sane": Variant("sane", "nearest to published, in our coordinates"),
-    "sane-helped": Variant("sane", "in our coordinates, at our rate", {"rate": 1.5}),
+    "sane-helped": Variant("sane", "in our coordinates, at rate 1.5", {"rate": 1.5}),
 }
 SAMPLERS: dict[str, type[Sampler]] = {"d2nwg": d2nwg.D2NWG, "sane": sane.SANE}
 MODULES: dict[str, Any] = {"d2nwg": d2nwg, "sane": sane}
@@ -106,13 +105,12 @@ def measure(setup: PeerMeasurement) -> dict[str, Any]:
     """The content of peers.json: {donors: {name: own loss}, apart, models: {name: {…}}, …}."""
     pipeline = load_pipeline(str(setup.model))
     budget = parameter_count(pipeline.autoencoder) + parameter_count(pipeline.denoiser)
-    stored = sum(b.numel() for b in pipeline.memory.buffers())
 
     def diffusion() -> Sampler:
         return DiffusionSampler(model=str(setup.model))
 
     ours = {
-        "said": "ours", "parameters": budget, "stored": stored, "seconds": setup.seconds,
+        "said": "ours", "parameters": budget, "stored": 0, "seconds": setup.seconds,
         **_cached(setup, OURS, "rebuilt", lambda: _mean_reconstruction(setup, our_reconstructions(setup))),
         **_cached(setup, OURS, "generated", lambda: generation_scores(setup, diffusion)),
     }  # fmt: skip
@@ -169,41 +167,35 @@ def _measure_peer(setup: PeerMeasurement, name: str, variant: Variant, folder: P
     }
 
 
-def our_reconstructions(setup: PeerMeasurement) -> Iterator[tuple[str, Reconstruction, Reconstruction]]:
-    """(donor, after our autoencoder, after PCA at its rate), in canonical coordinates. Norms count as kept numbers."""
+def our_reconstructions(setup: PeerMeasurement) -> Iterator[tuple[str, Reconstruction, None]]:
+    """(donor, after our autoencoder), in canonical coordinates. The numbers kept are the latents: everything else is
+    stored once for all donors."""
     coder = load_autoencoder(setup.model)
-    donors = list(align_donors(setup.zoo))
-    linear = UnitAutoencoder(coder.width, dict(coder.config["latent"]), hidden=0)
-    weigh = error_weights([d.units for d in donors], coder.width)
-    for kind in ROLES:
-        set_linear_part_to_pca(
-            linear, kind, torch.cat([to_width(d.units[kind], coder.width) for d in donors]), weigh[kind]
-        )
-    for donor in donors[: setup.rebuilds]:
-        width, source = donor.metadata.width, setup.zoo.donor(donor.name)
-        numbers = sum(len(u) * (coder.latent_size(k) + len(ROLES[k])) for k, u in donor.units.items())
-        both = []
-        for model in (coder, linear):
-            with torch.no_grad():
-                coded = {k: model.encode(k, u) for k, u in donor.units.items()}
-                units = {k: model.decode(k, latents, norms, width) for k, (latents, norms) in coded.items()}
-            made = to_canonical(donor, source, units).tensors
-            both.append(make_reconstruction(to_canonical(donor, source), made, numbers, "canonical"))
-        yield donor.name, both[0], both[1]
+    for donor in read_training_donors(setup.zoo, setup.quiet)[0][: setup.rebuilds]:
+        layers = [tables_to_layer({t: donor.blocks[t][i] for t in BLOCK_TABLES}) for i in range(donor.shape.layers)]
+        own = tables_to_decoder(donor.tokens, layers, donor.shape)
+        with torch.no_grad():
+            latents = coder.encode(donor.blocks, donor.tokens)
+        pairs = coder.token_pairs(donor.shape, latents)[donor.rows]
+        made = canonical_weights(coder.decode(donor.shape, latents, pairs), donor.donor)
+        numbers = latents.model.numel() + latents.blocks.numel()
+        whole = canonical_weights(own, donor.donor)
+        yield donor.name, make_reconstruction(whole, made.tensors, numbers, "canonical"), None
 
 
 def _mean_reconstruction(
-    setup: PeerMeasurement, found: Iterator[tuple[str, Reconstruction, Reconstruction]]
+    setup: PeerMeasurement, found: Iterator[tuple[str, Reconstruction, Reconstruction | None]]
 ) -> dict[str, Any]:
-    """{rate, error, rebuilt_loss, pca_error, pca_loss, by_donor}: means over the donors."""
-    by_donor = {
-        name: {
-            "rate": one.rate, "error": one.error, "rebuilt_loss": finite_loss(one.config, one.tensors, setup.tokens),
-            "pca_error": pca.error, "pca_loss": finite_loss(pca.config, pca.tensors, setup.tokens),
-        }
-        for name, one, pca in found
-    }  # fmt: skip
-    keys = ("rate", "error", "rebuilt_loss", "pca_error", "pca_loss")
+    """{rate, error, rebuilt_loss, by_donor}: means over the donors; with pca_error and pca_loss where a PCA was fitted
+    to the same rows."""
+    by_donor = {}
+    for name, one, pca in found:
+        loss = finite_loss(one.config, one.tensors, setup.tokens)
+        by_donor[name] = {"rate": one.rate, "error": one.error, "rebuilt_loss": loss}
+        if pca is not None:
+            pca_loss = finite_loss(pca.config, pca.tensors, setup.tokens)
+            by_donor[name] |= {"pca_error": pca.error, "pca_loss": pca_loss}
+    keys = next(iter(by_donor.values())).keys()
     means = {key: _mean([d[key] for d in by_donor.values()]) for key in keys}
     return means | {"by_donor": by_donor}
 
@@ -290,8 +282,9 @@ def format_table(found: Mapping[str, Any]) -> str:
         cells = [
             name, m["said"], f"{m['parameters'] / 1e6:.2f} ({m['stored'] / 1e6:.1f})",
             "–" if m["seconds"] is None else f"{m['seconds']:.0f}", number(m["rate"]),
-            f"{number(m['error'])} ({number(m['pca_error'])})",
-            f"{number(m['rebuilt_loss'])} ({number(m['pca_loss'])})", number(m["own_shape_loss"]),
+            f"{number(m['error'])} ({number(m['pca_error']) if 'pca_error' in m else '–'})",
+            f"{number(m['rebuilt_loss'])} ({number(m['pca_loss']) if 'pca_loss' in m else '–'})",
+            number(m["own_shape_loss"]),
             number(m["target_loss"]), f"{m['speed'] / 1e6:.2g}", number(m["novelty"]),
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")

@@ -23,7 +23,7 @@ from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata, TensorSpec
 from zoo.units.aligned import AlignedDonor, align_donors, recorded_loss
-from zoo.units.decoder import read_decoder, write_decoder
+from zoo.units.decoder import Decoder, read_decoder, write_decoder
 from zoo.units.gains import tie_head
 from zoo.units.units import require_unit_target, units_to_decoder
 
@@ -69,12 +69,16 @@ def read_weights(zoo: Zoo, coordinates: str = "raw", quiet: bool = True) -> list
     return found
 
 
-def to_canonical(aligned: AlignedDonor, donor: Donor, units: Mapping[str, Tensor] | None = None) -> Weights:
-    """A donor in canonical coordinates, with `units` instead of its own if they are given."""
+def to_canonical(aligned: AlignedDonor, donor: Donor) -> Weights:
+    """A donor in canonical coordinates."""
+    return canonical_weights(units_to_decoder(dict(aligned.units), aligned.metadata), donor)
+
+
+def canonical_weights(decoder: Decoder, donor: Donor) -> Weights:
+    """A canonical decoder as the peers see it, under the name of a donor of its shape."""
     blueprint = learned_blueprint(donor.blueprint, "canonical")
-    decoder = units_to_decoder(dict(aligned.units if units is None else units), aligned.metadata)
     tensors = dict(_scale_readers(write_decoder(decoder, blueprint), blueprint, 1))
-    return Weights(aligned.name, blueprint, tensors, recorded_loss(aligned.facts))
+    return Weights(donor.name, blueprint, tensors, recorded_loss(donor.facts))
 
 
 def untie(blueprint: Blueprint) -> Blueprint:

@@ -16,6 +16,7 @@ from headstart.compare.inputs import (
     check_lengths,
     find_target_tokenizer,
     hash_model,
+    hash_text,
     hash_zoo,
     write_calibration_text,
 )
@@ -74,7 +75,7 @@ def compare(config: CompareConfig, *, quiet: bool = False, command: str | None =
 def _compare_as_first(config: CompareConfig, quiet: bool, command: str | None) -> dict[str, Any]:
     inputs, out = _validate(config), Path(config.out)
     with work_folder(out, lambda: _check_out(out)), temporary_folder(out) as work:
-        text, tokens = write_calibration_text(inputs.corpus.text, work), work / "tokens.npy"
+        text, tokens = config.text or write_calibration_text(inputs.corpus.text, work), work / "tokens.npy"
         inputs = replace(inputs, settings=replace(inputs.settings, text=str(text), tokens=str(tokens)))
         plan = _list_trials(config, inputs)
         runs = _run(config, inputs, plan, quiet)
@@ -143,6 +144,7 @@ def _validate(config: CompareConfig) -> Inputs:
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "zoo": hash_zoo(config.zoo, config.donor),
             "model": hash_model(config.model),
+            "text": hash_text(config.text),
         },
     )
     return Inputs(blueprint, labels, corpus, tokens, tokenizer, settings, is_small)

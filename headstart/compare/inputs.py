@@ -13,6 +13,8 @@ from headstart.compare.trials import HELD_OUT, open_zoo, training_token_count
 from zoo.donors.folder import FolderDonor
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
+from zoo.training.corpora import text_sha256
+from zoo.training.documents import TextSource, read_corpus
 from zoo.vocabulary import BYTE_VOCAB, find_tokenizer, fits_padded
 
 MAX_CALIBRATION = 100_000  # bytes at the beginning of the corpus, for methods that look at activations
@@ -65,6 +67,13 @@ def write_calibration_text(text: bytes, folder: Path) -> Path:
     beginning = text[: min(MAX_CALIBRATION, int(len(text) * CALIBRATION))]
     path.write_bytes(beginning.decode("utf-8", errors="ignore").encode())
     return path
+
+
+def hash_text(text: str | Path | None) -> str | None:
+    """sha256 of what is read of a text that is given to methods; None without one.
+
+    Raises UserError where there is no such text."""
+    return None if text is None else text_sha256(read_corpus(TextSource(str(text))).text)
 
 
 def hash_zoo(zoo: str | Path | None, donor: str | None = None) -> str | None:

@@ -258,6 +258,8 @@ def run_path(settings: TrialSettings, trial: Trial, lr: float) -> Path:
         "zoo": settings.fingerprint["zoo"] if sampler.needs else None,
         "model": settings.fingerprint["model"] if "model" in sampler.needs else None,
     }  # fmt: skip
+    if settings.fingerprint.get("text") is not None and "text" in sampler.__dataclass_fields__:
+        dependencies["text"] = settings.fingerprint["text"]  # else that of the tokens
     digest = hashlib.sha256(json.dumps(dependencies, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return Path(settings.runs) / f"{sampler.name}-s{trial.seed}-lr{lr:g}-{digest}.json"
 

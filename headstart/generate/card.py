@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
-from headstart.cards.card import (
+from headstart.generate.next_step import next_step_line
+from zoo.cards.card import (
     card_data,
     donors_section,
     how_it_was_made,
@@ -15,7 +16,6 @@ from headstart.cards.card import (
     pipeline_tag,
     warnings_section,
 )
-from headstart.generate.next_step import next_step_line
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler

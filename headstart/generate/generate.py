@@ -92,7 +92,7 @@ class GenerateJob:
 def _prepare(config: GenerateConfig) -> GenerateJob:
     """Raises UserError where the options do not fit one another, or the method lacks something."""
     cls = samplers.model_sampler(config.method)
-    for key in ("donor", "model"):
+    for key in ("donor", "model", "text"):
         if getattr(config, key) is not None and key not in option_fields(cls):
             raise UserError(f"{config.method} takes no --{key}: leave it out")
     _check_model(config.model)
@@ -105,6 +105,7 @@ def _prepare(config: GenerateConfig) -> GenerateJob:
         model=config.model,
         device=torch_device(config.device),
         tokenizer=None if tokenizer is None else str(tokenizer),
+        text=None if config.text is None else str(config.text),
     )
     _check_needs(sampler, config)
     blueprint = language_model_blueprint(config.target)

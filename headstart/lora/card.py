@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
-from headstart.cards.card import (
+from zoo.cards.card import (
     card_data,
     donors_section,
     grouping_detail,
@@ -18,7 +18,7 @@ from headstart.cards.card import (
     pipeline_tag,
     warnings_section,
 )
-from headstart.cards.markdown import code_span, escape_markdown
+from zoo.cards.markdown import code_span, escape_markdown
 
 if TYPE_CHECKING:
     from zoo.sampler import Sampler

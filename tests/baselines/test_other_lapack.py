@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from autoencoder.training import AutoencoderTrainConfig, pca_autoencoder
-from diffusion.views import donor_contexts
+from autoencoder.donors import read_training_donors
 from headstart import samplers
 from tests.support.lapack import use_other_lapack
 from tests.support.tiny import STD, config, role
@@ -76,28 +75,20 @@ def test_generated_weights(method: str, donor: str, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("donor", DONORS)
-def test_units_and_the_autoencoder_that_training_starts_from(donor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_and_the_tables_that_the_autoencoder_learns(donor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo = zoo_of({"wide": DONORS[donor](0), "other": DONORS[donor](1)})
 
     def tensors() -> dict[str, Tensor]:
-        donors = list(align_donors(zoo))
-        model = pca_autoencoder(donors, AutoencoderTrainConfig(hidden=8), [])
-        units = {f"{d.name} {kind}": d.units[kind] for d in donors for kind in ROLES}
-        return units | {name: t.detach().clone() for name, t in model.state_dict().items()}
+        units = {f"{d.name} {kind}": d.units[kind] for d in align_donors(zoo) for kind in ROLES}
+        for found in read_training_donors(zoo, quiet=True)[0]:
+            tables = found.blocks | {"token": found.tokens}
+            units |= {f"{found.name} table {name}": table for name, table in tables.items()}
+        return units
 
     expected = tensors()
+    assert len(expected) == 2 * (len(ROLES) + 4)
     use_other_lapack(monkeypatch)
     assert_close(tensors(), expected)
-
-
-def test_contexts_of_two_donors_have_a_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first component of two donors is (x, -x), whose third moment is zero."""
-    tables = [{name: torch.randn(6, generator=torch.Generator().manual_seed(i)) for name in "ab"} for i in range(2)]
-    expected = donor_contexts(tables, 3)
-    assert float(expected[:, 0].abs().min()) > 0.5
-    for seed in range(4):
-        use_other_lapack(monkeypatch, seed)
-        torch.testing.assert_close(donor_contexts(tables, 3), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("weight", ["generic", "orthogonal"])

@@ -11,42 +11,64 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from autoencoder.field import FieldSizes
 from autoencoder.loading import load_autoencoder
-from autoencoder.model import UnitAutoencoder
+from autoencoder.model import WeightAutoencoder, new_autoencoder
+from diffusion.denoiser import LatentDenoiser
+from diffusion.pipeline import WeightDiffusionPipeline, load_pipeline
+from diffusion.solving import make_scheduler
 from zoo.errors import UserError
-from zoo.units.units import ROLES
 
 DONOR = {"name": "donor", "revision": "r", "sha256": "0", "license": "mit"}
+SIZES = FieldSizes(
+    width=8, neurons=6, groups=2, head_dim=4, tokens=3, bases=2, token_bases=1, rank=5, model_latent=4, block_latent=4,
+    hidden=6,
+)  # fmt: skip
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def coder() -> WeightAutoencoder:
+    return new_autoencoder(SIZES, ("a", "b", "c"), "llama", [DONOR], 0)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    UnitAutoencoder(4, dict.fromkeys(ROLES, 3), hidden=2, donors=[DONOR]).save_pretrained(tmp_path)
+    coder().save_pretrained(tmp_path)
     return tmp_path
 
 
 def test_a_sound_autoencoder_is_loaded(folder: Path) -> None:
     loaded = load_autoencoder(folder)
-    assert loaded.width == 4 and loaded.config["donors"] == [DONOR]
-    stored = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert loaded.sizes == SIZES and loaded.config["donors"] == [DONOR] and loaded.token_strings == ("a", "b", "c")
+    stored = load_file(folder / WEIGHTS)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.state_dict().items())
+
+
+def sizes(**changes: object) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"sizes": {**asdict(SIZES), **changes}}
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"width": 10**9}, "has shape .*, its config gives"),
-        ({"width": 10**30}, "its config cannot be used"),
-        ({"width": -4}, "its config cannot be used"),
-        ({"width": "4"}, "width is '4'; it must be a whole number"),
-        ({"latent": {"neuron": 10**8}}, "has shape|lacks the tensor"),
-        ({"latent": {"neuron": None}}, "latent is "),
-        ({"latent": {"vo": 3}}, "knows no "),
-        ({"latent": dict.fromkeys(map(str, range(100_000)), 1)}, "cannot be used|more than 15000 modules"),
+        (sizes(width=10**9), "has shape .*, its config gives"),
+        (sizes(width=10**30), "its config cannot be used"),
+        (sizes(width=-8), "its config cannot be used|has shape"),
+        (sizes(width="8"), "values are each a whole number"),
+        (sizes(bases=10**8), "has shape .*, its config gives"),
+        (sizes(more=1), "its config cannot be used"),
+        ({"sizes": {"width": 8}}, "its config cannot be used"),
+        ({"sizes": [8]}, "sizes is "),
         ({"hidden": 7}, "has shape"),
+        ({"hidden": None}, "hidden is "),
+        ({"tokens": "abc"}, "tokens is "),
+        ({"tokens": [1, 2, 3]}, "tokens"),
         ({"donors": [1]}, "donors is "),
         ({"donors": [{"name": 1}]}, "name is 1; it must be text"),
-        ({"_class_name": ["UnitAutoencoder"]}, "describes no class, not UnitAutoencoder"),
+        ({"_class_name": ["WeightAutoencoder"]}, "describes no class, not WeightAutoencoder"),
+        ({"_class_name": "UnitAutoencoder"}, "describes UnitAutoencoder, not WeightAutoencoder; train one with"),
     ],
 )
 def test_a_config_of_other_tensors_is_refused_before_they_are_built(
@@ -55,15 +77,33 @@ def test_a_config_of_other_tensors_is_refused_before_they_are_built(
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     start = time.process_time()
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(UserError, match=problem) as refused:
         load_autoencoder(folder)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 5 and "\n" not in str(refused.value)
+
+
+def test_a_list_of_tokens_that_the_field_does_not_have_is_refused(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": ["a", "b"]}))
+    with pytest.raises(UserError, match="2 token strings for 3 rows of the field"):
+        load_autoencoder(folder)
 
 
 def test_values_that_are_no_numbers_are_refused(folder: Path) -> None:
-    path = folder / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    tensors["mean_vo"][0] = torch.nan
-    save_file(tensors, path)
-    with pytest.raises(UserError, match="'mean_vo' holds NaN or infinity"):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["field.bases.key"][0, 0, 0] = torch.nan
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(UserError, match=r"'field\.bases\.key' holds NaN or infinity"):
         load_autoencoder(folder)
+
+
+def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    WeightDiffusionPipeline(coder(), LatentDenoiser(4, 4, hidden=8, layers=1), make_scheduler()).save_pretrained(
+        tmp_path / "sound"
+    )
+    assert load_pipeline(str(tmp_path / "sound")).donors == [DONOR]
+    WeightDiffusionPipeline(coder(), LatentDenoiser(4, 5, hidden=8, layers=1), make_scheduler()).save_pretrained(
+        tmp_path / "odd"
+    )
+    with pytest.raises(UserError, match="its parts do not fit together"):
+        load_pipeline(str(tmp_path / "odd"))

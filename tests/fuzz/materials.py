@@ -120,10 +120,10 @@ def lora_adapter(folder: Path) -> None:
     get_peft_model(model, config).save_pretrained(folder / "adapter")
 
 
-def stored_zoo(folder: Path) -> None:
+def stored_zoo(folder: Path, vocab_size: int = 32) -> None:
     from zoo.donors.index import list_donors
 
-    make_zoo(folder, [dict(hidden_size=16, kv=2, vocab_size=32)])
+    make_zoo(folder, [dict(hidden_size=16, kv=2, vocab_size=vocab_size)])
     shutil.rmtree(folder / "sources")
     list_donors(folder / "zoo")
     shutil.copyfile(next((folder / "zoo" / "models").glob("*/config.json")), folder / "target.json")
@@ -131,24 +131,22 @@ def stored_zoo(folder: Path) -> None:
 
 def trained_pipeline(folder: Path) -> None:
     """A zoo, and an autoencoder and a pipeline trained on it."""
-    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
-    from diffusion.config import DiffusionTrainConfig
-    from diffusion.training import train_diffusion
+    from tests.support.generators import train_tiny_autoencoder, train_tiny_diffusion
 
-    stored_zoo(folder)
+    stored_zoo(folder, vocab_size=256)
+    (folder / "text.txt").write_text(TEXT)
     paths = folder / "zoo", folder / "autoencoder", folder / "pipeline"
-    train_autoencoder(AutoencoderTrainConfig(steps=1), paths[0], paths[1], device="cpu", quiet=True)
-    small = DiffusionTrainConfig(steps=1, batch=16, hidden=32, blocks=1, pool=4)
-    train_diffusion(small, *paths, device="cpu", quiet=True)
+    train_tiny_autoencoder(*paths[:2], folder / "text.txt")
+    train_tiny_diffusion(*paths, folder / "text.txt")
 
 
 def training_state(folder: Path) -> None:
-    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+    from tests.support.generators import train_tiny_autoencoder
 
-    stored_zoo(folder)
-    config = AutoencoderTrainConfig(steps=2, hidden=8, batch=16)
+    stored_zoo(folder, vocab_size=256)
+    (folder / "text.txt").write_text(TEXT)
     with interrupted_after_one_step():
-        train_autoencoder(config, folder / "zoo", folder / "state", device="cpu", quiet=True)
+        train_tiny_autoencoder(folder / "zoo", folder / "state", folder / "text.txt")
 
 
 @contextlib.contextmanager

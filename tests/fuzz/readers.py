@@ -92,10 +92,9 @@ def _pipeline(folder: Path, damaged: str) -> None:
 
 
 def _resume(folder: Path, damaged: str) -> None:
-    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+    from tests.support.generators import train_tiny_autoencoder
 
-    config = AutoencoderTrainConfig(steps=2, hidden=8, batch=16)
-    train_autoencoder(config, folder / "zoo", folder / "state", device="cpu", quiet=True, resume=True)
+    train_tiny_autoencoder(folder / "zoo", folder / "state", folder / "text.txt", resume=True)
 
 
 def _sampler(folder: Path, damaged: str) -> None:

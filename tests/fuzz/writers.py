@@ -8,7 +8,7 @@ import json
 import shutil
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zoo.training.recipes import DonorRecipe
 
 ZOO_LISTS = ("zoo/manifest.parquet", "zoo/index.json")
-SHAPES = (dict(hidden_size=16, kv=2, vocab_size=48), dict(hidden_size=24, kv=2, vocab_size=48))
+SHAPES = (dict(hidden_size=16, kv=2, vocab_size=256), dict(hidden_size=24, kv=2, vocab_size=256))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Writer:
 
 def build_inputs(folder: Path) -> None:
     """Fills a folder with what the commands read: donors, a zoo, a target, a model with a tokenizer, an autoencoder."""
-    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+    from tests.support.generators import train_tiny_autoencoder
     from tests.support.tiny import make_zoo
     from zoo.add import add
 
@@ -54,8 +54,8 @@ def build_inputs(folder: Path) -> None:
     add([str(folder / "sources" / "d0")], folder / "zoo-of-one", quiet=True)
     config(16, 2, layers=1).save_pretrained(folder / "target")
     language_model(folder / "model")
-    train_autoencoder(AutoencoderTrainConfig(steps=1), folder / "zoo", folder / "autoencoder", device="cpu", quiet=True)
     (folder / "corpus.txt").write_text(TEXT)
+    train_tiny_autoencoder(folder / "zoo", folder / "autoencoder", folder / "corpus.txt")
 
 
 def generate(inputs: Path, place: Path, again: bool) -> None:
@@ -109,20 +109,21 @@ def micro_recipes() -> list[DonorRecipe]:
 
 def train_autoencoder(inputs: Path, place: Path, again: bool) -> None:
     from autoencoder import training
+    from tests.support.generators import AUTOENCODER, train_tiny_autoencoder
 
-    small = training.AutoencoderTrainConfig(steps=3, batch=16, hidden=8)
+    small = replace(AUTOENCODER, steps=1, warmup=1, reconstruction=1, shapes=1)
     with patch.object(training, "SAVE_EVERY", 1):
-        training.train_autoencoder(small, inputs / "zoo", place / "out", resume=again, device="cpu", quiet=True)
+        train_tiny_autoencoder(inputs / "zoo", place / "out", inputs / "corpus.txt", small, resume=again)
 
 
 def train_diffusion(inputs: Path, place: Path, again: bool) -> None:
     from diffusion import training
-    from diffusion.config import DiffusionTrainConfig
+    from tests.support.generators import DIFFUSION, train_tiny_diffusion
 
-    small = DiffusionTrainConfig(steps=2, batch=16, hidden=32, blocks=1, pool=2)
-    paths = inputs / "zoo", inputs / "autoencoder", place / "out"
+    small = replace(DIFFUSION, steps=1, tuning=1, shapes=1)
+    paths = inputs / "zoo", inputs / "autoencoder", place / "out", inputs / "corpus.txt"
     with patch.object(training, "SAVE_EVERY", 1):
-        training.train_diffusion(small, *paths, resume=again, device="cpu", quiet=True)
+        train_tiny_diffusion(*paths, small, resume=again)
 
 
 def compare(inputs: Path, place: Path, again: bool) -> None:
@@ -154,8 +155,9 @@ def demo(inputs: Path, place: Path, again: bool) -> None:
     from zoo.training import recipes
 
     sizes = module.DemoSizes(
-        "micro", autoencoder_steps=1, diffusion_steps=1, compare_steps=1, seeds=(0,), lrs=(3e-3,),
-        default_scales=(1.0,), batch_size=1, methods=("default",), diffusion=dict(hidden=32, blocks=1, pool=2),
+        "micro", autoencoder=dict(steps=1, warmup=1, reconstruction=1, shapes=1, batch=1, sequence=8),
+        diffusion=dict(steps=1, tuning=1, batch=1, tuning_windows=1, sequence=8, hidden=32, layers=1, shapes=1),
+        compare_steps=1, seeds=(0,), lrs=(3e-3,), default_scales=(1.0,), batch_size=1, methods=("default",),
     )  # fmt: skip
     with (
         patch.dict(recipes.PRESETS, micro=micro_recipes),

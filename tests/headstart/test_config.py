@@ -50,8 +50,8 @@ EXAMPLES: list[CommandConfig] = [
     ZooTrainConfig(zoo="zoo", preset="specialists", corpus={"plays": "plays.txt", "tales": "a=b"}),
     ZooListConfig(zoo="zoo"),
     ZooVerifyConfig(zoo="zoo"),
-    TrainAutoencoderConfig(zoo="zoo", out="out", steps=4, device="cpu"),
-    TrainDiffusionConfig(zoo="zoo", autoencoder="a", out="out"),
+    TrainAutoencoderConfig(zoo="zoo", out="out", steps=4, device="cpu", corpus={"all": "t.txt", "plays": "p.txt"}),
+    TrainDiffusionConfig(zoo="zoo", autoencoder="a", out="out", corpus={"plays": "a=b"}),
     DemoConfig(quick=True),
     MethodsConfig(name="normal"),
 ]
@@ -178,3 +178,49 @@ def test_python_is_checked_as_the_command_line_is(make: Any, reason: str) -> Non
 def test_help_names_the_default_steps_of_the_trainings() -> None:
     assert AutoencoderTrainConfig().steps == cli.AUTOENCODER_STEPS
     assert DiffusionTrainConfig().steps == cli.DIFFUSION_STEPS
+
+
+def test_a_text_to_train_on_may_have_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headstart.config_values import files_by_name
+
+    monkeypatch.chdir(tmp_path)
+    Path("a=b.txt").write_text("a file whose name has an equals sign")
+    assert files_by_name(["text.txt", "plays=p.txt"], for_all=True) == {"all": "text.txt", "plays": "p.txt"}
+    assert files_by_name(["a=b.txt"], for_all=True) == {"all": "a=b.txt"}
+    assert files_by_name(["a=b.txt"]) == {"a": "b.txt"}
+    for texts, for_all in ((["one.txt", "two.txt"], True), (["a=one", "a=two"], False)):
+        with pytest.raises(UserError, match="twice"):
+            files_by_name(texts, for_all)
+    for text, for_all in (("text.txt", False), ("=text.txt", True), ("plays=", True)):
+        with pytest.raises(UserError, match="write it as NAME=FILE"):
+            files_by_name([text], for_all)
+
+
+def test_the_commands_of_training_pass_their_texts_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from autoencoder import training as autoencoder_training
+    from diffusion import training as diffusion_training
+
+    seen: list[tuple[Any, dict[str, Any]]] = []
+    for module, name in ((autoencoder_training, "train_autoencoder"), (diffusion_training, "train_diffusion")):
+        monkeypatch.setattr(module, name, lambda config, *_, **options: seen.append((config, options)))
+    (tmp_path / "manifest.parquet").write_text("")
+    shared = [
+        "--zoo",
+        str(tmp_path),
+        "--out",
+        "out",
+        "--corpus",
+        "text.txt",
+        "--corpus",
+        "plays=p.txt",
+        "--device",
+        "cpu",
+    ]
+    for command in (["train", "autoencoder"], ["train", "diffusion", "--autoencoder", "a"]):
+        done = CliRunner().invoke(cli.app, [*command, *shared])
+        assert done.exit_code == 0, done.output
+        config, options = seen[-1]
+        assert config.corpora == {"all": "text.txt", "plays": "p.txt"} and options["device"] == "cpu"
+        assert options["command"]["corpus"] == {"all": "text.txt", "plays": "p.txt"}

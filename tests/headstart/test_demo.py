@@ -22,14 +22,13 @@ def micro() -> list[DonorRecipe]:
 
 MICRO = DemoSizes(
     preset="micro",
-    autoencoder_steps=2,
-    diffusion_steps=3,
+    autoencoder={"steps": 2, "warmup": 1, "reconstruction": 1, "shapes": 2, "batch": 2, "sequence": 16},
+    diffusion={"steps": 2, "tuning": 1, "batch": 2, "tuning_windows": 2, "sequence": 16, "hidden": 32, "layers": 1},
     compare_steps=2,
     seeds=(0,),
     lrs=(3e-3,),
     default_scales=(1.0,),
     methods=("default", "row-column", "autoencoder", "diffusion"),
-    diffusion={"hidden": 32, "blocks": 1, "pool": 2},
 )
 
 

@@ -27,11 +27,16 @@ def launch(processes: int, commands: Sequence[Sequence[object]], folder: Path) -
 
     After a command that fails no other can follow."""
     (folder / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    launch_module(processes, "tests.support.launched", folder / "commands.json", folder)
+    return [json.loads((folder / f"process-{index}.json").read_text()) for index in range(processes)]
+
+
+def launch_module(processes: int, module: str, *arguments: object) -> None:
+    """Runs a module in that many processes."""
     words = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHER, "--num_processes", str(processes)]
-    words += ["-m", "tests.support.launched", str(folder / "commands.json"), str(folder)]
+    words += ["-m", module, *map(str, arguments)]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"process-{index}.json").read_text()) for index in range(processes)]
 
 
 def main() -> None:

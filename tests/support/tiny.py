@@ -24,9 +24,8 @@ def config(hidden_size: int = 32, kv: int = 2, layers: int = 2, **more: object) 
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv,
-        head_dim=8,
         max_position_embeddings=64,
-        **{"vocab_size": 48, "tie_word_embeddings": False, **more},
+        **{"vocab_size": 48, "tie_word_embeddings": False, "head_dim": 8, **more},
     )
 
 

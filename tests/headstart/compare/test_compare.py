@@ -344,14 +344,10 @@ def test_bad_input_is_refused_before_training(
 
 @pytest.fixture(scope="module")
 def pipeline(donors: Path) -> Path:
-    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
-    from diffusion.training import DiffusionTrainConfig, train_diffusion
+    from tests.support.generators import train_tiny_autoencoder, train_tiny_diffusion
 
-    made = train_autoencoder(
-        AutoencoderTrainConfig(steps=2), donors, donors.parent / "autoencoder", device="cpu", quiet=True
-    )
-    small = DiffusionTrainConfig(steps=2, batch=8, hidden=32, blocks=1, pool=2)
-    return train_diffusion(small, donors, made, donors.parent / "pipeline", device="cpu", quiet=True)
+    made = train_tiny_autoencoder(donors, donors.parent / "autoencoder")
+    return train_tiny_diffusion(donors, made, donors.parent / "pipeline")
 
 
 GPT2 = {
@@ -462,3 +458,33 @@ def test_the_names_of_runs_stay_so_that_older_comparisons_continue() -> None:
         "normal-s1-lr0.001-ba1f39d8ccb956ea.json",
         "weight-selection-s1-lr0.001-7c04a7760de4cb9e.json",
     ]
+
+
+def test_a_given_text_is_that_of_every_method_that_takes_one(donors: Path, corpus: Path, tmp_path: Path) -> None:
+    from headstart.compare import compare as module
+    from headstart.compare.trials import Trial, method_options, run_path
+    from headstart.config import CompareConfig
+
+    (tmp_path / "text.txt").write_text("another text than the corpus")
+    (tmp_path / "config.json").write_text(json.dumps(TARGET))
+    shared = {"target": tmp_path / "config.json", "methods": ("default", "sliced"), "corpus": corpus, "zoo": donors}
+    names = {}
+    for text in (None, tmp_path / "text.txt"):
+        config = CompareConfig(**shared, out=tmp_path / "out", text=text, device="cpu")  # type: ignore[arg-type]
+        settings = module._validate(config).settings
+        names[text] = [run_path(settings, Trial(label, 0, 1.0, (1e-3,)), 1e-3).name for label in ("default", "sliced")]
+    plain, given = names.values()
+    assert plain[0] == given[0] and plain[1] != given[1]  # the default takes no text
+    with pytest.raises(UserError, match=r"nowhere: no such corpus"):
+        module._validate(CompareConfig(**shared, out=tmp_path / "out", text=tmp_path / "nowhere", device="cpu"))  # type: ignore[arg-type]
+
+    seen: list[dict[str, object]] = []
+
+    def watch(config: CompareConfig, inputs: object) -> object:
+        seen.append(method_options(inputs.settings, "sliced"))  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_list_trials", watch)
+        module.compare(config, quiet=True)
+    assert seen == [{"text": str(tmp_path / "text.txt")}]

@@ -14,9 +14,11 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from headstart import samplers
-from headstart.cards.card import pipeline_tag
-from headstart.cards.licenses import HUB_LICENSES, license_keys
-from headstart.cards.markdown import (
+from headstart.generate.card import checkpoint_card
+from headstart.lora.card import PublishedBase, adapter_card, base_card
+from zoo.cards.card import pipeline_tag
+from zoo.cards.licenses import HUB_LICENSES, license_keys
+from zoo.cards.markdown import (
     code_block,
     code_span,
     command_without_folders,
@@ -25,8 +27,6 @@ from headstart.cards.markdown import (
     table,
     without_folders,
 )
-from headstart.generate.card import checkpoint_card
-from headstart.lora.card import PublishedBase, adapter_card, base_card
 from zoo.checkpoints.licenses import license_text
 
 LINK = re.compile(

@@ -7,8 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from headstart.cards.licenses import license_keys
-from headstart.cards.markdown import (
+from zoo.cards.licenses import license_keys
+from zoo.cards.markdown import (
     code_block,
     command_without_folders,
     escape_markdown,

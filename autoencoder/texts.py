@@ -1,0 +1,120 @@
+"""The text on which what a field writes is trained: what the donors learned from, else what they write."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoencoder.behaviour import make_skeleton
+from autoencoder.donors import FOR_ALL, TrainingDonor
+from zoo.donors.donor import Donor
+from zoo.errors import UserError
+from zoo.streams import stream_seed
+from zoo.training.corpora import donor_text, encode_corpus, text_sha256
+from zoo.training.documents import TextSource, read_corpus
+from zoo.vocabulary import BYTE_VOCAB, byte_tokens
+
+
+@dataclass(frozen=True)
+class DonorText:
+    """What a donor's part in training reads."""
+
+    name: str
+    tokens: Tensor  # int64 [N], in the donor's vocabulary
+    sample: bytes | None  # the text as bytes, None where it is not known
+
+
+SAMPLED = (64, 256)  # sequences sampled from a donor without a known text, and tokens of each
+LEAST_TOKENS = 1024
+
+
+def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed: int) -> list[DonorText]:
+    """The text of each donor, without held-out parts.
+
+    Given files come first (see `donors.given_corpora`), then the text that the donor's facts name, then sequences that
+    are sampled from the donor itself. Raises UserError for a text of too few tokens, or of unknown tokens."""
+    kept: dict[tuple[str, int], DonorText] = {}
+    texts = []
+    for donor in donors:
+        name = _text_name(donor, given)
+        if name is None:
+            texts.append(_sampled(donor, seed))
+            continue
+        key = (name, donor.shape.vocab)
+        if key not in kept:
+            kept[key] = _read(donor, given, name)
+        texts.append(kept[key])
+    return texts
+
+
+def given_text_hashes(given: Mapping[str, Path]) -> list[str]:
+    """A line for each given text, with the hash of its content: what a training run depends on."""
+    return [f"{name}={text_sha256(read_corpus(TextSource(str(path))).text)}" for name, path in sorted(given.items())]
+
+
+def _text_name(donor: TrainingDonor, given: Mapping[str, Path]) -> str | None:
+    """The name of a donor's text: `all` for the file that is given for every donor; None if no text is known."""
+    for name in (donor.name, donor.corpus, FOR_ALL):
+        if name in given:
+            return name
+    return donor.corpus if donor_text(donor.donor.facts, {}, donor.name) is not None else None
+
+
+def _read(donor: TrainingDonor, given: Mapping[str, Path], name: str) -> DonorText:
+    vocab = donor.shape.vocab
+    if name != FOR_ALL:
+        own = {key: path for key, path in given.items() if key != FOR_ALL}
+        text = donor_text(donor.donor.facts, own, donor.name)
+        assert text is not None
+    else:
+        text = read_corpus(TextSource(str(given[FOR_ALL]))).text
+    tokens = byte_tokens(text) if vocab == BYTE_VOCAB else _tokens_of(text, donor)
+    if len(tokens) < LEAST_TOKENS:
+        raise UserError(f"the text of {donor.name} has {len(tokens)} tokens; give at least {LEAST_TOKENS}")
+    return DonorText(name, tokens, text)
+
+
+def _tokens_of(text: bytes, donor: TrainingDonor) -> Tensor:
+    """A text in the tokens of a donor that has a tokenizer."""
+    folder = _tokenizer(donor.donor)
+    if folder is None:
+        raise UserError(f"{donor.name}: has no tokenizer, so that no text can be read for it; leave out --corpus")
+    with tempfile.NamedTemporaryFile(suffix=".txt") as file:
+        file.write(text)
+        file.flush()
+        return encode_corpus(TextSource(file.name), folder, donor.shape.vocab)
+
+
+def _sampled(donor: TrainingDonor, seed: int) -> DonorText:
+    tokens = sample_tokens(donor.donor, seed)
+    sample = bytes(tokens.tolist()) if donor.shape.vocab == BYTE_VOCAB else None
+    return DonorText(f"sampled from {donor.name}", tokens, sample)
+
+
+def _tokenizer(donor: Donor) -> Path | None:
+    folder = getattr(donor, "folder", None)
+    return folder if folder is not None and (Path(folder) / "tokenizer.json").is_file() else None
+
+
+@torch.no_grad()
+def sample_tokens(donor: Donor, seed: int) -> Tensor:
+    """Sequences that a donor writes, one after the other: int64 [N]."""
+    from transformers import GenerationConfig
+
+    count, length = SAMPLED
+    assert donor.blueprint.metadata is not None
+    skeleton = make_skeleton(donor.config, donor.blueprint.metadata)
+    weights = {name: donor.read(name, torch.float32) for name in skeleton.blueprint.names}
+    skeleton.module.load_state_dict(weights, strict=False, assign=True)
+    skeleton.module.tie_weights()  # type: ignore[operator]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, f"text of {donor.name}"))
+        start = torch.randint(donor.blueprint.metadata.vocab, (count, 1))
+        settings = GenerationConfig(do_sample=True, max_new_tokens=length, top_k=0, pad_token_id=0, eos_token_id=None)
+        written = skeleton.module.eval().generate(start, generation_config=settings)  # type: ignore[operator]
+    return written.flatten()

@@ -1,0 +1,284 @@
+"""Training the autoencoder: what it learns, on which text, and that neither interruptions nor processes change it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from autoencoder import texts, training
+from autoencoder.config import AutoencoderTrainConfig
+from autoencoder.donors import (
+    LEAST_BASES,
+    SHARE,
+    base_blocks,
+    count_numbers,
+    field_numbers,
+    field_sizes,
+    read_training_donors,
+)
+from autoencoder.loading import load_autoencoder
+from autoencoder.objective import draw_step, mixed_windows
+from autoencoder.sampler import AutoencoderSampler
+from tests.support.generators import (
+    AUTOENCODER,
+    TEXT,
+    byte_zoo,
+    train_both,
+    train_tiny_autoencoder,
+    train_tiny_diffusion,
+)
+from tests.support.launched import launch_module
+from tests.support.tiny import config, make_zoo
+from zoo.donors.zoo import Zoo
+from zoo.errors import UserError
+from zoo.targets.blueprint import Blueprint
+from zoo.training.resumable import STATE_FILE
+from zoo.vocabulary import byte_tokens
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return byte_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def text(zoo: Zoo) -> Path:
+    return zoo.path.parent / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def trained(zoo: Zoo, text: Path) -> Path:
+    """`autoencoder` and `pipeline`, trained by one process."""
+    folder = zoo.path.parent / "alone"
+    train_both(zoo.path, text, folder)
+    return folder
+
+
+@contextmanager
+def interrupted_at(trainer: type[Any], step: int) -> Iterator[None]:
+    """Ctrl-C comes during a step of a training."""
+    real = trainer.train_step
+
+    def stopping(self: Any, at: int) -> None:
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+        real(self, at)
+
+    with patch.object(trainer, "train_step", stopping), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+def test_behaviour_teaches_the_text_that_the_donors_do_not_know(zoo: Zoo, text: Path, tmp_path: Path) -> None:
+    """The donors are random. What is decoded from their latents learns the text, beside mere reconstruction."""
+    plain = replace(AUTOENCODER, steps=0, warmup=0, reconstruction=40, noise=0.05)
+    rows = []
+    for name, settings in (("plain", plain), ("whole", replace(plain, warmup=10, steps=50, batch=8, sequence=32))):
+        train_tiny_autoencoder(zoo.path, tmp_path / name, text, settings, command={"subcommand": "train autoencoder"})
+        rows.append(json.loads((tmp_path / name / "report.json").read_text()))
+    assert rows[0]["config"] == {"subcommand": "train autoencoder"} and rows[0]["texts"] == {"d0": "all", "d1": "all"}
+    for donor in ("d0", "d1"):
+        before, after = (row["decoded"][donor] for row in rows)
+        assert before["error"]["neuron"] < 0.3 and before["error"]["key"] < 0.15  # after one step about 0.9
+        assert before["donor_loss"] == after["donor_loss"] > 5.4
+        assert before["decoded_loss"] > 5.4 and after["decoded_loss"] < before["decoded_loss"] - 0.2
+
+
+def test_the_report_counts_what_is_stored(zoo: Zoo, trained: Path) -> None:
+    report = json.loads((trained / "autoencoder" / "report.json").read_text())
+    model = load_autoencoder(trained / "autoencoder")
+    stored = sum(p.numel() for p in model.field.parameters())
+    assert report["numbers"]["field"] + report["numbers"]["network"] == stored
+    assert report["numbers"]["field"] == field_numbers(model.sizes)
+    donors, strings = read_training_donors(zoo, quiet=True)
+    assert report["numbers"]["donors"] == sum(count_numbers(d) for d in donors)
+    assert model.token_strings == strings and [d["name"] for d in model.config["donors"]] == ["d0", "d1"]
+
+
+def test_the_field_of_a_large_zoo_stores_a_share_of_it(zoo: Zoo) -> None:
+    donors, strings = read_training_donors(zoo, quiet=True)
+    weights = sum(count_numbers(d) for d in donors)
+    small = field_sizes(donors, len(strings))
+    assert small.bases == sum(d.shape.layers for d in donors) == 3  # a small zoo has a base for each block
+    with patch("autoencoder.donors.SMALL_ZOO", 1000):
+        large = field_sizes(donors * 20, len(strings))
+    assert field_numbers(large) <= SHARE * 20 * weights and large.bases > LEAST_BASES
+    with patch("autoencoder.donors.SMALL_ZOO", 1000):
+        assert field_sizes(donors, len(strings)).bases == LEAST_BASES
+    assert (large.width, large.neurons, large.groups, large.head_dim) == (40, 53, 5, 8)
+    first = base_blocks(donors, 3)
+    assert torch.equal(first[0]["neuron"], donors[0].blocks["neuron"][0])
+    assert torch.equal(first[2]["neuron"], donors[1].blocks["neuron"][0])
+    assert len(base_blocks(donors, 1)) == 1
+
+
+def test_an_interrupted_training_ends_with_the_same_bytes(zoo: Zoo, text: Path, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cut"
+    for step in (1, 4, 6):  # of the reconstruction, of the second stage, of the third
+        with interrupted_at(training._AutoencoderTrainer, step):
+            train_tiny_autoencoder(zoo.path, out, text, resume=step > 1)
+        assert (out / STATE_FILE).exists()
+    with pytest.raises(UserError, match="--resume"):
+        train_tiny_autoencoder(zoo.path, out, text)
+    with pytest.raises(UserError, match="other settings"):
+        train_tiny_autoencoder(zoo.path, out, text, replace(AUTOENCODER, seed=1), resume=True)
+    (moved := tmp_path / "moved.txt").write_text(TEXT + "more")
+    for other in (None, moved):
+        with pytest.raises(UserError, match="other settings"):
+            train_tiny_autoencoder(zoo.path, out, other, resume=True)
+    moved.write_text(TEXT)
+    train_tiny_autoencoder(zoo.path, out, moved, resume=True)  # its content counts, not its place
+    assert (out / WEIGHTS).read_bytes() == (trained / "autoencoder" / WEIGHTS).read_bytes()
+    found, expected = (json.loads((f / "report.json").read_text()) for f in (out, trained / "autoencoder"))
+    assert found == expected
+    assert not (out / STATE_FILE).exists()
+
+
+def assert_same_training(found: Path, expected: Path) -> None:
+    """The same losses and weights up to the order of sums."""
+    for part, record in (("autoencoder", "report.json"), ("pipeline", "headstart.json")):
+        losses = [json.loads((folder / part / record).read_text())["loss"] for folder in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5), part
+        for path in (expected / part).rglob("*.safetensors"):
+            one, other = load_file(found / path.relative_to(expected)), load_file(path)
+            for name, tensor in other.items():
+                torch.testing.assert_close(one[name], tensor, atol=2e-3, rtol=0, msg=f"{part} {name}")
+
+
+def test_two_processes_train_what_one_trains(zoo: Zoo, text: Path, trained: Path, tmp_path: Path) -> None:
+    launch_module(2, "tests.support.generators", zoo.path, text, tmp_path)
+    assert_same_training(tmp_path, trained)
+
+
+def test_accumulated_parts_train_what_a_whole_batch_trains(
+    zoo: Zoo, text: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    train_both(zoo.path, text, tmp_path)
+    assert_same_training(tmp_path, trained)
+    with pytest.raises(UserError, match="a batch of 3 windows cannot be shared by 2 processes and accumulated parts"):
+        train_tiny_autoencoder(zoo.path, tmp_path / "odd", text, replace(AUTOENCODER, batch=3))
+
+
+def test_mixed_precision_is_used(
+    zoo: Zoo, text: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        train_both(zoo.path, text, tmp_path)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
+    for part, record in (("autoencoder", "report.json"), ("pipeline", "headstart.json")):
+        one, other = (json.loads((f / part / record).read_text())["loss"] for f in (tmp_path, trained))
+        assert one != other and one == pytest.approx(other, rel=0.03)
+
+
+def test_a_step_is_a_function_of_the_seed_and_mixes_texts_as_latents(zoo: Zoo) -> None:
+    donors, _ = read_training_donors(zoo, quiet=True)
+    settings = replace(AUTOENCODER, mixing=1.0, batch=40)
+    steps = [draw_step(settings, donors, i) for i in range(30)]
+    assert steps == [draw_step(settings, donors, i) for i in range(30)]
+    assert {step.shape for step in steps} >= {0, 1, 2} and all(len(step.donors) == 2 for step in steps)
+    assert all(len(draw_step(replace(settings, mixing=0.0), donors, i).donors) == 1 for i in range(30))
+    step = replace(steps[0], donors=(0, 1), share=0.25)
+    windows = mixed_windows([torch.zeros(500).long(), torch.ones(500).long()], step, settings, 0)
+    assert (
+        windows.shape == (40, 17) and int((windows == 0).all(1).sum()) == 10 and int((windows == 1).all(1).sum()) == 30
+    )
+
+
+def test_the_text_of_a_donor_is_the_one_given_for_it_then_for_its_text_then_for_all(zoo: Zoo, tmp_path: Path) -> None:
+    donors, _ = read_training_donors(zoo, quiet=True)
+    files = {}
+    for name in ("d0", "plays", "all"):
+        files[name] = tmp_path / name
+        files[name].write_text(f"the text of {name}. " * 500)
+    with patch.dict(donors[1].donor.facts, {"corpus": "plays"}):
+        found = texts.read_texts(donors, files, 0)
+        assert [t.name for t in found] == ["d0", "plays"]
+        assert [t.name for t in texts.read_texts(donors, {"all": files["all"]}, 0)] == ["all", "all"]
+    for text in found:
+        assert text.sample is not None and torch.equal(text.tokens, byte_tokens(text.sample))
+        assert f"the text of {text.name}. ".encode() in text.sample
+    files["all"].write_text("short")
+    with pytest.raises(UserError, match=r"the text of d0 has 5 tokens; give at least 1024"):
+        texts.read_texts(donors, {"all": files["all"]}, 0)
+
+
+def test_without_a_text_the_donors_write_one(zoo: Zoo) -> None:
+    donors, _ = read_training_donors(zoo, quiet=True)
+    with patch.object(texts, "SAMPLED", (4, 20)):
+        found, again = (texts.read_texts(donors, {}, 0) for _ in range(2))
+        other = texts.read_texts(donors, {}, 1)
+    for i, donor in enumerate(donors):
+        assert found[i].name == f"sampled from {donor.name}" and len(found[i].tokens) == 4 * 21
+        assert int(found[i].tokens.min()) >= 0 and int(found[i].tokens.max()) < 256
+        assert torch.equal(found[i].tokens, again[i].tokens) and not torch.equal(found[i].tokens, other[i].tokens)
+        assert found[i].sample == bytes(found[i].tokens.tolist())
+
+
+def test_texts_that_cannot_be_used_are_one_line(zoo: Zoo, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"no donor and no donor's text is called 'poems'; see `headstart zoo list`"):
+        training.train_autoencoder(replace(AUTOENCODER, corpora={"poems": "x"}), zoo.path, out, quiet=True)
+    with pytest.raises(UserError, match="no such file; give FILE, or NAME=FILE per donor or text"):
+        train_tiny_autoencoder(zoo.path, out, tmp_path / "missing")
+    words = make_zoo(tmp_path / "words", [dict(hidden_size=24, kv=2)])
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(UserError, match="d0: has no tokenizer, so that no text can be read for it"):
+        train_tiny_autoencoder(words.path, out, tmp_path / "text.txt")
+    mixed = make_zoo(tmp_path / "mixed", [dict(hidden_size=24, kv=2), dict(hidden_size=32, kv=2, head_dim=4)])
+    with pytest.raises(UserError, match="donors have heads of 4 and of 8 components; a zoo needs one head_dim"):
+        train_tiny_autoencoder(mixed.path, out)
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_the_method_decodes_a_donor_at_the_targets_shape(zoo: Zoo, trained: Path, tmp_path: Path) -> None:
+    coder = trained / "autoencoder"
+    target = Blueprint.from_pretrained_config(config(28, 2, layers=3, vocab_size=256))
+    sampler = AutoencoderSampler(model=str(coder)).fit(zoo, target)
+    assert sampler.donors == ("d0",)  # of the lowest loss
+    assert sampler.planned_donors(zoo, target) == ("d0", "d1")
+    first, second = dict(sampler.sample(target, 0)), dict(sampler.sample(target, 1))
+    assert {n: tuple(t.shape) for n, t in first.items()} == {s.name: s.shape for s in target.specs}
+    assert all(torch.equal(first[name], second[name]) for name in first)  # no random number is drawn
+    sampler.save(tmp_path / "fitted")
+    loaded = dict(AutoencoderSampler.load(tmp_path / "fitted").sample(target, 0))
+    assert all(torch.equal(first[name], loaded[name]) for name in first)
+    other = AutoencoderSampler(model=str(coder), donor="d1").fit(zoo, target)
+    assert [d["name"] for d in other.provenance(zoo)] == ["d1", "d0"]
+    assert not torch.equal(dict(other.sample(target))["lm_head.weight"], first["lm_head.weight"])
+    with pytest.raises(UserError, match="unknown donor 'd9'"):
+        AutoencoderSampler(model=str(coder), donor="d9").fit(zoo, target)
+    with pytest.raises(UserError, match="vocabulary has 50 tokens, the autoencoder's has 256"):
+        AutoencoderSampler(model=str(coder)).fit(zoo, Blueprint.from_pretrained_config(config(vocab_size=50)))
+
+
+def test_diffusion_needs_the_autoencoder_of_its_zoo(trained: Path, tmp_path: Path) -> None:
+    other = make_zoo(tmp_path, [dict(hidden_size=24, kv=2)])
+    with pytest.raises(UserError, match="has other tokens or heads than the autoencoder; train one on this zoo"):
+        train_tiny_diffusion(other.path, trained / "autoencoder", tmp_path / "out")
+
+
+def test_the_default_stages_add_up() -> None:
+    settings = AutoencoderTrainConfig()
+    assert settings.all_steps == settings.reconstruction + settings.warmup + settings.steps
+    rates = [training.learning_rates(settings, step) for step in range(settings.all_steps)]
+    second = rates[settings.reconstruction : settings.reconstruction + settings.warmup]
+    assert all(bases == 0 < network for network, bases in second)  # the second stage keeps the bases
+    assert max(rates[settings.reconstruction + settings.warmup :])[0] == pytest.approx(settings.lr, rel=0.01)
+    assert rates[-1][0] < 0.06 * settings.lr
