@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from zoo.donors.donor import Donor
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.tensors import Metadata
+from zoo.training.corpora import corpus_name
 from zoo.units.aligned import align_decoders, recorded_loss
 from zoo.units.tables import BLOCK_TABLES, TABLE_ROLES, layer_to_tables, token_table
 
@@ -47,8 +49,7 @@ class TrainingDonor:
     @property
     def corpus(self) -> str:
         """The name of the text that it was trained on, "" where it is not known."""
-        stated = self.donor.facts.get("corpus")
-        return stated if isinstance(stated, str) else ""
+        return corpus_name(self.donor.facts)
 
     @property
     def is_final(self) -> bool:
@@ -60,22 +61,29 @@ class TrainingDonor:
 def read_training_donors(zoo: Zoo, quiet: bool) -> tuple[list[TrainingDonor], tuple[str, ...]]:
     """The donors whose whole function is in tables, and the token strings that the field's rows stand for.
 
-    The widest donor comes first. Raises UserError if the zoo has none, or if their head_dim differs."""
-    donors: list[TrainingDonor] = []
-    row: dict[str, int] = {}
-    for found in align_decoders(zoo, quiet):
-        meta = found.decoder.metadata
-        tables = [{t: x.float() for t, x in layer_to_tables(layer, meta).items()} for layer in found.decoder.layers]
+    The widest donor comes first. All have the head_dim of most weights; others are left out and, unless `quiet`, named
+    on stderr. Raises UserError if the zoo has no usable donor."""
+    found: list[tuple[TrainingDonor, tuple[str, ...]]] = []
+    weights: dict[int, int] = {}
+    for aligned in align_decoders(zoo, quiet):
+        meta = aligned.decoder.metadata
+        tables = [{t: x.float() for t, x in layer_to_tables(layer, meta).items()} for layer in aligned.decoder.layers]
         blocks = {t: torch.stack([table[t] for table in tables]) for t in BLOCK_TABLES}
-        for token in found.tokens:
+        tokens = token_table(aligned.decoder).float()
+        found.append((TrainingDonor(aligned.donor, meta, blocks, tokens, torch.empty(0)), aligned.tokens))
+        weights[meta.head_dim] = weights.get(meta.head_dim, 0) + aligned.donor.parameters
+    head_dim = max(weights, key=lambda size: (weights[size], size))
+    row: dict[str, int] = {}
+    donors = []
+    for donor, strings in found:
+        if donor.shape.head_dim != head_dim:
+            if not quiet:
+                sizes = f"has heads of {donor.shape.head_dim}, others of {head_dim}"
+                print(f"skipped: {donor.name}: {sizes}", file=sys.stderr)
+            continue
+        for token in strings:
             row.setdefault(token, len(row))
-        rows = torch.tensor([row[token] for token in found.tokens])
-        donors.append(TrainingDonor(found.donor, meta, blocks, token_table(found.decoder).float(), rows))
-    sizes = sorted({d.shape.head_dim for d in donors})
-    if len(sizes) > 1:
-        raise UserError(
-            f"{zoo.path}: donors have heads of {sizes[0]} and of {sizes[1]} components; a zoo needs one head_dim"
-        )
+        donors.append(replace(donor, rows=torch.tensor([row[token] for token in strings])))
     return donors, tuple(row)
 
 
@@ -173,7 +181,7 @@ def given_corpora(files: Mapping[str, str | Path], donors: Sequence[Donor]) -> d
     """{name: file} of --corpus, checked. A name is a donor's, that of a text in the donors' facts, or `all`.
 
     Raises UserError for another name, and for a file that does not exist."""
-    names = {d.name for d in donors} | {str(d.facts.get("corpus")) for d in donors} | {FOR_ALL}
+    names = {d.name for d in donors} | {corpus_name(d.facts) for d in donors} | {FOR_ALL}
     for name, path in files.items():
         if name not in names:
             raise UserError(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zoo.linear_algebra import symmetric_eigenvectors
 from zoo.tensors import Metadata
 from zoo.units.tables import TABLE_ROLES
 
@@ -205,8 +206,8 @@ def _start_table(field: WeightField, table: str, found: list[Tensor], rng: torch
     energy = torch.stack([t.square().mean((0, 2)) for t in found]).mean(0)  # a donor counts by its own RMS
     scale = energy.sqrt()
     flat = [torch.nn.functional.pad(t / scale[:, None], (0, sizes.width - t.shape[-1])).flatten(1) for t in found]
-    _, _, axes = torch.linalg.svd(torch.cat(flat), full_matrices=False)
-    axes = axes[:rank]
+    rows = torch.cat(flat).double()
+    axes = symmetric_eigenvectors(rows.mT @ rows)[1].mT[:rank].float()
     kept = len(axes)
     field.get_buffer(f"scale_{table}").copy_(scale)
     base.zero_()

@@ -31,6 +31,7 @@ class DonorText:
 
 SAMPLED = (64, 256)  # sequences sampled from a donor without a known text, and tokens of each
 LEAST_TOKENS = 1024
+HELD_OUT = 0.1  # share of a given text, at its end, that is not trained on
 
 
 def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed: int) -> list[DonorText]:
@@ -73,6 +74,7 @@ def _read(donor: TrainingDonor, given: Mapping[str, Path], name: str) -> DonorTe
         assert text is not None
     else:
         text = read_corpus(TextSource(str(given[FOR_ALL]))).text
+        text = text[: len(text) - int(HELD_OUT * len(text))]  # what `compare` holds out
     tokens = byte_tokens(text) if vocab == BYTE_VOCAB else _tokens_of(text, donor)
     if len(tokens) < LEAST_TOKENS:
         raise UserError(f"the text of {donor.name} has {len(tokens)} tokens; give at least {LEAST_TOKENS}")

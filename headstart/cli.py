@@ -290,7 +290,7 @@ def train_autoencoder(
     corpus: CorporaOption = None,
     resume: ResumeOption = False,
     steps: Annotated[
-        int | None, typer.Option("--steps", help=f"Optimiser steps [default: {AUTOENCODER_STEPS}].")
+        int | None, typer.Option("--steps", help=f"Optimiser steps of the last stage [default: {AUTOENCODER_STEPS}].")
     ] = TrainAutoencoderConfig.steps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
@@ -312,7 +312,7 @@ def train_diffusion(
     corpus: CorporaOption = None,
     resume: ResumeOption = False,
     steps: Annotated[
-        int | None, typer.Option("--steps", help=f"Optimiser steps [default: {DIFFUSION_STEPS}].")
+        int | None, typer.Option("--steps", help=f"Optimiser steps before the tuning [default: {DIFFUSION_STEPS}].")
     ] = TrainDiffusionConfig.steps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,

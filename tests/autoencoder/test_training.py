@@ -241,10 +241,16 @@ def test_texts_that_cannot_be_used_are_one_line(zoo: Zoo, tmp_path: Path) -> Non
     (tmp_path / "text.txt").write_text(TEXT)
     with pytest.raises(UserError, match="d0: has no tokenizer, so that no text can be read for it"):
         train_tiny_autoencoder(words.path, out, tmp_path / "text.txt")
-    mixed = make_zoo(tmp_path / "mixed", [dict(hidden_size=24, kv=2), dict(hidden_size=32, kv=2, head_dim=4)])
-    with pytest.raises(UserError, match="donors have heads of 4 and of 8 components; a zoo needs one head_dim"):
-        train_tiny_autoencoder(mixed.path, out)
     assert not list(out.glob("*.safetensors"))
+
+
+def test_donors_with_another_head_size_are_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = make_zoo(tmp_path, [dict(hidden_size=24, kv=2, head_dim=4), dict(hidden_size=32, kv=2, head_dim=8)])
+    donors, _ = read_training_donors(mixed, quiet=False)
+    assert [d.name for d in donors] == ["d1"]
+    assert "skipped: d0: has heads of 4, others of 8" in capsys.readouterr().err
 
 
 def test_the_method_decodes_a_donor_at_the_targets_shape(zoo: Zoo, trained: Path, tmp_path: Path) -> None:

@@ -97,6 +97,12 @@ def check_corpus_name(name: str) -> None:
         )
 
 
+def corpus_name(donor_facts: Mapping[str, Any]) -> str:
+    """The name of the text that a donor was trained on, "" where its facts name none."""
+    stated = donor_facts.get("corpus")
+    return "reference" if stated == REFERENCE_TITLE else stated if isinstance(stated, str) else ""
+
+
 def donor_text(donor_facts: Mapping[str, Any], given: Mapping[str, str | Path], donor_name: str = "") -> bytes | None:
     """The text that a donor was trained on, without its held-out part. None if it is not known.
 
@@ -104,8 +110,7 @@ def donor_text(donor_facts: Mapping[str, Any], given: Mapping[str, str | Path], 
     donor's facts name. A given file of a donor without facts is split as those of `headstart zoo train` are.
     Raises UserError if the text is not the one whose SHA-256 the facts hold.
     """
-    stated = donor_facts.get("corpus")
-    name = "reference" if stated == REFERENCE_TITLE else stated if isinstance(stated, str) else ""
+    name = corpus_name(donor_facts)
     path = next((given[key] for key in (donor_name, name) if key and key in given), None)
     if path is not None:
         text, where = read_corpus(TextSource(str(path))).text, str(path)
