@@ -22,7 +22,7 @@ from zoo.donors.model_checkpoint import (
 from zoo.donors.records import read_record
 from zoo.filling.copy import copy_checkpoint, restore_files
 from zoo.filling.present import find_donor, may_be_present, note_absent_files, possible_revisions
-from zoo.filling.publish import check_free_space, examine, publish_donor, removed_on_error
+from zoo.filling.publish import bytes_in, check_free_space, examine, publish_donor, removed_on_error
 from zoo.filling.report import AddSettings, Report, report_added, report_present
 from zoo.statistics.health import Finding
 
@@ -73,7 +73,7 @@ def _copy_donor(
         stack.enter_context(disk_errors(models))
         stack.enter_context(existing_parents(models))
         staging = _staging_folder(models, source)
-        check_free_space(models, source.size - _bytes_in(staging))
+        check_free_space(models, source.size - bytes_in(staging))
         # Of two processes with the same source, the second waits here and then finds the donor present.
         stack.enter_context(hold_lock(staging.with_name(f"{staging.name}.lock"), staging))
         if may_be_present(models, source):
@@ -89,15 +89,6 @@ def _copy_donor(
         record |= {"sha256": content_hash(hashes), "files": hashes}
         home, is_new = publish_donor(staging, source, checkpoint, record, measures)
         return home, findings if is_new else None
-
-
-def _bytes_in(folder: Path) -> int:
-    """The bytes of the files in a folder, which another process may publish or remove meanwhile."""
-    total = 0
-    for path in folder.glob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
 
 
 def _staging_folder(models: Path, source: Source) -> Path:

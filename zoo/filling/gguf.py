@@ -18,7 +18,7 @@ from zoo.donors.model_checkpoint import ModelCheckpoint, check_against_blueprint
 from zoo.donors.records import read_record
 from zoo.filling.copy import restore_files
 from zoo.filling.present import find_donor, is_complete
-from zoo.filling.publish import check_free_space, examine, publish_donor, removed_on_error
+from zoo.filling.publish import bytes_in, check_free_space, examine, publish_donor, removed_on_error
 from zoo.filling.report import AddSettings, Report, report_added, report_present
 from zoo.gguf.convert import convert, converted_size
 from zoo.gguf.model import GgufModel, describe_types
@@ -39,7 +39,7 @@ def add_gguf(models: Path, source: GgufSource, settings: AddSettings) -> Report:
         stack.enter_context(disk_errors(models))
         stack.enter_context(existing_parents(models))
         staging = models / f".{source.names[0]}-{revision.removeprefix('sha256:')[:16]}"
-        check_free_space(models, converted_size(model) - sum(p.stat().st_size for p in staging.glob("*")))
+        check_free_space(models, converted_size(model) - bytes_in(staging))
         # Of two processes with the same source, the second waits here and then finds the donor present.
         stack.enter_context(hold_lock(staging.with_name(f"{staging.name}.lock"), staging))
         home = find_donor(models, source, [revision])

@@ -73,6 +73,15 @@ def examine(
     return check_health(checkpoint, progress=lambda values: tick(values * bytes_per_value), measures=measures)
 
 
+def bytes_in(folder: Path) -> int:
+    """The bytes of the files in a folder, which another process may publish or remove meanwhile."""
+    total = 0
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
 def check_free_space(models: Path, need: int) -> None:
     """UserError where the disk has fewer than `need` bytes free."""
     free = shutil.disk_usage(models).free
