@@ -96,8 +96,16 @@ class WeightDiffusionPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Writes the components and a model card with the donors and their licences."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        self._write_card(save_directory)
+
+    def _upload_folder(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Uploads a saved pipeline (`push_to_hub`), with our card in place of the empty one of diffusers."""
+        self._write_card(working_dir)
+        return super()._upload_folder(working_dir, *args, **kwargs)
+
+    def _write_card(self, folder: str | Path) -> None:
         card = pipeline_card(self.autoencoder, self.denoiser)
-        (Path(save_directory) / "README.md").write_text(card, encoding="utf-8")
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
     @property
     def donors(self) -> list[dict[str, Any]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +29,7 @@ from diffusion.sampler import DiffusionSampler
 from diffusion.text_features import SIZE as TEXT_SIZE
 from tests.support.commands import generate
 from tests.support.generators import DIFFUSION, TEXT, byte_zoo, train_both, train_tiny_diffusion
+from tests.support.hub_uploads import serve_uploads
 from tests.support.tiny import config
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
@@ -196,6 +200,23 @@ def test_saved_and_loaded_it_generates_the_same_bytes(pipe: WeightDiffusionPipel
         found = generated(loaded)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not [p for p in (tmp_path / "again").rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+PUSH = "import sys; from diffusion.pipeline import load_pipeline; load_pipeline(sys.argv[1]).push_to_hub('me/weights')"
+
+
+def test_it_is_pushed_to_a_hub_with_its_card(trained: Path, tmp_path: Path) -> None:
+    with serve_uploads() as (address, files):  # in a process of its own, because the address is read at import
+        more = {"HF_ENDPOINT": address, "HF_TOKEN": "hf_none", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH, str(trained)], env={**os.environ, **more}, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    card = files["README.md"].decode()
+    assert "library_name: diffusers" in card and "| d0 |" in card and "| d1 |" in card
+    for part in ("autoencoder", "denoiser"):
+        assert files[f"{part}/{WEIGHTS}"] == (trained / part / WEIGHTS).read_bytes()
+    assert json.loads(files["model_index.json"])["_class_name"] == "WeightDiffusionPipeline"
 
 
 def test_the_record_names_the_donors_and_the_command(zoo: Zoo, trained: Path, pipe: WeightDiffusionPipeline) -> None:
