@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -70,7 +70,3 @@ def distillation_loss(skeleton: Skeleton, decoder: Decoder, windows: Tensor, tea
     """Mean cross-entropy in nats against the teacher's probabilities. teacher: its logits, [B, T, V]."""
     found = logits(skeleton, decoder, windows[:, :-1])
     return F.cross_entropy(found.flatten(0, 1).float(), teacher.flatten(0, 1).float().softmax(-1))
-
-
-def as_shape(metadata: Metadata, width: int) -> Metadata:
-    return replace(metadata, width=width)

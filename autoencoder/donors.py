@@ -163,17 +163,6 @@ def _by_text_in_turn(donors: Sequence[TrainingDonor]) -> list[TrainingDonor]:
     return [by_text[text][i] for i in range(most) for text in order if i < len(by_text[text])]
 
 
-def anchor_donors(donors: Sequence[TrainingDonor], count: int) -> list[int]:
-    """The numbers of the donors whose blocks all fit into `count` bases, so that the field starts from them."""
-    numbers, total = [], 0
-    for donor in _by_text_in_turn(donors):
-        total += donor.shape.layers
-        if total > count:
-            break
-        numbers.append(donors.index(donor))
-    return numbers or [donors.index(_by_text_in_turn(donors)[0])]
-
-
 FOR_ALL = "all"  # the name of a text that is given for every donor
 
 

@@ -74,6 +74,10 @@ class Latents:
         places = torch.linspace(0, n - 1, layers, dtype=torch.float64) if layers > 1 else torch.zeros(1)
         return Latents(self.model, self.blocks[(places + 1e-9).round().long().to(self.blocks.device)])
 
+    def to(self, device: torch.device) -> Latents:
+        """The same latents on a device."""
+        return Latents(self.model.to(device), self.blocks.to(device))
+
     def mixed(self, other: Latents, share: float) -> Latents:
         """share · self + (1 - share) · other, at the depth of self."""
         blocks = other.at_depth(len(self.blocks)).blocks

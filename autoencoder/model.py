@@ -81,7 +81,7 @@ class WeightAutoencoder(ModelMixin, ConfigMixin):
             tables = {t: block[t][0].cpu() for t in BLOCK_TABLES}
             return tables_to_layer(grow_tables(tables, shape, index))
 
-        outline = tuple(_outline(shape) for _ in range(1)) * shape.layers
+        outline = (_outline(shape),) * shape.layers
         return tables_to_decoder(pairs, LazySequence(layer, shape.layers, outline), shape)
 
 

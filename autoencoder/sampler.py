@@ -120,7 +120,7 @@ class AutoencoderSampler(Sampler):
         target = blueprint.metadata
         assert target is not None
         coder = self._autoencoder.to(torch.device(self.device))
-        latents = Latents(self._latents.model.to(coder.device), self._latents.blocks.to(coder.device))
+        latents = self._latents.to(coder.device)
         pairs = target_pairs(coder, target, latents, self._tokens(), self.vocabulary)
         decoder = coder.decode(target, latents, pairs)
         yield from write_decoder(tie_head(decoder) if target.tied else decoder, blueprint)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import (
@@ -36,14 +34,15 @@ from autoencoder.report import mean_flops, training_report
 from autoencoder.texts import given_text_hashes, read_texts
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
-from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.training.resumable import restore_training, stored_tensor, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
+from zoo.training.shared_steps import Objective, moving_average, shared_accelerator, shared_update, warm_cosine
 from zoo.units.tables import TABLE_ROLES
 
 REPORT_FILE = "report.json"
 SAVE_EVERY = 200  # steps
+SCHEDULE = (20, 0.05)  # steps of warm-up, and the last learning rate as a share of the peak
 FLOP_STEPS = 6  # of a stage, whose operations are counted
 NORMS = ("model_norm", "block_norm")  # buffers of the encoder
 BASE_NAMES = ("field.bases.", "field.maps.")  # the shared parameters; all others are the small network
@@ -71,18 +70,6 @@ def train_autoencoder(
     return train_in_folder(run, lambda: _AutoencoderTrainer(config, opened, run, given, device, command))
 
 
-class _Objective(nn.Module):
-    """The loss of one step, as a module, because that is what accelerate distributes over processes."""
-
-    def __init__(self, model: WeightAutoencoder, trainer: _AutoencoderTrainer) -> None:
-        super().__init__()
-        self.model = model
-        self._trainer = [trainer]  # not a submodule
-
-    def forward(self, step: int, part: int, parts: int) -> Tensor:
-        return self._trainer[0].step_loss(self.model, step, part, parts)
-
-
 class _AutoencoderTrainer:
     """The autoencoder, its optimizer and its donors (`zoo.training.runs.Trainer`)."""
 
@@ -96,14 +83,7 @@ class _AutoencoderTrainer:
         command: dict[str, Any] | None,
     ) -> None:
         self.config, self.run, self.command = config, run, command
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
-        self.parts = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
-        if config.batch % self.parts:
-            raise UserError(
-                f"a batch of {config.batch} windows cannot be shared by {self.parts} processes and accumulated parts; "
-                "use a number that divides it"
-            )
+        self.accelerator = shared_accelerator(device, [config.batch], "windows")
         self.donors, strings = read_training_donors(zoo, run.quiet)
         self.model = self._new_model(zoo, strings).to(self.accelerator.device)
         read = read_texts(self.donors, given, config.seed)
@@ -116,7 +96,7 @@ class _AutoencoderTrainer:
         optimizer = torch.optim.AdamW(
             [{"params": group} for group in groups], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0
         )
-        self.objective, self.optimizer = self.accelerator.prepare(_Objective(self.model, self), optimizer)
+        self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, self.step_loss), optimizer)
         self.average_loss = float("nan")  # exponential moving average
         self.latents: list[Latents] | None = None  # of the donors, from the second stage on
 
@@ -163,14 +143,14 @@ class _AutoencoderTrainer:
             normalise_latents(self.model, [self.encode(i) for i in range(len(self.donors))])
         self.latents = [self.encode(i) for i in range(len(self.donors))]
 
-    def step_loss(self, model: WeightAutoencoder, step: int, part: int, parts: int) -> Tensor:
+    def step_loss(self, step: int, part: int, parts: int) -> Tensor:
         """The loss of a step on one of `parts` equal parts of its windows."""
         config, device = self.config, self.accelerator.device
         rng = stream(config.seed, f"noise {step}")
         if step < config.reconstruction:  # every process reconstructs the same donor
             number = int(torch.randint(len(self.donors), (1,), generator=rng))
             latents = noisy(self.encode(number), config.noise, rng)
-            errors = reconstruction_error(model.field, self.donors[number], latents, device)
+            errors = reconstruction_error(self.model.field, self.donors[number], latents, device)
             return torch.stack([e.mean() for e in errors.values()]).mean()
         chosen = draw_step(config, self.donors, step)
         first = self.donors[chosen.donors[0]]
@@ -180,37 +160,19 @@ class _AutoencoderTrainer:
         latents = noisy(latents, config.noise, rng)
         shape = first.shape if chosen.shape < 0 else replace(self.shapes[chosen.shape], vocab=first.shape.vocab)
         windows = mixed_windows(self.texts, chosen, config, step).chunk(parts)[part].to(device)
-        loss = written_loss(model.field, latents, first, shape, self.skeletons, windows)
+        loss = written_loss(self.model.field, latents, first, shape, self.skeletons, windows)
         late = step >= config.reconstruction + config.warmup + config.diversity_from * config.steps
         if late and chosen.other != chosen.donors[0] and config.diversity:
             both = self.encode(chosen.donors[0]), self.encode(chosen.other)
-            loss = loss + config.diversity_weight * sameness(model.field, shape, *both, config.diversity)
+            loss = loss + config.diversity_weight * sameness(self.model.field, shape, *both, config.diversity)
         return loss
 
     def train_step(self, step: int) -> None:
         if step == self.config.reconstruction:
             self._finish_encoder(normalise=True)
-        for group, lr in zip(self.optimizer.param_groups, learning_rates(self.config, step), strict=True):
-            group["lr"] = lr
-        accelerator, value = self.accelerator, 0.0
-        count = accelerator.gradient_accumulation_steps
-        for i in range(count):
-            last = i == count - 1
-            part = accelerator.process_index * count + i
-            with accelerator.no_sync(self.objective) if not last else _nothing(), accelerator.autocast():
-                loss = self.objective(step, part, self.parts) / count
-            accelerator.backward(loss * count)  # accelerate divides by the count
-            value += float(loss.detach())
-        accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._note(value, step)
-
-    def _note(self, value: float, step: int) -> None:
-        total = self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean")
-        mean = float(total)  # type: ignore[arg-type]
-        fresh = math.isnan(self.average_loss) or step == self.config.reconstruction
-        self.average_loss = mean if fresh else 0.97 * self.average_loss + 0.03 * mean
+        rates = learning_rates(self.config, step)
+        value = shared_update(self.accelerator, self.objective, self.optimizer, step, rates)
+        self.average_loss = moving_average(self.average_loss, value, step == self.config.reconstruction)
 
     def _flops(self) -> float:
         """The floating-point operations of the training, from those of some steps of each stage."""
@@ -220,7 +182,7 @@ class _AutoencoderTrainer:
         for first, end in stages:
             self.latents = None if first == 0 else kept  # the first stage trains the encoder
             steps = torch.linspace(first, end - 1, min(FLOP_STEPS, end - first)).long().tolist()
-            total += (end - first) * mean_flops([partial(self.step_loss, self.model, s, 0, 1) for s in steps])
+            total += (end - first) * mean_flops([partial(self.step_loss, s, 0, 1) for s in steps])
         self.optimizer.zero_grad()
         return total
 
@@ -239,23 +201,13 @@ class _AutoencoderTrainer:
         return record if self.command is None else record | {"config": self.command}
 
 
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
 def learning_rates(config: AutoencoderTrainConfig, step: int) -> tuple[float, float]:
     """The learning rates of the small network and of the bases."""
-
-    def cosine(number: int, total: int) -> float:
-        return min(1.0, (number + 1) / 20) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * number / max(total, 1))))
-
     if step < config.reconstruction:
-        lr = config.reconstruction_lr * cosine(step, config.reconstruction)
+        lr = config.reconstruction_lr * warm_cosine(step, config.reconstruction, *SCHEDULE)
         return lr, lr / 6
     number = step - config.reconstruction
     if number < config.warmup:
         return config.reconstruction_lr, 0.0
-    lr = config.lr * cosine(number - config.warmup, config.steps)
+    lr = config.lr * warm_cosine(number - config.warmup, config.steps, *SCHEDULE)
     return lr, lr

@@ -5,7 +5,7 @@ Letters: N models, L blocks, Z size of a latent."""
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -84,7 +84,3 @@ class _Block(nn.Module):
         h = self.norm(x) * (1 + scale_a) + shift_a
         x = x + gate_a * self.attention(h, h, h, need_weights=False)[0]
         return x + gate_m * self.mlp(self.norm(x) * (1 + scale_m) + shift_m)
-
-
-def latent_sizes(config: Any) -> tuple[int, int]:
-    return int(config["model_latent"]), int(config["block_latent"])

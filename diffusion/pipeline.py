@@ -167,8 +167,7 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         """Latents of a model for a condition. Without a generator they are drawn from torch's global one."""
         device = self.denoiser.device
         rng = generator if generator is not None else torch.default_generator
-        drawn = latent_noise(self.denoiser, wanted.shape.layers, rng)
-        noise = Latents(drawn.model.to(device), drawn.blocks.to(device))
+        noise = latent_noise(self.denoiser, wanted.shape.layers, rng).to(device)
         condition = self.denoiser.embed(condition_values(wanted)[None].to(device))
         return solve(
             self.denoiser, self.scheduler, noise, condition, steps=steps, guidance=guidance, on_step_end=on_step_end

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import given_corpora, read_training_donors
-from autoencoder.field import Latents
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import WeightAutoencoder
 from autoencoder.objective import (
@@ -41,8 +37,10 @@ from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.training.resumable import restore_training, stored_tensor, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
+from zoo.training.shared_steps import Objective, moving_average, shared_accelerator, shared_update, warm_cosine
 
 SAVE_EVERY = 200  # steps
+SCHEDULE = (50, 0.02)  # steps of warm-up, and the last learning rate as a share of the peak
 RECORD_FILE = "headstart.json"
 
 
@@ -70,18 +68,6 @@ def train_diffusion(
     return train_in_folder(run, lambda: _DiffusionTrainer(config, opened, coder, run, given, device, command))
 
 
-class _Objective(nn.Module):
-    """The loss of one step, as a module, because that is what accelerate distributes over processes."""
-
-    def __init__(self, denoiser: LatentDenoiser, autoencoder: WeightAutoencoder, trainer: _DiffusionTrainer) -> None:
-        super().__init__()
-        self.denoiser, self.field = denoiser, autoencoder.field
-        self._trainer = [trainer]  # not a submodule
-
-    def forward(self, step: int, part: int, parts: int) -> Tensor:
-        return self._trainer[0].step_loss(step, part, parts)
-
-
 class _DiffusionTrainer:
     """The denoiser, the field, their optimizer and the latents (`zoo.training.runs.Trainer`)."""
 
@@ -96,15 +82,7 @@ class _DiffusionTrainer:
         command: dict[str, Any] | None,
     ) -> None:
         self.config, self.run, self.command = config, run, command
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
-        self.parts = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
-        for size in (config.batch, config.tuning_windows):
-            if size % self.parts:
-                raise UserError(
-                    f"a batch of {size} cannot be shared by {self.parts} processes and accumulated parts; "
-                    "use a number that divides it"
-                )
+        self.accelerator = shared_accelerator(device, [config.batch, config.tuning_windows])
         donors, strings = read_training_donors(zoo, run.quiet)
         if strings != autoencoder.token_strings or donors[0].shape.head_dim != autoencoder.sizes.head_dim:
             raise UserError(f"{zoo.path}: has other tokens or heads than the autoencoder; train one on this zoo")
@@ -128,7 +106,7 @@ class _DiffusionTrainer:
         self.autoencoder.to(device_now)
         groups = [{"params": list(self.denoiser.parameters())}, {"params": list(self.autoencoder.field.parameters())}]
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        objective = _Objective(self.denoiser, self.autoencoder, self)
+        objective = Objective(self._modules(), self.step_loss)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.average_loss = float("nan")  # exponential moving average
 
@@ -181,7 +159,7 @@ class _DiffusionTrainer:
         noise = [latent_noise(self.denoiser, layers, rng) for _ in samples][own]
         drop = torch.rand(len(samples), generator=rng)[own].to(device) < config.drop
         samples = samples[own]
-        scaled = [scaled_latents(self.denoiser, _to(z, device)) for z in drawn]
+        scaled = [scaled_latents(self.denoiser, z.to(device)) for z in drawn]
         model, blocks = torch.stack([z.model for z in scaled]), torch.stack([z.blocks for z in scaled])
         condition = self.denoiser.embed(torch.stack([s.condition for s in samples]).to(device))
         condition = torch.where(drop[:, None], self.denoiser.unconditional, condition)
@@ -204,7 +182,7 @@ class _DiffusionTrainer:
         found = []
         for name in ("", "other "):
             noise = latent_noise(self.denoiser, layers, stream(config.seed, f"tuning {name}noise {step}"))
-            start, steps = _to(noise, device), config.solver_steps
+            start, steps = noise.to(device), config.solver_steps
             found.append(solve(self.denoiser, make_scheduler(), start, condition, steps=steps, last_with_gradient=True))
         windows = mixed_windows(
             self.tokens,
@@ -220,22 +198,9 @@ class _DiffusionTrainer:
         return loss + config.diversity_weight * sameness(field, sample.shape, found[0], found[1], config.diversity)
 
     def train_step(self, step: int) -> None:
-        for group, lr in zip(self.optimizer.param_groups, learning_rates(self.config, step), strict=True):
-            group["lr"] = lr
-        accelerator, value = self.accelerator, 0.0
-        count = accelerator.gradient_accumulation_steps
-        for i in range(count):
-            waits = accelerator.no_sync(self.objective) if i < count - 1 else contextlib.nullcontext()
-            with waits, accelerator.autocast():
-                loss = self.objective(step, accelerator.process_index * count + i, self.parts)
-            accelerator.backward(loss)
-            value += float(loss.detach()) / count
-        accelerator.clip_grad_norm_(self._modules().parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        mean = float(accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean"))  # type: ignore[arg-type]
-        fresh = math.isnan(self.average_loss) or step == self.config.steps
-        self.average_loss = mean if fresh else 0.97 * self.average_loss + 0.03 * mean
+        rates = learning_rates(self.config, step)
+        value = shared_update(self.accelerator, self.objective, self.optimizer, step, rates)
+        self.average_loss = moving_average(self.average_loss, value, step == self.config.steps)
 
     def save(self, folder: Path) -> dict[str, Any]:
         donors = [provenance(d.donor) for d in self.data.donors]
@@ -250,17 +215,9 @@ class _DiffusionTrainer:
         return record if self.command is None else record | {"config": self.command}
 
 
-def _to(latents: Latents, device: torch.device) -> Latents:
-    return Latents(latents.model.to(device), latents.blocks.to(device))
-
-
 def learning_rates(config: DiffusionTrainConfig, step: int) -> tuple[float, float]:
     """The learning rates of the denoiser and of the field, which is only tuned."""
-
-    def cosine(number: int, total: int) -> float:
-        return min(1.0, (number + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * number / max(total, 1))))
-
     if step < config.steps:
-        return config.lr * cosine(step, config.steps), 0.0
-    lr = config.tuning_lr * cosine(step - config.steps, config.tuning)
+        return config.lr * warm_cosine(step, config.steps, *SCHEDULE), 0.0
+    lr = config.tuning_lr * warm_cosine(step - config.steps, config.tuning, *SCHEDULE)
     return lr, lr
