@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from autoencoder.donors import FOR_ALL, TrainingDonor
 from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.streams import stream_seed
-from zoo.training.corpora import donor_text, encode_corpus, text_sha256
-from zoo.training.documents import TextSource, read_corpus
+from zoo.training.corpora import HELD_OUT, donor_text, encode_read_corpus, text_sha256
+from zoo.training.documents import Corpus, TextSource, read_corpus
 from zoo.vocabulary import BYTE_VOCAB, byte_tokens
 
 
@@ -31,7 +30,6 @@ class DonorText:
 
 SAMPLED = (64, 256)  # sequences sampled from a donor without a known text, and tokens of each
 LEAST_TOKENS = 1024
-HELD_OUT = 0.1  # share of a given text, at its end, that is not trained on
 
 
 def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed: int) -> list[DonorText]:
@@ -39,17 +37,15 @@ def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed:
 
     Given files come first (see `donors.given_corpora`), then the text that the donor's facts name, then sequences that
     are sampled from the donor itself. Raises UserError for a text of too few tokens, or of unknown tokens."""
-    kept: dict[tuple[str, int], DonorText] = {}
+    kept: dict[tuple[object, ...], DonorText | None] = {}  # reading and encoding a text takes seconds
     texts = []
     for donor in donors:
-        name = _text_name(donor, given)
-        if name is None:
-            texts.append(_sampled(donor, seed))
-            continue
-        key = (name, donor.shape.vocab)
+        name, facts = _text_name(donor, given), donor.donor.facts
+        hashes = (facts.get("corpus_sha256"), facts.get("training_text_sha256"))
+        key = (name, *hashes, donor.rows.numpy().tobytes())  # the rows tell vocabularies apart
         if key not in kept:
             kept[key] = _read(donor, given, name)
-        texts.append(kept[key])
+        texts.append(kept[key] or _sampled(donor, seed))
     return texts
 
 
@@ -58,23 +54,22 @@ def given_text_hashes(given: Mapping[str, Path]) -> list[str]:
     return [f"{name}={text_sha256(read_corpus(TextSource(str(path))).text)}" for name, path in sorted(given.items())]
 
 
-def _text_name(donor: TrainingDonor, given: Mapping[str, Path]) -> str | None:
-    """The name of a donor's text: `all` for the file that is given for every donor; None if no text is known."""
-    for name in (donor.name, donor.corpus, FOR_ALL):
-        if name in given:
-            return name
-    return donor.corpus if donor_text(donor.donor.facts, {}, donor.name) is not None else None
+def _text_name(donor: TrainingDonor, given: Mapping[str, Path]) -> str:
+    """The name of a donor's text: `all` for the file that is given for every donor."""
+    return next((name for name in (donor.name, donor.corpus, FOR_ALL) if name in given), donor.corpus)
 
 
-def _read(donor: TrainingDonor, given: Mapping[str, Path], name: str) -> DonorText:
+def _read(donor: TrainingDonor, given: Mapping[str, Path], name: str) -> DonorText | None:
+    """The text called `name` in a donor's tokens; None if it is not known."""
     vocab = donor.shape.vocab
-    if name != FOR_ALL:
-        own = {key: path for key, path in given.items() if key != FOR_ALL}
-        text = donor_text(donor.donor.facts, own, donor.name)
-        assert text is not None
-    else:
+    if name == FOR_ALL:
         text = read_corpus(TextSource(str(given[FOR_ALL]))).text
         text = text[: len(text) - int(HELD_OUT * len(text))]  # what `compare` holds out
+    else:
+        known = donor_text(donor.donor.facts, given, donor.name)
+        if known is None:
+            return None
+        text = known
     tokens = byte_tokens(text) if vocab == BYTE_VOCAB else _tokens_of(text, donor)
     if len(tokens) < LEAST_TOKENS:
         raise UserError(f"the text of {donor.name} has {len(tokens)} tokens; give at least {LEAST_TOKENS}")
@@ -86,10 +81,7 @@ def _tokens_of(text: bytes, donor: TrainingDonor) -> Tensor:
     folder = _tokenizer(donor.donor)
     if folder is None:
         raise UserError(f"{donor.name}: has no tokenizer, so that no text can be read for it; leave out --corpus")
-    with tempfile.NamedTemporaryFile(suffix=".txt") as file:
-        file.write(text)
-        file.flush()
-        return encode_corpus(TextSource(file.name), folder, donor.shape.vocab)
+    return encode_read_corpus(Corpus(text, {"whole": True}), f"the text of {donor.name}", folder, donor.shape.vocab)
 
 
 def _sampled(donor: TrainingDonor, seed: int) -> DonorText:

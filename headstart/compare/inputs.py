@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from headstart.compare.trials import HELD_OUT, open_zoo, training_token_count
+from headstart.compare.trials import open_zoo, training_token_count
 from zoo.donors.folder import FolderDonor
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
-from zoo.training.corpora import text_sha256
+from zoo.training.corpora import HELD_OUT, text_sha256
 from zoo.training.documents import TextSource, read_corpus
 from zoo.vocabulary import BYTE_VOCAB, find_tokenizer, fits_padded
 

@@ -34,11 +34,9 @@ from zoo.errors import UserError
 from zoo.limits import MAX_RECORD
 from zoo.parallel.processes import local_count, working_alone
 from zoo.streams import stream_seed
+from zoo.training.corpora import HELD_OUT
 from zoo.training.loop import TrainingConfig, activation_rms, evaluate, reproducible, train_steps
 from zoo.training.workers import ReportProgress
-
-HELD_OUT = 0.1  # share of the corpus, at its end
-
 
 RUN_KINDS = {
     "method": str, "scale": float, "seed": int, "lr": float, "steps": [int], "losses": [float],

@@ -19,6 +19,7 @@ from zoo.vocabulary import BYTE_VOCAB, byte_tokens, encode_text
 
 MAX_END_OF_TEXT = 100  # characters of the token that ends a text
 CORPUS_NAME = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*")  # part of the names of donors
+HELD_OUT = 0.1  # share of a given corpus, at its end, on which `compare` measures and nothing is trained
 REFERENCE_TITLE = "Python language reference (pydoc_data.topics)"  # `corpus` in the facts of general donors
 # Modules of Python's library, together more than a megabyte; none is generated or a table.
 LIBRARY_MODULES = (

@@ -35,11 +35,12 @@ def shared_accelerator(device: str, batches: Iterable[int], unit: str = "") -> A
     Raises UserError for a batch that its processes and accumulated parts do not divide."""
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
-    parts, units = part_count(accelerator), [unit] if unit else []
+    parts = part_count(accelerator)
     for size in batches:
         if size % parts:
+            batch = f"{size} {unit}".strip()
             raise UserError(
-                f"a batch of {' '.join([str(size), *units])} cannot be shared by {parts} processes and accumulated parts; "
+                f"a batch of {batch} cannot be shared by {parts} processes and accumulated parts; "
                 "use a number that divides it"
             )
     return accelerator
