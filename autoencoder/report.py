@@ -15,18 +15,23 @@ from autoencoder.donors import TrainingDonor, count_numbers, field_numbers
 from autoencoder.model import WeightAutoencoder
 from autoencoder.objective import Skeletons, donor_logits, reconstruction_error
 
+FLOP_STEPS = 6  # of a stage, whose operations are counted
 WINDOWS, SEQUENCE = 32, 64  # of text, on which decoded donors are judged
 
 
-def mean_flops(losses: Sequence[Callable[[], Tensor]]) -> float:
-    """The mean floating-point operations of computing some losses and their gradients, as torch counts them: matrix
-    products and attention."""
-    counts = []
-    for loss in losses:
+def stage_flops(loss: Callable[[int, int, int], Tensor], bounds: Sequence[int]) -> float:
+    """The floating-point operations of a training, as torch counts them: matrix products and attention, with their
+    gradients. bounds: the first step of each stage and the end of the last; some steps of each stage are counted.
+
+    loss: `Objective`'s, of (step, part, parts)."""
+    total = 0.0
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        steps = torch.linspace(first, end - 1, min(FLOP_STEPS, end - first)).long().tolist()
         with FlopCounterMode(display=False) as counter:
-            loss().backward()
-        counts.append(counter.get_total_flops())
-    return sum(counts) / max(len(counts), 1)
+            for step in steps:
+                loss(step, 0, 1).backward()
+        total += (end - first) * counter.get_total_flops() / max(len(steps), 1)
+    return total
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from autoencoder.objective import (
     training_shapes,
     written_loss,
 )
-from autoencoder.report import mean_flops, training_report
+from autoencoder.report import stage_flops, training_report
 from autoencoder.texts import given_text_hashes, read_texts
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
@@ -43,7 +42,6 @@ from zoo.units.tables import TABLE_ROLES
 REPORT_FILE = "report.json"
 SAVE_EVERY = 200  # steps
 SCHEDULE = (20, 0.05)  # steps of warm-up, and the last learning rate as a share of the peak
-FLOP_STEPS = 6  # of a stage, whose operations are counted
 NORMS = ("model_norm", "block_norm")  # buffers of the encoder
 BASE_NAMES = ("field.bases.", "field.maps.")  # the shared parameters; all others are the small network
 
@@ -176,19 +174,17 @@ class _AutoencoderTrainer:
 
     def _flops(self) -> float:
         """The floating-point operations of the training, from those of some steps of each stage."""
-        config = self.config
-        stages = ((0, config.reconstruction), (config.reconstruction, config.all_steps))
-        total, kept = 0.0, self.latents
-        for first, end in stages:
-            self.latents = None if first == 0 else kept  # the first stage trains the encoder
-            steps = torch.linspace(first, end - 1, min(FLOP_STEPS, end - first)).long().tolist()
-            total += (end - first) * mean_flops([partial(self.step_loss, s, 0, 1) for s in steps])
+        config, kept = self.config, self.latents
+        self.latents = None  # the first stage trains the encoder
+        total = stage_flops(self.step_loss, (0, config.reconstruction))
+        self.latents = kept
+        total += stage_flops(self.step_loss, (config.reconstruction, config.all_steps))
         self.optimizer.zero_grad()
         return total
 
     def save(self, folder: Path) -> dict[str, Any]:
+        flops = self._flops()  # on the device of the training
         self.model.cpu().eval().save_pretrained(folder)
-        flops = self._flops()
         report = training_report(self.model, self.donors, self.texts, self.skeletons)
         record = {
             "recipe": asdict(replace(self.config, corpora={})),

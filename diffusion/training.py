@@ -24,6 +24,7 @@ from autoencoder.objective import (
     training_shapes,
     written_loss,
 )
+from autoencoder.report import stage_flops
 from autoencoder.texts import given_text_hashes, read_texts
 from diffusion.conditions import fit_scales
 from diffusion.config import DiffusionTrainConfig
@@ -202,13 +203,19 @@ class _DiffusionTrainer:
         value = shared_update(self.accelerator, self.objective, self.optimizer, step, rates)
         self.average_loss = moving_average(self.average_loss, value, step == self.config.steps)
 
+    def _flops(self) -> float:
+        """The floating-point operations of the training, from those of some steps of each stage."""
+        return stage_flops(self.step_loss, (0, self.config.steps, self.config.all_steps))
+
     def save(self, folder: Path) -> dict[str, Any]:
+        flops = self._flops()
         donors = [provenance(d.donor) for d in self.data.donors]
         pipeline = WeightDiffusionPipeline(self.autoencoder.cpu().eval(), self.denoiser.cpu().eval(), make_scheduler())
         pipeline.save_pretrained(folder)
         record = {
             "recipe": asdict(replace(self.config, corpora={})),
             "loss": self.average_loss,
+            "flops": flops,
             "donors": donors,
             "identity": self.run.identity,
         }
