@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ def stage_flops(loss: Callable[[int, int, int], Tensor], bounds: Sequence[int]) 
 
     loss: `Objective`'s, of (step, part, parts)."""
     total = 0.0
-    for first, end in zip(bounds, bounds[1:], strict=False):
+    for first, end in itertools.pairwise(bounds):
         steps = torch.linspace(first, end - 1, min(FLOP_STEPS, end - first)).long().tolist()
         with FlopCounterMode(display=False) as counter:
             for step in steps:
