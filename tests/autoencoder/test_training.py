@@ -37,7 +37,7 @@ from tests.support.generators import (
     train_tiny_autoencoder,
     train_tiny_diffusion,
 )
-from tests.support.launched import launch_module
+from tests.support.launched import fork
 from tests.support.tiny import config, make_zoo
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
@@ -157,7 +157,7 @@ def assert_same_training(found: Path, expected: Path) -> None:
 
 
 def test_two_processes_train_what_one_trains(zoo: Zoo, text: Path, trained: Path, tmp_path: Path) -> None:
-    launch_module(2, "tests.support.generators", zoo.path, text, tmp_path)
+    fork(2, train_both, zoo.path, text, tmp_path)
     assert_same_training(tmp_path, trained)
 
 

@@ -1,11 +1,7 @@
-"""A tiny autoencoder and a tiny pipeline: donors of bytes, one given text, a few steps of training.
-
-As a module it trains both, for several processes: `accelerate launch … -m tests.support.generators ZOO TEXT OUT`.
-"""
+"""A tiny autoencoder and a tiny pipeline: donors of bytes, one given text, a few steps of training."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +67,3 @@ def train_both(zoo: Path, text: Path, out: Path) -> None:
     """Trains `out`/autoencoder and `out`/pipeline."""
     train_tiny_autoencoder(zoo, out / "autoencoder", text)
     train_tiny_diffusion(zoo, out / "autoencoder", out / "pipeline", text)
-
-
-if __name__ == "__main__":
-    train_both(*map(Path, sys.argv[1:]))
