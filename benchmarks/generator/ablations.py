@@ -1,0 +1,155 @@
+"""What each part of the generator's training is worth: one seed, a quarter of the default steps, the zoo of A.
+
+python -m benchmarks.generator.ablations --work DIR [--only NAME …]
+    trains one autoencoder for each variant into DIR/ablations and measures the loss at step 0 at the five shapes; the
+    first call takes four hours of one core. An interrupted call continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from autoencoder import objective, training
+from autoencoder.config import AutoencoderTrainConfig
+from autoencoder.donors import SHARE
+from autoencoder.field import Latents
+from autoencoder.loading import load_autoencoder
+from benchmarks.generator.audit import SEQUENCE, WINDOWS, unseen_shape
+from benchmarks.generator.models import zoo_folder
+from benchmarks.head_start.tasks import UNSEEN_TARGETS
+from benchmarks.pages import cells
+from benchmarks.paths import RESULTS
+from zoo.checkpoints.atomic import replace_file
+from zoo.donors.zoo import Zoo
+from zoo.training.corpora import HELD_OUT, reference_corpus
+from zoo.vocabulary import byte_tokens
+
+FACTS = RESULTS / "generator_ablations.json"
+STEPS = 1000  # of the third stage
+ZOO = "embedded"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training that differs from the default in one thing."""
+
+    about: str
+    changes: dict[str, Any] = field(default_factory=dict)  # of AutoencoderTrainConfig
+    random_start: bool = False  # bases and maps do not come from donors
+    share: float = SHARE  # of the donors' weights that bases and maps may hold
+    distilled: bool = False  # against the logits of the donor instead of text
+
+
+VARIANTS = {
+    "default": Variant(f"{STEPS} steps of behaviour"),
+    "no zoo": Variant("random bases, no reconstruction: behaviour only", {"reconstruction": 1}, random_start=True),
+    "no reconstruction": Variant("bases from donors, no reconstruction", {"reconstruction": 1}),
+    "no behaviour": Variant("reconstruction only", {"warmup": 0, "steps": 1}),
+    "no second stage": Variant("behaviour of everything at once", {"warmup": 0}),
+    "quarter size": Variant("a quarter of the bases' and maps' numbers", share=SHARE / 4),
+    "half size": Variant("half of these numbers", share=SHARE / 2),
+    "double size": Variant("twice these numbers", share=SHARE * 2),
+    "250 steps": Variant("a quarter of the steps", {"steps": STEPS // 4}),
+    "500 steps": Variant("half of the steps", {"steps": STEPS // 2}),
+    "4000 steps": Variant("four times the steps, the default of `headstart train`", {"steps": 4 * STEPS}),
+    "distilled": Variant("the donors' logits instead of their text", distilled=True),
+    "no mixing": Variant("latents of two donors are never mixed", {"mixing": 0.0}),
+    "no diversity": Variant("no penalty keeps the latents apart", {"diversity": 0.0}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[])
+    a = parser.parse_args()
+    for name, variant in VARIANTS.items():
+        facts = read_facts()
+        if name not in facts and (not a.only or name in a.only):
+            facts[name] = measure(name, variant, a.work)
+            print(name, facts[name], flush=True)
+            replace_file(FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def measure(name: str, variant: Variant, work: Path) -> dict[str, Any]:
+    """{stored, losses: {shape: mean over donors of the loss at step 0}, mean latents: {shape: loss}}."""
+    zoo = zoo_folder(work, ZOO, None)
+    out = work / "ablations" / name.replace(" ", "-")
+    config = replace(AutoencoderTrainConfig(steps=STEPS), **variant.changes)
+    with changed(variant):
+        training.train_autoencoder(config, zoo, out, resume=True, device="cpu")
+    model = load_autoencoder(str(out))
+    tokens = byte_tokens(reference_corpus())
+    held = tokens[len(tokens) - int(len(tokens) * HELD_OUT) :]
+    starts = torch.linspace(0, len(held) - SEQUENCE - 1, WINDOWS).long()
+    windows = held[starts[:, None] + torch.arange(SEQUENCE + 1)]
+    donors, _ = training.read_training_donors(Zoo.open(zoo), True)
+    skeletons = objective.Skeletons(donors[0].donor.config)
+    with torch.no_grad():
+        latents = [model.encode(d.blocks, d.tokens) for d in donors]
+        deep = max(len(z.blocks) for z in latents)
+        blocks = torch.stack([z.at_depth(deep).blocks for z in latents]).mean(0)
+        mean = Latents(torch.stack([z.model for z in latents]).mean(0), blocks)
+        found: dict[str, dict[str, float]] = {"losses": {}, "mean latents": {}}
+        for target, wanted in UNSEEN_TARGETS.items():
+            shape = unseen_shape(wanted)
+            each = [
+                float(objective.written_loss(model.field, z, d, shape, skeletons, windows))
+                for z, d in zip(latents, donors, strict=True)
+            ]
+            found["losses"][target] = sum(each) / len(each)
+            found["mean latents"][target] = float(
+                objective.written_loss(model.field, mean, donors[0], shape, skeletons, windows)
+            )
+    stored = sum(p.numel() for p in model.field.parameters())
+    return {"stored": stored, **found}
+
+
+@contextlib.contextmanager
+def changed(variant: Variant) -> Iterator[None]:
+    """Inside, trainings have the variant's start, size and objective."""
+    with contextlib.ExitStack() as stack:
+        if variant.random_start:
+            stack.enter_context(mock.patch.object(training, "start_field", lambda *args: None))
+        if variant.share != SHARE:
+            stack.enter_context(mock.patch("autoencoder.donors.SHARE", variant.share))
+        if variant.distilled:
+            never_final = property(lambda donor: False)
+            stack.enter_context(mock.patch("autoencoder.donors.TrainingDonor.is_final", never_final))
+        yield
+
+
+def read_facts() -> dict[str, Any]:
+    return json.loads(FACTS.read_text()) if FACTS.is_file() else {}
+
+
+def section() -> str:
+    """The table of the page; "" before anything is measured."""
+    facts = read_facts()
+    if not facts:
+        return ""
+    shapes = list(UNSEEN_TARGETS)
+    lines = []
+    for name, variant in VARIANTS.items():
+        if name in facts:
+            f = facts[name]
+            losses = [f"{f['losses'][s]:.2f} ({f['mean latents'][s]:.2f})" for s in shapes]
+            lines.append([name, variant.about, f"{f['stored'] / 1e6:.2f} M", *losses])
+    table = cells.table(["variant", "what differs", "numbers", *shapes], lines)
+    return (
+        "## Ablations\n\nThe loss at step 0 of `autoencoder` on A, the mean over all donors, and in brackets that of "
+        f"the zoo's mean latents. One seed, {STEPS} steps of behaviour where nothing else is said.\n\n{table}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""What the parts of a generator do: its network, its conditions, its noise, and how much it stores and costs.
+
+All losses are those of the model that is written, before any training, on held-out windows of a text.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoencoder.behaviour import Skeleton, field_decoder, make_skeleton, text_loss
+from autoencoder.field import Latents, all_blocks
+from benchmarks.generator.models import generator_flops, seconds_file, train_generator
+from benchmarks.generator.runs import corpus_file
+from benchmarks.generator.tasks import TEXTS, WITHOUT
+from benchmarks.head_start.tasks import SEEDS, UNSEEN_TARGETS
+from benchmarks.paths import RESULTS
+from diffusion.pipeline import WeightDiffusionPipeline, load_pipeline
+from diffusion.sampler import SAMPLE_BYTES
+from diffusion.solving import latent_noise, unscaled
+from zoo.checkpoints.atomic import replace_file
+from zoo.donors.zoo import Zoo
+from zoo.streams import stream
+from zoo.targets.blueprint import Blueprint
+from zoo.tensors import Metadata
+from zoo.training.corpora import HELD_OUT
+from zoo.vocabulary import byte_tokens
+
+FACTS = RESULTS / "generator.json"
+WINDOWS, SEQUENCE = 128, 64
+EXCESS = 1.0  # nats above the best donor, asked for to see whether quality matters
+SPEED_TARGET = {"hidden_size": 160, "num_hidden_layers": 24}  # of `wider`, deepened to 7 M weights
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A generator and the text on which what it writes is judged."""
+
+    pipeline: WeightDiffusionPipeline
+    config: Mapping[str, Any]  # of a donor
+    windows: torch.Tensor  # int64 [WINDOWS, SEQUENCE + 1], held out
+    text: bytes  # the sample that is its condition
+
+    def skeleton(self, shape: Metadata) -> Skeleton:
+        return make_skeleton(self.config, shape)
+
+    @torch.no_grad()
+    def loss(self, latents: Latents, shape: Metadata) -> float:
+        decoder = field_decoder(self.pipeline.autoencoder.field, shape, latents)
+        return float(text_loss(self.skeleton(shape), decoder, self.windows))
+
+    def sample(self, shape: Metadata, seed: int = 0, **other: Any) -> Latents:
+        """Latents for a shape, the text and the best quality, or what `other` asks for."""
+        options = {"text": self.text, "excess": 0.0} | other
+        asked = self.pipeline.wanted(shape, None, options["text"], options["excess"])
+        return self.pipeline.sample_latents(asked, stream(seed, "latents"))
+
+
+def run(work: Path, data: Path | None) -> None:
+    """Audits every generator that is trained in `work` and writes FACTS."""
+    facts = read_facts()
+    for zoo in ("embedded", *(f"{WITHOUT}{text}" for text in TEXTS)):
+        if (work / zoo / "diffusion" / "headstart.json").exists():
+            facts[zoo] = audit(work, zoo, data)
+            replace_file(FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
+    """The measurements of one generator. It is judged on the text that the zoo lacks, or on the donors' own."""
+    paths = train_generator(work, zoo, data)
+    text = zoo.removeprefix(WITHOUT) if zoo.startswith(WITHOUT) else "reference"
+    donors = Zoo.open(paths["zoo"])
+    inputs = make_inputs(paths["model"], donors, corpus_file(work, text, data).read_bytes())
+    shapes = {name: unseen_shape(config) for name, config in UNSEEN_TARGETS.items()}
+    others = {t: corpus_file(work, t, data).read_bytes()[:SAMPLE_BYTES] for t in TEXTS if t != text}
+    flops = generator_flops(paths)
+    seconds = [float(seconds_file(paths[key]).read_text()) for key in ("autoencoder", "model")]
+    return {
+        "text": text,
+        "sizes": sizes(inputs.pipeline, donors),
+        "cost": {"flops": flops, "seconds": seconds, "donor_flops": donor_flops(donors)},
+        "speed": parameters_per_second(inputs.pipeline),
+        "shapes": {name: losses(inputs, shape, others) | diversity(inputs, shape) for name, shape in shapes.items()},
+    }
+
+
+def make_inputs(model: Path, donors: Zoo, text: bytes) -> Inputs:
+    """A pipeline, with the held-out part of a text as windows and the start of the rest as condition."""
+    tokens = byte_tokens(text)
+    held = tokens[len(tokens) - int(len(tokens) * HELD_OUT) :]
+    starts = torch.linspace(0, len(held) - SEQUENCE - 1, WINDOWS).long()
+    windows = held[starts[:, None] + torch.arange(SEQUENCE + 1)]
+    return Inputs(load_pipeline(str(model)), donors.donors[0].config, windows, text[:SAMPLE_BYTES])
+
+
+def unseen_shape(config: Mapping[str, Any]) -> Metadata:
+    metadata = Blueprint.from_config(dict(config)).metadata
+    assert metadata is not None
+    return metadata
+
+
+def losses(inputs: Inputs, shape: Metadata, others: Mapping[str, bytes]) -> dict[str, Any]:
+    """Step-0 losses at a shape: as sampled, without the network, and told wrong."""
+    denoiser = inputs.pipeline.denoiser
+    noise = unscaled(denoiser, latent_noise(denoiser, shape.layers, stream(0, "latents")))
+    mean = unscaled(denoiser, Latents(torch.zeros_like(noise.model), torch.zeros_like(noise.blocks)))
+    found = {
+        "sampled": [inputs.loss(inputs.sample(shape, seed), shape) for seed in SEEDS],
+        "denoiser zeroed": inputs.loss(noise, shape),
+        "mean latents": inputs.loss(mean, shape),
+        "mixers zeroed": with_zeroed_mixers(inputs, lambda: inputs.loss(inputs.sample(shape), shape)),
+    }
+    for name, wrong in wrong_shapes(shape).items():
+        found[name] = inputs.loss(inputs.sample(wrong).at_depth(shape.layers), shape)
+        found[f"{name} (field)"] = told_wrong(inputs, shape, wrong)
+    found["quality told wrong"] = inputs.loss(inputs.sample(shape, excess=EXCESS), shape)
+    found["no text"] = inputs.loss(inputs.sample(shape, text=None), shape)
+    found["other texts"] = {n: inputs.loss(inputs.sample(shape, text=text), shape) for n, text in others.items()}
+    return found
+
+
+def wrong_shapes(shape: Metadata) -> dict[str, Metadata]:
+    """The shape with one size halved or doubled, whichever is nearer to the donors' range."""
+    return {
+        "width told wrong": replace(shape, width=shape.width // 2 if shape.width > 80 else shape.width * 2),
+        "depth told wrong": replace(shape, layers=shape.layers // 2 if shape.layers > 4 else shape.layers * 2),
+    }
+
+
+def told_wrong(inputs: Inputs, shape: Metadata, wrong: Metadata) -> float:
+    """The loss at a shape when the field's network reads the features of another."""
+    from autoencoder import field as module
+
+    true_features = module.shape_features
+    latents = inputs.sample(shape)
+    module.shape_features = lambda _: true_features(wrong)
+    try:
+        return inputs.loss(latents, shape)
+    finally:
+        module.shape_features = true_features
+
+
+def with_zeroed_mixers(inputs: Inputs, measure: Callable[[], float]) -> float:
+    """A measurement while the field's network gives every basis the weight of its bias."""
+    field = inputs.pipeline.autoencoder.field
+    kept = {n: p.detach().clone() for n, p in field.mixers.named_parameters() if n.endswith("weight")}
+    with torch.no_grad():
+        for name in kept:
+            field.mixers.get_parameter(name).zero_()
+        value = measure()
+        for name, weight in kept.items():
+            field.mixers.get_parameter(name).copy_(weight)
+    return value
+
+
+@torch.no_grad()
+def diversity(inputs: Inputs, shape: Metadata) -> dict[str, Any]:
+    """The relative distances of what two seeds write."""
+    field = inputs.pipeline.autoencoder.field
+    written = []
+    for seed in SEEDS:
+        blocks = all_blocks(field, shape, inputs.sample(shape, seed))
+        written.append(torch.cat([table.flatten() for table in blocks.values()]))
+    pairs = [(a, b) for i, a in enumerate(written) for b in written[i + 1 :]]
+    return {"seeds apart": [float((a - b).norm() / a.norm()) for a, b in pairs]}
+
+
+def sizes(pipeline: WeightDiffusionPipeline, donors: Zoo) -> dict[str, int]:
+    """How many numbers the pipeline stores for generating, and how many weights its donors have."""
+    field = sum(p.numel() for p in pipeline.autoencoder.field.parameters())
+    denoiser = sum(p.numel() for p in pipeline.denoiser.parameters())
+    return {"field": field, "denoiser": denoiser, "donors": sum(d.parameters for d in donors.donors)}
+
+
+def donor_flops(donors: Zoo) -> float:
+    """6 x parameters x tokens of the training of all donors; donors of one run count once."""
+    runs: dict[str, float] = {}
+    for d in donors.donors:
+        name = d.facts.get("run", d.name)
+        runs[name] = max(runs.get(name, 0.0), 6.0 * d.parameters * d.facts.get("tokens", 0))
+    return sum(runs.values())
+
+
+def parameters_per_second(pipeline: WeightDiffusionPipeline) -> float:
+    """How many weights of a large target are written per second, the better of two runs."""
+    target = Blueprint.from_config(UNSEEN_TARGETS["wider"] | SPEED_TARGET)
+    best = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        count = sum(t.numel() for _, t in pipeline(target, generator=stream(0, "latents")).tensors())
+        best = max(best, count / (time.perf_counter() - began))
+    return best
+
+
+def read_facts() -> dict[str, Any]:
+    return json.loads(FACTS.read_text()) if FACTS.is_file() else {}

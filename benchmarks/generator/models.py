@@ -1,0 +1,174 @@
+"""The zoos, generators and controls of the generator's benchmark, trained into a work folder once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.generator.tasks import LONGER, TEXTS, WITHOUT
+from benchmarks.head_start.tasks import corpus_bytes, donor_recipes
+from zoo.add import add
+from zoo.checkpoints.atomic import new_folder, replace_file
+from zoo.donors.donor import Donor
+from zoo.donors.layout import MANIFEST, donor_folder
+from zoo.donors.zoo import Zoo
+from zoo.training.corpora import EMBEDDED_TEXTS, corpus_name, split_held_out
+from zoo.training.embedded_zoo import train_zoo
+from zoo.training.loop import TrainingConfig, evaluate, reproducible, train_steps
+from zoo.training.recipes import SPECIALISTS
+from zoo.units.aligned import recorded_loss
+from zoo.vocabulary import byte_tokens, save_byte_tokenizer
+
+BATCH_SIZE, SEQUENCE = 16, 64  # of a control's training, as the specialists and the generator have
+LONGER_LRS = (1e-3, 3e-3)  # of a control's training; the better is kept
+RECORDS = ("report.json", "headstart.json")  # what a finished autoencoder, and a finished pipeline, hold
+WINDOWS = 128  # held-out windows
+
+
+def zoo_folder(work: Path, zoo: str, data: Path | None) -> Path:
+    """The folder of a zoo; trains what is missing."""
+    folder = work / zoo / "zoo"
+    if zoo.endswith(LONGER):
+        _train_longer(work, zoo.removesuffix(LONGER), folder, data)
+    elif zoo.startswith(WITHOUT):
+        _leave_out(work, zoo.removeprefix(WITHOUT), folder, data)
+    elif not folder.exists():
+        train_zoo(folder, donor_recipes())
+    return folder
+
+
+def text_files(work: Path, data: Path | None) -> dict[str, Path]:
+    """{name: file} of the texts that do not come with Python."""
+    files = {name: work / "texts" / f"{name}.txt" for name in TEXTS if name not in EMBEDDED_TEXTS}
+    for name, file in files.items():
+        if not file.exists():
+            replace_file(file, corpus_bytes(name, data))
+    return files
+
+
+def _leave_out(work: Path, text: str, folder: Path, data: Path | None) -> None:
+    """Adds all specialists but those of `text` to the zoo at `folder`."""
+    if (folder / MANIFEST).exists():
+        return
+    whole = work / SPECIALISTS / "zoo"
+    train_zoo(whole, SPECIALISTS, corpora=text_files(work, data))
+    kept = [donor for donor in Zoo.open(whole).donors if corpus_name(donor.facts) != text]
+    add([str(donor_folder(whole, donor.name)) for donor in kept], folder, quiet=True)
+
+
+def train_generator(work: Path, zoo: str, data: Path | None) -> dict[str, Path]:
+    """{zoo, autoencoder, model}: the folders of a zoo and of the generator trained on it with default settings."""
+    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
+    from diffusion.training import DiffusionTrainConfig, train_diffusion
+
+    donors = zoo_folder(work, zoo, data)
+    corpora = {}
+    if zoo.startswith(WITHOUT):
+        corpora = {n: str(p) for n, p in text_files(work, data).items() if zoo != f"{WITHOUT}{n}"}
+    coder, model = work / zoo / "autoencoder", work / zoo / "diffusion"
+    same: dict[str, Any] = {"resume": True, "device": "cpu"}
+    _timed(coder, lambda: train_autoencoder(AutoencoderTrainConfig(corpora=corpora), donors, coder, **same))
+    _timed(model, lambda: train_diffusion(DiffusionTrainConfig(corpora=corpora), donors, coder, model, **same))
+    return {"zoo": donors, "autoencoder": coder, "model": model}
+
+
+def _timed(folder: Path, train: Callable[[], Any]) -> None:
+    """Trains into `folder` and writes the CPU seconds beside it; an interrupted training adds to them."""
+    if any((folder / name).exists() for name in RECORDS):
+        return
+    file, began = seconds_file(folder), time.process_time()
+    before = float(file.read_text()) if file.exists() else 0.0
+    try:
+        train()
+    finally:
+        replace_file(file, f"{before + time.process_time() - began:.0f}\n".encode())
+
+
+def seconds_file(trained: Path) -> Path:
+    """Where the CPU seconds of a training are."""
+    return trained.with_name(f"seconds-{trained.name}.txt")
+
+
+def generator_flops(paths: dict[str, Path]) -> float:
+    """The floating-point operations of the two trainings, from their reports."""
+    files = [paths["autoencoder"] / RECORDS[0], paths["model"] / RECORDS[1]]
+    return sum(json.loads(file.read_text())["flops"] for file in files)
+
+
+def _train_longer(work: Path, zoo: str, folder: Path, data: Path | None) -> None:
+    """The control: the best donors of a zoo, each trained for as many FLOPs as the generator, in a zoo of their own."""
+    if (folder / MANIFEST).exists():
+        return
+    paths = train_generator(work, zoo, data)
+    flops = generator_flops(paths)
+    staging = folder.parent / "trained"
+    for donor in longest_donors(Zoo.open(paths["zoo"])):
+        to = staging / f"{donor.name}{LONGER}"
+        if not to.exists():
+            _train_donor(paths["zoo"], donor, _training_texts(work, zoo, data), flops, to)
+    add([str(path) for path in sorted(staging.iterdir())], folder, quiet=True)
+
+
+def longest_donors(zoo: Zoo) -> list[Donor]:
+    """The widest and the deepest of the donors with their last checkpoint, by loss among equals."""
+
+    def is_final(donor: Donor) -> bool:
+        return donor.facts.get("step") in (None, donor.facts.get("steps"))
+
+    def loss(donor: Donor) -> float:
+        found = recorded_loss(donor.facts)
+        return float("inf") if found is None else found
+
+    final = sorted((d for d in zoo.donors if is_final(d)), key=lambda d: (loss(d), d.name))
+
+    def largest(size: str) -> Donor:
+        return max(final, key=lambda d: getattr(d.blueprint.metadata, size))
+
+    chosen = {d.name: d for d in (largest("width"), largest("layers"))}
+    return list(chosen.values())
+
+
+def _training_texts(work: Path, zoo: str, data: Path | None) -> dict[str, bytes]:
+    """The texts that the donors of a zoo learned from, whole, with their held-out parts."""
+    if not zoo.startswith(WITHOUT):
+        return {"reference": EMBEDDED_TEXTS["reference"]()}
+    files = text_files(work, data)
+    names = [name for name in TEXTS if zoo != f"{WITHOUT}{name}"]
+    return {n: files[n].read_bytes() if n in files else EMBEDDED_TEXTS[n]() for n in names}
+
+
+def _train_donor(zoo: Path, donor: Donor, texts: dict[str, bytes], flops: float, to: Path) -> None:
+    """Trains a donor on, with the better of two learning rates, and writes it as a checkpoint."""
+    parts = {name: tuple(byte_tokens(part) for part in split_held_out(text)) for name, text in texts.items()}
+    least = min(len(training) for training, _ in parts.values())
+    training_text = torch.cat([training[:least] for training, _ in parts.values()])
+    held_out = torch.cat([held[: least // 9] for _, held in parts.values()])
+    steps = round(flops / (6 * donor.parameters * BATCH_SIZE * SEQUENCE))
+    best: tuple[float, Any, float] | None = None
+    for lr in LONGER_LRS:
+        model = _load(donor_folder(zoo, donor.name))
+        config = TrainingConfig(steps, lr, BATCH_SIZE, SEQUENCE)
+        with reproducible():
+            for _ in train_steps(model, training_text, config):
+                pass
+            loss = evaluate(model, held_out, SEQUENCE, limit=WINDOWS)
+        print(f"{to.name}: {steps} steps at {lr:g}: {loss:.3f}", flush=True)
+        if best is None or loss < best[0]:
+            best = loss, model, lr
+    assert best is not None
+    facts = {"loss": round(best[0], 5), "steps": steps, "lr": best[2], "corpus": " and ".join(sorted(texts))}
+    with new_folder(to) as partial:
+        best[1].save_pretrained(partial)
+        save_byte_tokenizer(partial)
+        (partial / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
