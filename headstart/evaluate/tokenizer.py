@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from zoo.sandbox import Sandbox
 from zoo.vocabulary import tokenizer_errors, tokenizer_limits
 
 CACHED_TEXTS = 100_000  # encoded texts that are kept: lm-eval encodes a context once for every answer
+_idle: list[Sandbox] = []  # at most one, which a tokenizer no longer uses: its child process has imported transformers
 
 
 class SandboxedTokenizer:
@@ -24,7 +26,8 @@ class SandboxedTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._sandbox = Sandbox()
+        self._sandbox = _idle.pop() if _idle else Sandbox()
+        weakref.finalize(self, _keep_idle, self._sandbox)
         self._encoded: dict[tuple[str, str], list[int]] = {}
         arguments = {"folder": str(folder.resolve())}
         with tokenizer_errors(folder):
@@ -86,6 +89,11 @@ class SandboxedTokenizer:
                 "use_tokenizer", call, tokenizer_limits(self._folder, size), str(self._folder)
             )
         return reply
+
+
+def _keep_idle(sandbox: Sandbox) -> None:
+    if not _idle:
+        _idle.append(sandbox)
 
 
 def _plain(ids: Any) -> Any:
