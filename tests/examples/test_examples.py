@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-import os
+import runpy
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -36,14 +35,6 @@ def script(path: Path = SCRIPT) -> ModuleType:
     return module
 
 
-def run(*args: object) -> str:
-    """What the script prints."""
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def rows(output: str) -> dict[int, dict[str, str]]:
     """hidden N -> column -> cell."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
@@ -54,8 +45,13 @@ def source_accuracy(output: str) -> float:
     return float(output.partition("accuracy ")[2].split()[0].rstrip("."))
 
 
-def test_mean_field_mlp_on_digits() -> None:
-    output = run("--hidden", 64, "--widths", 32, 128, "--retrain", 128, "--steps", 160, "--draws", 2)
+def test_mean_field_mlp_on_digits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--hidden 64 --widths 32 128 --retrain 128 --steps 160 --draws 2"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split()])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 0
+    output = capsys.readouterr().out
     assert "No --mnist given: this is scikit-learn's digits." in output
     source, table = source_accuracy(output), rows(output)
     assert source > 0.9 and set(table) == {32, 128}

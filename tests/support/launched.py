@@ -41,8 +41,8 @@ def launch(processes: int, commands: Sequence[Sequence[object]], folder: Path) -
 
 
 def fork(processes: int, work: Callable[..., object], *arguments: object) -> None:
-    """Calls a function in that many processes, with the environment that `torchrun` gives them. Raises what one of them
-    raises."""
+    """Calls a function in that many processes, several with the environment that `torchrun` gives them. Raises what one
+    of them raises."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,8 +52,9 @@ def fork(processes: int, work: Callable[..., object], *arguments: object) -> Non
 
 
 def _work_as_process(index: int, count: int, port: int, work: Callable[..., object], arguments: Sequence[Any]) -> None:
-    numbers = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {n: str(v) for n, v in numbers.items()}
+    if count > 1:
+        numbers = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {n: str(v) for n, v in numbers.items()}
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # the state of the process that was forked
     work(*arguments)
