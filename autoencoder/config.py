@@ -19,8 +19,10 @@ class AutoencoderTrainConfig:
     warmup: int = 150  # of the second stage
     batch: int = 16  # windows per step
     sequence: int = 64  # predicted tokens per window
-    lr: float = 2e-3
-    reconstruction_lr: float = 3e-3  # of the network; the bases' is a sixth
+    lr: float = 2e-3  # of the small network in the third stage
+    bases_lr: float = 1.2e-2  # bases have an RMS of one, so they need more than maps
+    maps_lr: float = 1e-3
+    reconstruction_lr: float = 3e-3  # of the small network in the first two stages; the others' is a sixth
     noise: float = 0.15  # standard deviation on the latents, which have unit RMS
     mixing: float = 0.3  # how often the latents of two donors, and their texts, are mixed
     diversity: float = 0.3  # least relative distance of what two donors' latents write at one shape

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import (
@@ -43,7 +44,6 @@ REPORT_FILE = "report.json"
 SAVE_EVERY = 200  # steps
 SCHEDULE = (20, 0.05)  # steps of warm-up, and the last learning rate as a share of the peak
 NORMS = ("model_norm", "block_norm")  # buffers of the encoder
-BASE_NAMES = ("field.bases.", "field.maps.")  # the shared parameters; all others are the small network
 
 
 def train_autoencoder(
@@ -88,11 +88,11 @@ class _AutoencoderTrainer:
         self.text_names, self.texts = [text.name for text in read], [text.tokens for text in read]
         self.shapes = training_shapes(self.donors, self.model, config.shapes, config.seed)
         self.skeletons = Skeletons(self.donors[0].donor.config)
-        is_base = [name.startswith(BASE_NAMES) for name, _ in self.model.named_parameters()]
-        everything = list(self.model.parameters())
-        groups = [[p for p, base in zip(everything, is_base, strict=True) if base is kind] for kind in (False, True)]
+        groups: dict[str, list[Parameter]] = {"network": [], "bases": [], "maps": []}
+        for name, parameter in self.model.named_parameters():
+            groups[parameter_group(name)].append(parameter)
         optimizer = torch.optim.AdamW(
-            [{"params": group} for group in groups], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0
+            [{"params": group} for group in groups.values()], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0
         )
         self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, self.step_loss), optimizer)
         self.average_loss = float("nan")  # exponential moving average
@@ -197,13 +197,18 @@ class _AutoencoderTrainer:
         return record if self.command is None else record | {"config": self.command}
 
 
-def learning_rates(config: AutoencoderTrainConfig, step: int) -> tuple[float, float]:
-    """The learning rates of the small network and of the bases."""
+def parameter_group(name: str) -> str:
+    """Which learning rate a parameter has: `bases`, `maps`, or `network` for all others."""
+    return next((group for group in ("bases", "maps") if name.startswith(f"field.{group}.")), "network")
+
+
+def learning_rates(config: AutoencoderTrainConfig, step: int) -> tuple[float, float, float]:
+    """The learning rates of the small network, the bases and the maps."""
     if step < config.reconstruction:
         lr = config.reconstruction_lr * warm_cosine(step, config.reconstruction, *SCHEDULE)
-        return lr, lr / 6
+        return lr, lr / 6, lr / 6
     number = step - config.reconstruction
     if number < config.warmup:
-        return config.reconstruction_lr, 0.0
-    lr = config.lr * warm_cosine(number - config.warmup, config.steps, *SCHEDULE)
-    return lr, lr
+        return config.reconstruction_lr, 0.0, 0.0
+    share = warm_cosine(number - config.warmup, config.steps, *SCHEDULE)
+    return share * config.lr, share * config.bases_lr, share * config.maps_lr

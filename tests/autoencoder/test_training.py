@@ -285,6 +285,7 @@ def test_the_default_stages_add_up() -> None:
     assert settings.all_steps == settings.reconstruction + settings.warmup + settings.steps
     rates = [training.learning_rates(settings, step) for step in range(settings.all_steps)]
     second = rates[settings.reconstruction : settings.reconstruction + settings.warmup]
-    assert all(bases == 0 < network for network, bases in second)  # the second stage keeps the bases
-    assert max(rates[settings.reconstruction + settings.warmup :])[0] == pytest.approx(settings.lr, rel=0.01)
-    assert rates[-1][0] < 0.06 * settings.lr
+    assert all(bases == maps == 0 < network for network, bases, maps in second)  # the second stage keeps the bases
+    for i, peak in enumerate((settings.lr, settings.bases_lr, settings.maps_lr)):
+        third = [rate[i] for rate in rates[settings.reconstruction + settings.warmup :]]
+        assert max(third) == pytest.approx(peak, rel=0.01) and third[-1] < 0.06 * peak

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from zoo.errors import UserError
@@ -32,9 +32,11 @@ class Objective(nn.Module):
 def shared_accelerator(device: str, batches: Iterable[int], unit: str = "") -> Accelerator:
     """The accelerator of a training. batches: the sizes of its batches. unit: what they count, for messages.
 
-    Raises UserError for a batch that its processes and accumulated parts do not divide."""
+    Raises UserError for a batch that its processes and accumulated parts do not divide, and for a way to distribute
+    that shards weights."""
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
+    require_data_parallelism(accelerator.distributed_type)
     parts = part_count(accelerator)
     for size in batches:
         if size % parts:
@@ -44,6 +46,16 @@ def shared_accelerator(device: str, batches: Iterable[int], unit: str = "") -> A
                 "use a number that divides it"
             )
     return accelerator
+
+
+def require_data_parallelism(kind: DistributedType) -> None:
+    """UserError for a way to distribute that does not keep all weights in every process, such as FSDP: resuming and
+    saving need them."""
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(
+            f"accelerate: {kind.value} is not supported; the processes of a training share its data, not its weights, "
+            "so use --multi_gpu or --cpu"
+        )
 
 
 def part_count(accelerator: Accelerator) -> int:
