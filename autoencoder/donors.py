@@ -20,7 +20,7 @@ from zoo.units.aligned import align_decoders, recorded_loss
 from zoo.units.tables import BLOCK_TABLES, TABLE_ROLES, layer_to_tables, token_table
 
 GROWTH = 1.25  # the field's largest width, heads and neurons, in those of the largest donor
-RANK = 1.2  # numbers per slot and base, per coordinate of the field's width
+RANK = 2.4  # numbers per slot and base, per coordinate of the field's width
 SHARE = 0.42  # of the zoo's weights that the bases and maps of a field hold at most; networks come on top
 MOST_BASES = 32
 LEAST_BASES = 2
