@@ -10,26 +10,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from autoencoder import objective, training
+from autoencoder.behaviour import field_decoder, text_loss
 from autoencoder.config import AutoencoderTrainConfig
-from autoencoder.donors import SHARE
-from autoencoder.field import Latents
+from autoencoder.donors import SHARE, TrainingDonor
+from autoencoder.field import Latents, WeightField
 from autoencoder.loading import load_autoencoder
 from benchmarks.generator.audit import SEQUENCE, WINDOWS, unseen_shape
 from benchmarks.generator.models import zoo_folder
 from benchmarks.head_start.tasks import UNSEEN_TARGETS
 from benchmarks.pages import cells
 from benchmarks.paths import RESULTS
+from benchmarks.peers import logah
 from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
+from zoo.tensors import Metadata
 from zoo.training.corpora import HELD_OUT, reference_corpus
 from zoo.vocabulary import byte_tokens
 
@@ -47,6 +51,7 @@ class Variant:
     random_start: bool = False  # bases and maps do not come from donors
     share: float = SHARE  # of the donors' weights that bases and maps may hold
     distilled: bool = False  # against the logits of the donor instead of text
+    hypernetwork: bool = False  # a low-rank one that reads no donor, with as many numbers as the default
 
 
 VARIANTS = {
@@ -62,6 +67,7 @@ VARIANTS = {
     "500 steps": Variant("half of the steps", {"steps": STEPS // 2}),
     "4000 steps": Variant("four times the steps, the default of `headstart train`", {"steps": 4 * STEPS}),
     "distilled": Variant("the donors' logits instead of their text", distilled=True),
+    "low-rank hypernetwork": Variant("after LoGAH (2405.16287): behaviour only, from no donor", hypernetwork=True),
     "no mixing": Variant("latents of two donors are never mixed", {"mixing": 0.0}),
     "no diversity": Variant("no penalty keeps the latents apart", {"diversity": 0.0}),
 }
@@ -83,35 +89,53 @@ def main() -> None:
 def measure(name: str, variant: Variant, work: Path) -> dict[str, Any]:
     """{stored, losses: {shape: mean over donors of the loss at step 0}, mean latents: {shape: loss}}."""
     zoo = zoo_folder(work, ZOO, None)
-    out = work / "ablations" / name.replace(" ", "-")
-    config = replace(AutoencoderTrainConfig(steps=STEPS), **variant.changes)
-    with changed(variant):
-        training.train_autoencoder(config, zoo, out, resume=True, device="cpu")
-    model = load_autoencoder(str(out))
-    tokens = byte_tokens(reference_corpus())
-    held = tokens[len(tokens) - int(len(tokens) * HELD_OUT) :]
-    starts = torch.linspace(0, len(held) - SEQUENCE - 1, WINDOWS).long()
-    windows = held[starts[:, None] + torch.arange(SEQUENCE + 1)]
+    training_text, windows = texts()
     donors, _ = training.read_training_donors(Zoo.open(zoo), True)
+    if variant.hypernetwork:
+        numbers = int(read_facts()["default"]["stored"])
+        field: WeightField = logah.train(Zoo.open(zoo), training_text, numbers, logah.LogahTrainConfig(steps=STEPS))
+        latents = [logah.no_latents(field.sizes, d.shape.layers) for d in donors]
+    else:
+        out = work / "ablations" / name.replace(" ", "-")
+        config = replace(AutoencoderTrainConfig(steps=STEPS), **variant.changes)
+        with changed(variant):
+            training.train_autoencoder(config, zoo, out, resume=True, device="cpu")
+        model = load_autoencoder(str(out))
+        field = model.field
+        with torch.no_grad():
+            latents = [model.encode(d.blocks, d.tokens) for d in donors]
+    return {"stored": sum(p.numel() for p in field.parameters())} | start_losses(field, latents, donors, windows)
+
+
+def texts() -> tuple[Tensor, Tensor]:
+    """The training part of the donors' text, int64 [N], and held-out windows, int64 [WINDOWS, SEQUENCE + 1]."""
+    tokens = byte_tokens(reference_corpus())
+    count = len(tokens) - int(len(tokens) * HELD_OUT)
+    held = tokens[count:]
+    starts = torch.linspace(0, len(held) - SEQUENCE - 1, WINDOWS).long()
+    return tokens[:count], held[starts[:, None] + torch.arange(SEQUENCE + 1)]
+
+
+@torch.no_grad()
+def start_losses(
+    field: WeightField, latents: Sequence[Latents], donors: Sequence[TrainingDonor], windows: Tensor
+) -> dict[str, dict[str, float]]:
+    """{losses, mean latents}: the loss of what a field writes at each unseen shape."""
     skeletons = objective.Skeletons(donors[0].donor.config)
-    with torch.no_grad():
-        latents = [model.encode(d.blocks, d.tokens) for d in donors]
-        deep = max(len(z.blocks) for z in latents)
-        blocks = torch.stack([z.at_depth(deep).blocks for z in latents]).mean(0)
-        mean = Latents(torch.stack([z.model for z in latents]).mean(0), blocks)
-        found: dict[str, dict[str, float]] = {"losses": {}, "mean latents": {}}
-        for target, wanted in UNSEEN_TARGETS.items():
-            shape = unseen_shape(wanted)
-            each = [
-                float(objective.written_loss(model.field, z, d, shape, skeletons, windows))
-                for z, d in zip(latents, donors, strict=True)
-            ]
-            found["losses"][target] = sum(each) / len(each)
-            found["mean latents"][target] = float(
-                objective.written_loss(model.field, mean, donors[0], shape, skeletons, windows)
-            )
-    stored = sum(p.numel() for p in model.field.parameters())
-    return {"stored": stored, **found}
+    deep = max(len(z.blocks) for z in latents)
+    blocks = torch.stack([z.at_depth(deep).blocks for z in latents]).mean(0)
+    mean = Latents(torch.stack([z.model for z in latents]).mean(0), blocks)
+    found: dict[str, dict[str, float]] = {"losses": {}, "mean latents": {}}
+    for target, config in UNSEEN_TARGETS.items():
+        shape = unseen_shape(config)
+
+        def loss(z: Latents, shape: Metadata = shape) -> float:
+            decoder = field_decoder(field, shape, z.at_depth(shape.layers), donors[0].rows)
+            return float(text_loss(skeletons.get(shape), decoder, windows))
+
+        found["losses"][target] = sum(loss(z) for z in latents) / len(latents)
+        found["mean latents"][target] = loss(mean)
+    return found
 
 
 @contextlib.contextmanager

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from autoencoder.donors import read_training_donors
+from autoencoder.loading import load_autoencoder
 from benchmarks.generator import ablations, audit, models, page, tasks
 from benchmarks.head_start.results import BenchmarkResults
-from benchmarks.head_start.tasks import UNSEEN_TARGETS
+from benchmarks.head_start.tasks import UNSEEN_TARGETS, llama
+from benchmarks.peers import logah
 from tests.support.generators import TEXT, byte_zoo, train_both
 from zoo.donors.zoo import Zoo
 from zoo.units.decoder import read_decoder
+from zoo.vocabulary import byte_tokens
 
 TARGET = "heads"
 
@@ -113,7 +117,8 @@ def test_the_flops_are_those_that_both_records_state(trained: Path) -> None:
     assert min(stated) > 1e6 and models.generator_flops(paths) == sum(stated)
 
 
-def test_the_audit_zeroes_the_network_and_restores_it(trained: Path) -> None:
+def test_the_audit_zeroes_the_network_and_restores_it(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "WINDOWS", 8)
     donors = Zoo.open(trained / "zoo")
     inputs = audit.make_inputs(trained / "pipeline", donors, TEXT.encode() * 20)
     shape = replace(donors.donors[0].blueprint.metadata, width=24, tied=False)  # type: ignore[arg-type]
@@ -140,3 +145,19 @@ def test_a_variant_changes_one_thing_and_leaves_nothing_behind(name: str) -> Non
 def test_every_unseen_shape_has_carriers() -> None:
     assert tasks.CARRIERS.keys() == UNSEEN_TARGETS.keys()
     assert torch.tensor([len(c) for c in tasks.CARRIERS.values()]).min() >= 2
+
+
+def test_the_hypernetwork_learns_and_stays_within_its_numbers(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablations, "UNSEEN_TARGETS", {TARGET: llama(24, 2, 4, 2, 40, head=8)})
+    zoo = Zoo.open(trained / "zoo")
+    text = byte_tokens(TEXT.encode())
+    sizes = load_autoencoder(str(trained / "autoencoder")).sizes
+    budget = logah.parameters(logah.LowRankField(sizes, 3)) + 10
+    assert logah.rank_within(sizes, budget) == 3
+    fields = [logah.train(zoo, text, budget, logah.LogahTrainConfig(steps=n, lr=2e-2)) for n in (1, 30)]
+    assert logah.parameters(fields[1]) <= budget
+    donors, _ = read_training_donors(zoo, True)
+    windows = text[: 17 * 8].view(8, 17)
+    latents = [logah.no_latents(sizes, d.shape.layers) for d in donors]
+    first, last = (ablations.start_losses(f, latents, donors, windows)["losses"][TARGET] for f in fields)
+    assert last < first - 0.3
