@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
+from benchmarks.generator.tasks import GENERATORS
 from benchmarks.head_start import tasks
 from benchmarks.head_start.results import BenchmarkResults, Rows
 from benchmarks.paths import ROOT
@@ -19,10 +20,11 @@ WHERE = "benchmarks/results/tables.md"
 PATH = ROOT / TABLE
 
 
-def learning_rates_table(results: BenchmarkResults) -> str:
+def learning_rates_table(results: BenchmarkResults, generators: Rows = ()) -> str:
     """The table as JSON text. For each method and each family: the median, over targets, of the rate with the lowest
-    final loss on the first seed, beside the lowest and the highest of them."""
-    best = _best_rates(results.rows)
+    final loss on the first seed, beside the lowest and the highest of them. generators: rows of the generator's
+    benchmark, which has runs of its own."""
+    best = _best_rates([*results.rows, *(row for row in generators if row["method"] in GENERATORS)])
     families: dict[str, list[float]] = defaultdict(list)
     family = {method["name"]: method["family"] for method in samplers.described_methods()}
     for label, rates in best.items():

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.generator.runs import ROWS as GENERATOR_RUNS
+from benchmarks.head_start import rows as run_rows
 from benchmarks.head_start import tasks
 from benchmarks.head_start.results import BenchmarkResults, Facts, Rows
 from benchmarks.pages import (
@@ -87,7 +89,9 @@ def write_tables(rows: Rows, facts: Facts) -> None:
     replace_file(TABLES, tables_page(results).encode())
     for path, text in marked_pages(results):
         replace_file(path, text.encode())
-    replace_file(learning_rates.PATH, learning_rates.learning_rates_table(results).encode())
+    replace_file(
+        learning_rates.PATH, learning_rates.learning_rates_table(results, run_rows.read(GENERATOR_RUNS)).encode()
+    )
     for name, content in draw_figures(results.entries).items():
         replace_file(FIGURES / f"{name}.png", content)
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from autoencoder import texts, training
 from autoencoder.config import AutoencoderTrainConfig
@@ -28,6 +29,7 @@ from autoencoder.donors import (
 )
 from autoencoder.loading import load_autoencoder
 from autoencoder.objective import draw_step, mixed_windows
+from autoencoder.report import pca_axes, pca_projection
 from autoencoder.sampler import AutoencoderSampler
 from tests.support.generators import (
     AUTOENCODER,
@@ -43,6 +45,7 @@ from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.training.resumable import STATE_FILE
+from zoo.units.tables import TABLE_ROLES
 from zoo.vocabulary import byte_tokens
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -104,6 +107,26 @@ def test_the_report_counts_what_is_stored(zoo: Zoo, trained: Path) -> None:
     donors, strings = read_training_donors(zoo, quiet=True)
     assert report["numbers"]["donors"] == sum(count_numbers(d) for d in donors)
     assert model.token_strings == strings and [d["name"] for d in model.config["donors"]] == ["d0", "d1"]
+
+
+def test_the_pca_of_the_report_keeps_as_many_numbers_and_all_of_them_keep_the_donor(zoo: Zoo) -> None:
+    donors, _ = read_training_donors(zoo, quiet=True)
+    entries = {t: [d.tokens if t == "token" else d.blocks[t].flatten(0, -3) for d in donors] for t in TABLE_ROLES}
+    for share in (0.2, 0.5):
+        axes = pca_axes(donors, share)
+        kept = sum(a.numel() + len(a) * sum(len(e) for e in entries[t]) for t, a in axes.items())
+        assert kept == pytest.approx(share * sum(count_numbers(d) for d in donors), rel=0.05)
+    errors = []
+    for share in (0.2, 0.5, 9.0):
+        found = pca_projection(donors[1], pca_axes(donors, share))
+        whole = {"token": donors[1].tokens, **donors[1].blocks}
+        errors.append({t: relative_error({"token": found.tokens, **found.blocks}[t], whole[t]) for t in whole})
+    assert all(0.05 < b < a < 1 for a, b in zip(errors[0].values(), errors[1].values(), strict=True))
+    assert max(errors[2].values()) < 1e-5  # as many axes as coordinates: the narrower donor itself
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def test_the_field_of_a_large_zoo_stores_a_share_of_it(zoo: Zoo) -> None:
