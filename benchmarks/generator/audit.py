@@ -6,8 +6,9 @@ All losses are those of the model that is written, before any training, on held-
 from __future__ import annotations
 
 import json
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.generator.models import generator_flops, seconds_file, train_gen
 from benchmarks.generator.runs import corpus_file
 from benchmarks.generator.tasks import TEXTS, WITHOUT
 from benchmarks.head_start.tasks import SEEDS, UNSEEN_TARGETS
+from benchmarks.novelty.distance import Frame, donor_frame, leave_one_out, nearest_donor_distance
 from benchmarks.paths import RESULTS
 from diffusion.pipeline import WeightDiffusionPipeline, load_pipeline
 from diffusion.sampler import SAMPLE_BYTES
@@ -30,6 +32,7 @@ from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.training.corpora import HELD_OUT
+from zoo.units.decoder import read_decoder
 from zoo.vocabulary import byte_tokens
 
 FACTS = RESULTS / "generator.json"
@@ -77,8 +80,8 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
     text = zoo.removeprefix(WITHOUT) if zoo.startswith(WITHOUT) else "reference"
     donors = Zoo.open(paths["zoo"])
     inputs = make_inputs(paths["model"], donors, corpus_file(work, text, data).read_bytes())
-    shapes = {name: unseen_shape(config) for name, config in UNSEEN_TARGETS.items()}
     others = {t: corpus_file(work, t, data).read_bytes()[:SAMPLE_BYTES] for t in TEXTS if t != text}
+    frames = [donor_frame(d) for d in donors.donors]
     flops = generator_flops(paths)
     seconds = [float(seconds_file(paths[key]).read_text()) for key in ("autoencoder", "model")]
     return {
@@ -86,7 +89,13 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
         "sizes": sizes(inputs.pipeline, donors),
         "cost": {"flops": flops, "seconds": seconds, "donor_flops": donor_flops(donors)},
         "speed": parameters_per_second(inputs.pipeline),
-        "shapes": {name: losses(inputs, shape, others) | diversity(inputs, shape) for name, shape in shapes.items()},
+        "donors apart": statistics.median(near.total for near, _ in leave_one_out(donors.donors, frames).values()),
+        "shapes": {
+            name: losses(inputs, unseen_shape(config), others)
+            | diversity(inputs, unseen_shape(config))
+            | {"nearest": distances(inputs, config, frames)}
+            for name, config in UNSEEN_TARGETS.items()
+        },
     }
 
 
@@ -169,6 +178,16 @@ def diversity(inputs: Inputs, shape: Metadata) -> dict[str, Any]:
         written.append(torch.cat([table.flatten() for table in blocks.values()]))
     pairs = [(a, b) for i, a in enumerate(written) for b in written[i + 1 :]]
     return {"seeds apart": [float((a - b).norm() / a.norm()) for a, b in pairs]}
+
+
+def distances(inputs: Inputs, config: Mapping[str, Any], frames: Sequence[Frame]) -> list[float]:
+    """How far each seed's model is from the nearest donor (`benchmarks/novelty/distance.py`)."""
+    target, found = Blueprint.from_config(dict(config)), []
+    for seed in SEEDS:
+        tensors = inputs.pipeline(target, text=inputs.text, generator=stream(seed, "latents")).state_dict()
+        decoder = read_decoder(target, {name: t.double() for name, t in tensors.items()}.__getitem__)
+        found.append(nearest_donor_distance(decoder, inputs.pipeline.autoencoder.token_strings, frames).total)
+    return found
 
 
 def sizes(pipeline: WeightDiffusionPipeline, donors: Zoo) -> dict[str, int]:

@@ -62,11 +62,15 @@ class Row:
         return paired_difference(self.own["diffusion"], both[name]) if name else {}
 
     def verdict(self) -> str:
-        difference = self.difference()
-        if not difference:
-            return ""
-        low, high = difference["ci95"] or (difference["mean"] - NOISE, difference["mean"] + NOISE)
-        return VERDICTS[0] if high < 0 else VERDICTS[2] if low > 0 else VERDICTS[1]
+        return verdict_of(self.difference())
+
+
+def verdict_of(difference: Mapping[str, Any]) -> str:
+    """One of VERDICTS for an interval of a difference; "" without one."""
+    if not difference:
+        return ""
+    low, high = difference["ci95"] or (difference["mean"] - NOISE, difference["mean"] + NOISE)
+    return VERDICTS[0] if high < 0 else VERDICTS[2] if low > 0 else VERDICTS[1]
 
 
 def write() -> None:
@@ -74,10 +78,14 @@ def write() -> None:
     replace_file(PAGE, page().encode())
 
 
-def page() -> str:
+def all_rows(carried: BenchmarkResults) -> list[Row]:
+    """The rows of all parts. carried: the runs of all other methods on A and B."""
     rows = run_rows.read(runs.ROWS)
-    carried = BenchmarkResults.from_rows(run_rows.read(benchmark.RUNS), benchmark.read_facts())
-    found = [row for part in tasks.parts() if not part.kind for row in part_rows(part, rows, carried)]
+    return [row for part in tasks.parts() if not part.kind for row in part_rows(part, rows, carried)]
+
+
+def page() -> str:
+    found = all_rows(BenchmarkResults.from_rows(run_rows.read(benchmark.RUNS), benchmark.read_facts()))
     facts = audit.read_facts()
     sections = [
         INTRODUCTION,
@@ -198,6 +206,8 @@ def audit_sections(facts: Mapping[str, Any]) -> Iterator[str]:
         "## What its parts do\n\nLoss at step 0 on held-out text. **denoiser zeroed**: the latents stay noise. **mean "
         "latents**: those of the zoo's mean. **mixers zeroed**: every basis has the same weight in all blocks. **told "
         "wrong**: the sampler, or in brackets the field, reads another width or depth, or asks for a model 1 nat worse."
+        " **seeds apart**: relative distance of what two seeds write. **nearest donor**: relative distance in the "
+        f"donor's coordinates; donors of A lie {facts[next(iter(facts))]['donors apart']:.2f} from one another."
         "\n\n" + parts_table(facts)
     )
     yield "## Text\n\nThe same shape, and the loss on the target's text.\n\n" + text_table(facts)
@@ -215,9 +225,11 @@ def parts_table(facts: Mapping[str, Any]) -> str:
             parts = [f"{f[key]:.2f}" for key in ("denoiser zeroed", "mean latents", "mixers zeroed")]
             sampled = f"{min(f['sampled']):.2f} to {max(f['sampled']):.2f}"
             apart = f"{min(f['seeds apart']):.2f} to {max(f['seeds apart']):.2f}"
-            lines.append([f"{zoo}, {shape}", sampled, *parts, *wrong, f"{f['quality told wrong']:.2f}", apart])
+            nearest = f"{min(f['nearest']):.2f} to {max(f['nearest']):.2f}"
+            quality = f"{f['quality told wrong']:.2f}"
+            lines.append([f"{zoo}, {shape}", sampled, *parts, *wrong, quality, apart, nearest])
     heads = ["zoo, shape", "three seeds", "denoiser zeroed", "mean latents", "mixers zeroed", "width told wrong"]
-    return cells.table([*heads, "depth told wrong", "quality told wrong", "seeds apart"], lines)
+    return cells.table([*heads, "depth told wrong", "quality told wrong", "seeds apart", "nearest donor"], lines)
 
 
 def text_table(facts: Mapping[str, Any]) -> str:

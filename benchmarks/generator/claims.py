@@ -1,0 +1,109 @@
+"""What BENCHMARKS.md says of the generator. Every number is computed from the runs."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.generator import audit, page
+from benchmarks.generator.page import NOISE, Row
+from benchmarks.head_start.results import BenchmarkResults, Entries, paired_difference
+from benchmarks.head_start.tasks import BUDGETS
+from benchmarks.pages import cells
+
+LINE = 100
+TEXTS = {"A": "the donors' own text", "B": "source code and Shakespeare", "S": "the text that its zoo lacks"}
+
+
+def generator_claims(results: BenchmarkResults) -> str:
+    """Paragraphs and a table of counts; "" before there are runs."""
+    found = page.all_rows(results)
+    if not found:
+        return ""
+    paragraphs = [start_claim(found), loss_claim(found), *audit_claims(audit.read_facts())]
+    wrapped = [textwrap.fill(p, LINE, break_on_hyphens=False) for p in paragraphs]
+    return "\n\n".join([wrapped[0], counts_table(found), *wrapped[1:]])
+
+
+def start_claim(found: Sequence[Row]) -> str:
+    """Before training: beside the default after 200 steps."""
+    own = [r for r in found if r.comparison.budget == "long" and r.comparison.task == "A" and r.default]
+    starts = [page.start_loss(r.own["diffusion"]) or 0.0 for r in own]
+    ends = [r.default["final_loss"]["mean"] for r in own if r.default]
+    below = sum(a < b for a, b in zip(starts, ends, strict=True))
+    return (
+        "**The generator writes models that work before they are trained.** `diffusion` reads a config and 100 kB of "
+        f"text. At {len(own)} shapes that no donor has, what it writes has a loss of {spread(starts)} nats on "
+        f"{TEXTS['A']}. The tuned default has {spread(ends)} after {BUDGETS['long']} steps; the start is below that "
+        f"at {below} of {len(own)} shapes."
+    )
+
+
+def loss_claim(found: Sequence[Row]) -> str:
+    """What the verdicts are made of."""
+    return (
+        "Each case is one shape on one text; the other side is chosen after the fact. **Others** are all other methods "
+        "of this page, `retrieval` among them. The **control** is the best of two donors that were trained for as many "
+        "FLOPs as the generator, carried to the shape by the methods that are best there. A is the donors' own text, "
+        f"B has texts that nothing saw. Below and above are with the whole 95 % interval{seed_note(found)}. "
+        "[generator.md](benchmarks/results/generator.md) has every case."
+    )
+
+
+def seed_note(found: Sequence[Row]) -> str:
+    return f", on S (one seed) by more than {NOISE:g} nats" if any(r.comparison.task == "S" for r in found) else ""
+
+
+def counts_table(found: Sequence[Row]) -> str:
+    """How often `diffusion` is below, not distinguishable from, or above the others and the control."""
+    sides: dict[str, Callable[[Row], Entries]] = {"others": lambda r: r.others, "control": lambda r: r.controls}
+    lines = []
+    for task in TEXTS:
+        for budget, steps in BUDGETS.items():
+            rows = [r for r in found if (r.comparison.task, r.comparison.budget) == (task, budget)]
+            counts = [count(rows, side) for side in sides.values()]
+            if rows:
+                lines.append([task, str(steps), str(len(rows)), *counts])
+    heads = ["task", "steps", "cases", "against others: below / same / above", "against the control"]
+    return cells.table(heads, lines)
+
+
+def count(rows: Sequence[Row], side: Callable[[Row], Entries]) -> str:
+    """`4 / 1 / 0`"""
+    verdicts = []
+    for row in rows:
+        best = row.best(side(row))
+        if best:
+            verdicts.append(page.verdict_of(paired_difference(row.own["diffusion"], side(row)[best])))
+    return " / ".join(str(verdicts.count(v)) for v in page.VERDICTS) if verdicts else cells.MISSING
+
+
+def audit_claims(facts: Mapping[str, Any]) -> list[str]:
+    """The parts of the generator of A."""
+    about = facts.get("embedded")
+    if about is None:
+        return []
+    shapes = list(about["shapes"].values())
+    size, cost = about["sizes"], about["cost"]
+    stored = size["field"] + size["denoiser"]
+
+    def loss_of(key: str) -> list[float]:
+        return [f[key] - f["sampled"][0] for f in shapes]
+
+    nearest = [d for f in shapes for d in f["nearest"]]
+    apart = [d for f in shapes for d in f["seeds apart"]]
+    return [
+        f"It stores {stored / 1e6:.2f} M numbers; its donors have {size['donors'] / 1e6:.2f} M. With noise in place of "
+        f"the latents the loss is {spread(loss_of('denoiser zeroed'))} nats higher, with the mean latents of the zoo "
+        f"{spread(loss_of('mean latents'))}, with equal weights for all bases {spread(loss_of('mixers zeroed'))}. "
+        f"Two seeds write weights that lie {spread(apart)} apart, and {spread(nearest)} from the nearest donor (donors "
+        f"from one another: {about['donors apart']:.2f}). On a zoo of one text the field does the work, and "
+        f"the diffusion hardly matters. Training took {sum(cost['seconds']) / 60:.0f} minutes of one core and "
+        f"{cost['flops'] / cost['donor_flops']:.1f} times the FLOPs of its donors."
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """`1.52 to 1.97`"""
+    return f"{min(values):.2f} to {max(values):.2f}"
