@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.generator.page import Row as GeneratorRow
+from benchmarks.generator.page import all_rows
 from benchmarks.head_start import tasks
-from benchmarks.head_start.results import BenchmarkResults, Entries, format_interval, rank_methods
+from benchmarks.head_start.results import (
+    BenchmarkResults,
+    Entries,
+    format_interval,
+    paired_difference,
+    rank_methods,
+)
 from benchmarks.pages import cells
 from benchmarks.pages.speed_tables import read_convolutions
 from headstart import samplers
 from headstart.report.scores import REFERENCE
 
+GENERATOR = "diffusion"
 README_METHODS = (
-    REFERENCE, "sliced", "row-column", "autoencoder-v1", "retrieval", "matrix-normal", "truncated-normal", "normal"
+    REFERENCE, GENERATOR, "sliced", "row-column", "retrieval", "matrix-normal", "truncated-normal", "normal"
 )  # fmt: skip
 
 
@@ -47,11 +56,30 @@ def readme_table(results: BenchmarkResults) -> str:
     done = results.comparisons_of("A", "reference", "long")
     if not done:
         return ""
+    generated = {row.comparison.target: row for row in all_rows(results) if is_same_task(row, done)}
+    with_generator = {c.target: _with_generator(e, generated.get(c.target)) for c, e in done.items()}
     rows = [
-        ["default: loss" if name == REFERENCE else name, *(_gain_cell(e, name, digits=2) for e in done.values())]
+        [f"{name}: loss" if name == REFERENCE else name, *(_gain_cell(e, name, 2) for e in with_generator.values())]
         for name in README_METHODS
+        if name != GENERATOR or generated
     ]
-    return cells.table(["method", *(c.target for c in done)], rows)
+    return cells.table(["method", *with_generator], rows)
+
+
+def is_same_task(row: GeneratorRow, done: Mapping[tasks.Comparison, Entries]) -> bool:
+    """Whether a row of the generator is on the task, text and budget of these comparisons."""
+    return any(
+        (row.comparison.task, row.comparison.text, row.comparison.budget) == (c.task, c.text, c.budget) for c in done
+    )
+
+
+def _with_generator(entries: Entries, row: GeneratorRow | None) -> Entries:
+    """The entries, with the generator's minus the tuned default of these."""
+    if row is None:
+        return entries
+    own = dict(row.own[GENERATOR])
+    own["difference"] = paired_difference(own, entries[REFERENCE]) or own["difference"]
+    return {**entries, GENERATOR: own}
 
 
 def _gain_cells(name: str, done: Mapping[tasks.Comparison, Entries]) -> list[str]:
