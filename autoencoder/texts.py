@@ -14,7 +14,7 @@ from autoencoder.donors import FOR_ALL, TrainingDonor
 from zoo.donors.donor import Donor
 from zoo.errors import UserError
 from zoo.streams import stream_seed
-from zoo.training.corpora import HELD_OUT, donor_text, encode_read_corpus, text_sha256
+from zoo.training.corpora import BLOCK, HELD_OUT, donor_text, encode_read_corpus, text_sha256
 from zoo.training.documents import Corpus, TextSource, read_corpus
 from zoo.vocabulary import BYTE_VOCAB, byte_tokens
 
@@ -81,7 +81,15 @@ def _tokens_of(text: bytes, donor: TrainingDonor) -> Tensor:
     folder = _tokenizer(donor.donor)
     if folder is None:
         raise UserError(f"{donor.name}: has no tokenizer, so that no text can be read for it; leave out --corpus")
-    return encode_read_corpus(Corpus(text, {"whole": True}), f"the text of {donor.name}", folder, donor.shape.vocab)
+    corpus = Corpus(whole_characters(text), {"whole": True})
+    return encode_read_corpus(corpus, f"the text of {donor.name}", folder, donor.shape.vocab)
+
+
+def whole_characters(text: bytes) -> bytes:
+    """A text of UTF-8 without the characters that were cut where parts are held out. Another text as it is."""
+    kept = text.decode(errors="ignore").encode()
+    cuts = 2 + 2 * (len(text) // BLOCK)  # both sides of a joint, each at most three bytes of a character
+    return kept if len(text) - len(kept) <= 3 * cuts else text
 
 
 def _sampled(donor: TrainingDonor, seed: int) -> DonorText:

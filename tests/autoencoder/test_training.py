@@ -44,6 +44,7 @@ from tests.support.tiny import config, make_zoo
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
+from zoo.training.corpora import split_held_out
 from zoo.training.resumable import STATE_FILE
 from zoo.units.tables import TABLE_ROLES
 from zoo.vocabulary import byte_tokens
@@ -312,3 +313,16 @@ def test_the_default_stages_add_up() -> None:
     for i, peak in enumerate((settings.lr, settings.bases_lr, settings.maps_lr)):
         third = [rate[i] for rate in rates[settings.reconstruction + settings.warmup :]]
         assert max(third) == pytest.approx(peak, rel=0.01) and third[-1] < 0.06 * peak
+
+
+def test_characters_that_the_held_out_parts_cut_are_left_out() -> None:
+    text = "žluťoučký kůň, 愛, 😀: x. ".encode() * 2000
+    training_text, held = split_held_out(text)
+    with pytest.raises(UnicodeDecodeError):
+        training_text.decode()
+    for part in (training_text, held, text[:-1]):
+        found = texts.whole_characters(part)
+        assert set(found.decode()) == set(text.decode())
+        assert 0 < len(part) - len(found) < 6 * (2 + len(part) // 4096)
+    latin = "é".encode("latin-1") * 3000
+    assert texts.whole_characters(latin) == latin  # its encoding is refused later, in one line

@@ -20,6 +20,7 @@ from zoo.vocabulary import BYTE_VOCAB, byte_tokens, encode_text
 MAX_END_OF_TEXT = 100  # characters of the token that ends a text
 CORPUS_NAME = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*")  # part of the names of donors
 HELD_OUT = 0.1  # share of a given corpus, at its end, on which `compare` measures and nothing is trained
+BLOCK = 4096  # bytes of a text that are held out together
 REFERENCE_TITLE = "Python language reference (pydoc_data.topics)"  # `corpus` in the facts of general donors
 # Modules of Python's library, together more than a megabyte; none is generated or a table.
 LIBRARY_MODULES = (
@@ -52,7 +53,7 @@ def library_source() -> bytes:
 EMBEDDED_TEXTS: dict[str, Callable[[], bytes]] = {"reference": python_reference, "source": library_source}
 
 
-def split_held_out(data: bytes, block: int = 4096, every: int = 9) -> tuple[bytes, bytes]:
+def split_held_out(data: bytes, block: int = BLOCK, every: int = 9) -> tuple[bytes, bytes]:
     """Splits a text into (training, held out). Every `every`-th block of `block` bytes is held out, so both parts cover
     the whole text."""
     blocks = [data[i : i + block] for i in range(0, len(data), block)]
