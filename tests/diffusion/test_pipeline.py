@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from huggingface_hub import constants, hf_api
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
@@ -27,6 +26,7 @@ from diffusion.sampler import DiffusionSampler
 from diffusion.text_features import SIZE as TEXT_SIZE
 from tests.support.commands import generate
 from tests.support.generators import DIFFUSION, TEXT, byte_zoo, train_both, train_tiny_diffusion
+from tests.support.hub_server import use_hub
 from tests.support.hub_uploads import serve_uploads
 from tests.support.tiny import config
 from zoo.donors.zoo import Zoo
@@ -201,13 +201,9 @@ def test_saved_and_loaded_it_generates_the_same_bytes(pipe: WeightDiffusionPipel
 
 
 def test_it_is_pushed_to_a_hub_with_its_card(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
     with serve_uploads() as (address, files):
-        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        settings = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path)}
-        for name, value in (settings | {"HF_HUB_OFFLINE": False}).items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", address)
+        use_hub(monkeypatch, address, tmp_path)
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
         load_pipeline(str(trained)).push_to_hub("me/weights")
     card = files["README.md"].decode()
     assert "library_name: diffusers" in card and "| d0 |" in card and "| d1 |" in card

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from headstart.cli import app
 from headstart.config import CONFIGS, GenerateConfig, config_of
 from headstart.config_values import check_text
 from headstart.samplers import check_method
 from tests.conftest import make_llama
+from tests.support.commands import invoke
 from zoo.add import add
 from zoo.errors import UserError
 from zoo.limits import MAX_MESSAGE
@@ -77,7 +76,7 @@ def words(command: str, options: dict[str, str]) -> list[str]:
 
 def refusal(*arguments: str) -> str:
     """The line on stderr of a command that exits with 2."""
-    result = CliRunner().invoke(app, arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 2, (result.exit_code, result.output[-2000:], result.exception)
     assert "Traceback" not in result.output and not result.stdout
     lines = [line for line in result.stderr.splitlines() if line.strip() and "%|" not in line]  # no progress bars
@@ -135,7 +134,7 @@ def test_seeds_at_the_ends_of_the_range_are_taken(tmp_path: Path) -> None:
     for seed in (-(2**63), -1, 2**64 - 1):
         out = tmp_path / str(seed)
         arguments = words("generate", {"target": "donor", "method": "default", "out": str(out), "seed": str(seed)})
-        assert CliRunner().invoke(app, arguments).exit_code == 0
+        assert invoke(*arguments).exit_code == 0
         assert json.loads((out / "headstart.json").read_text())["seed"] == seed
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from headstart import samplers
 from headstart.cli import main
 from headstart.terminal import session
+from tests.support.commands import invoke
 from tests.support.shaken import CONFIGS, donor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,11 +99,7 @@ def test_help_needs_no_heavy_import() -> None:
      "train diffusion", "generate", "compare", "analyze", "lora", "evaluate", "run"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(command: str) -> None:
-    from typer.testing import CliRunner
-
-    from headstart.cli import app
-
-    shown, short = (CliRunner().invoke(app, [*command.split(), option]) for option in ("--help", "-h"))
+    shown, short = (invoke(*command.split(), option) for option in ("--help", "-h"))
     assert short.stdout == shown.stdout and (command == "run" or "--config" in shown.stdout)
     assert shown.exit_code == 0 and f"Example: headstart {command}" in shown.stdout and "--quiet" in shown.stdout
 

@@ -35,6 +35,7 @@ from headstart.config import (
 from headstart.config_file import read_options
 from headstart.generate.generate import generate
 from tests.headstart.test_cli import headstart
+from tests.support.commands import invoke
 from tests.support.shaken import CONFIGS as MODELS
 from zoo.errors import UserError
 
@@ -76,21 +77,17 @@ def test_the_command_line_of_a_configuration_makes_it_again(
     """Both as words and through --config."""
     import shlex
 
-    from typer.testing import CliRunner
-
-    from headstart.cli import app
-
     seen: list[CommandConfig] = []
     monkeypatch.setattr("headstart.commands.run_config", lambda config, invocation: seen.append(config))
     if not isinstance(getattr(config, "target", None), dict):
-        assert CliRunner().invoke(app, shlex.split(config.to_command())[1:]).exit_code == 0
+        assert invoke(*shlex.split(config.to_command())[1:]).exit_code == 0
         assert seen.pop() == config
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config.to_record()))
-    done = CliRunner().invoke(app, [*config.subcommand.split(), "--config", str(path)])
+    done = invoke(*config.subcommand.split(), "--config", path)
     assert done.exit_code == 0, done.output
     assert seen.pop() == config
-    assert CliRunner().invoke(app, ["run", str(path)]).exit_code == 0
+    assert invoke("run", path).exit_code == 0
     assert seen.pop() == config
 
 
@@ -197,8 +194,6 @@ def test_a_text_to_train_on_may_have_no_name(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_commands_of_training_pass_their_texts_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
     from autoencoder import training as autoencoder_training
     from diffusion import training as diffusion_training
 
@@ -219,7 +214,7 @@ def test_the_commands_of_training_pass_their_texts_on(tmp_path: Path, monkeypatc
         "cpu",
     ]
     for command in (["train", "autoencoder"], ["train", "diffusion", "--autoencoder", "a"]):
-        done = CliRunner().invoke(cli.app, [*command, *shared])
+        done = invoke(*command, *shared)
         assert done.exit_code == 0, done.output
         config, options = seen[-1]
         assert config.corpora == {"all": "text.txt", "plays": "p.txt"} and options["device"] == "cpu"

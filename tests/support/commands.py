@@ -1,15 +1,30 @@
-"""The commands as Python calls with options as keywords, on the CPU. `settings` are words as after `--set`."""
+"""The commands as Python calls with options as keywords, on the CPU. `settings` are words as after `--set`.
+
+`invoke` runs a command line in this process.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+import typer
+from click.testing import CliRunner, Result
+
+from headstart.cli import app
 from headstart.config import AnalyzeConfig, CompareConfig, EvaluateConfig, GenerateConfig, LoraConfig
 from headstart.config_values import settings_of
 
 CPU = {"device": "cpu"}
+_command: functools.cache[click.Command] = functools.cache(lambda: typer.main.get_command(app))  # building takes 0.1 s
+
+
+def invoke(*words: object) -> Result:
+    """Runs `headstart` with these words: its exit code and what it prints."""
+    return CliRunner().invoke(_command(), [str(word) for word in words])
 
 
 def generate(

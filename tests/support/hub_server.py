@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
+
+import pytest
+from huggingface_hub import constants, hf_api
 
 
 @dataclass
@@ -223,6 +227,18 @@ def serve() -> Iterator[Hub]:
         finally:
             hub.closing.set()
             server.shutdown()
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, address: str, home: Path) -> None:
+    """Does in this process what HF_ENDPOINT and HF_HOME do in one that starts: they are read at import."""
+    for name in (*os.environ, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if name.lower().endswith("_proxy") or name.endswith("_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    values = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(home / "hub")}
+    for name, value in (values | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_TELEMETRY": True}).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", address)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

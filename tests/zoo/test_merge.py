@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import zoo.filling.merge
+from tests.support.commands import invoke
 from tests.support.gguf_files import write_gguf
 from tests.zoo.test_add import fork, stamps, tree
 from zoo.add import add
@@ -202,18 +202,16 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(
 
 
 def test_the_command(tmp_path: Path, apart: tuple[list[str], list[Path]]) -> None:
-    from headstart.cli import app
-
     _, zoos = apart
     words = ["zoo", "merge", *map(str, zoos), "--zoo", str(tmp_path / "zoo")]
-    planned = CliRunner().invoke(app, [*words, "--plan", "--json"])
+    planned = invoke(*words, "--plan", "--json")
     assert planned.exit_code == 0 and not (tmp_path / "zoo").exists()
-    done = CliRunner().invoke(app, [*words, "--json", "--quiet"])
+    done = invoke(*words, "--json", "--quiet")
     assert done.exit_code == 0 and done.stderr == ""
     rows = json.loads(done.stdout)
     assert [{**row, "state": "new"} for row in rows] == json.loads(planned.stdout)
     assert list(rows[0]) == ["source", "name", "revision", "license", "state", "tensors", "files", "read", "write"]
-    again = CliRunner().invoke(app, words)
+    again = invoke(*words)
     assert again.exit_code == 0 and again.stdout.splitlines()[0].split()[:3] == ["name", "state", "files"]
-    refused = CliRunner().invoke(app, ["zoo", "merge", str(tmp_path / "no"), "--zoo", str(tmp_path / "zoo")])
+    refused = invoke("zoo", "merge", tmp_path / "no", "--zoo", tmp_path / "zoo")
     assert refused.exit_code == 2 and refused.stderr.startswith(f"headstart: {tmp_path / 'no'}: is not a zoo")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from typer.testing import CliRunner
-
 from headstart import samplers
-from headstart.cli import app
 from headstart.generate.next_step import next_step, next_step_line
+from tests.support.commands import invoke
 from tests.support.shaken import CONFIGS
 
 WITHOUT_RUNS = ("autoencoder", "diffusion")  # the committed runs of these are of versions that were removed
@@ -33,7 +31,7 @@ def test_the_folder_the_card_and_the_terminal_say_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
     out = tmp_path / "out"
     words = ["generate", "--target", str(tmp_path / "config.json"), "--method", "default", "--out", str(out)]
-    result = CliRunner().invoke(app, words)
+    result = invoke(*words)
     assert result.exit_code == 0
     step = json.loads((out / "headstart.json").read_text())["next_step"]
     assert step == next_step("default")
@@ -41,5 +39,5 @@ def test_the_folder_the_card_and_the_terminal_say_it(tmp_path: Path) -> None:
     assert line.startswith("train at a learning rate near 0.002 (the best were 0.0006 to 0.006) with a warm-up over 5%")
     assert result.stderr.splitlines()[-1] == f"next: {line}"
     assert line[1:] in (out / "README.md").read_text()
-    quiet = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "quiet"), "--quiet"])
+    quiet = invoke(*words[:-1], tmp_path / "quiet", "--quiet")
     assert quiet.stderr == ""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from tests.headstart.generate.test_every_method import TARGET
 from tests.support import tiny
 from tests.support.architectures import LISTED
 from tests.support.commands import analyze, generate, lora
-from tests.support.hub_server import Repo, files_of, serve
+from tests.support.hub_server import Repo, files_of, serve, use_hub
 from zoo.checkpoints.checkpoint import Checkpoint
 from zoo.errors import UserError
 from zoo.statistics.grouping import Grouping
@@ -332,39 +329,24 @@ def test_a_plan_counts_and_does_nothing(base: Path, tmp_path: Path) -> None:
     assert changed["read"]["tensors"] == len(load_file(whole)) and changed["download"]["bytes"] == 0
 
 
-HUB_WORKER = """
-import json, sys
-from tests.support.commands import lora
-out = {}
-for name, method, plan in (("planned", "pissa", True), ("near", "gaussian", False), ("whole", "pissa", False)):
-    found = lora("org/model@main", method, 4, sys.argv[1] + "/" + name, plan=plan, quiet=True)
-    print(json.dumps(found if plan else str(found)), flush=True)
-"""
-
-
-def test_only_needed_files_of_a_hub_model_are_fetched(base: Path, tmp_path: Path) -> None:
+def test_only_needed_files_of_a_hub_model_are_fetched(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serve() as hub:
         hub.repos["org/model"] = Repo(files_of(base))
-        unset = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE")
-        env = {k: v for k, v in os.environ.items() if k not in unset and not k.lower().endswith("_proxy")}
-        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", HUB_WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
-        )
-        assert process.stdout is not None
+        use_hub(monkeypatch, hub.url, tmp_path / "home")
         weights = next(n for n in hub.repos["org/model"].files if n.endswith(".safetensors"))
         size = len(hub.repos["org/model"].files[weights])
-        plan = json.loads(process.stdout.readline())
+        plan = json.loads(json.dumps(lora("org/model@main", "pissa", 4, tmp_path / "planned", plan=True)))
         assert plan["download"]["bytes"] > size and plan["read"]["tensors"] == 20 == plan["write"]["base"]["tensors"]
-        assert json.loads(process.stdout.readline()) == str(tmp_path / "near")
+        assert lora("org/model@main", "gaussian", 4, tmp_path / "near") == tmp_path / "near"
         commit = hub.repos["org/model"].commit
         record = json.loads((tmp_path / "near" / "headstart.json").read_text())
         assert record["donors"] == [{"name": "org/model", "revision": commit, "sha256": None, "license": "mit"}]
         config = json.loads((tmp_path / "near" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == "org/model" and config["revision"] == "main"
         assert "base_model:\n- org/model" in (tmp_path / "near" / "README.md").read_text()
-        process.communicate(timeout=120)
-        assert process.returncode == 0
+        lora("org/model@main", "pissa", 4, tmp_path / "whole")
     record = json.loads((tmp_path / "whole" / "headstart.json").read_text())
     assert len(record["donors"][0]["sha256"]) == 64 and record["donors"][0]["revision"] == commit
     before = logits(model(base))

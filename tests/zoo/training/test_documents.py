@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from huggingface_hub import constants
 
-from tests.support.hub_server import Repo, serve
+from tests.support.hub_server import Repo, serve, use_hub
 from zoo.checkpoints.hub import hub_session
 from zoo.errors import UserError
 from zoo.sandbox import shared
@@ -274,11 +273,7 @@ def test_a_data_set_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     files |= {"test.jsonl": b'{"text": "held out"}\n', "README.md": b"---\nlicense: mit\n---\n", "set.py": b"exit()"}
     several = {"en/train.txt": b"english", "de/train.txt": b"deutsch", "README.md": b""}
     with serve() as hub, hub_session(timeout=20):
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        use_hub(monkeypatch, hub.url, tmp_path / "home")
         repo = hub.repos["org/set"] = Repo({n: d for n, d in files.items() if n != "test.jsonl"})
         hub.repos["org/mixed"], hub.repos["org/several"] = Repo(files), Repo(several)
         repo.branches["v1"] = repo.commit

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from benchmarks.head_start.tasks import UNSEEN_TARGETS
-from headstart.cli import app
+from tests.support.commands import invoke
 from zoo.checkpoints.files import file_hash
 from zoo.donors.verify import verify
 from zoo.donors.zoo import Zoo
@@ -172,7 +171,7 @@ def test_wrong_texts_are_one_line(
     Path("short.txt").write_text("a" * 39_999)
     Path("image.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50_000))
     preset = [] if "--preset" in words else ["--preset", "specialists"]
-    done = CliRunner().invoke(app, ["zoo", "train", "--zoo", "zoo", *preset, *words])
+    done = invoke("zoo", "train", "--zoo", "zoo", *preset, *words)
     assert done.exit_code == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("headstart: ") and reason in done.stderr
     assert not Path("zoo").exists()
@@ -206,7 +205,7 @@ def test_the_preset_trains_every_text_on_the_same_shapes() -> None:
 
 
 def test_help_names_every_preset() -> None:
-    shown = CliRunner().invoke(app, ["zoo", "train", "--help"]).stdout
+    shown = invoke("zoo", "train", "--help").stdout
     assert all(name in shown for name in PRESETS)
 
 
