@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from headstart.cli import app
 from headstart.evaluate import models
 from headstart.evaluate.local_tasks import question_files, read_questions
 from tests.conftest import make_llama
-from tests.support.commands import evaluate
+from tests.support.commands import evaluate, invoke
+from tests.support.hub_server import use_hub
 from zoo.errors import UserError
 
 lm_eval = pytest.importorskip("lm_eval.tasks") and pytest.importorskip("lm_eval")
@@ -448,32 +447,32 @@ def gate() -> Iterator[str]:
     server.shutdown()
 
 
-def test_gated_or_missing_data_is_a_one_line_error(tmp_path: Path, gate: str) -> None:
+def test_gated_or_missing_data_is_a_one_line_error(
+    tmp_path: Path, gate: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
     folder = make_llama(tmp_path / "model", vocab_size=256)
-    script = f"""
-from tests.support.commands import evaluate
-from zoo.errors import UserError
-for task in ("gpqa_diamond_zeroshot", "piqa"):
-    try:
-        evaluate({str(folder)!r}, [task], quiet=True)
-    except UserError as error:
-        print(error)
-"""
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    env |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": gate}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
-    gated, gone = result.stdout.splitlines()
-    assert gated == (
+    use_hub(monkeypatch, gate, tmp_path / "hf")
+    for name, value in {"HF_ENDPOINT": gate, "HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": tmp_path / "sets"}.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    capfd.readouterr()
+    with pytest.raises(UserError) as gated:
+        evaluate(folder, ["gpqa_diamond_zeroshot"], quiet=True)
+    with pytest.raises(UserError) as gone:
+        evaluate(folder, ["piqa"], quiet=True)
+    assert str(gated.value) == (
         "gpqa_diamond_zeroshot: its data are gated; accept the terms on "
         "https://huggingface.co/datasets/Idavidrein/gpqa and log in with `hf auth login`"
     )
-    assert gone.startswith("piqa: its data cannot be downloaded (") and "baber/piqa" in gone and result.stderr == ""
+    assert str(gone.value).startswith("piqa: its data cannot be downloaded (") and "baber/piqa" in str(gone.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_table_for_people(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "model", vocab_size=256)
     file = write(tmp_path / "questions.jsonl", QUESTIONS[:1])  # one question: no standard error
-    result = CliRunner().invoke(app, ["evaluate", "--model", str(folder), "--tasks", str(file), "--device", "cpu"])
+    result = invoke("evaluate", "--model", folder, "--tasks", file, "--device", "cpu")
     assert result.exit_code == 0, result.output
     row = next(line.split() for line in result.stdout.splitlines() if " acc " in line)
     assert row[:3] == ["questions.jsonl", "acc", "1"] and row[4] == "-"
