@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/headstart demo --out demo
 
+# worksteal: neighbouring tests run in one process, which makes their fixtures once.
 test: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
