@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generator.models import train_generator, zoo_folder
-from benchmarks.generator.tasks import LONGER, seeds
+from benchmarks.generator.tasks import DEEP, LONGER, seeds
 from benchmarks.head_start import rows, tasks
 from benchmarks.head_start.tasks import Comparison
 from benchmarks.paths import RESULTS
@@ -67,7 +67,9 @@ def run_comparison(comparison: Comparison, work: Path, data: Path | None) -> dic
 
 
 def _labels(comparison: Comparison, zoo: Path) -> tuple[str, ...]:
-    """The methods of a comparison; those of a control once for each donor that was trained on."""
+    """The methods of a comparison; those of a control from the donor that suits the target."""
     if not comparison.zoo.endswith(LONGER):
         return comparison.methods
-    return tuple(f"{method}:donor={name}" for method in comparison.methods for name in Zoo.open(zoo).names)
+    size = "layers" if comparison.target in DEEP else "width"
+    donor = max(Zoo.open(zoo).donors, key=lambda d: getattr(d.blueprint.metadata, size))
+    return tuple(f"{method}:donor={donor.name}" for method in comparison.methods)

@@ -21,7 +21,7 @@ TEXTS = ("reference", "source", "shakespeare", "stories")  # of the specialists
 GENERATORS = ("autoencoder", "diffusion")
 GENERATOR_LRS = (2e-4, 6e-4, 2e-3)
 CARRIED_LRS = (6e-4, 2e-3, 6e-3)
-LEARNING_RATES = {"": GENERATOR_LRS, "longer": (2e-4, *CARRIED_LRS), "carried": CARRIED_LRS}
+LEARNING_RATES = {"": GENERATOR_LRS, "longer": CARRIED_LRS, "carried": CARRIED_LRS}
 # The methods that were best on A at each shape, by benchmarks/results/tables.md.
 CARRIERS = {
     "heads": ("sliced", "subcloning"),
@@ -30,6 +30,7 @@ CARRIERS = {
     "narrower": ("sliced", "subcloning"),
     "wider": ("hypercloning", "net2wider"),
 }
+DEEP = ("deeper",)  # targets whose control starts from the deepest donor; others from the widest
 LONGER, WITHOUT = "-longer", "without-"  # in the names of zoos
 
 
