@@ -1,5 +1,4 @@
-"""The hub path against a real HTTP server on the loopback interface, in a process of its own (the endpoint and the
-offline switch are read when huggingface_hub is imported)."""
+"""The hub path against a real HTTP server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -9,27 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from tests.conftest import make_llama
 from tests.support.gguf_files import write_gguf
-from tests.support.hub_server import Hub, Repo, files_of, serve
-from tests.support.json_worker import ROOT, json_worker
+from tests.support.hub_server import Hub, Repo, files_of, serve, use_hub
+from zoo.add import add
 from zoo.donors.verify import verify
 from zoo.donors.zoo import Zoo
-
-# Runs add() for each line of JSON on stdin, and answers with a line: {"ok": …} or {"error": …, "kind": …}.
-WORKER = """
-import json, sys
-import zoo.checkpoints.hub
-from zoo.add import add
-zoo.checkpoints.hub.WAITS = (0.05, 0.05, 0.05)
-for line in sys.stdin:
-    try:
-        answer = {"ok": add(**json.loads(line))}
-    except Exception as error:
-        answer = {"error": str(error), "kind": type(error).__name__}
-    print(json.dumps(answer), flush=True)
-"""
 
 Add = Callable[..., dict[str, Any]]
 
@@ -45,23 +31,30 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hf-home")
 
 
-def worker(hub: Hub, home: Path, **more: str) -> Iterator[Add]:
-    with json_worker(WORKER, ROOT, HF_ENDPOINT=hub.url, HF_HOME=str(home), **more) as ask:
+def adding(hub: Hub, home: Path, offline: bool) -> Add:
+    """A function that calls `add` and returns {"ok": …} or {"error": …, "kind": …}."""
 
-        def add(*sources: str, zoo: Path, **options: Any) -> dict[str, Any]:
-            return ask({"sources": sources, "zoo": str(zoo), "quiet": True, **options})
+    def ask(*sources: str, zoo: Path, **options: Any) -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            use_hub(patch, hub.url, home)
+            patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+            patch.setattr("zoo.checkpoints.hub.WAITS", (0.05, 0.05, 0.05))
+            try:
+                return {"ok": json.loads(json.dumps(add(list(sources), zoo, quiet=True, **options)))}
+            except Exception as error:
+                return {"error": str(error), "kind": type(error).__name__}
 
-        yield add
+    return ask
 
 
 @pytest.fixture(scope="module")
-def online(hub: Hub, home: Path) -> Iterator[Add]:
-    yield from worker(hub, home)
+def online(hub: Hub, home: Path) -> Add:
+    return adding(hub, home, offline=False)
 
 
 @pytest.fixture(scope="module")
-def offline(hub: Hub, home: Path) -> Iterator[Add]:
-    yield from worker(hub, home, HF_HUB_OFFLINE="1")
+def offline(hub: Hub, home: Path) -> Add:
+    return adding(hub, home, offline=True)
 
 
 @pytest.fixture(scope="module")
