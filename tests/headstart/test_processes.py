@@ -17,7 +17,7 @@ from headstart.devices import torch_device
 from headstart.generate.generate import generate
 from tests.conftest import make_llama
 from tests.headstart.compare.test_compare import TARGET
-from tests.support.launched import launch
+from tests.support.launched import fork_commands, launch
 from zoo.add import add
 
 ANALYZE = ("--ranks", "4,6", "--bootstraps", "5", "--device", "cpu", "--quiet")
@@ -81,20 +81,19 @@ def generate_words(folder: Path, method: str, out: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def launched(folder: Path) -> list[list[dict[str, Any]]]:
+def printed(folder: Path) -> list[list[dict[str, Any]]]:
     """What two processes print."""
     commands = [
         analyze_words(folder),
         compare_words(folder, folder / "resumed"),
-        ["zoo", "list", "--zoo", folder / "zoo", "--json"],
         *(generate_words(folder, method, folder / f"{method}-shared") for method in GENERATED),
         [word for word in analyze_words(folder) if word != "--quiet"],
     ]
-    return launch(2, commands, folder)
+    return fork_commands(2, commands, folder)
 
 
-def test_an_analysis_by_two_processes_has_the_same_bytes(folder: Path, launched: list[list[dict[str, Any]]]) -> None:
-    for process in launched:
+def test_an_analysis_by_two_processes_has_the_same_bytes(folder: Path, printed: list[list[dict[str, Any]]]) -> None:
+    for process in printed:
         assert process[0] == {"code": 0, "out": "", "err": ""}
     for name in ("analysis.json", "report.html"):
         assert (folder / "analysis" / name).read_bytes() == (folder / "analysis-alone" / name).read_bytes()
@@ -102,9 +101,9 @@ def test_an_analysis_by_two_processes_has_the_same_bytes(folder: Path, launched:
 
 
 def test_two_processes_continue_the_comparison_of_one_with_the_same_results(
-    folder: Path, launched: list[list[dict[str, Any]]]
+    folder: Path, printed: list[list[dict[str, Any]]]
 ) -> None:
-    for process in launched:
+    for process in printed:
         assert process[1] == {"code": 0, "out": "", "err": ""}
     assert results_of(folder / "resumed") == results_of(folder / "comparison-alone")
     for path in sorted((folder / "resumed" / "runs").iterdir())[1::2]:
@@ -114,12 +113,10 @@ def test_two_processes_continue_the_comparison_of_one_with_the_same_results(
 
 
 @pytest.mark.parametrize("place", range(len(GENERATED)))
-def test_two_processes_generate_the_files_of_one(
-    folder: Path, launched: list[list[dict[str, Any]]], place: int
-) -> None:
+def test_two_processes_generate_the_files_of_one(folder: Path, printed: list[list[dict[str, Any]]], place: int) -> None:
     method = GENERATED[place]
-    for process in launched:
-        assert process[3 + place] == {"code": 0, "out": "", "err": ""}
+    for process in printed:
+        assert process[2 + place] == {"code": 0, "out": "", "err": ""}
     shared, alone = folder / f"{method}-shared", folder / f"{method}-alone"
     words = generate_words(folder, method, alone)
     options = {str(key)[2:].replace("-", "_"): value for key, value in zip(words[1:-1:2], words[2::2], strict=True)}
@@ -133,15 +130,24 @@ def test_two_processes_generate_the_files_of_one(
     assert sorted(p.name for p in shared.iterdir()) == sorted(p.name for p in alone.iterdir())
 
 
-def test_one_process_prints_and_an_error_ends_both_with_one_line(
-    folder: Path, launched: list[list[dict[str, Any]]]
-) -> None:
-    (first, second) = ([process[n] for n in (2, -1)] for process in launched)
+def assert_refused_once(processes: list[dict[str, Any]], line: str) -> None:
+    """Both end with exit code 2, and one of them says why."""
+    assert [process["code"] for process in processes] == [2, 2]
+    assert "".join(process["err"] for process in processes) == f"headstart: {line}\n"
+
+
+def test_an_error_ends_both_with_one_line(folder: Path, printed: list[list[dict[str, Any]]]) -> None:
+    line = f"{folder / 'analysis'}: exists already; give another output folder or remove it"
+    assert_refused_once([process[-1] for process in printed], line)
+
+
+def test_under_accelerate_launch_one_process_prints(folder: Path) -> None:
+    words = ["zoo", "list", "--json", "--zoo"]
+    first, second = launch(2, [[*words, folder / "zoo"], [*words, folder / "nowhere"]], folder)
     assert json.loads(first[0]["out"])[0]["name"] == "donor"
     assert second[0] == {"code": 0, "out": "", "err": ""}
-    assert (first[1]["code"], second[1]["code"]) == (2, 2)
-    line = f"headstart: {folder / 'analysis'}: exists already; give another output folder or remove it\n"
-    assert first[1]["err"] + second[1]["err"] == line
+    advice = "fill one with `headstart zoo add` or `zoo train`"
+    assert_refused_once([first[1], second[1]], f"{folder / 'nowhere'}: is not a zoo (no manifest.parquet); {advice}")
 
 
 def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
