@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from zoo.units.aligned import recorded_loss
 from zoo.vocabulary import byte_tokens, save_byte_tokenizer
 
 BATCH_SIZE, SEQUENCE = 16, 64  # of a control's training, as the specialists and the generator have
-LONGER_LRS = (1e-3, 3e-3)  # of a control's training; the better is kept
+LONGER_LRS = (1e-3, 3e-3)  # of a control's training; the better for the widest donor is kept
 RECORDS = ("report.json", "headstart.json")  # what a finished autoencoder, and a finished pipeline, hold
 WINDOWS = 128  # held-out windows
 
@@ -107,10 +108,13 @@ def _train_longer(work: Path, zoo: str, folder: Path, data: Path | None) -> None
     paths = train_generator(work, zoo, data)
     flops = generator_flops(paths)
     staging = folder.parent / "trained"
+    lrs: tuple[float, ...] = LONGER_LRS
     for donor in longest_donors(Zoo.open(paths["zoo"])):
         to = staging / f"{donor.name}{LONGER}"
         if not to.exists():
-            _train_donor(paths["zoo"], donor, _training_texts(work, zoo, data), flops, to)
+            training = LongerTraining(_training_texts(work, zoo, data), flops, lrs)
+            _train_donor(donor_folder(paths["zoo"], donor.name), donor.parameters, training, to)
+        lrs = (json.loads((to / "facts.json").read_text())["lr"],)
     add([str(path) for path in sorted(staging.iterdir())], folder, quiet=True)
 
 
@@ -142,16 +146,26 @@ def _training_texts(work: Path, zoo: str, data: Path | None) -> dict[str, bytes]
     return {n: files[n].read_bytes() if n in files else EMBEDDED_TEXTS[n]() for n in names}
 
 
-def _train_donor(zoo: Path, donor: Donor, texts: dict[str, bytes], flops: float, to: Path) -> None:
-    """Trains a donor on, with the better of two learning rates, and writes it as a checkpoint."""
+@dataclass(frozen=True)
+class LongerTraining:
+    """How a donor is trained on: texts by name, operations, and the learning rates that are tried."""
+
+    texts: dict[str, bytes]
+    flops: float
+    lrs: tuple[float, ...]
+
+
+def _train_donor(folder: Path, parameters: int, training: LongerTraining, to: Path) -> None:
+    """Trains a donor on, with the best of some learning rates, and writes it as a checkpoint."""
+    texts = training.texts
     parts = {name: tuple(byte_tokens(part) for part in split_held_out(text)) for name, text in texts.items()}
-    least = min(len(training) for training, _ in parts.values())
-    training_text = torch.cat([training[:least] for training, _ in parts.values()])
+    least = min(len(learned) for learned, _ in parts.values())
+    training_text = torch.cat([learned[:least] for learned, _ in parts.values()])
     held_out = torch.cat([held[: least // 9] for _, held in parts.values()])
-    steps = round(flops / (6 * donor.parameters * BATCH_SIZE * SEQUENCE))
+    steps = round(training.flops / (6 * parameters * BATCH_SIZE * SEQUENCE))
     best: tuple[float, Any, float] | None = None
-    for lr in LONGER_LRS:
-        model = _load(donor_folder(zoo, donor.name))
+    for lr in training.lrs:
+        model = _load(folder)
         config = TrainingConfig(steps, lr, BATCH_SIZE, SEQUENCE)
         with reproducible():
             for _ in train_steps(model, training_text, config):

@@ -100,7 +100,9 @@ def test_a_control_is_trained_for_the_flops_of_the_generator(trained: Path, tmp_
     assert [d.blueprint.metadata.width for d in chosen if d.blueprint.metadata] == [32]  # the widest and the deepest
     donor = chosen[0]
     step = 6 * donor.parameters * models.BATCH_SIZE * models.SEQUENCE
-    models._train_donor(trained / "zoo", donor, {"text": TEXT.encode() * 10}, 3.2 * step, tmp_path / "longer")
+    training = models.LongerTraining({"text": TEXT.encode() * 10}, 3.2 * step, models.LONGER_LRS)
+    folder = trained / "zoo" / "models" / donor.name
+    models._train_donor(folder, donor.parameters, training, tmp_path / "longer")
     facts = json.loads((tmp_path / "longer" / "facts.json").read_text())
     assert facts["steps"] == 3 and facts["lr"] in models.LONGER_LRS
     from zoo.donors.zoo import open_standalone
