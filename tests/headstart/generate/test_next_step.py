@@ -10,8 +10,6 @@ from headstart.generate.next_step import next_step, next_step_line
 from tests.support.commands import invoke
 from tests.support.shaken import CONFIGS
 
-WITHOUT_RUNS = ("autoencoder", "diffusion")  # the committed runs of these are of versions that were removed
-
 
 def test_every_method_that_fills_language_models_has_a_rate() -> None:
     for method in samplers.described_methods():
@@ -19,8 +17,7 @@ def test_every_method_that_fills_language_models_has_a_rate() -> None:
         if method["family"] == "lora" or method["name"] == "conv-covariance":
             continue
         assert step is not None and step["lowest"] <= step["learning_rate"] <= step["highest"], method["name"]
-        of = "methods of the family generative" if method["name"] in WITHOUT_RUNS else f"`{method['name']}`"
-        assert step["measured"].startswith(f"{of} on ")
+        assert step["measured"].startswith(f"`{method['name']}` on ")
 
 
 def test_a_method_of_ones_own_has_none() -> None:
