@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoencoder.field import FieldSizes
+from autoencoder.field import FieldSizes, head_components, in_field_roles
 from zoo.donors.donor import Donor
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.tensors import Metadata
 from zoo.training.corpora import corpus_name
 from zoo.units.aligned import align_decoders, recorded_loss
-from zoo.units.tables import BLOCK_TABLES, TABLE_ROLES, layer_to_tables, token_table
+from zoo.units.family import Family, family_of, require_family, with_family
+from zoo.units.tables import layer_to_tables, numbers_of, position_table, split_constants, token_table
 
 GROWTH = 1.25  # the field's largest width, heads and neurons, in those of the largest donor
 RANK = 2.4  # numbers per slot and base, per coordinate of the field's width
@@ -32,10 +33,11 @@ class TrainingDonor:
     """One donor in canonical coordinates, float32."""
 
     donor: Donor
-    shape: Metadata
+    shape: Metadata  # with its family (`zoo.units.family`)
     blocks: dict[str, Tensor]  # tables, each with a first axis of L
     tokens: Tensor  # [V, 2, d]
     rows: Tensor  # int64 [V]: the field's row of each token
+    positions: Tensor | None = None  # [P, 1, c], where its family has learned ones
 
     @property
     def name(self) -> str:
@@ -45,6 +47,10 @@ class TrainingDonor:
     def loss(self) -> float | None:
         """The held-out loss that is recorded for it, in nats per token."""
         return recorded_loss(self.donor.facts)
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.shape)
 
     @property
     def corpus(self) -> str:
@@ -61,29 +67,24 @@ class TrainingDonor:
 def read_training_donors(zoo: Zoo, quiet: bool) -> tuple[list[TrainingDonor], tuple[str, ...]]:
     """The donors whose whole function is in tables, and the token strings that the field's rows stand for.
 
-    The widest donor comes first. All have the head_dim of most weights; others are left out and, unless `quiet`, named
-    on stderr. Raises UserError if the zoo has no usable donor."""
-    found: list[tuple[TrainingDonor, tuple[str, ...]]] = []
-    weights: dict[int, int] = {}
-    for aligned in align_decoders(zoo, quiet):
-        meta = aligned.decoder.metadata
-        tables = [{t: x.float() for t, x in layer_to_tables(layer, meta).items()} for layer in aligned.decoder.layers]
-        blocks = {t: torch.stack([table[t] for table in tables]) for t in BLOCK_TABLES}
-        tokens = token_table(aligned.decoder).float()
-        found.append((TrainingDonor(aligned.donor, meta, blocks, tokens, torch.empty(0)), aligned.tokens))
-        weights[meta.head_dim] = weights.get(meta.head_dim, 0) + aligned.donor.parameters
-    head_dim = max(weights, key=lambda size: (weights[size], size))
+    The widest donor comes first. Others are left out and, unless `quiet`, named on stderr. Raises UserError if the zoo
+    has no usable donor."""
     row: dict[str, int] = {}
     donors = []
-    for donor, strings in found:
-        if donor.shape.head_dim != head_dim:
-            if not quiet:
-                sizes = f"has heads of {donor.shape.head_dim}, others of {head_dim}"
-                print(f"skipped: {donor.name}: {sizes}", file=sys.stderr)
-            continue
-        for token in strings:
+    for aligned in align_decoders(zoo, quiet, require=require_family):
+        decoder = aligned.decoder
+        shape = with_family(decoder.metadata, require_family(decoder, aligned.donor.name))
+        decoder = replace(decoder, metadata=shape)
+        tables = [{t: x.float() for t, x in layer_to_tables(layer, shape).items()} for layer in decoder.layers]
+        blocks = {t: torch.stack([table[t] for table in tables]) for t in tables[0]}
+        positions = position_table(decoder)
+        for token in aligned.tokens:
             row.setdefault(token, len(row))
-        donors.append(replace(donor, rows=torch.tensor([row[token] for token in strings])))
+        rows = torch.tensor([row[token] for token in aligned.tokens])
+        tokens = token_table(decoder).float()
+        donors.append(
+            TrainingDonor(aligned.donor, shape, blocks, tokens, rows, None if positions is None else positions.float())
+        )
     return donors, tuple(row)
 
 
@@ -96,14 +97,18 @@ def field_sizes(donors: Sequence[TrainingDonor], tokens: int) -> FieldSizes:
 
     width = -(-int(GROWTH * largest("width")) // 8) * 8
     rank = round(RANK * width)
-    shared = {
+    families = tuple(dict.fromkeys(d.family for d in donors))
+    kinds = len({(d.corpus, d.family) for d in donors})
+    shared: dict[str, Any] = {
         "width": width,
         "neurons": round(GROWTH * largest("ffn") * 1.06),
         "groups": -(-int(100 * GROWTH * largest("kv_heads")) // 100),
-        "head_dim": donors[0].shape.head_dim,
+        "head_dim": largest("head_dim"),
         "tokens": tokens,
         "rank": rank,
-        "token_bases": min(4, max(1, len({d.corpus for d in donors})), len(donors)) if tokens <= 4096 else 1,
+        "token_bases": min(4, max(1, kinds), len(donors)) if tokens <= 4096 else 1,
+        "positions": largest("positions"),
+        "families": families,
     }
     weights = sum(d.donor.parameters for d in donors)
     bases = MOST_BASES
@@ -117,47 +122,66 @@ def field_sizes(donors: Sequence[TrainingDonor], tokens: int) -> FieldSizes:
 
 def count_numbers(donor: TrainingDonor) -> int:
     """The numbers in the tables of a donor."""
-    return donor.tokens.numel() + sum(t.numel() for t in donor.blocks.values())
+    positions = 0 if donor.positions is None else donor.positions.numel()
+    return donor.tokens.numel() + sum(t.numel() for t in donor.blocks.values()) + positions
 
 
 def field_numbers(sizes: FieldSizes) -> int:
     """The numbers that a field stores, without its small network."""
     total = 0
-    for table, roles in TABLE_ROLES.items():
-        rank = sizes.table_rank(table)
-        total += sizes.base_count(table) * sizes.slots(table) * rank + rank * len(roles) * sizes.width
+    for table in sizes.tables:
+        rank, roles, numbers = sizes.table_rank(table), sizes.vector_roles(table), sizes.number_roles(table)
+        total += sizes.base_count(table) * sizes.slots(table) * rank
+        total += rank * (len(roles) * sizes.width + len(numbers))
     return total
 
 
-def base_blocks(donors: Sequence[TrainingDonor], count: int) -> list[dict[str, Tensor]]:
-    """The blocks that the bases start from: whole donors, the largest final ones, each text in turn.
+def base_blocks(donors: Sequence[TrainingDonor], sizes: FieldSizes) -> list[dict[str, Tensor]]:
+    """The blocks that the bases start from, in all roles of the field: whole donors, the largest final ones, each text
+    and family in turn.
 
     The last donor gives evenly spaced blocks where there is no room for all."""
     blocks: list[dict[str, Tensor]] = []
     for donor in _by_text_in_turn(donors):
-        room = min(donor.shape.layers, count - len(blocks))
+        room = min(donor.shape.layers, sizes.bases - len(blocks))
         if room <= 0:
             break
         places = torch.linspace(0, donor.shape.layers - 1, room).round().long().tolist() if room > 1 else [0]
-        blocks += [{t: donor.blocks[t][i] for t in BLOCK_TABLES} for i in places]
+        blocks += [_base_block(donor, i, sizes) for i in places]
     return blocks
 
 
-def base_vocabularies(donors: Sequence[TrainingDonor], count: int, tokens: int) -> list[Tensor]:
-    """Token tables [tokens, 2, d] that the token bases start from; the mean pair stands for a missing token."""
+def _base_block(donor: TrainingDonor, index: int, sizes: FieldSizes) -> dict[str, Tensor]:
+    """A donor's block with heads of the field's size. Heads of another size repeat their components, or lose some."""
+    tables = {t: x[index] for t, x in donor.blocks.items()}
+    if donor.shape.head_dim != sizes.head_dim:
+        component = head_components(donor.shape.head_dim, sizes.head_dim, donor.family.rotary)
+        for table, axis in (("query", 2), ("key", 1)):
+            for name in {table, numbers_of(table)} & set(tables):
+                tables[name] = tables[name].index_select(axis, component)
+    return in_field_roles(tables, donor.family, sizes)
+
+
+def base_vocabularies(donors: Sequence[TrainingDonor], sizes: FieldSizes) -> list[dict[str, Tensor]]:
+    """The token tables [tokens, 2, c] that the token bases start from, in all roles of the field, and the positions;
+    the mean pair stands for a missing token."""
     found = []
-    for donor in _by_text_in_turn(donors)[:count]:
-        table = donor.tokens.mean(0).expand(tokens, *donor.tokens.shape[1:]).clone()
+    for donor in _by_text_in_turn(donors)[: sizes.token_bases]:
+        table = donor.tokens.mean(0).expand(sizes.tokens, *donor.tokens.shape[1:]).clone()
         table[donor.rows] = donor.tokens
-        found.append(table)
+        tables = split_constants(table, donor.family)
+        if donor.positions is not None:
+            tables["position"] = donor.positions
+        found.append(in_field_roles(tables, donor.family, sizes))
     return found
 
 
 def _by_text_in_turn(donors: Sequence[TrainingDonor]) -> list[TrainingDonor]:
     ranked = sorted(donors, key=lambda d: (not d.is_final, -count_numbers(d), d.loss or 0.0, d.name))
-    by_text: dict[str, list[TrainingDonor]] = {}
+    families = list(dict.fromkeys(d.family for d in donors))
+    by_text: dict[tuple[str, int], list[TrainingDonor]] = {}
     for donor in ranked:
-        by_text.setdefault(donor.corpus, []).append(donor)
+        by_text.setdefault((donor.corpus, families.index(donor.family)), []).append(donor)
     order = sorted(by_text)
     most = max(len(group) for group in by_text.values())
     return [by_text[text][i] for i in range(most) for text in order if i < len(by_text[text])]

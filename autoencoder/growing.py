@@ -11,6 +11,8 @@ from torch import Tensor
 from autoencoder.field import FieldSizes
 from zoo.streams import stream
 from zoo.tensors import Metadata
+from zoo.units.family import coordinates, family_of
+from zoo.units.tables import numbers_of
 
 NOISE = 0.1  # of a vector's RMS, in coordinates that the field lacks: training cannot move exact zeros away from zero
 
@@ -31,16 +33,28 @@ def capped_shape(shape: Metadata, sizes: FieldSizes) -> Metadata:
 def grow_tables(tables: Mapping[str, Tensor], shape: Metadata, index: int) -> dict[str, Tensor]:
     """The tables of block number `index` at `shape`, from those of `capped_shape`. The most important neurons and heads
     are repeated, and copies share their output, so that the function stays."""
-    neuron, query, key = (tables[t] for t in ("neuron", "query", "key"))
-    neuron = _repeated(neuron, shape.ffn)
-    query, key = _repeated(query, shape.kv_heads), _repeated(key, shape.kv_heads, shares_output=False)
-    found = {"neuron": neuron, "query": query, "key": key}
-    return {t: _wider(x, shape.width, f"block {index} {t}") for t, x in found.items()}
+    counts = {"neuron": shape.ffn, "query": shape.kv_heads, "key": shape.kv_heads}
+    numbers = {numbers_of(t): count for t, count in counts.items()}
+    found = {}
+    for name, table in tables.items():
+        if name in numbers:
+            found[name] = _repeated(table, numbers[name], shares_output=False)
+        else:
+            repeated = _repeated(table, counts[name], shares_output=name != "key") if name in counts else table
+            found[name] = _wider(repeated, coordinates(shape), f"block {index} {name}")
+    return found
 
 
-def grow_tokens(pairs: Tensor, width: int) -> Tensor:
-    """Vocabulary pairs [V, 2, d] with further coordinates."""
-    return _wider(pairs, width, "tokens")
+def grow_tokens(pairs: Tensor, shape: Metadata) -> Tensor:
+    """Vocabulary pairs [V, 2, d] with further coordinates. Where LayerNorm hides the last one, it stays the last."""
+    if family_of(shape).norm != "layer":
+        return _wider(pairs, shape.width, "tokens")
+    return torch.cat([_wider(pairs[..., :-1], coordinates(shape), "tokens"), pairs[..., -1:]], dim=-1)
+
+
+def grow_positions(positions: Tensor, shape: Metadata) -> Tensor:
+    """A position table [P, 1, c] with further coordinates."""
+    return _wider(positions, coordinates(shape), "positions")
 
 
 def _repeated(table: Tensor, count: int, shares_output: bool = True) -> Tensor:

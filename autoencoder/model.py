@@ -13,11 +13,12 @@ from torch import Tensor
 
 from autoencoder.encoder import WeightEncoder
 from autoencoder.field import FieldSizes, Latents, WeightField
-from autoencoder.growing import capped_shape, grow_tables, grow_tokens
+from autoencoder.growing import capped_shape, grow_positions, grow_tables, grow_tokens
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder
+from zoo.units.family import PLAIN, Family, coordinates, family_of
 from zoo.units.lazy import LazySequence
-from zoo.units.tables import BLOCK_TABLES, tables_to_decoder, tables_to_layer
+from zoo.units.tables import BLOCK_TABLES, numbers_of, tables_to_decoder, tables_to_layer
 
 LEAST_DEVIATION = 0.01  # of a number of the latents over donors; smaller ones are noise
 
@@ -26,7 +27,7 @@ class WeightAutoencoder(ModelMixin, ConfigMixin):
     """An encoder of tables to latents, and a field that writes tables of any shape.
 
     sizes: those of `FieldSizes`. tokens: the token string of each of the field's rows. hidden: of the encoder.
-    architecture: of the donors. donors: their provenance. shapes: the bounds of the shapes that it was trained on."""
+    architecture: of the donors, for the card. donors: their provenance. families: of the donors; None for a Llama's."""
 
     CONFIG_KINDS: ClassVar = {
         "sizes": {str: int},
@@ -34,6 +35,7 @@ class WeightAutoencoder(ModelMixin, ConfigMixin):
         "architecture": str,
         "hidden": int,
         "donors": (None, [dict]),
+        "families": (None, [dict]),
     }
 
     @register_to_config
@@ -44,9 +46,11 @@ class WeightAutoencoder(ModelMixin, ConfigMixin):
         architecture: str,
         hidden: int = 96,
         donors: list[dict[str, Any]] | None = None,
+        families: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        self.sizes = FieldSizes(**sizes)
+        known = (PLAIN,) if families is None else tuple(Family.from_json(family) for family in families)
+        self.sizes = FieldSizes(**sizes, families=known)  # type: ignore[arg-type]
         if len(tokens) != self.sizes.tokens:
             raise ValueError(f"{len(tokens)} token strings for {self.sizes.tokens} rows of the field")
         self.encoder = WeightEncoder(self.sizes, hidden)
@@ -56,15 +60,22 @@ class WeightAutoencoder(ModelMixin, ConfigMixin):
     def token_strings(self) -> tuple[str, ...]:
         return tuple(self.config["tokens"])
 
-    def encode(self, blocks: Mapping[str, Tensor], tokens: Tensor) -> Latents:
-        """The latents of a model. blocks: its tables, each with a first axis of L; tokens: [V, 2, d]."""
-        return self.encoder(blocks, tokens)
+    def encode(
+        self,
+        blocks: Mapping[str, Tensor],
+        tokens: Tensor,
+        family: Family = PLAIN,
+        positions: Tensor | None = None,
+    ) -> Latents:
+        """The latents of a model. blocks: its tables, each with a first axis of L; tokens: [V, 2, d]; family: the
+        model's; positions: [P, 1, c], if the family has learned ones."""
+        return self.encoder(blocks, tokens, family, positions)
 
     @torch.no_grad()
     def token_pairs(self, shape: Metadata, latents: Latents) -> Tensor:
         """The vocabulary pairs of all of the field's tokens at a shape, [tokens, 2, d] on the CPU."""
         inner = capped_shape(shape, self.sizes)
-        return grow_tokens(self.field.tokens(inner, latents), shape.width).cpu()
+        return grow_tokens(self.field.tokens(inner, latents), shape).cpu()
 
     @torch.no_grad()
     def decode(self, shape: Metadata, latents: Latents, pairs: Tensor) -> Decoder:
@@ -78,17 +89,25 @@ class WeightAutoencoder(ModelMixin, ConfigMixin):
         def layer(index: int) -> Any:
             with torch.no_grad():
                 block = self.field.blocks(inner, spread, torch.tensor([index]))
-            tables = {t: block[t][0].cpu() for t in BLOCK_TABLES}
-            return tables_to_layer(grow_tables(tables, shape, index))
+            tables = {name: table[0].cpu() for name, table in block.items()}
+            return tables_to_layer(grow_tables(tables, shape, index), shape)
 
         outline = (_outline(shape),) * shape.layers
-        return tables_to_decoder(pairs, LazySequence(layer, shape.layers, outline), shape)
+        positions = self.field.positions(inner, latents)
+        positions = None if positions is None else grow_positions(positions.cpu(), shape)
+        return tables_to_decoder(pairs, LazySequence(layer, shape.layers, outline), shape, positions)
 
 
 def _outline(shape: Metadata) -> Any:
-    groups, share, h, d = shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, shape.width
-    sizes = {"neuron": (shape.ffn, 3, d), "query": (groups, share, h, 2, d), "key": (groups, h, 2, d)}
-    return tables_to_layer({t: torch.empty(size, device="meta") for t, size in sizes.items()})
+    groups, share, h, family = shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, family_of(shape)
+    slots = {"neuron": (shape.ffn,), "query": (groups, share, h), "key": (groups, h), "block": (1,)}
+    sizes: dict[str, tuple[int, ...]] = {}
+    for table in (*BLOCK_TABLES, "block"):
+        if roles := len(family.vector_roles(table)):
+            sizes[table] = (*slots[table], roles, coordinates(shape))
+        if numbers := len(family.number_roles(table)):
+            sizes[numbers_of(table)] = (*slots[table], numbers)
+    return tables_to_layer({t: torch.empty(size, device="meta") for t, size in sizes.items()}, shape)
 
 
 def new_autoencoder(
@@ -97,7 +116,8 @@ def new_autoencoder(
     """An untrained autoencoder; its random numbers depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return WeightAutoencoder(asdict(sizes), list(tokens), architecture, donors=donors)
+        families = None if sizes.families == (PLAIN,) else [asdict(family) for family in sizes.families]
+        return WeightAutoencoder(sizes.to_json(), list(tokens), architecture, donors=donors, families=families)
 
 
 @torch.no_grad()

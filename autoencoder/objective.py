@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from autoencoder.behaviour import Skeleton, distillation_loss, field_decoder, logits, make_skeleton, text_loss
+from autoencoder.behaviour import (
+    Skeleton,
+    distillation_loss,
+    field_decoder,
+    first_positions,
+    logits,
+    make_skeleton,
+    text_loss,
+)
 from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import TrainingDonor
 from autoencoder.field import Latents, WeightField, all_blocks
@@ -17,7 +25,8 @@ from autoencoder.shapes import random_shape, shape_range
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.training.loop import sample_windows
-from zoo.units.tables import BLOCK_TABLES, tables_to_decoder, tables_to_layer
+from zoo.units.family import PLAIN, Family, family_of
+from zoo.units.tables import BLOCK_TABLES, split_constants, tables_to_decoder, tables_to_layer
 
 KEPT_SKELETONS = 256
 
@@ -33,25 +42,47 @@ class BehaviourStep:
 
 
 class Skeletons:
-    """Models without weights by shape, made when they are needed."""
+    """Models without weights by shape, made when they are needed from the config of the first donor of a kind."""
 
-    def __init__(self, config: Mapping[str, object]) -> None:
-        self._config, self._kept = config, {}  # type: ignore[var-annotated]
+    def __init__(self, donors: Sequence[TrainingDonor]) -> None:
+        self._configs = {_kind(donor.shape): donor.donor.config for donor in reversed(donors)}
+        self._kept: dict[tuple[object, ...], Skeleton] = {}
 
     def get(self, shape: Metadata) -> Skeleton:
-        key = (shape.width, shape.layers, shape.heads, shape.kv_heads, shape.ffn, shape.vocab, shape.tied)
+        heads = (shape.heads, shape.kv_heads, shape.head_dim)
+        key = (*_kind(shape), shape.width, shape.layers, *heads, shape.ffn, shape.vocab, shape.tied)
         if key not in self._kept:
             if len(self._kept) >= KEPT_SKELETONS:
                 self._kept.clear()
-            self._kept[key] = make_skeleton(self._config, shape)
+            self._kept[key] = make_skeleton(self._configs[_kind(shape)], shape)
         return self._kept[key]
 
 
-def training_shapes(donors: Sequence[TrainingDonor], model: WeightAutoencoder, count: int, seed: int) -> list[Metadata]:
-    """The random shapes of a training, without those of the donors. Their vocabulary is set for each donor."""
-    known = [d.shape for d in donors]
-    bounds = shape_range(known, model.sizes)
-    return [random_shape(replace(known[0], tied=False), bounds, seed, f"shape {i}") for i in range(count)]
+def _kind(shape: Metadata) -> tuple[object, ...]:
+    """What decides about a model, beside its sizes."""
+    return family_of(shape), shape.rope_theta, shape.positions
+
+
+def training_shapes(
+    donors: Sequence[TrainingDonor], model: WeightAutoencoder, count: int, seed: int
+) -> dict[Family, list[Metadata]]:
+    """The random shapes of a training by family, without those of the donors. Each donor sets their vocabulary."""
+    found: dict[Family, list[Metadata]] = {}
+    for family in model.sizes.families:
+        own = [d for d in donors if d.family == family]
+        known = [d.shape for d in own]
+        bounds = shape_range(known, model.sizes, own[0].donor.config)
+        base = replace(known[0], tied=family != PLAIN and all(shape.tied for shape in known))
+        names = [f"shape {i}" if family == PLAIN else f"shape {i} of {family}" for i in range(count)]
+        bases = [replace(base, head_dim=_random_head_dim(known, seed, name)) for name in names]
+        found[family] = [random_shape(b, bounds, seed, name) for b, name in zip(bases, names, strict=True)]
+    return found
+
+
+def _random_head_dim(shapes: Sequence[Metadata], seed: int, name: str) -> int:
+    """The size of heads of a random shape: that of a donor of its family."""
+    sizes = sorted({shape.head_dim for shape in shapes}, reverse=True)
+    return sizes[int(torch.randint(len(sizes), (1,), generator=stream(seed, f"heads of {name}")))]
 
 
 def draw_step(config: AutoencoderTrainConfig, donors: Sequence[TrainingDonor], step: int) -> BehaviourStep:
@@ -64,10 +95,13 @@ def draw_step(config: AutoencoderTrainConfig, donors: Sequence[TrainingDonor], s
     own = float(torch.rand((), generator=rng)) < OWN_SHAPE
     shape = -1 if own else int(torch.randint(config.shapes, (1,), generator=rng))
     both = donors[first], donors[second]
-    mixes = mixes and all(d.is_final for d in both) and torch.equal(both[0].rows, both[1].rows)
-    return BehaviourStep((first, second) if mixes else (first,), second, share if mixes else 1.0, shape)
+    alike = both[0].family == both[1].family
+    mixes = mixes and alike and all(d.is_final for d in both) and torch.equal(both[0].rows, both[1].rows)
+    other = second if alike else first
+    return BehaviourStep((first, second) if mixes else (first,), other, share if mixes else 1.0, shape)
 
 
+LEAST_ENERGY = 1e-4  # mean square of a role below which its relative error counts less
 OWN_SHAPE = 0.1  # how often a donor's latents are trained at its own shape
 
 
@@ -96,14 +130,32 @@ def reconstruction_error(
 ) -> dict[str, Tensor]:
     """By table, the squared error over the energy of each role, [P]."""
 
-    def relative(found: Tensor, wanted: Tensor) -> Tensor:
-        axes = tuple(i for i in range(wanted.ndim) if i != wanted.ndim - 2)
-        return (found - wanted).square().sum(axes) / wanted.square().sum(axes)
+    def relative(table: str, found: Tensor, wanted: Tensor) -> Tensor:
+        role_axis = wanted.ndim - (1 if table.endswith("_numbers") else 2)
+        axes = tuple(i for i in range(wanted.ndim) if i != role_axis)
+        energy = wanted.square().sum(axes)
+        if donor.family != PLAIN:  # some biases are zero
+            energy = energy + LEAST_ENERGY * wanted.numel() / wanted.shape[role_axis]
+        return (found - wanted).square().sum(axes) / energy
 
     found = all_blocks(field, donor.shape, latents)
-    errors = {t: relative(found[t], donor.blocks[t].to(device)) for t in BLOCK_TABLES}
-    tokens = field.tokens(donor.shape, latents, donor.rows.to(device))
-    return errors | {"token": relative(tokens, donor.tokens.to(device))}
+    errors = {t: relative(t, found[t], x.to(device)) for t, x in donor.blocks.items()}
+    written = split_constants(field.tokens(donor.shape, latents, donor.rows.to(device)), donor.family)
+    own = split_constants(donor.tokens.to(device), donor.family)
+    errors |= {t: relative(t, written[t], x) for t, x in own.items()}
+    if donor.positions is not None:
+        positions = field.positions(donor.shape, latents)
+        assert positions is not None
+        errors["position"] = relative("position", positions, donor.positions.to(device))
+    return errors
+
+
+def encode_donor(model: WeightAutoencoder, donor: TrainingDonor) -> Latents:
+    """The latents of a donor."""
+    device = model.device
+    positions = None if donor.positions is None else donor.positions.to(device)
+    blocks = {name: table.to(device) for name, table in donor.blocks.items()}
+    return model.encode(blocks, donor.tokens.to(device), donor.family, positions)
 
 
 def sameness(field: WeightField, shape: Metadata, one: Latents, other: Latents, margin: float) -> Tensor:
@@ -119,16 +171,17 @@ def sameness(field: WeightField, shape: Metadata, one: Latents, other: Latents, 
     return torch.stack(found).clamp_min(0).mean()
 
 
-def donor_logits(donor: TrainingDonor, skeletons: Skeletons, windows: Tensor) -> Tensor:
-    """The donor's own logits on windows, from its tables."""
+def donor_logits(donor: TrainingDonor, skeletons: Skeletons, windows: Tensor, starts: Tensor | None = None) -> Tensor:
+    """The donor's own logits on windows, from its tables. starts: as for `logits`."""
     device = windows.device
-    layers = tuple(
-        tables_to_layer({t: donor.blocks[t][i].to(device) for t in BLOCK_TABLES}) for i in range(donor.shape.layers)
-    )
     shape = replace(donor.shape, tied=False)  # the canonical form is untied
+    layers = tuple(
+        tables_to_layer({t: x[i].to(device) for t, x in donor.blocks.items()}, shape) for i in range(shape.layers)
+    )
+    positions = None if donor.positions is None else donor.positions.to(device)
     with torch.no_grad():
-        decoder = tables_to_decoder(donor.tokens.to(device), layers, shape)
-        return logits(skeletons.get(shape), decoder, windows[:, :-1])
+        decoder = tables_to_decoder(donor.tokens.to(device), layers, shape, positions)
+        return logits(skeletons.get(shape), decoder, windows[:, :-1], starts)
 
 
 def written_loss(
@@ -143,6 +196,7 @@ def written_loss(
     donor's logits, so that latents of early checkpoints write models of their quality."""
     decoder = field_decoder(field, shape, latents.at_depth(shape.layers), donor.rows.to(windows.device))
     skeleton = skeletons.get(shape)
+    windows, starts = first_positions(skeleton, windows)
     if donor.is_final:
-        return text_loss(skeleton, decoder, windows)
-    return distillation_loss(skeleton, decoder, windows, donor_logits(donor, skeletons, windows))
+        return text_loss(skeleton, decoder, windows, starts)
+    return distillation_loss(skeleton, decoder, windows, donor_logits(donor, skeletons, windows, starts), starts)

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder.behaviour import field_decoder, text_loss
+from autoencoder.behaviour import field_decoder, first_positions, text_loss
 from autoencoder.donors import TrainingDonor, count_numbers, field_numbers
 from autoencoder.model import WeightAutoencoder
-from autoencoder.objective import Skeletons, donor_logits, reconstruction_error
+from autoencoder.objective import Skeletons, donor_logits, encode_donor, reconstruction_error
 from zoo.linear_algebra import symmetric_eigenvectors
 from zoo.units.tables import TABLE_ROLES
 
@@ -46,30 +46,32 @@ def training_report(
     its training text as it is, decoded at its own shape, and after a PCA with as many numbers, with the relative
     squared errors of its tables."""
     numbers = {"field": field_numbers(model.sizes), "donors": sum(count_numbers(d) for d in donors)}
-    axes = pca_axes(donors, numbers["field"] / numbers["donors"])
+    share = numbers["field"] / numbers["donors"]
+    axes = {family: pca_axes([d for d in donors if d.family == family], share) for family in model.sizes.families}
     rows = {}
     for donor, text in zip(donors, texts, strict=True):
         starts = torch.linspace(0, len(text) - SEQUENCE - 1, WINDOWS).long()
         windows = text[starts[:, None] + torch.arange(SEQUENCE + 1)]
-        latents = model.encode(donor.blocks, donor.tokens)
+        latents = encode_donor(model, donor)
         shape = replace(donor.shape, tied=False)
+        windows, first = first_positions(skeletons.get(shape), windows)
         decoder = field_decoder(model.field, shape, latents, donor.rows)
         errors = reconstruction_error(model.field, donor, latents, torch.device("cpu"))
-        projected = pca_projection(donor, axes)
+        projected = pca_projection(donor, axes[donor.family])
         rows[donor.name] = {
-            "donor_loss": _loss(donor, skeletons, windows),
-            "decoded_loss": float(text_loss(skeletons.get(shape), decoder, windows)),
-            "pca_loss": _loss(projected, skeletons, windows),
+            "donor_loss": _loss(donor, skeletons, windows, first),
+            "decoded_loss": float(text_loss(skeletons.get(shape), decoder, windows, first)),
+            "pca_loss": _loss(projected, skeletons, windows, first),
             "error": {table: float(error.mean()) for table, error in errors.items()},
-            "pca_error": {table: _error(projected, donor, table) for table in errors},
+            "pca_error": {table: _error(projected, donor, table) for table in TABLE_ROLES},
         }
     network = sum(p.numel() for p in model.field.parameters()) - numbers["field"]
     return {"numbers": {**numbers, "network": network}, "decoded": rows}
 
 
 def pca_axes(donors: Sequence[TrainingDonor], share: float) -> dict[str, Tensor]:
-    """By table, the principal axes [S, P * W] of the entries of all donors, padded to the widest stream W. Axes and
-    coordinates together have `share` of the entries' numbers."""
+    """By table, the principal axes [S, P * W] of the entries of all donors of a family, padded to the widest stream W.
+    Axes and coordinates together have `share` of the entries' numbers."""
     width = max(d.shape.width for d in donors)
     axes = {}
     for table in TABLE_ROLES:
@@ -82,7 +84,7 @@ def pca_axes(donors: Sequence[TrainingDonor], share: float) -> dict[str, Tensor]
 
 
 def pca_projection(donor: TrainingDonor, axes: Mapping[str, Tensor]) -> TrainingDonor:
-    """A donor whose entries are projected to the axes."""
+    """A donor whose entries are projected to the axes. Tables that only some families have stay as they are."""
 
     def project(table: str) -> Tensor:
         own = donor.tokens if table == "token" else donor.blocks[table]
@@ -91,7 +93,8 @@ def pca_projection(donor: TrainingDonor, axes: Mapping[str, Tensor]) -> Training
         found = (flat @ axes[table].mT @ axes[table]).unflatten(1, (roles, -1))[..., :width]
         return found.reshape(own.shape)
 
-    return replace(donor, tokens=project("token"), blocks={table: project(table) for table in donor.blocks})
+    blocks = {table: project(table) if table in axes else own for table, own in donor.blocks.items()}
+    return replace(donor, tokens=project("token"), blocks=blocks)
 
 
 def _entries(donor: TrainingDonor, table: str) -> Tensor:
@@ -109,6 +112,6 @@ def _error(found: TrainingDonor, wanted: TrainingDonor, table: str) -> float:
     return float((_entries(found, table) - own).square().sum() / own.square().sum())
 
 
-def _loss(donor: TrainingDonor, skeletons: Skeletons, windows: Tensor) -> float:
-    own = donor_logits(donor, skeletons, windows)
+def _loss(donor: TrainingDonor, skeletons: Skeletons, windows: Tensor, starts: Tensor | None) -> float:
+    own = donor_logits(donor, skeletons, windows, starts)
     return float(F.cross_entropy(own.flatten(0, 1), windows[:, 1:].flatten()))

@@ -3,6 +3,7 @@ draws no random number, so it shows what encoding and decoding alone give: the c
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from autoencoder.donors import TrainingDonor, read_training_donors
 from autoencoder.field import Latents
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import WeightAutoencoder
+from autoencoder.objective import encode_donor
 from zoo.donors.donor import size_gap
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError, unknown
@@ -23,10 +25,12 @@ from zoo.sampler import Sampler
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.units.decoder import write_decoder
-from zoo.units.gains import tie_head
-from zoo.units.units import require_unit_target
+from zoo.units.family import family_of, require_served, require_target_family
+from zoo.units.tables import to_checkpoint
 from zoo.vocabularies.build import DEFAULT_RULE, RULES, VOCABULARY_HELP, build_row_map, match_vocabularies
 from zoo.vocabularies.tokens import Tokens, read_tokens
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -67,6 +71,13 @@ class AutoencoderSampler(Sampler):
         own = super().provenance(zoo)
         return own + [d for d in of_autoencoder if d["sha256"] not in {o["sha256"] for o in own}]
 
+    def details(self, blueprint: Blueprint) -> dict[str, Any]:
+        """Under `family`: what the target has and no donor has."""
+        assert self._autoencoder is not None
+        target = require_target_family(blueprint, "target")
+        notes = require_served(family_of(target), self._autoencoder.sizes.families, self.name)
+        return {"family": notes} if notes else {}
+
     def _load(self) -> WeightAutoencoder:
         if self.model is None:
             raise UserError(
@@ -78,8 +89,10 @@ class AutoencoderSampler(Sampler):
         return None if self.tokenizer is None else read_tokens(self.tokenizer)
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        target = require_unit_target(blueprint, "target")
+        target = require_target_family(blueprint, "target")
         self._autoencoder = self._load()
+        for line in require_served(family_of(target), self._autoencoder.sizes.families, self.name):
+            log.warning("%s: %s", self.name, line)
         if zoo is None:
             raise UserError("autoencoder: needs a donor; give --zoo, or --donor with a folder or a hub id")
         if self.donor is not None and self.donor not in {d.name for d in zoo.donors}:
@@ -90,13 +103,15 @@ class AutoencoderSampler(Sampler):
                 f"autoencoder: the target's vocabulary has {target.vocab} tokens, the autoencoder's has "
                 f"{len(self._autoencoder.token_strings)}; give the target's --tokenizer"
             )
-        chosen = [d for d in donors if self.donor in (None, d.name)]
+        known = self._autoencoder.sizes.families
+        chosen = [d for d in donors if self.donor in (None, d.name) and d.family in known]
         if not chosen:
-            raise UserError(f"autoencoder: the donor {self.donor} is not one that it can encode; use another")
-        best = min(chosen, key=lambda d: self._rank(d, strings, zoo, blueprint))
+            which = "no donor of the zoo" if self.donor is None else f"the donor {self.donor}"
+            raise UserError(f"autoencoder: it cannot encode {which}; use a donor of a family that it was trained on")
+        best = min(chosen, key=lambda d: (d.family != family_of(target), self._rank(d, strings, zoo, blueprint)))
         self._donor = best.name
         with torch.no_grad():
-            self._latents = self._autoencoder.encode(best.blocks, best.tokens)
+            self._latents = encode_donor(self._autoencoder, best)
         return self
 
     def _rank(
@@ -117,13 +132,12 @@ class AutoencoderSampler(Sampler):
         """The seed changes nothing: no random number is drawn."""
         if self._latents is None or self._autoencoder is None:
             raise RuntimeError("autoencoder: call fit before sample")
-        target = blueprint.metadata
-        assert target is not None
+        target = require_target_family(blueprint, "target")
         coder = self._autoencoder.to(torch.device(self.device))
         latents = self._latents.to(coder.device)
         pairs = target_pairs(coder, target, latents, self._tokens(), self.vocabulary)
         decoder = coder.decode(target, latents, pairs)
-        yield from write_decoder(tie_head(decoder) if target.tied else decoder, blueprint)
+        yield from write_decoder(to_checkpoint(decoder, target.tied), blueprint)
 
     @classmethod
     def current_options(cls, saved: dict[str, Any]) -> dict[str, Any]:

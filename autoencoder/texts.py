@@ -111,7 +111,9 @@ def sample_tokens(donor: Donor, seed: int) -> Tensor:
     count, length = SAMPLED
     assert donor.blueprint.metadata is not None
     skeleton = make_skeleton(donor.config, donor.blueprint.metadata)
-    weights = {name: donor.read(name, torch.float32) for name in skeleton.blueprint.names}
+    if donor.blueprint.metadata.positions:
+        length = min(length, int(skeleton.module.config.max_position_embeddings) - 1)  # type: ignore[union-attr, arg-type]
+    weights = skeleton.in_memory({name: donor.read(name, torch.float32) for name in skeleton.blueprint.names})
     skeleton.module.load_state_dict(weights, strict=False, assign=True)
     skeleton.module.tie_weights()  # type: ignore[operator]
     with torch.random.fork_rng(devices=[]):

@@ -23,6 +23,7 @@ from autoencoder.model import WeightAutoencoder, new_autoencoder, normalise_late
 from autoencoder.objective import (
     Skeletons,
     draw_step,
+    encode_donor,
     mixed_windows,
     noisy,
     reconstruction_error,
@@ -38,7 +39,6 @@ from zoo.streams import stream
 from zoo.training.resumable import restore_training, stored_tensor, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
 from zoo.training.shared_steps import Objective, moving_average, shared_accelerator, shared_update, warm_cosine
-from zoo.units.tables import TABLE_ROLES
 
 REPORT_FILE = "report.json"
 SAVE_EVERY = 200  # steps
@@ -87,7 +87,7 @@ class _AutoencoderTrainer:
         read = read_texts(self.donors, given, config.seed)
         self.text_names, self.texts = [text.name for text in read], [text.tokens for text in read]
         self.shapes = training_shapes(self.donors, self.model, config.shapes, config.seed)
-        self.skeletons = Skeletons(self.donors[0].donor.config)
+        self.skeletons = Skeletons(self.donors)
         groups: dict[str, list[Parameter]] = {"network": [], "bases": [], "maps": []}
         for name, parameter in self.model.named_parameters():
             groups[parameter_group(name)].append(parameter)
@@ -101,12 +101,13 @@ class _AutoencoderTrainer:
     def _new_model(self, zoo: Zoo, strings: tuple[str, ...]) -> WeightAutoencoder:
         sizes = field_sizes(self.donors, len(strings))
         records = [provenance(d.donor) for d in self.donors]
-        model = new_autoencoder(sizes, strings, self.donors[0].shape.architecture, records, self.config.seed)
-        blocks = base_blocks(self.donors, sizes.bases)
-        tokens = base_vocabularies(self.donors, sizes.token_bases, len(strings))
-        start_field(model.field, blocks, tokens, stream(self.config.seed, "start of the field"))
-        for table in TABLE_ROLES:
-            model.encoder.get_buffer(f"scale_{table}").copy_(model.field.get_buffer(f"scale_{table}"))
+        used = self.donors if len(sizes.families) > 1 else self.donors[:1]
+        architecture = ", ".join(dict.fromkeys(d.shape.architecture for d in used))
+        model = new_autoencoder(sizes, strings, architecture, records, self.config.seed)
+        blocks, vocabularies = base_blocks(self.donors, sizes), base_vocabularies(self.donors, sizes)
+        start_field(model.field, blocks, vocabularies, stream(self.config.seed, "start of the field"))
+        for name, scale in model.field.named_buffers():
+            model.encoder.get_buffer(name).copy_(scale)
         return model
 
     def state(self) -> dict[str, Tensor]:
@@ -130,8 +131,7 @@ class _AutoencoderTrainer:
         """The latents of donor `number`; after the first stage the encoder stays as it is."""
         if self.latents is not None:
             return self.latents[number]
-        donor, device = self.donors[number], self.accelerator.device
-        return self.model.encode({t: x.to(device) for t, x in donor.blocks.items()}, donor.tokens.to(device))
+        return encode_donor(self.model, self.donors[number])
 
     @torch.no_grad()
     def _finish_encoder(self, normalise: bool) -> None:
@@ -156,7 +156,8 @@ class _AutoencoderTrainer:
         if len(chosen.donors) == 2:
             latents = latents.mixed(self.encode(chosen.donors[1]), chosen.share)
         latents = noisy(latents, config.noise, rng)
-        shape = first.shape if chosen.shape < 0 else replace(self.shapes[chosen.shape], vocab=first.shape.vocab)
+        shapes = self.shapes[first.family]
+        shape = first.shape if chosen.shape < 0 else replace(shapes[chosen.shape], vocab=first.shape.vocab)
         windows = mixed_windows(self.texts, chosen, config, step).chunk(parts)[part].to(device)
         loss = written_loss(self.model.field, latents, first, shape, self.skeletons, windows)
         late = step >= config.reconstruction + config.warmup + config.diversity_from * config.steps

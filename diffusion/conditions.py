@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion import text_features
 from zoo.tensors import Metadata
+from zoo.units.family import FLAGS, family_of
 
 SHAPE_NAMES = ("width", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "rope_theta")
 CONSTANT = 1e-4  # deviation below which a number is constant
@@ -34,10 +35,17 @@ class Wanted:
 
 GROUPS = {"shape": len(SHAPE_NAMES), "quality": 1, "text": text_features.SIZE, "vocabulary": text_features.SIZE}
 SIZE = sum(GROUPS.values())
+FAMILY_GROUPS = {**GROUPS, "family": FLAGS}  # of a zoo of several families
 
 
-def condition_values(wanted: Wanted) -> Tensor:
-    """The numbers of a condition, float32 [SIZE]; NaN for what is not known."""
+def condition_groups(several_families: bool) -> dict[str, int]:
+    """The parts of a condition and their sizes."""
+    return FAMILY_GROUPS if several_families else GROUPS
+
+
+def condition_values(wanted: Wanted, several_families: bool = False) -> Tensor:
+    """The numbers of a condition, float32 [SIZE]; NaN for what is not known. several_families: whether the zoo has
+    several, so that the flags of the family follow."""
     shape = wanted.shape
     sizes = [
         math.log2(shape.width),
@@ -56,6 +64,7 @@ def condition_values(wanted: Wanted) -> Tensor:
             torch.tensor([*sizes, wanted.excess]),
             unknown if wanted.text is None else wanted.text,
             unknown if wanted.vocabulary is None else wanted.vocabulary,
+            torch.tensor(family_of(shape).flags() if several_families else []),
         ]
     )
 
@@ -75,7 +84,7 @@ def fit_scales(values: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     names = sorted(set(texts))
     by_text = torch.stack([_moments(values[[i for i, t in enumerate(texts) if t == name]])[0] for name in names])
     start = 0
-    for group, size in GROUPS.items():
+    for group, size in condition_groups(values.shape[1] > SIZE).items():
         columns = slice(start, start + size)
         start += size
         if group in ("text", "vocabulary"):

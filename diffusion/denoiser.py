@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoder.field import DEPTH_FEATURES, depth_features
-from diffusion.conditions import GROUPS, SIZE, scaled
+from diffusion.conditions import condition_groups, scaled
 
 TIMES = 32  # Fourier features of the noise level
 
@@ -22,26 +22,38 @@ TIMES = 32  # Fourier features of the noise level
 class LatentDenoiser(ModelMixin, ConfigMixin):
     """Noisy latents, noise level and condition -> velocity.
 
-    latents: sizes of a model's latent and of a block's. Latents are scaled to unit RMS by `scale`."""
+    latents: sizes of a model's latent and of a block's. Latents are scaled to unit RMS by `scale`. several_families:
+    whether the family of a model is part of the condition."""
 
-    CONFIG_KINDS: ClassVar = {"model_latent": int, "block_latent": int, "hidden": int, "layers": int, "heads": int}
+    CONFIG_KINDS: ClassVar = {
+        **dict.fromkeys(("model_latent", "block_latent", "hidden", "layers", "heads"), int),
+        "several_families": (None, bool),
+    }
 
     @register_to_config
     def __init__(
-        self, model_latent: int, block_latent: int, hidden: int = 128, layers: int = 3, heads: int = 4
+        self,
+        model_latent: int,
+        block_latent: int,
+        hidden: int = 128,
+        layers: int = 3,
+        heads: int = 4,
+        several_families: bool = False,
     ) -> None:
         super().__init__()
+        self.group_sizes = condition_groups(several_families)
+        size = sum(self.group_sizes.values())
         self.read = nn.ModuleDict({"model": nn.Linear(model_latent, hidden), "block": nn.Linear(block_latent, hidden)})
         self.write = nn.ModuleDict({"model": nn.Linear(hidden, model_latent), "block": nn.Linear(hidden, block_latent)})
         self.place = nn.Linear(DEPTH_FEATURES, hidden)
         self.model_place = nn.Parameter(torch.zeros(hidden))
         self.time = nn.Sequential(nn.Linear(2 * TIMES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.groups = nn.ModuleDict({name: nn.Linear(size, hidden) for name, size in GROUPS.items()})
+        self.groups = nn.ModuleDict({name: nn.Linear(size, hidden) for name, size in self.group_sizes.items()})
         self.unconditional = nn.Parameter(torch.zeros(hidden))
         self.mix = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.blocks = nn.ModuleList(_Block(hidden, heads) for _ in range(layers))
-        self.register_buffer("mean", torch.zeros(SIZE))  # of the conditions
-        self.register_buffer("inverse", torch.zeros(SIZE))
+        self.register_buffer("mean", torch.zeros(size))  # of the conditions
+        self.register_buffer("inverse", torch.zeros(size))
         self.register_buffer("model_scale", torch.ones(2, model_latent))  # mean and deviation of the latents
         self.register_buffer("block_scale", torch.ones(2, block_latent))
         for write in self.write.values():
@@ -49,10 +61,10 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
             nn.init.zeros_(write.get_parameter("bias"))
 
     def embed(self, conditions: Tensor) -> Tensor:
-        """Conditions [N, SIZE], NaN where unknown -> [N, hidden]."""
+        """Conditions [N, size], NaN where unknown -> [N, hidden]."""
         values = scaled(conditions, self.get_buffer("mean"), self.get_buffer("inverse"))
-        parts = values.split(list(GROUPS.values()), dim=-1)
-        return self.mix(F.silu(sum(self.groups[name](part) for name, part in zip(GROUPS, parts, strict=True))))
+        parts = dict(zip(self.group_sizes, values.split(list(self.group_sizes.values()), dim=-1), strict=True))
+        return self.mix(F.silu(sum(self.groups[name](part) for name, part in parts.items())))
 
     def forward(self, model: Tensor, blocks: Tensor, sigma: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """model [N, Z], blocks [N, L, Z], sigma [N] in [0, 1], condition [N, hidden] -> velocities of both."""

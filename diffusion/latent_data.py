@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from autoencoder.donors import TrainingDonor
 from autoencoder.field import Latents
 from autoencoder.model import WeightAutoencoder
+from autoencoder.objective import encode_donor
 from diffusion.conditions import Wanted, condition_values, vocabulary_features
 from diffusion.config import DiffusionTrainConfig
 from diffusion.text_features import text_features
 from zoo.streams import stream
 from zoo.tensors import Metadata
+from zoo.units.family import Family
 
 POOL = 768  # samples that are drawn before training, because features of texts take milliseconds
 LEAST_BYTES = 2_000  # of a text whose features are a condition
@@ -23,14 +25,14 @@ LEAST_BYTES = 2_000  # of a text whose features are a condition
 
 @dataclass(frozen=True)
 class LatentData:
-    """The donors of a zoo as latents. All lists have one item per donor."""
+    """The donors of a zoo as latents. All sequences have one item per donor."""
 
     donors: Sequence[TrainingDonor]
     latents: Sequence[Latents]
     texts: Sequence[bytes | None]
     excess: Sequence[float]  # nats above the best donor of the same text
     vocabularies: Sequence[Tensor]  # features of the token strings
-    shapes: Sequence[Metadata]  # random ones
+    shapes: Mapping[Family, Sequence[Metadata]]  # random ones
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ def prepare_latents(
     autoencoder: WeightAutoencoder,
     donors: Sequence[TrainingDonor],
     texts: Sequence[bytes | None],
-    shapes: Sequence[Metadata],
+    shapes: Mapping[Family, Sequence[Metadata]],
 ) -> LatentData:
     """Encodes the donors of a zoo."""
-    latents = [autoencoder.encode(d.blocks, d.tokens) for d in donors]
+    latents = [encode_donor(autoencoder, d) for d in donors]
     best: dict[str, float] = {}
     for donor in donors:
         if donor.loss is not None:
@@ -81,9 +83,10 @@ def draw_sample(data: LatentData, config: DiffusionTrainConfig, name: str) -> Sa
     share = float(torch.rand((), generator=rng))
     mixes = float(torch.rand((), generator=rng)) < config.mixing
     donor, other = data.donors[first], data.donors[second]
+    mixes = mixes and donor.family == other.family
     mixes = mixes and donor.is_final and other.is_final and torch.equal(donor.rows, other.rows)
-    own = draw(2) == 0
-    shape = donor.shape if own else replace(data.shapes[draw(len(data.shapes))], vocab=donor.shape.vocab)
+    own, shapes = draw(2) == 0, data.shapes[donor.family]
+    shape = donor.shape if own else replace(shapes[draw(len(shapes))], vocab=donor.shape.vocab)
     latents = data.latents[first].at_depth(shape.layers)
     text, excess = _excerpt(data.texts[first], config, rng), data.excess[first]
     chosen: tuple[int, ...] = (first,)
@@ -96,7 +99,8 @@ def draw_sample(data: LatentData, config: DiffusionTrainConfig, name: str) -> Sa
         excess = share * excess + (1 - share) * data.excess[second]
         chosen = (first, second)
     wanted = Wanted(shape, None if text is None else text_features(text), data.vocabularies[first], excess)
-    return Sample(latents, shape, condition_values(wanted), chosen, share if mixes else 1.0)
+    condition = condition_values(wanted, len(data.shapes) > 1)
+    return Sample(latents, shape, condition, chosen, share if mixes else 1.0)
 
 
 def _excerpt(text: bytes | None, config: DiffusionTrainConfig, rng: torch.Generator) -> bytes | None:

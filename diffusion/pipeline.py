@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,12 @@ from zoo.sandbox import library_errors
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.units.decoder import Decoder, write_decoder
-from zoo.units.gains import tie_head
-from zoo.units.units import require_unit_target
+from zoo.units.family import family_of, require_served, require_target_family
+from zoo.units.tables import to_checkpoint
 from zoo.vocabularies.build import DEFAULT_RULE
 from zoo.vocabularies.tokens import Tokens, read_tokens
 
+log = logging.getLogger(__name__)
 HOW = "train one with `headstart train diffusion`"
 
 
@@ -47,7 +49,7 @@ class WeightPipelineOutput(BaseOutput):
     def tensors(self) -> Any:
         """Yields (name on disk, tensor float32) in the blueprint's order, one layer at a time."""
         tied = self.blueprint.metadata is not None and self.blueprint.metadata.tied
-        yield from write_decoder(tie_head(self.decoder) if tied else self.decoder, self.blueprint)
+        yield from write_decoder(to_checkpoint(self.decoder, tied), self.blueprint)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by their name on disk."""
@@ -57,11 +59,13 @@ class WeightPipelineOutput(BaseOutput):
         """Writes a checkpoint that `from_pretrained` of transformers loads: config.json and safetensors."""
         from transformers import AutoModelForCausalLM
 
-        from zoo.targets.configs import parse_config
+        from zoo.targets.configs import names_in_memory, parse_config
 
         assert self.blueprint.config is not None
         model = AutoModelForCausalLM.from_config(parse_config(self.blueprint.config))
-        model.load_state_dict(self.state_dict(), strict=False, assign=True)
+        names = names_in_memory(model)
+        weights = {names.get(name, name): tensor for name, tensor in self.tensors()}
+        model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
         model.save_pretrained(folder)
 
@@ -134,11 +138,12 @@ class WeightDiffusionPipeline(DiffusionPipeline):
 
         Weights in bfloat16 or float16 are cast to float32, in which everything is computed; tensors are float32.
 
-        Raises UserError for a config whose function is not in units, and for another vocabulary without a tokenizer."""
+        Raises UserError for a config whose function is not in tables, for a family that no donor can serve, and for
+        another vocabulary without a tokenizer."""
         self.autoencoder.float()
         self.denoiser.float()
         blueprint = config if isinstance(config, Blueprint) else Blueprint.from_config(config)
-        shape = require_unit_target(blueprint, "target")
+        shape = self.shape_of(blueprint)
         tokens = None if tokenizer is None else read_tokens(tokenizer)
         latents = self.sample_latents(
             self.wanted(shape, tokens, text, excess),
@@ -148,6 +153,13 @@ class WeightDiffusionPipeline(DiffusionPipeline):
             on_step_end=callback_on_step_end,
         )
         return self.decode(blueprint, latents, tokens)
+
+    def shape_of(self, blueprint: Blueprint) -> Metadata:
+        """The metadata of a target, with its family. Raises UserError if it is not one that the pipeline can fill."""
+        shape = require_target_family(blueprint, "target")
+        for line in require_served(family_of(shape), self.autoencoder.sizes.families, "diffusion"):
+            log.warning("diffusion: %s", line)
+        return shape
 
     def wanted(self, shape: Metadata, tokens: Tokens | None, text: str | bytes | None, excess: float) -> Wanted:
         """The condition that the arguments of a call ask for."""
@@ -168,15 +180,15 @@ class WeightDiffusionPipeline(DiffusionPipeline):
         device = self.denoiser.device
         rng = generator if generator is not None else torch.default_generator
         noise = latent_noise(self.denoiser, wanted.shape.layers, rng).to(device)
-        condition = self.denoiser.embed(condition_values(wanted)[None].to(device))
+        values = condition_values(wanted, self.denoiser.config["several_families"])
+        condition = self.denoiser.embed(values[None].to(device))
         return solve(
             self.denoiser, self.scheduler, noise, condition, steps=steps, guidance=guidance, on_step_end=on_step_end
         )
 
     def decode(self, blueprint: Blueprint, latents: Latents, tokens: Tokens | None) -> WeightPipelineOutput:
         """The model that latents make. tokens: the target's; None if it has the zoo's vocabulary."""
-        shape = blueprint.metadata
-        assert shape is not None
+        shape = require_target_family(blueprint, "target")
         known = len(self.autoencoder.token_strings)
         if tokens is None and shape.vocab != known:
             raise UserError(

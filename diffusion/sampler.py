@@ -16,7 +16,7 @@ from zoo.sampler import Sampler
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.training.documents import TextSource, read_corpus
-from zoo.units.units import require_unit_target
+from zoo.units.family import family_of, require_served, require_target_family
 from zoo.vocabularies.build import DEFAULT_RULE, RULES, VOCABULARY_HELP
 
 SAMPLE_BYTES = 100_000  # of a text, from its start, that become a condition
@@ -58,8 +58,9 @@ class DiffusionSampler(Sampler):
         return pipeline
 
     def fit(self, zoo: Zoo | None, blueprint: Blueprint) -> Self:
-        target = require_unit_target(blueprint, "target")
+        target = require_target_family(blueprint, "target")
         self._pipeline = self._load()
+        require_served(family_of(target), self._pipeline.autoencoder.sizes.families, self.name)
         known = len(self._pipeline.autoencoder.token_strings)
         if self.tokenizer is None and target.vocab != known:
             raise UserError(
@@ -81,6 +82,13 @@ class DiffusionSampler(Sampler):
             generator=stream(seed, "latents"),
         )
         yield from output.tensors()
+
+    def details(self, blueprint: Blueprint) -> dict[str, Any]:
+        """Under `family`: what the target has and no donor has."""
+        assert self._pipeline is not None
+        target = require_target_family(blueprint, "target")
+        notes = require_served(family_of(target), self._pipeline.autoencoder.sizes.families, self.name)
+        return {"family": notes} if notes else {}
 
     def provenance(self, zoo: Zoo | None) -> list[dict[str, Any]]:
         """The donors in the pipeline's training data; `zoo` is not used."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderTrainConfig
-from autoencoder.donors import given_corpora, read_training_donors
+from autoencoder.donors import field_sizes, given_corpora, read_training_donors
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import WeightAutoencoder
 from autoencoder.objective import (
@@ -85,8 +85,12 @@ class _DiffusionTrainer:
         self.config, self.run, self.command = config, run, command
         self.accelerator = shared_accelerator(device, [config.batch, config.tuning_windows])
         donors, strings = read_training_donors(zoo, run.quiet)
-        if strings != autoencoder.token_strings or donors[0].shape.head_dim != autoencoder.sizes.head_dim:
-            raise UserError(f"{zoo.path}: has other tokens or heads than the autoencoder; train one on this zoo")
+        sizes = field_sizes(donors, len(strings))
+        own = (strings, sizes.head_dim, sizes.families)
+        if own != (autoencoder.token_strings, autoencoder.sizes.head_dim, autoencoder.sizes.families):
+            raise UserError(
+                f"{zoo.path}: has other tokens, heads or families than the autoencoder; train one on this zoo"
+            )
         self.autoencoder = copy.deepcopy(autoencoder)
         read = read_texts(donors, given, config.seed)
         self.tokens = [text.tokens for text in read]
@@ -96,11 +100,16 @@ class _DiffusionTrainer:
         self.by_depth: dict[int, list[int]] = {}
         for i, sample in enumerate(self.pool):
             self.by_depth.setdefault(sample.shape.layers, []).append(i)
-        self.skeletons = Skeletons(donors[0].donor.config)
+        self.skeletons = Skeletons(donors)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            sizes = autoencoder.sizes
-            self.denoiser = LatentDenoiser(sizes.model_latent, sizes.block_latent, config.hidden, config.layers)
+            self.denoiser = LatentDenoiser(
+                autoencoder.sizes.model_latent,
+                autoencoder.sizes.block_latent,
+                config.hidden,
+                config.layers,
+                several_families=len(sizes.families) > 1,
+            )
         self._fit_scales()
         device_now = self.accelerator.device
         self.denoiser.to(device_now)

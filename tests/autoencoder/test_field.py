@@ -102,7 +102,7 @@ def test_a_field_with_enough_bases_and_rank_is_a_donor_exactly() -> None:
     shape = shape_of()
     blocks, tokens = random_tables(shape)
     field = WeightField(SIZES)
-    start_field(field, blocks, [tokens], stream(0, "start"))
+    start_field(field, blocks, [{"token": tokens}], stream(0, "start"))
     one_hot(field)
     field.condition = _LatentAsCondition()  # type: ignore[assignment]
     latents = Latents(torch.zeros(16), torch.eye(3, 16))
@@ -126,7 +126,7 @@ def test_too_small_a_rank_keeps_the_principal_components() -> None:
     errors = []
     for rank in (20, 60):
         field = WeightField(replace(SIZES, rank=rank, bases=1))
-        start_field(field, blocks, [tokens], stream(0, "start"))
+        start_field(field, blocks, [{"token": tokens}], stream(0, "start"))
         base, maps, scale = field.bases["neuron"][0], field.maps["neuron"], field.get_buffer("scale_neuron")
         found = torch.einsum("ns,spw->npw", base, maps * scale[:, None]).detach()
         wanted = blocks[0]["neuron"] / scale[:, None]
@@ -140,7 +140,7 @@ def test_what_no_donor_has_starts_neither_at_zero_nor_loud() -> None:
     shape = shape_of(width=24, ffn=30, kv_heads=2, heads=4)
     blocks, tokens = random_tables(shape)
     field = WeightField(SIZES)
-    start_field(field, blocks, [tokens], stream(0, "start"))
+    start_field(field, blocks, [{"token": tokens}], stream(0, "start"))
     base = field.bases["neuron"][0].detach()
     assert 0.2 < float(base[30:].square().mean() / base[:30].square().mean()) ** 0.5 < 1
     maps = field.maps["neuron"].detach()

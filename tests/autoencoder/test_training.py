@@ -28,7 +28,8 @@ from autoencoder.donors import (
     read_training_donors,
 )
 from autoencoder.loading import load_autoencoder
-from autoencoder.objective import draw_step, mixed_windows
+from autoencoder.model import new_autoencoder
+from autoencoder.objective import draw_step, mixed_windows, training_shapes
 from autoencoder.report import pca_axes, pca_projection
 from autoencoder.sampler import AutoencoderSampler
 from tests.support.generators import (
@@ -46,6 +47,7 @@ from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.training.corpora import split_held_out
 from zoo.training.resumable import STATE_FILE
+from zoo.units.family import PLAIN
 from zoo.units.tables import TABLE_ROLES
 from zoo.vocabulary import byte_tokens
 
@@ -141,10 +143,10 @@ def test_the_field_of_a_large_zoo_stores_a_share_of_it(zoo: Zoo) -> None:
     with patch("autoencoder.donors.SMALL_ZOO", 1000):
         assert field_sizes(donors, len(strings)).bases == LEAST_BASES
     assert (large.width, large.neurons, large.groups, large.head_dim) == (40, 53, 5, 8)
-    first = base_blocks(donors, 3)
+    first = base_blocks(donors, small)
     assert torch.equal(first[0]["neuron"], donors[0].blocks["neuron"][0])
     assert torch.equal(first[2]["neuron"], donors[1].blocks["neuron"][0])
-    assert len(base_blocks(donors, 1)) == 1
+    assert len(base_blocks(donors, replace(small, bases=1))) == 1
 
 
 def test_an_interrupted_training_ends_with_the_same_bytes(zoo: Zoo, text: Path, trained: Path, tmp_path: Path) -> None:
@@ -268,13 +270,19 @@ def test_texts_that_cannot_be_used_are_one_line(zoo: Zoo, tmp_path: Path) -> Non
     assert not list(out.glob("*.safetensors"))
 
 
-def test_donors_with_another_head_size_are_left_out_and_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_zoo_may_have_heads_of_several_sizes(tmp_path: Path) -> None:
     mixed = make_zoo(tmp_path, [dict(hidden_size=24, kv=2, head_dim=4), dict(hidden_size=32, kv=2, head_dim=8)])
-    donors, _ = read_training_donors(mixed, quiet=False)
-    assert [d.name for d in donors] == ["d1"]
-    assert "skipped: d0: has heads of 4, others of 8" in capsys.readouterr().err
+    donors, strings = read_training_donors(mixed, quiet=False)
+    assert [(d.name, d.shape.head_dim) for d in donors] == [("d1", 8), ("d0", 4)]
+    sizes = field_sizes(donors, len(strings))
+    own, smaller = (base_blocks([d], sizes)[0] for d in donors)
+    assert sizes.head_dim == 8 and torch.equal(own["key"], donors[0].blocks["key"][0])
+    # A plane of four frequencies takes that of the nearest of two: 0 and 1 the first, 2 and 3 the second.
+    assert torch.equal(smaller["key"], donors[1].blocks["key"][0][:, [0, 0, 1, 1, 2, 2, 3, 3]])
+    shapes = training_shapes(donors, new_autoencoder(sizes, strings, "llama", [], 0), 20, 0)
+    assert {shape.head_dim for shape in shapes[PLAIN]} == {4, 8}
+    report = json.loads((train_tiny_autoencoder(mixed.path, tmp_path / "out") / "report.json").read_text())
+    assert set(report["decoded"]) == {"d0", "d1"} and all(r["decoded_loss"] < 6 for r in report["decoded"].values())
 
 
 def test_the_method_decodes_a_donor_at_the_targets_shape(zoo: Zoo, trained: Path, tmp_path: Path) -> None:
@@ -300,7 +308,7 @@ def test_the_method_decodes_a_donor_at_the_targets_shape(zoo: Zoo, trained: Path
 
 def test_diffusion_needs_the_autoencoder_of_its_zoo(trained: Path, tmp_path: Path) -> None:
     other = make_zoo(tmp_path, [dict(hidden_size=24, kv=2)])
-    with pytest.raises(UserError, match="has other tokens or heads than the autoencoder; train one on this zoo"):
+    with pytest.raises(UserError, match="has other tokens, heads or families than the autoencoder; train one on this"):
         train_tiny_diffusion(other.path, trained / "autoencoder", tmp_path / "out")
 
 

@@ -45,9 +45,7 @@ def test_a_sound_autoencoder_is_loaded(folder: Path) -> None:
 
 
 def sizes(**changes: object) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {"sizes": {**asdict(SIZES), **changes}}
+    return {"sizes": {**SIZES.to_json(), **changes}}
 
 
 @pytest.mark.parametrize(

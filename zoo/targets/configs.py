@@ -279,6 +279,13 @@ def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Te
     return revert_weight_conversion(model, dict(state))
 
 
+def names_in_memory(model: PreTrainedModel) -> dict[str, str]:
+    """Name on disk -> name in memory, for tensors that are at most renamed (the head of GPT-NeoX)."""
+    state = model.state_dict()
+    names = {id(tensor): name for name, tensor in state.items()}
+    return {name: names[id(tensor)] for name, tensor in to_disk(model, state).items() if id(tensor) in names}
+
+
 def metadata_of(config: PretrainedConfig) -> Metadata | None:
     """The numbers of a config, None where it has no residual stream (a convolutional network).
 

@@ -13,6 +13,16 @@ SIZES = ("width", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
 PER_LAYER = ("layer_types",)  # lists with one item per layer, which another depth would contradict
 
 
+def _key(data: Mapping[str, Any], known: Any, size: str) -> str | None:
+    """The key of a size in a config, None if its architecture derives the size from others."""
+    return next((key for key in SIZE_KEYS[size] if key in data or hasattr(known, key)), None)
+
+
+def has_size(config: Mapping[str, Any], size: str) -> bool:
+    """Whether the architecture of a config has this size on its own, and does not derive it from others."""
+    return _key(config, text_config(parse_config(config, "config to resize")), size) is not None
+
+
 def resized_config(config: Mapping[str, Any], shape: Metadata) -> dict[str, Any]:
     """A parsed config of transformers with the sizes of `shape`. Everything else stays.
 
@@ -20,10 +30,8 @@ def resized_config(config: Mapping[str, Any], shape: Metadata) -> dict[str, Any]
     data = copy.deepcopy(dict(config))
     known = text_config(parse_config(data, "config to resize"))
     for size in SIZES:
-        for key in SIZE_KEYS[size]:
-            if key in data or hasattr(known, key):
-                data[key] = getattr(shape, size)
-                break
+        if (key := _key(data, known, size)) is not None:
+            data[key] = getattr(shape, size)
     for key in PER_LAYER:
         if isinstance(data.get(key), list):
             kinds = data[key]

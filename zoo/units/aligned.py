@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from zoo.errors import UserError
 from zoo.tensors import Metadata
 from zoo.units.canonical import canonicalise
 from zoo.units.decoder import Decoder, read_decoder
-from zoo.units.residual_basis import Anchor, make_anchor
+from zoo.units.residual_basis import Anchor, has_post_norms, make_anchor
 from zoo.units.units import decoder_to_units, require_units
 
 
@@ -48,16 +48,21 @@ def recorded_loss(facts: Mapping[str, Any]) -> float | None:
     return float(loss) if isinstance(loss, (int, float)) and math.isfinite(loss) else None
 
 
-def read_donor_decoder(donor: Donor, device: str = "cpu", lazy: bool = False) -> Decoder:
+Require = Callable[[Decoder, str], object]  # raises UserError for a decoder that cannot be used; a name for messages
+
+
+def read_donor_decoder(
+    donor: Donor, device: str = "cpu", lazy: bool = False, require: Require = require_units
+) -> Decoder:
     """A donor as a float64 decoder. Raises UserError if units do not describe its whole function.
 
-    lazy: a layer is read each time it is used, and does not stay in memory."""
+    lazy: a layer is read each time it is used, and does not stay in memory. require: another check than that."""
 
     def read(name: str) -> Tensor:
         return donor.read(name).to(device)
 
     decoder = read_decoder(donor.blueprint, read, where=donor.name, lazy=lazy)
-    require_units(decoder, donor.name)
+    require(decoder, donor.name)
     return decoder
 
 
@@ -71,11 +76,15 @@ class AlignedDecoder:
     basis: Tensor  # [d, d]: `canonicalise` with this basis makes the decoder again
 
 
-def align_decoders(zoo: Zoo, quiet: bool = True, device: str = "cpu") -> Iterator[AlignedDecoder]:
-    """Yields the donors whose whole function is in units, aligned to the widest one by shared token strings.
+def align_decoders(
+    zoo: Zoo, quiet: bool = True, device: str = "cpu", require: Require = require_units
+) -> Iterator[AlignedDecoder]:
+    """Yields the donors whose whole function is in units, aligned to the widest one by shared token strings. require:
+    another check than that.
 
     The widest comes first; among equals, the one with the lowest loss, then the first by name. A donor that shares no
-    token string with it keeps its own principal axes. Other donors are skipped and, unless `quiet`, named on stderr.
+    token string with it keeps its own principal axes. So does one with norms after its writers, to which no other is
+    aligned. Other donors are skipped and, unless `quiet`, named on stderr.
 
     In memory are the vocabularies of one donor, before and after its rotation, and of the anchor, and one layer of the
     donor. Raises UserError if no donor is left."""
@@ -92,19 +101,21 @@ def align_decoders(zoo: Zoo, quiet: bool = True, device: str = "cpu") -> Iterato
         tokens = token_strings(donor)
         try:
             shares_tokens = anchor is not None and not set(tokens).isdisjoint(anchor.tokens)
-            source = read_donor_decoder(donor, device, lazy=True)
+            source = read_donor_decoder(donor, device, lazy=True, require=require)
             canonical = canonicalise(source, tokens, anchor if shares_tokens else None)
             decoder, basis = canonical.decoder, canonical.symmetry.basis
             del source, canonical  # the vocabulary before its rotation
         except UserError as error:
             _report_skipped(error, quiet)
             continue
-        if not found_any and donor is not donors[-1]:
+        if anchor is None and donor is not donors[-1] and not has_post_norms(decoder):
             anchor = make_anchor(decoder, tokens)
         found_any = True
         yield AlignedDecoder(donor, tokens, decoder, basis)
     if not found_any:
-        raise UserError(f"{zoo.path}: no donor is an RMSNorm decoder with rotary attention and a gated MLP; add one")
+        usable = "an RMSNorm decoder with rotary attention and a gated MLP"
+        usable = usable if require is require_units else "a decoder whose whole function is in tables"
+        raise UserError(f"{zoo.path}: no donor is {usable}; add one")
 
 
 def _report_skipped(error: UserError, quiet: bool) -> None:

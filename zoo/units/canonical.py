@@ -76,7 +76,7 @@ def canonicalise(
     more is in memory than the vocabulary, before and after, and one layer three times over.
 
     Raises UserError if no token string is shared with the anchor, or if the architecture's symmetries are unknown."""
-    _require_symmetries(decoder)
+    require_symmetries(decoder)
     folded, gains = fold_gains(decoder)
     principal = to_principal(folded)
     meta = principal.metadata
@@ -94,22 +94,22 @@ def canonicalise(
     return Canonical(replace(turned, layers=layers), Symmetry(basis, symmetries), gains)
 
 
-def _require_symmetries(decoder: Decoder) -> None:
-    """Raises UserError where the symmetries of a decoder are unknown."""
+def require_symmetries(decoder: Decoder, where: str = "canonical form") -> None:
+    """Raises UserError where the symmetries of a decoder are unknown. where: the beginning of the message."""
     architecture, layers = decoder.metadata.architecture, outline_of(decoder.layers)
     if architecture not in ARCHITECTURES:
         # Rotations of rotary pairs are written for pairs of i and i + half, for example; Cohere and GLM have others.
         raise UserError(
-            f"canonical form: the symmetries of {architecture!r} are unknown; use one of {', '.join(ARCHITECTURES)}"
+            f"{where}: the symmetries of {architecture!r} are unknown; use one of {', '.join(ARCHITECTURES)}"
         )
     if not any(layer.gain for layer in layers) or "final" not in decoder.gain:
         # Some OPT models have norms without parameters, or no final norm; no tensor shows how they normalise.
         raise UserError(
-            f"canonical form: this {architecture!r} lacks gains of norms, so its symmetries are unknown; use another"
+            f"{where}: this {architecture!r} lacks gains of norms, so its symmetries are unknown; use another"
         )
     if decoder.metadata.norm == "layer" and has_post_norms(decoder):
         raise UserError(
-            f"canonical form: {architecture!r} has LayerNorms after its writers, so it cannot be rotated; use another"
+            f"{where}: {architecture!r} has LayerNorms after its writers, so it cannot be rotated; use another"
         )
 
 

@@ -34,7 +34,8 @@ class Anchor:
 
 def make_anchor(canonical: Decoder, tokens: tuple[str, ...]) -> Anchor:
     """The anchor that a canonical decoder with these token strings defines."""
-    pairs = torch.stack([canonical.embed, canonical.head], dim=1)
+    free = _free_width(canonical.metadata)
+    pairs = torch.stack([canonical.embed[:, :free], canonical.head[:, :free]], dim=1)
     return Anchor(tokens, pairs / pairs.square().mean((0, 2), keepdim=True).sqrt())
 
 
