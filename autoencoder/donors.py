@@ -53,6 +53,12 @@ class TrainingDonor:
         return family_of(self.shape)
 
     @property
+    def is_tied(self) -> bool:
+        """Whether it has one tensor for head and embedding; `shape` is that of its tables, which have two."""
+        metadata = self.donor.blueprint.metadata
+        return metadata is not None and metadata.tied
+
+    @property
     def corpus(self) -> str:
         """The name of the text that it was trained on, "" where it is not known."""
         return corpus_name(self.donor.facts)

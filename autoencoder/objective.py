@@ -72,7 +72,7 @@ def training_shapes(
         own = [d for d in donors if d.family == family]
         known = [d.shape for d in own]
         bounds = shape_range(known, model.sizes, own[0].donor.config)
-        base = replace(known[0], tied=family != PLAIN and all(shape.tied for shape in known))
+        base = replace(known[0], tied=family != PLAIN and all(d.is_tied for d in own))
         names = [f"shape {i}" if family == PLAIN else f"shape {i} of {family}" for i in range(count)]
         bases = [replace(base, head_dim=_random_head_dim(known, seed, name)) for name in names]
         found[family] = [random_shape(b, bounds, seed, name) for b, name in zip(bases, names, strict=True)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch
 
 from autoencoder.config import AutoencoderTrainConfig
 from diffusion.config import DiffusionTrainConfig
@@ -19,6 +22,29 @@ SHAPES: tuple[dict[str, int], ...] = (
     dict(hidden_size=32, kv=2, vocab_size=BYTE_VOCAB),
     dict(hidden_size=24, kv=4, layers=1, vocab_size=BYTE_VOCAB),
 )
+SIZES: dict[str, Any] = {
+    "vocab_size": BYTE_VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+GQA = {**SIZES, "num_key_value_heads": 2}
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "vocab_size": BYTE_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40,
+    "n_inner": 64, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**GQA, "model_type": "llama"},
+    "qwen2": {**GQA, "model_type": "qwen2"},
+    "qwen3": {**GQA, "model_type": "qwen3", "head_dim": 16},
+    "gemma2": {**GQA, "model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8},
+    "gemma3": {**GQA, "model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8},
+    "olmo2": {**GQA, "model_type": "olmo2"},
+    "gpt2": GPT2,
+    "gpt_neox": {**SIZES, "model_type": "gpt_neox", "rotary_pct": 0.5},
+}
+SMALLER = {
+    **{"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40, "num_attention_heads": 2},
+    **{"n_embd": 24, "n_layer": 3, "n_inner": 50, "n_head": 3, "n_positions": 24},
+}
 AUTOENCODER = AutoencoderTrainConfig(steps=3, warmup=2, reconstruction=3, shapes=3, batch=4, sequence=16)
 DIFFUSION = DiffusionTrainConfig(
     steps=3, tuning=2, batch=4, tuning_windows=4, sequence=16, hidden=32, layers=1, shapes=3, sample_bytes=3000
@@ -30,6 +56,35 @@ def byte_zoo(folder: Path) -> Zoo:
     sources = [donor(folder / "sources" / f"d{i}", i, **shape) for i, shape in enumerate(SHAPES)]
     for source in sources:
         save_byte_tokenizer(source)
+    add([str(source) for source in sources], folder / "zoo", quiet=True)
+    (folder / "text.txt").write_text(TEXT)
+    return Zoo.open(folder / "zoo")
+
+
+def family_target(family: str, **changes: Any) -> dict[str, Any]:
+    """A config of a family at a shape that no donor of `family_zoo` has."""
+    config = FAMILIES[family]
+    return {**config, **{key: value for key, value in SMALLER.items() if key in config}, **changes}
+
+
+def family_zoo(folder: Path, *families: str) -> Zoo:
+    """A random donor of bytes of each of some families, and beside them `text.txt`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sources = [folder / "sources" / family for family in families]
+    for i, source in enumerate(sources):
+        torch.manual_seed(i)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[source.name]))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn_like(parameter)
+                if parameter.ndim == 1:
+                    parameter.add_(0.2 * noise)
+                else:
+                    parameter.copy_(0.8 * noise / parameter.shape[-1] ** 0.5)
+        model.save_pretrained(source)
+        save_byte_tokenizer(source)
+        (source / "facts.json").write_text(json.dumps({"loss": 2.0 + i / 10}))
     add([str(source) for source in sources], folder / "zoo", quiet=True)
     (folder / "text.txt").write_text(TEXT)
     return Zoo.open(folder / "zoo")

@@ -93,6 +93,7 @@ class Family:
             float(self.has_constant("q")),
             float("o" in self.biases),
             float(self.activation == "silu"),
+            float(self.activation == "relu"),
             float(self.scaled_embedding),
         ]
 
@@ -106,9 +107,12 @@ class Family:
                 raise ValueError(f"a family has no {key} of type {type(value).__name__}")
         known = {"norms": BLOCK_NORMS, "shifts": ("attn", "mlp", "final"), "biases": BIASES}
         for key, names in known.items():
-            if not set(found.get(key, ())) <= set(names):
+            if not all(name in names for name in found.get(key, ())):
                 raise ValueError(f"the {key} of a family are some of {', '.join(names)}")
-        return cls(**found)
+        family = cls(**found)
+        if family.norm not in ("rms", "layer") or not 0 <= family.rotary <= 1:
+            raise ValueError(f"a family has no norm {family.norm[:20]!r} or no rotary share {family.rotary}")
+        return family
 
 
 PLAIN = Family()
