@@ -118,7 +118,7 @@ def field_sizes(donors: Sequence[TrainingDonor], tokens: int) -> FieldSizes:
     }
     weights = sum(d.donor.parameters for d in donors)
     bases = MOST_BASES
-    while bases > LEAST_BASES and weights >= SMALL_ZOO:
+    while bases > LEAST_BASES * len(families) and weights >= SMALL_ZOO:
         if field_numbers(FieldSizes(bases=bases, **shared)) <= SHARE * weights:
             break
         bases -= 1
@@ -144,14 +144,16 @@ def field_numbers(sizes: FieldSizes) -> int:
 
 def base_blocks(donors: Sequence[TrainingDonor], sizes: FieldSizes) -> list[dict[str, Tensor]]:
     """The blocks that the bases start from, in all roles of the field: whole donors, the largest final ones, each text
-    and family in turn.
+    in turn, and as many blocks of each family.
 
     The last donor gives evenly spaced blocks where there is no room for all."""
     blocks: list[dict[str, Tensor]] = []
+    left = dict.fromkeys(sizes.families, -(-sizes.bases // len(sizes.families)))
     for donor in _by_text_in_turn(donors):
-        room = min(donor.shape.layers, sizes.bases - len(blocks))
+        room = min(donor.shape.layers, sizes.bases - len(blocks), left[donor.family])
         if room <= 0:
-            break
+            continue
+        left[donor.family] -= room
         places = torch.linspace(0, donor.shape.layers - 1, room).round().long().tolist() if room > 1 else [0]
         blocks += [_base_block(donor, i, sizes) for i in places]
     return blocks
@@ -169,17 +171,15 @@ def _base_block(donor: TrainingDonor, index: int, sizes: FieldSizes) -> dict[str
 
 
 def base_vocabularies(donors: Sequence[TrainingDonor], sizes: FieldSizes) -> list[dict[str, Tensor]]:
-    """The token tables [tokens, 2, c] that the token bases start from, in all roles of the field, and the positions;
+    """The token tables [tokens, 2, c] that the token bases start from, in all roles of the field, and position tables;
     the mean pair stands for a missing token."""
+    ranked = _by_text_in_turn(donors)
     found = []
-    for donor in _by_text_in_turn(donors)[: sizes.token_bases]:
+    for donor in ranked[: sizes.token_bases]:
         table = donor.tokens.mean(0).expand(sizes.tokens, *donor.tokens.shape[1:]).clone()
         table[donor.rows] = donor.tokens
-        tables = split_constants(table, donor.family)
-        if donor.positions is not None:
-            tables["position"] = donor.positions
-        found.append(in_field_roles(tables, donor.family, sizes))
-    return found
+        found.append(in_field_roles(split_constants(table, donor.family), donor.family, sizes))
+    return found + [{"position": donor.positions} for donor in ranked if donor.positions is not None]
 
 
 def _by_text_in_turn(donors: Sequence[TrainingDonor]) -> list[TrainingDonor]:

@@ -23,6 +23,7 @@ from autoencoder.field import Latents, WeightField, all_blocks
 from autoencoder.model import WeightAutoencoder
 from autoencoder.shapes import random_shape, shape_range
 from zoo.streams import stream
+from zoo.targets.resizing import has_size
 from zoo.tensors import Metadata
 from zoo.training.loop import sample_windows
 from zoo.units.family import PLAIN, Family, family_of
@@ -42,10 +43,10 @@ class BehaviourStep:
 
 
 class Skeletons:
-    """Models without weights by shape, made when they are needed from the config of the first donor of a kind."""
+    """Models without weights by shape, made when they are needed from the config of a donor of the same kind."""
 
     def __init__(self, donors: Sequence[TrainingDonor]) -> None:
-        self._configs = {_kind(donor.shape): donor.donor.config for donor in reversed(donors)}
+        self._configs = {_kind(donor.shape): donor.donor.config for donor in reversed(by_free_sizes(donors))}
         self._kept: dict[tuple[object, ...], Skeleton] = {}
 
     def get(self, shape: Metadata) -> Skeleton:
@@ -58,6 +59,11 @@ class Skeletons:
         return self._kept[key]
 
 
+def by_free_sizes(donors: Sequence[TrainingDonor]) -> list[TrainingDonor]:
+    """The donors in order, those first whose architecture has a size of heads that does not depend on the width."""
+    return sorted(donors, key=lambda donor: not has_size(donor.donor.config, "head_dim"))
+
+
 def _kind(shape: Metadata) -> tuple[object, ...]:
     """What decides about a model, beside its sizes."""
     return family_of(shape), shape.rope_theta, shape.positions
@@ -68,12 +74,12 @@ def training_shapes(
 ) -> dict[Family, list[Metadata]]:
     """The random shapes of a training by family, without those of the donors. Each donor sets their vocabulary."""
     found: dict[Family, list[Metadata]] = {}
-    for family in model.sizes.families:
-        own = [d for d in donors if d.family == family]
+    for number, family in enumerate(model.sizes.families):
+        own = by_free_sizes([d for d in donors if d.family == family])
         known = [d.shape for d in own]
         bounds = shape_range(known, model.sizes, own[0].donor.config)
         base = replace(known[0], tied=family != PLAIN and all(d.is_tied for d in own))
-        names = [f"shape {i}" if family == PLAIN else f"shape {i} of {family}" for i in range(count)]
+        names = [f"shape {i}" if family == PLAIN else f"shape {i} of family {number}" for i in range(count)]
         bases = [replace(base, head_dim=_random_head_dim(known, seed, name)) for name in names]
         found[family] = [random_shape(b, bounds, seed, name) for b, name in zip(bases, names, strict=True)]
     return found
