@@ -121,7 +121,7 @@ def start_losses(
     field: WeightField, latents: Sequence[Latents], donors: Sequence[TrainingDonor], windows: Tensor
 ) -> dict[str, dict[str, float]]:
     """{losses, mean latents}: the loss of what a field writes at each unseen shape."""
-    skeletons = objective.Skeletons(donors[0].donor.config)
+    skeletons = objective.Skeletons(donors)
     deep = max(len(z.blocks) for z in latents)
     blocks = torch.stack([z.at_depth(deep).blocks for z in latents]).mean(0)
     mean = Latents(torch.stack([z.model for z in latents]).mean(0), blocks)

@@ -55,12 +55,12 @@ class LowRankField(WeightField):
             self.left[table] = nn.Linear(NARROW, sizes.slots(table) * rank)
             self.right[table] = nn.Linear(NARROW, rank * len(roles) * sizes.width)
 
-    def _entries(self, table: str, condition: Tensor, slots: Tensor, width: int) -> Tensor:
+    def _entries(self, table: str, condition: Tensor, slots: Tensor, shape: Metadata) -> dict[str, Tensor]:
         narrow = self.narrow[table](condition)
         left = self.left[table](narrow).unflatten(1, (-1, self.rank))[:, slots]
         roles = len(TABLE_ROLES[table])
-        right = self.right[table](narrow).unflatten(1, (self.rank, roles, -1))[..., :width]
-        return torch.einsum("lnr,lrpw->lnpw", left, right) * self.get_buffer(f"scale_{table}")[:, None]
+        right = self.right[table](narrow).unflatten(1, (self.rank, roles, -1))[..., : shape.width]
+        return {table: torch.einsum("lnr,lrpw->lnpw", left, right) * self.get_buffer(f"scale_{table}")[:, None]}
 
     @torch.no_grad()
     def set_scales(self, shape: Metadata) -> None:
@@ -100,7 +100,7 @@ def train(zoo: Zoo, text: Tensor, numbers: int, config: LogahTrainConfig) -> Low
     field.set_scales(donors[0].shape)
     bounds = shape_range([d.shape for d in donors], sizes)
     shapes = [random_shape(donors[0].shape, bounds, config.seed, f"shape {i}") for i in range(SHAPES)]
-    skeletons = Skeletons(donors[0].donor.config)
+    skeletons = Skeletons(donors)
     optimizer = torch.optim.AdamW(field.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step in _steps(config):
         number = int(torch.randint(SHAPES, (1,), generator=stream(config.seed, f"shape of step {step}")))
