@@ -134,7 +134,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def test_the_field_of_a_large_zoo_stores_a_share_of_it(zoo: Zoo) -> None:
     donors, strings = read_training_donors(zoo, quiet=True)
-    weights = sum(count_numbers(d) for d in donors)
+    weights = sum(d.donor.parameters for d in donors)
     small = field_sizes(donors, len(strings))
     assert small.bases == sum(d.shape.layers for d in donors) == 3  # a small zoo has a base for each block
     with patch("autoencoder.donors.SMALL_ZOO", 1000):

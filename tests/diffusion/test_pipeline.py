@@ -252,7 +252,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(zoo: Zoo, trained: Pat
 
 def test_flow_matching_learns_which_latents_belong_to_which_condition(zoo: Zoo, trained: Path, tmp_path: Path) -> None:
     """Two donors of two shapes: with a donor's metadata its latents come out, not the other's."""
-    settings = replace(DIFFUSION, steps=120, tuning=0, batch=32, mixing=0.0, drop=0.0, lr=3e-3)
+    settings = replace(DIFFUSION, steps=240, tuning=0, batch=32, mixing=0.0, drop=0.0, lr=3e-3)
     coder = trained.parent / "autoencoder"
     text = trained.parent / "text.txt"
     loaded = load_pipeline(str(train_tiny_diffusion(zoo.path, coder, tmp_path / "out", text, settings)))
