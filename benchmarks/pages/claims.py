@@ -13,7 +13,6 @@ from benchmarks.head_start import tasks
 from benchmarks.head_start.results import BenchmarkResults, Entries, format_interval, paired_difference
 from benchmarks.novelty.audits import SHAPES
 from benchmarks.novelty.verdict import count_novel
-from benchmarks.pages import cells
 from benchmarks.pages.audit_tables import default_losses, sampled_labels
 from headstart import samplers
 from headstart.report.scores import REFERENCE
@@ -85,9 +84,7 @@ def claims(results: BenchmarkResults) -> str:
         return ""
     makers = (_donors_claim, _retrieval_claim, _real_donors_claim, _statistics_claim, _novelty_claim)
     paragraphs = [make(results) for make in makers]
-    table = _shapes_table(results.comparisons_of("A", "reference", "long"))
-    numbered = [_wrap(f"{i}. {text}") for i, text in enumerate(paragraphs, 1)]
-    return "\n\n".join([*numbered[:2], table, *numbered[2:]])
+    return "\n\n".join(_wrap(f"{i}. {text}") for i, text in enumerate(paragraphs, 1))
 
 
 def _wrap(text: str) -> str:
@@ -173,22 +170,6 @@ def _best_donor_difference(results: BenchmarkResults) -> str:
         key=lambda e: e["final_loss"]["mean"],
     )
     return f"retrieval minus it: {format_interval(paired_difference(done['long'][RETRIEVAL], best), '+', 2)}"
-
-
-def _shapes_table(done: dict[tasks.Comparison, Entries]) -> str:
-    """The first two claims by shape."""
-    rows = []
-    for c, e in done.items():
-        best = best_transfer(e)
-        rows.append(
-            [
-                c.target, format_interval(e[REFERENCE]["final_loss"], digits=2), f"`{best}`",
-                cells.difference_cell(e[best]["difference"], 2), cells.difference_cell(e[RETRIEVAL]["difference"], 2),
-                cells.difference_cell(paired_difference(e[RETRIEVAL], e[best]), 2),
-            ]
-        )  # fmt: skip
-    heads = ["shape", "tuned default", "best transfer", "its gain", "retrieval's gain", "retrieval minus best"]
-    return "\n".join(f"   {line}" for line in cells.table(heads, rows).splitlines())
 
 
 def _real_donors_claim(results: BenchmarkResults) -> str:
