@@ -148,7 +148,7 @@ def test_the_tables_name_every_method() -> None:
 def test_the_claims_say_what_the_runs_say(results: BenchmarkResults) -> None:
     """The words around the numbers, which are computed: each statement of direction is checked here."""
     text = claims.claims(results)
-    assert text.count("\n\n") == 5 and max(map(len, text.splitlines())) <= 100
+    assert text.count("\n\n") == 4 and max(map(len, text.splitlines())) <= 100
     everywhere = {b: [e for t in claims.TEXTS for e in results.comparisons_of(*t, b).values()] for b in tasks.BUDGETS}
     both = everywhere["short"] + everywhere["long"]
     transfer = claims.to_default(both, [label for label in tasks.row_labels() if claims.is_transfer(label)])
