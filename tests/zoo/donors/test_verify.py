@@ -25,7 +25,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(filled: Path) -> None:
     assert verify(filled) == []
     for path in files:
         original = path.read_bytes()
-        places = {0, len(original) - 1, *(rng.randrange(len(original)) for _ in range(6))}
+        places = {0, len(original) - 1, *(rng.randrange(len(original)) for _ in range(3))}
         for place in places:
             damaged = bytearray(original)
             damaged[place] ^= 1 << rng.randrange(8)
