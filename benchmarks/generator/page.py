@@ -32,8 +32,8 @@ budgets are those of [tables.md](tables.md).
   the target has the fourth.
 - **best other**: the lowest final loss of all other methods, chosen after the fact.
 - **control**: the widest donor (for `deeper` the deepest), trained for as many FLOPs as the generator, carried to
-  the target by the two methods that were best at this shape; the better of these, chosen after the fact. Growth refuses the widest donor at `wider`, which has fewer layers;
-  there, and where nothing is shown, the control is not measured yet.
+  the target by the two methods that were best at this shape; the better of these, chosen after the fact. At `wider`
+  growth refuses this donor, because it has more layers. Where nothing is shown, the control is not measured yet.
 - **difference**: `diffusion` minus the lower of the two, paired by seed, with its 95 % interval. S has one seed; there
   a difference within {NOISE:g} nats counts as not distinguishable.
 - Learning rates are tuned on the first seed: {", ".join(f"{lr:g}" for lr in tasks.GENERATOR_LRS)} for the generator;
