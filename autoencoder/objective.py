@@ -26,6 +26,7 @@ from zoo.streams import stream
 from zoo.targets.resizing import has_size
 from zoo.tensors import Metadata
 from zoo.training.loop import sample_windows
+from zoo.units.decoder import Decoder
 from zoo.units.family import PLAIN, Family, family_of
 from zoo.units.tables import BLOCK_TABLES, split_constants, tables_to_decoder, tables_to_layer
 
@@ -177,17 +178,22 @@ def sameness(field: WeightField, shape: Metadata, one: Latents, other: Latents, 
     return torch.stack(found).clamp_min(0).mean()
 
 
-def donor_logits(donor: TrainingDonor, skeletons: Skeletons, windows: Tensor, starts: Tensor | None = None) -> Tensor:
-    """The donor's own logits on windows, from its tables. starts: as for `logits`."""
-    device = windows.device
-    shape = replace(donor.shape, tied=False)  # the canonical form is untied
+@torch.no_grad()
+def donor_decoder(donor: TrainingDonor, device: torch.device) -> Decoder:
+    """A donor's tables as a canonical decoder, which is untied."""
+    shape = replace(donor.shape, tied=False)
     layers = tuple(
         tables_to_layer({t: x[i].to(device) for t, x in donor.blocks.items()}, shape) for i in range(shape.layers)
     )
     positions = None if donor.positions is None else donor.positions.to(device)
+    return tables_to_decoder(donor.tokens.to(device), layers, shape, positions)
+
+
+def donor_logits(donor: TrainingDonor, skeletons: Skeletons, windows: Tensor, starts: Tensor | None = None) -> Tensor:
+    """The donor's own logits on windows, from its tables. starts: as for `logits`."""
+    decoder = donor_decoder(donor, windows.device)
     with torch.no_grad():
-        decoder = tables_to_decoder(donor.tokens.to(device), layers, shape, positions)
-        return logits(skeletons.get(shape), decoder, windows[:, :-1], starts)
+        return logits(skeletons.get(decoder.metadata), decoder, windows[:, :-1], starts)
 
 
 def written_loss(

@@ -17,6 +17,7 @@ from autoencoder.donors import TrainingDonor, count_numbers, field_numbers
 from autoencoder.model import WeightAutoencoder
 from autoencoder.objective import Skeletons, donor_logits, encode_donor, reconstruction_error
 from zoo.linear_algebra import symmetric_eigenvectors
+from zoo.training.loop import spread_windows
 from zoo.units.tables import TABLE_ROLES
 
 FLOP_STEPS = 6  # of a stage, whose operations are counted
@@ -50,8 +51,7 @@ def training_report(
     axes = {family: pca_axes([d for d in donors if d.family == family], share) for family in model.sizes.families}
     rows = {}
     for donor, text in zip(donors, texts, strict=True):
-        starts = torch.linspace(0, len(text) - SEQUENCE - 1, WINDOWS).long()
-        windows = text[starts[:, None] + torch.arange(SEQUENCE + 1)]
+        windows = spread_windows(text, WINDOWS, SEQUENCE)
         latents = encode_donor(model, donor)
         shape = replace(donor.shape, tied=False)
         windows, first = first_positions(skeletons.get(shape), windows)

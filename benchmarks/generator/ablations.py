@@ -25,7 +25,7 @@ from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import SHARE, TrainingDonor
 from autoencoder.field import Latents, WeightField
 from autoencoder.loading import load_autoencoder
-from benchmarks.generator.audit import SEQUENCE, WINDOWS, unseen_shape
+from benchmarks.generator.audit import training_and_held_out, unseen_shape
 from benchmarks.generator.models import zoo_folder
 from benchmarks.head_start.tasks import UNSEEN_TARGETS
 from benchmarks.pages import cells
@@ -34,8 +34,7 @@ from benchmarks.peers import logah
 from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 from zoo.tensors import Metadata
-from zoo.training.corpora import HELD_OUT, reference_corpus
-from zoo.vocabulary import byte_tokens
+from zoo.training.corpora import reference_corpus
 
 FACTS = RESULTS / "generator_ablations.json"
 STEPS = 1000  # of the third stage
@@ -89,7 +88,7 @@ def main() -> None:
 def measure(name: str, variant: Variant, work: Path) -> dict[str, Any]:
     """{stored, losses: {shape: mean over donors of the loss at step 0}, mean latents: {shape: loss}}."""
     zoo = zoo_folder(work, ZOO, None)
-    training_text, windows = texts()
+    training_text, windows = training_and_held_out(reference_corpus())
     donors, _ = training.read_training_donors(Zoo.open(zoo), True)
     if variant.hypernetwork:
         numbers = int(read_facts()["default"]["stored"])
@@ -103,17 +102,8 @@ def measure(name: str, variant: Variant, work: Path) -> dict[str, Any]:
         model = load_autoencoder(str(out))
         field = model.field
         with torch.no_grad():
-            latents = [model.encode(d.blocks, d.tokens) for d in donors]
+            latents = [objective.encode_donor(model, d) for d in donors]
     return {"stored": sum(p.numel() for p in field.parameters())} | start_losses(field, latents, donors, windows)
-
-
-def texts() -> tuple[Tensor, Tensor]:
-    """The training part of the donors' text, int64 [N], and held-out windows, int64 [WINDOWS, SEQUENCE + 1]."""
-    tokens = byte_tokens(reference_corpus())
-    count = len(tokens) - int(len(tokens) * HELD_OUT)
-    held = tokens[count:]
-    starts = torch.linspace(0, len(held) - SEQUENCE - 1, WINDOWS).long()
-    return tokens[:count], held[starts[:, None] + torch.arange(SEQUENCE + 1)]
 
 
 @torch.no_grad()

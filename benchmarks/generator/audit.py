@@ -18,9 +18,8 @@ import torch
 from autoencoder.behaviour import Skeleton, field_decoder, make_skeleton, text_loss
 from autoencoder.field import Latents, all_blocks
 from benchmarks.generator.models import generator_flops, seconds_file, train_generator
-from benchmarks.generator.runs import corpus_file
 from benchmarks.generator.tasks import TEXTS, WITHOUT
-from benchmarks.head_start.tasks import SEEDS, UNSEEN_TARGETS
+from benchmarks.head_start.tasks import SEEDS, UNSEEN_TARGETS, corpus_file
 from benchmarks.novelty.distance import Frame, donor_frame, leave_one_out, nearest_donor_distance
 from benchmarks.paths import RESULTS
 from diffusion.pipeline import WeightDiffusionPipeline, load_pipeline
@@ -32,6 +31,7 @@ from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.training.corpora import HELD_OUT
+from zoo.training.loop import spread_windows
 from zoo.units.decoder import read_decoder
 from zoo.vocabulary import byte_tokens
 
@@ -101,11 +101,15 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
 
 def make_inputs(model: Path, donors: Zoo, text: bytes) -> Inputs:
     """A pipeline, with the held-out part of a text as windows and the start of the rest as condition."""
-    tokens = byte_tokens(text)
-    held = tokens[len(tokens) - int(len(tokens) * HELD_OUT) :]
-    starts = torch.linspace(0, len(held) - SEQUENCE - 1, WINDOWS).long()
-    windows = held[starts[:, None] + torch.arange(SEQUENCE + 1)]
+    windows = training_and_held_out(text)[1]
     return Inputs(load_pipeline(str(model)), donors.donors[0].config, windows, text[:SAMPLE_BYTES])
+
+
+def training_and_held_out(text: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training part of a text as bytes, int64 [N], and held-out windows, int64 [WINDOWS, SEQUENCE + 1]."""
+    tokens = byte_tokens(text)
+    count = len(tokens) - int(len(tokens) * HELD_OUT)
+    return tokens[:count], spread_windows(tokens[count:], WINDOWS, SEQUENCE)
 
 
 def unseen_shape(config: Mapping[str, Any]) -> Metadata:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.generator.tasks import LONGER, TEXTS, WITHOUT
-from benchmarks.head_start.tasks import corpus_bytes, donor_recipes
+from benchmarks.head_start.tasks import corpus_file, donor_recipes
 from zoo.add import add
 from zoo.checkpoints.atomic import new_folder, replace_file
 from zoo.donors.donor import Donor
@@ -45,11 +45,7 @@ def zoo_folder(work: Path, zoo: str, data: Path | None) -> Path:
 
 def text_files(work: Path, data: Path | None) -> dict[str, Path]:
     """{name: file} of the texts that do not come with Python."""
-    files = {name: work / "texts" / f"{name}.txt" for name in TEXTS if name not in EMBEDDED_TEXTS}
-    for name, file in files.items():
-        if not file.exists():
-            replace_file(file, corpus_bytes(name, data))
-    return files
+    return {name: corpus_file(work, name, data) for name in TEXTS if name not in EMBEDDED_TEXTS}
 
 
 def _leave_out(work: Path, text: str, folder: Path, data: Path | None) -> None:

@@ -13,19 +13,10 @@ from benchmarks.head_start.tasks import Comparison
 from benchmarks.paths import RESULTS
 from headstart.compare.compare import compare
 from headstart.config import CompareConfig
-from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 
 ROWS = RESULTS / "generator.parquet"
 SCALES = {"S-carried": (1.0, 4.0, 8.0)}  # of the default, where its rows are not committed already
-
-
-def corpus_file(work: Path, text: str, data: Path | None) -> Path:
-    """The whole text of a comparison, in the work folder."""
-    path = work / "texts" / f"{text}.txt"
-    if not path.exists():
-        replace_file(path, tasks.corpus_bytes(text, data))
-    return path
 
 
 def run_comparison(comparison: Comparison, work: Path, data: Path | None) -> dict[str, Any]:
@@ -43,7 +34,7 @@ def run_comparison(comparison: Comparison, work: Path, data: Path | None) -> dic
             CompareConfig(
                 target=tasks.target_folder(work, comparison, data),
                 methods=_labels(comparison, paths["zoo"]),
-                corpus=corpus_file(work, comparison.text, data),
+                corpus=tasks.corpus_file(work, comparison.text, data),
                 out=out,
                 zoo=paths["zoo"],
                 model=paths["model"] if generates else None,

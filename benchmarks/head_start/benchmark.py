@@ -63,7 +63,7 @@ def is_selected(comparison: Comparison, data: Path | None, only: Sequence[str]) 
 def run_comparison(comparison: Comparison, work: Path, data: Path | None, small: bool = False) -> dict[str, Any]:
     """Runs what a comparison lacks and returns its results. The rows go to RUNS; those of a small one to `work`."""
     paths = tasks.prepare_models(work, comparison.zoo, data, **({"steps": SMALL_STEPS} if small else {}))
-    corpus = _corpus(work, comparison.text, data)
+    corpus = tasks.corpus_file(work, comparison.text, data)
     out = work / "comparisons" / comparison.name
     table = work / "runs.parquet" if small else RUNS
     rows.write_run_files(rows.read(table), comparison, out / "runs")
@@ -112,7 +112,7 @@ def record_facts(results: dict[str, Any], comparison: Comparison, work: Path, da
     before = facts.get("comparisons", {}).get(comparison.name, {"refused": {}})["refused"]
     about["refused"] = {k: why for k, why in before.items() if k in tasks.EARLIER_LABELS} | about["refused"]
     target = tasks.target_folder(work, comparison, data)
-    about["as_they_are"] = donor_losses.donor_losses(zoo, target, _corpus(work, comparison.text, data))
+    about["as_they_are"] = donor_losses.donor_losses(zoo, target, tasks.corpus_file(work, comparison.text, data))
     facts.setdefault("comparisons", {})[comparison.name] = about
     write_facts(facts)
 
@@ -132,7 +132,7 @@ def with_earlier_labels(measured: dict[str, Any], before: Facts) -> dict[str, An
 
 def audit_novelty(work: Path, data: Path | None) -> dict[str, Any]:
     audit_peers(work, data)  # their samples are audited too
-    paths, corpus = tasks.work_paths(work, "embedded"), _corpus(work, "reference", data)
+    paths, corpus = tasks.work_paths(work, "embedded"), tasks.corpus_file(work, "reference", data)
     trained = _peers_folder(work) / "models"
     return audits.run_audit(audits.audit_inputs(paths["zoo"], paths["model"], trained, corpus, work / "novelty"))
 
@@ -142,7 +142,7 @@ def audit_costs(work: Path, data: Path | None) -> dict[str, Any]:
     long = [c for c in tasks.comparisons() if (c.task, c.budget) == ("A", "long") and not c.methods]
     targets = {c.target: tasks.target_folder(work, c, data) for c in long}
     cache = work / "costs" / audits.content_hash(paths["zoo"], paths["model"])
-    methods, corpus = tasks.language_model_methods(), _corpus(work, "reference", data)
+    methods, corpus = tasks.language_model_methods(), tasks.corpus_file(work, "reference", data)
     return {"methods": costs.measure_costs(methods, targets, paths, corpus, cache)}
 
 
@@ -160,7 +160,7 @@ def audit_peers(work: Path, data: Path | None) -> dict[str, Any]:
     torch.set_num_threads(1)  # then a second of the peers' clock is a second of work, as for ours
     try:
         opened = Zoo.open(paths["zoo"])
-        tokens = peer_measure.held_out_tokens(_corpus(work, "reference", data), opened)
+        tokens = peer_measure.held_out_tokens(tasks.corpus_file(work, "reference", data), opened)
         folder, target = _peers_folder(work), tasks.UNSEEN_TARGETS[tasks.MAIN_TARGET]
         return peer_measure.measure(
             peer_measure.PeerMeasurement(
@@ -178,13 +178,6 @@ def _peers_folder(work: Path) -> Path:
 
 
 AUDITS = {"novelty": audit_novelty, "cost": audit_costs, "peers": audit_peers}
-
-
-def _corpus(work: Path, name: str, data: Path | None) -> Path:
-    path = work / "texts" / f"{name}.txt"
-    if not path.exists():
-        replace_file(path, tasks.corpus_bytes(name, data))
-    return path
 
 
 def read_facts() -> dict[str, Any]:

@@ -199,6 +199,14 @@ def corpus_bytes(name: str, data: Path | None) -> bytes:
     return (data / "corpora" / files[name]).read_bytes()
 
 
+def corpus_file(work: Path, name: str, data: Path | None) -> Path:
+    """The file of a corpus in the work folder; written by the first call."""
+    path = work / "texts" / f"{name}.txt"
+    if not path.exists():
+        replace_file(path, corpus_bytes(name, data))
+    return path
+
+
 def work_paths(work: Path, zoo: str, steps: int = DIFFUSION_STEPS) -> dict[str, Path]:
     """{zoo, autoencoder, model}: folders of the donors and of our models trained on them."""
     folder = work / zoo

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from autoencoder.donors import read_training_donors
 from autoencoder.loading import load_autoencoder
+from autoencoder.objective import donor_decoder, encode_donor
 from benchmarks.novelty import distance as novelty
 from benchmarks.peers import d2nwg, sane
 from benchmarks.peers.scoring import WINDOWS, donor_loss, finite_loss
@@ -48,7 +49,6 @@ from zoo.training.corpora import encode_corpus
 from zoo.training.runs import run_identity
 from zoo.units.aligned import token_strings
 from zoo.units.decoder import read_decoder
-from zoo.units.tables import BLOCK_TABLES, tables_to_decoder, tables_to_layer
 from zoo.vocabulary import find_tokenizer
 
 OURS = "diffusion"
@@ -172,10 +172,9 @@ def our_reconstructions(setup: PeerMeasurement) -> Iterator[tuple[str, Reconstru
     stored once for all donors."""
     coder = load_autoencoder(setup.model)
     for donor in read_training_donors(setup.zoo, setup.quiet)[0][: setup.rebuilds]:
-        layers = [tables_to_layer({t: donor.blocks[t][i] for t in BLOCK_TABLES}) for i in range(donor.shape.layers)]
-        own = tables_to_decoder(donor.tokens, layers, donor.shape)
+        own = donor_decoder(donor, torch.device("cpu"))
         with torch.no_grad():
-            latents = coder.encode(donor.blocks, donor.tokens)
+            latents = encode_donor(coder, donor)
         pairs = coder.token_pairs(donor.shape, latents)[donor.rows]
         made = canonical_weights(coder.decode(donor.shape, latents, pairs), donor.donor)
         numbers = latents.model.numel() + latents.blocks.numel()

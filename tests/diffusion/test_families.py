@@ -16,9 +16,8 @@ from autoencoder.loading import load_component
 from diffusion import WeightDiffusionPipeline
 from diffusion.conditions import SIZE, Wanted, condition_values, fit_scales
 from diffusion.denoiser import LatentDenoiser
-from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
-from tests.support.generators import family_target, family_zoo, train_both
+from tests.support.generators import family_target, family_zoo, shaken_pipeline, train_both
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
@@ -42,14 +41,7 @@ def trained(zoo: Zoo) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(trained: Path) -> WeightDiffusionPipeline:
-    """The trained pipeline with a shaken denoiser, so that its conditions show."""
-    loaded = load_pipeline(str(trained))
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in loaded.denoiser.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
+    return shaken_pipeline(trained)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,7 +25,14 @@ from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
 from diffusion.text_features import SIZE as TEXT_SIZE
 from tests.support.commands import generate
-from tests.support.generators import DIFFUSION, TEXT, byte_zoo, train_both, train_tiny_diffusion
+from tests.support.generators import (
+    DIFFUSION,
+    TEXT,
+    byte_zoo,
+    shaken_pipeline,
+    train_both,
+    train_tiny_diffusion,
+)
 from tests.support.hub_server import use_hub
 from tests.support.hub_uploads import serve_uploads
 from tests.support.tiny import config
@@ -51,15 +58,9 @@ def trained(zoo: Zoo) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(trained: Path) -> WeightDiffusionPipeline:
-    """The trained pipeline with a denoiser that a few steps of training have hardly moved: shaken, so that conditions
-    and guidance show."""
-    loaded = load_pipeline(str(trained))
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in loaded.denoiser.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
-        loaded.denoiser.get_buffer("inverse")[-2 * TEXT_SIZE : -TEXT_SIZE] = 1.0  # as in a zoo of several texts
-    loaded.set_progress_bar_config(disable=True)
+    """A shaken pipeline that reacts to texts."""
+    loaded = shaken_pipeline(trained)
+    loaded.denoiser.get_buffer("inverse")[-2 * TEXT_SIZE : -TEXT_SIZE] = 1.0  # as in a zoo of several texts
     return loaded
 
 

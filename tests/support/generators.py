@@ -12,6 +12,7 @@ import torch
 
 from autoencoder.config import AutoencoderTrainConfig
 from diffusion.config import DiffusionTrainConfig
+from diffusion.pipeline import WeightDiffusionPipeline, load_pipeline
 from tests.support.tiny import donor
 from zoo.add import add
 from zoo.donors.zoo import Zoo
@@ -116,6 +117,17 @@ def train_tiny_diffusion(
     config = replace(config, corpora={} if text is None else {"all": str(text)})
     with patch.object(texts, "SAMPLED", (16, 80)), patch.object(latent_data, "POOL", 24):
         return training.train_diffusion(config, zoo, autoencoder, out, **{"device": "cpu", "quiet": True, **options})
+
+
+def shaken_pipeline(folder: Path) -> WeightDiffusionPipeline:
+    """A pipeline whose denoiser a few steps of training have hardly moved: shaken, so that its conditions show."""
+    loaded = load_pipeline(str(folder))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in loaded.denoiser.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
 
 
 def train_both(zoo: Path, text: Path, out: Path) -> None:

@@ -67,6 +67,12 @@ def sample_windows(tokens: Tensor, batch_size: int, sequence: int, seed: int, st
     return tokens[starts[:, None] + torch.arange(sequence + 1)]
 
 
+def spread_windows(tokens: Tensor, count: int, sequence: int) -> Tensor:
+    """`count` windows of a text, evenly spread, int64 [N] -> int64 [count, S+1]."""
+    starts = torch.linspace(0, len(tokens) - sequence - 1, count).long()
+    return tokens[starts[:, None] + torch.arange(sequence + 1)]
+
+
 def next_token_loss(model: nn.Module, window: Tensor) -> Tensor:
     """Mean cross-entropy in nats of tokens 1 to S of windows int64 [B, S+1], given the earlier tokens of the window."""
     logits = model(input_ids=window[:, :-1], use_cache=False).logits  # [B, S, V]
