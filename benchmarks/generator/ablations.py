@@ -25,8 +25,8 @@ from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import SHARE, TrainingDonor
 from autoencoder.field import Latents, WeightField
 from autoencoder.loading import load_autoencoder
-from benchmarks.generator.audit import training_and_held_out, unseen_shape
-from benchmarks.generator.models import zoo_folder
+from benchmarks.generator.audit import training_and_held_out
+from benchmarks.generator.models import shape_of, zoo_folder
 from benchmarks.head_start.tasks import UNSEEN_TARGETS
 from benchmarks.pages import cells
 from benchmarks.paths import RESULTS
@@ -117,7 +117,7 @@ def start_losses(
     mean = Latents(torch.stack([z.model for z in latents]).mean(0), blocks)
     found: dict[str, dict[str, float]] = {"losses": {}, "mean latents": {}}
     for target, config in UNSEEN_TARGETS.items():
-        shape = unseen_shape(config)
+        shape = shape_of(config)
 
         def loss(z: Latents, shape: Metadata = shape) -> float:
             decoder = field_decoder(field, shape, z.at_depth(shape.layers), donors[0].rows)

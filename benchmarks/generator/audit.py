@@ -17,7 +17,7 @@ import torch
 
 from autoencoder.behaviour import Skeleton, field_decoder, make_skeleton, text_loss
 from autoencoder.field import Latents, all_blocks
-from benchmarks.generator.models import generator_flops, seconds_file, train_generator
+from benchmarks.generator.models import generator_flops, seconds_file, shape_of, train_generator
 from benchmarks.generator.tasks import TEXTS, WITHOUT
 from benchmarks.head_start.tasks import SEEDS, UNSEEN_TARGETS, corpus_file
 from benchmarks.novelty.distance import Frame, donor_frame, leave_one_out, nearest_donor_distance
@@ -91,8 +91,8 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
         "speed": parameters_per_second(inputs.pipeline),
         "donors apart": statistics.median(near.total for near, _ in leave_one_out(donors.donors, frames).values()),
         "shapes": {
-            name: losses(inputs, unseen_shape(config), others)
-            | diversity(inputs, unseen_shape(config))
+            name: losses(inputs, shape_of(config), others)
+            | diversity(inputs, shape_of(config))
             | {"nearest": distances(inputs, config, frames)}
             for name, config in UNSEEN_TARGETS.items()
         },
@@ -110,12 +110,6 @@ def training_and_held_out(text: bytes) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = byte_tokens(text)
     count = len(tokens) - int(len(tokens) * HELD_OUT)
     return tokens[:count], spread_windows(tokens[count:], WINDOWS, SEQUENCE)
-
-
-def unseen_shape(config: Mapping[str, Any]) -> Metadata:
-    metadata = Blueprint.from_config(dict(config)).metadata
-    assert metadata is not None
-    return metadata
 
 
 def losses(inputs: Inputs, shape: Metadata, others: Mapping[str, bytes]) -> dict[str, Any]:

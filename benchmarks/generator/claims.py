@@ -43,10 +43,11 @@ def start_claim(found: Sequence[Row]) -> str:
 def loss_claim(found: Sequence[Row]) -> str:
     """What the verdicts are made of."""
     return (
-        "Each case is one shape on one text; the other side is chosen after the fact. **Others** are all other methods "
-        "of this page, `retrieval` among them. The **control** is the widest or deepest donor, trained for as many "
-        "FLOPs as the generator, and carried to the shape by the two methods that are best there. A is the donors' own "
-        f"text, B has texts that nothing saw. Below and above are with the whole 95 % interval{seed_note(found)}. "
+        "Each case is one shape and text; the other side is chosen afterwards. **Others** are all other methods "
+        "of this page, `retrieval` among them. The **control** is the widest donor (or the best that fits inside the "
+        "target), trained for as many FLOPs as the generator, and carried by the two methods that are best there. A is "
+        "the donors' own text, B has texts that nothing saw. Below and above are with the whole 95 % interval"
+        f"{seed_note(found)}. "
         "[generator.md](benchmarks/results/generator.md) has every case."
     )
 

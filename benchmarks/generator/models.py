@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.generator.tasks import LONGER, TEXTS, WITHOUT
-from benchmarks.head_start.tasks import corpus_file, donor_recipes
+from benchmarks.generator.tasks import GROWN, LONGER, TEXTS, WITHOUT
+from benchmarks.head_start.tasks import UNSEEN_TARGETS, corpus_file, donor_recipes
 from zoo.add import add
 from zoo.checkpoints.atomic import new_folder, replace_file
 from zoo.donors.donor import Donor
 from zoo.donors.layout import MANIFEST, donor_folder
 from zoo.donors.zoo import Zoo
+from zoo.targets.blueprint import Blueprint
+from zoo.tensors import Metadata
 from zoo.training.corpora import EMBEDDED_TEXTS, corpus_name, split_held_out
 from zoo.training.embedded_zoo import train_zoo
 from zoo.training.loop import TrainingConfig, evaluate, reproducible, train_steps
@@ -115,22 +117,36 @@ def _train_longer(work: Path, zoo: str, folder: Path, data: Path | None) -> None
 
 
 def longest_donors(zoo: Zoo) -> list[Donor]:
-    """The widest and the deepest of the donors with their last checkpoint, by loss among equals."""
+    """The donors that the control of some target needs, with their last checkpoint."""
+    final = [d for d in zoo.donors if d.facts.get("step") in (None, d.facts.get("steps"))]
+    chosen = {d.name: d for d in (control_donor(final, target) for target in UNSEEN_TARGETS)}
+    return list(chosen.values())
 
-    def is_final(donor: Donor) -> bool:
-        return donor.facts.get("step") in (None, donor.facts.get("steps"))
+
+def control_donor(donors: Sequence[Donor], target: str) -> Donor:
+    """The donor that the control carries to a target: the widest, or, where the target is grown, the one with the
+    lowest loss of those that fit inside it."""
 
     def loss(donor: Donor) -> float:
         found = recorded_loss(donor.facts)
         return float("inf") if found is None else found
 
-    final = sorted((d for d in zoo.donors if is_final(d)), key=lambda d: (loss(d), d.name))
+    by_loss = sorted(donors, key=lambda d: (loss(d), d.name))
+    if target not in GROWN:
+        return max(by_loss, key=lambda d: d.blueprint.metadata.width)
+    size = shape_of(UNSEEN_TARGETS[target])
 
-    def largest(size: str) -> Donor:
-        return max(final, key=lambda d: getattr(d.blueprint.metadata, size))
+    def fits(shape: Metadata) -> bool:
+        return shape.width <= size.width and shape.layers <= size.layers
 
-    chosen = {d.name: d for d in (largest("width"), largest("layers"))}
-    return list(chosen.values())
+    return next(d for d in by_loss if fits(d.blueprint.metadata))
+
+
+def shape_of(config: Mapping[str, Any]) -> Metadata:
+    """The shape that a config describes."""
+    metadata = Blueprint.from_config(dict(config)).metadata
+    assert metadata is not None
+    return metadata
 
 
 def _training_texts(work: Path, zoo: str, data: Path | None) -> dict[str, bytes]:

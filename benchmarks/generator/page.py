@@ -31,9 +31,9 @@ budgets are those of [tables.md](tables.md).
 - **A**: the donors' own text. **B**: texts that neither donors nor generator saw. **S**: specialists of three texts,
   the target has the fourth.
 - **best other**: the lowest final loss of all other methods, chosen after the fact.
-- **control**: the widest donor (for `deeper` the deepest), trained for as many FLOPs as the generator, carried to
-  the target by the two methods that were best at this shape; the better of these, chosen after the fact. At `wider`
-  growth refuses this donor, because it has more layers. Where nothing is shown, the control is not measured yet.
+- **control**: the widest donor, trained for as many FLOPs as the generator, carried to the target by the two methods
+  that were best at this shape; the better of these, chosen after the fact. `deeper` and `wider` are grown from the
+  best donor that fits inside them. Where nothing is shown, the control is not measured yet.
 - **difference**: `diffusion` minus the lower of the two, paired by seed, with its 95 % interval. S has one seed; there
   a difference within {NOISE:g} nats counts as not distinguishable.
 - Learning rates are tuned on the first seed: {", ".join(f"{lr:g}" for lr in tasks.GENERATOR_LRS)} for the generator;

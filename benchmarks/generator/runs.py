@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generator.models import train_generator, zoo_folder
-from benchmarks.generator.tasks import DEEP, LONGER, seeds
+from benchmarks.generator.models import control_donor, train_generator, zoo_folder
+from benchmarks.generator.tasks import LONGER, seeds
 from benchmarks.head_start import rows, tasks
 from benchmarks.head_start.tasks import Comparison
 from benchmarks.paths import RESULTS
@@ -61,6 +61,5 @@ def _labels(comparison: Comparison, zoo: Path) -> tuple[str, ...]:
     """The methods of a comparison; those of a control from the donor that suits the target."""
     if not comparison.zoo.endswith(LONGER):
         return comparison.methods
-    size = "layers" if comparison.target in DEEP else "width"
-    donor = max(Zoo.open(zoo).donors, key=lambda d: getattr(d.blueprint.metadata, size))
+    donor = control_donor(Zoo.open(zoo).donors, comparison.target)
     return tuple(f"{method}:donor={donor.name}" for method in comparison.methods)

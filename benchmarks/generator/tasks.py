@@ -30,7 +30,7 @@ CARRIERS = {
     "narrower": ("sliced", "subcloning"),
     "wider": ("hypercloning", "net2wider"),
 }
-DEEP = ("deeper",)  # targets whose control starts from the deepest donor; others from the widest
+GROWN = ("deeper", "wider")  # targets whose carriers need a donor that fits inside; the others cut the widest donor
 LONGER, WITHOUT = "-longer", "without-"  # in the names of zoos
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ def test_the_page_is_written_from_the_committed_runs() -> None:
 def test_a_control_is_trained_for_the_flops_of_the_generator(trained: Path, tmp_path: Path) -> None:
     zoo = Zoo.open(trained / "zoo")
     chosen = models.longest_donors(zoo)
-    assert [d.blueprint.metadata.width for d in chosen if d.blueprint.metadata] == [32]  # the widest and the deepest
+    assert [d.blueprint.metadata.width for d in chosen if d.blueprint.metadata] == [32]
     donor = chosen[0]
     step = 6 * donor.parameters * models.BATCH_SIZE * models.SEQUENCE
     training = models.LongerTraining({"text": TEXT.encode() * 10}, 3.2 * step, models.LONGER_LRS)
@@ -110,6 +111,17 @@ def test_a_control_is_trained_for_the_flops_of_the_generator(trained: Path, tmp_
     after = open_standalone(tmp_path / "longer").donors[0]
     read = [read_decoder(d.blueprint, d.read).embed for d in (donor, after)]
     assert 0 < float((read[0] - read[1]).norm() / read[0].norm()) < 0.2
+
+
+def test_a_control_is_grown_from_a_donor_that_fits_inside_the_target_and_cut_from_the_widest() -> None:
+    def donor(name: str, width: int, layers: int, loss: float) -> Any:
+        blueprint = SimpleNamespace(metadata=SimpleNamespace(width=width, layers=layers))
+        return SimpleNamespace(name=name, blueprint=blueprint, facts={"loss": loss})
+
+    donors = [donor("wide", 128, 4, 1.5), donor("deep", 64, 6, 1.6), donor("small", 80, 3, 1.7)]
+    donors.append(donor("worse", 80, 3, 1.9))
+    chosen = {target: models.control_donor(donors, target).name for target in tasks.UNSEEN_TARGETS}
+    assert chosen == {"heads": "wide", "gqa": "wide", "narrower": "wide", "deeper": "deep", "wider": "small"}
 
 
 def test_the_flops_are_those_that_both_records_state(trained: Path) -> None:
