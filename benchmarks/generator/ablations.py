@@ -25,7 +25,7 @@ from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import SHARE, TrainingDonor
 from autoencoder.field import Latents, WeightField
 from autoencoder.loading import load_autoencoder
-from benchmarks.generator.audit import training_and_held_out
+from benchmarks.generator.inputs import training_and_held_out
 from benchmarks.generator.models import shape_of, zoo_folder
 from benchmarks.head_start.tasks import UNSEEN_TARGETS
 from benchmarks.pages import cells

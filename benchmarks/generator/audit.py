@@ -9,20 +9,21 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autoencoder.behaviour import Skeleton, field_decoder, make_skeleton, text_loss
 from autoencoder.field import Latents, all_blocks
+from benchmarks.generator.inputs import Inputs, make_inputs
 from benchmarks.generator.models import generator_flops, seconds_file, shape_of, train_generator
 from benchmarks.generator.tasks import TEXTS, WITHOUT
+from benchmarks.generator.text_audit import text_losses
 from benchmarks.head_start.tasks import SEEDS, UNSEEN_TARGETS, corpus_file
 from benchmarks.novelty.distance import Frame, donor_frame, leave_one_out, nearest_donor_distance
 from benchmarks.paths import RESULTS
-from diffusion.pipeline import WeightDiffusionPipeline, load_pipeline
+from diffusion.pipeline import WeightDiffusionPipeline
 from diffusion.sampler import SAMPLE_BYTES
 from diffusion.solving import latent_noise, unscaled
 from zoo.checkpoints.atomic import replace_file
@@ -30,39 +31,12 @@ from zoo.donors.zoo import Zoo
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
-from zoo.training.corpora import HELD_OUT
-from zoo.training.loop import spread_windows
+from zoo.training.corpora import corpus_name
 from zoo.units.decoder import read_decoder
-from zoo.vocabulary import byte_tokens
 
 FACTS = RESULTS / "generator.json"
-WINDOWS, SEQUENCE = 128, 64
 EXCESS = 1.0  # nats above the best donor, asked for to see whether quality matters
 SPEED_TARGET = {"hidden_size": 160, "num_hidden_layers": 24}  # of `wider`, deepened to 7 M weights
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A generator and the text on which what it writes is judged."""
-
-    pipeline: WeightDiffusionPipeline
-    config: Mapping[str, Any]  # of a donor
-    windows: torch.Tensor  # int64 [WINDOWS, SEQUENCE + 1], held out
-    text: bytes  # the sample that is its condition
-
-    def skeleton(self, shape: Metadata) -> Skeleton:
-        return make_skeleton(self.config, shape)
-
-    @torch.no_grad()
-    def loss(self, latents: Latents, shape: Metadata) -> float:
-        decoder = field_decoder(self.pipeline.autoencoder.field, shape, latents)
-        return float(text_loss(self.skeleton(shape), decoder, self.windows))
-
-    def sample(self, shape: Metadata, seed: int = 0, **other: Any) -> Latents:
-        """Latents for a shape, the text and the best quality, or what `other` asks for."""
-        options = {"text": self.text, "excess": 0.0} | other
-        asked = self.pipeline.wanted(shape, None, options["text"], options["excess"])
-        return self.pipeline.sample_latents(asked, stream(seed, "latents"))
 
 
 def run(work: Path, data: Path | None) -> None:
@@ -80,6 +54,8 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
     text = zoo.removeprefix(WITHOUT) if zoo.startswith(WITHOUT) else "reference"
     donors = Zoo.open(paths["zoo"])
     inputs = make_inputs(paths["model"], donors, corpus_file(work, text, data).read_bytes())
+    known = {corpus_name(d.facts) for d in donors.donors}
+    known_texts = {t: corpus_file(work, t, data).read_bytes() for t in TEXTS if t in known}
     others = {t: corpus_file(work, t, data).read_bytes()[:SAMPLE_BYTES] for t in TEXTS if t != text}
     frames = [donor_frame(d) for d in donors.donors]
     flops = generator_flops(paths)
@@ -94,22 +70,10 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
             name: losses(inputs, shape_of(config), others)
             | diversity(inputs, shape_of(config))
             | {"nearest": distances(inputs, config, frames)}
+            | {"texts": text_losses(inputs, shape_of(config), known_texts)}
             for name, config in UNSEEN_TARGETS.items()
         },
     }
-
-
-def make_inputs(model: Path, donors: Zoo, text: bytes) -> Inputs:
-    """A pipeline, with the held-out part of a text as windows and the start of the rest as condition."""
-    windows = training_and_held_out(text)[1]
-    return Inputs(load_pipeline(str(model)), donors.donors[0].config, windows, text[:SAMPLE_BYTES])
-
-
-def training_and_held_out(text: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training part of a text as bytes, int64 [N], and held-out windows, int64 [WINDOWS, SEQUENCE + 1]."""
-    tokens = byte_tokens(text)
-    count = len(tokens) - int(len(tokens) * HELD_OUT)
-    return tokens[:count], spread_windows(tokens[count:], WINDOWS, SEQUENCE)
 
 
 def losses(inputs: Inputs, shape: Metadata, others: Mapping[str, bytes]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from benchmarks.generator import ablations, audit, runs, tasks
@@ -212,6 +213,16 @@ def audit_sections(facts: Mapping[str, Any]) -> Iterator[str]:
         "\n\n" + parts_table(facts)
     )
     yield "## Text\n\nThe same shape, and the loss on the target's text.\n\n" + text_table(facts)
+    if table := own_text_table(facts):
+        yield (
+            "The same on the texts of each zoo. **another**: the best of the other texts. Mean over the shapes, and "
+            "the range of the differences.\n\n" + table
+        )
+        yield (
+            "Half of one text and half of another. **told both**: a sample with half of each. **interpolated**: the "
+            "mean of the latents of the two. **below**: at how many shapes the better of these is below both.\n\n"
+            + half_text_table(facts)
+        )
     yield (
         "## Size, cost and speed\n\nCPU seconds of one thread. **targets**: how many targets a default start would "
         "have to be trained for 200 steps to cost as many FLOPs.\n\n" + cost_table(facts)
@@ -241,6 +252,36 @@ def text_table(facts: Mapping[str, Any]) -> str:
             own = f"{f['sampled'][0]:.2f}"
             lines.append([f"{zoo}, {shape}", about["text"], own, f"{f['no text']:.2f}", others])
     return cells.table(["zoo, shape", "text", "told it", "told no text", "told another"], lines)
+
+
+def own_text_table(facts: Mapping[str, Any]) -> str:
+    """Told the right text against told another one; "" where no zoo has several texts."""
+    lines = []
+    for zoo, about in facts.items():
+        found = [f.get("texts", {}).get("own", {}) for f in about["shapes"].values()]
+        for text in found[0]:
+            right = [own[text][text] for own in found]
+            wrong = [min((loss for told, loss in own[text].items() if told != text), default=None) for own in found]
+            differences = [w - r for w, r in zip(wrong, right, strict=True) if w is not None]
+            if differences:
+                another = mean(right) + mean(differences)
+                span = f"{min(differences):.2f} to {max(differences):.2f}"
+                lines.append([zoo, text, f"{mean(right):.2f}", f"{another:.2f}", span])
+    return cells.table(["zoo", "text", "told it", "another", "difference"], lines) if lines else ""
+
+
+def half_text_table(facts: Mapping[str, Any]) -> str:
+    lines = []
+    for zoo, about in facts.items():
+        found = [f.get("texts", {}).get("halves", {}) for f in about["shapes"].values()]
+        for pair in found[0]:
+            told = {name: [halves[pair][name] for halves in found] for name in found[0][pair]}
+            both, interpolated, *pure = told.values()
+            better = [min(pair) for pair in zip(both, interpolated, strict=True)]
+            below = sum(b < min(p) for b, p in zip(better, zip(*pure, strict=True), strict=True))
+            numbers = [f"{mean(losses):.2f}" for losses in told.values()]
+            lines.append([zoo, pair, *numbers, f"{below} of {len(found)}"])
+    return cells.table(["zoo", "texts", "told both", "interpolated", "told the first", "the second", "below"], lines)
 
 
 def cost_table(facts: Mapping[str, Any]) -> str:

@@ -13,12 +13,13 @@ import torch
 
 from autoencoder.donors import read_training_donors
 from autoencoder.loading import load_autoencoder
-from benchmarks.generator import ablations, audit, models, page, tasks
+from benchmarks.generator import ablations, audit, inputs, models, page, tasks, text_audit
 from benchmarks.head_start.results import BenchmarkResults
 from benchmarks.head_start.tasks import UNSEEN_TARGETS, llama
 from benchmarks.peers import logah
 from tests.support.generators import TEXT, byte_zoo, train_both
 from zoo.donors.zoo import Zoo
+from zoo.tensors import Metadata
 from zoo.units.decoder import read_decoder
 from zoo.vocabulary import byte_tokens
 
@@ -131,18 +132,48 @@ def test_the_flops_are_those_that_both_records_state(trained: Path) -> None:
     assert min(stated) > 1e6 and models.generator_flops(paths) == sum(stated)
 
 
-def test_the_audit_zeroes_the_network_and_restores_it(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "WINDOWS", 8)
+@pytest.fixture
+def given(trained: Path, monkeypatch: pytest.MonkeyPatch) -> inputs.Inputs:
+    monkeypatch.setattr(inputs, "WINDOWS", 8)
+    return inputs.make_inputs(trained / "pipeline", Zoo.open(trained / "zoo"), TEXT.encode() * 20)
+
+
+def unseen(donors: Zoo) -> Metadata:
+    return replace(donors.donors[0].blueprint.metadata, width=24, tied=False)  # type: ignore[arg-type]
+
+
+def test_the_audit_zeroes_the_network_and_restores_it(given: inputs.Inputs, trained: Path) -> None:
     donors = Zoo.open(trained / "zoo")
-    inputs = audit.make_inputs(trained / "pipeline", donors, TEXT.encode() * 20)
-    shape = replace(donors.donors[0].blueprint.metadata, width=24, tied=False)  # type: ignore[arg-type]
-    before = inputs.loss(inputs.sample(shape), shape)
-    found = audit.losses(inputs, shape, {"other": b"0123456789 " * 500})
-    assert found["sampled"][0] == before == inputs.loss(inputs.sample(shape), shape)
+    shape = unseen(donors)
+    before = given.loss(given.sample(shape), shape)
+    found = audit.losses(given, shape, {"other": b"0123456789 " * 500})
+    assert found["sampled"][0] == before == given.loss(given.sample(shape), shape)
     for name in ("mixers zeroed", "depth told wrong (field)", "width told wrong (field)", "denoiser zeroed"):
         assert found[name] != before
-    assert len(audit.diversity(inputs, shape)["seeds apart"]) == 3
-    assert audit.sizes(inputs.pipeline, donors)["donors"] == sum(d.parameters for d in donors.donors)
+    assert len(audit.diversity(given, shape)["seeds apart"]) == 3
+    assert audit.sizes(given.pipeline, donors)["donors"] == sum(d.parameters for d in donors.donors)
+
+
+def test_each_text_is_judged_by_what_the_sampler_is_told(given: inputs.Inputs, trained: Path) -> None:
+    texts = {"words": TEXT.encode() * 3, "digits": b"0123456789 " * 1500}
+    found = text_audit.text_losses(given, unseen(Zoo.open(trained / "zoo")), texts)
+    assert {text: set(told) for text, told in found["own"].items()} == {t: {"words", "digits"} for t in texts}
+    [halves] = found["halves"].values()
+    means = [(found["own"]["words"][t] + found["own"]["digits"][t]) / 2 for t in texts]
+    for told, mean in zip(texts, means, strict=True):
+        assert halves[told] == pytest.approx(mean, abs=0.02)  # half of the windows of each
+    assert set(halves) == {"both", "interpolated", "words", "digits"}
+
+
+def test_the_page_compares_texts_by_shape() -> None:
+    def shape(right: float, wrong: float) -> dict[str, Any]:
+        halves = {"both": 1.4, "interpolated": 1.9, "a": 1.7, "b": wrong}
+        return {"texts": {"own": {"a": {"a": right, "b": wrong}}, "halves": {"a and b": halves}}}
+
+    facts = {"zoo": {"shapes": {"heads": shape(1.0, 1.5), "wider": shape(1.2, 1.3)}}}
+    assert "| zoo | a | 1.10 | 1.40 | 0.10 to 0.50 |" in page.own_text_table(facts)
+    assert "| zoo | a and b | 1.40 | 1.90 | 1.70 | 1.40 | 1 of 2 |" in page.half_text_table(facts)
+    assert page.own_text_table({"zoo": {"shapes": {"heads": {}}}}) == ""
 
 
 @pytest.mark.parametrize("name", ["no zoo", "quarter size", "distilled", "default"])

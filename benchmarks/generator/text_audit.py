@@ -1,0 +1,35 @@
+"""What the text of a generator's condition is worth: on the texts that its zoo knows, and on mixtures of two."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.generator.inputs import Inputs, training_and_held_out
+from diffusion.sampler import SAMPLE_BYTES
+from zoo.tensors import Metadata
+
+
+def text_losses(inputs: Inputs, shape: Metadata, texts: Mapping[str, bytes]) -> dict[str, Any]:
+    """The loss at step 0 of a shape on each known text, and on half-and-half texts, by what the sampler is told.
+
+    {own: {text: {told: loss}}, halves: {"a and b": {"both" | "interpolated" | a | b: loss}}}. `both` is told a sample
+    that has half of each text; `interpolated` has the mean of the latents of the two."""
+    held_out = {name: training_and_held_out(text)[1] for name, text in texts.items()}
+    samples = {name: text[:SAMPLE_BYTES] for name, text in texts.items()}
+    latents = {name: inputs.sample(shape, text=sample) for name, sample in samples.items()}
+    found: dict[str, Any] = {"own": {}, "halves": {}}
+    for name, windows in held_out.items():
+        judged = replace(inputs, windows=windows)
+        found["own"][name] = {told: judged.loss(z, shape) for told, z in latents.items()}
+    for a, b in itertools.combinations(texts, 2):
+        judged = replace(inputs, windows=torch.cat([held_out[a][::2], held_out[b][::2]]))
+        half = SAMPLE_BYTES // 2
+        both = inputs.sample(shape, text=samples[a][:half] + samples[b][:half])
+        mixed = {"both": both, "interpolated": latents[a].mixed(latents[b], 0.5), a: latents[a], b: latents[b]}
+        found["halves"][f"{a} and {b}"] = {told: judged.loss(z, shape) for told, z in mixed.items()}
+    return found
