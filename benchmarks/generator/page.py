@@ -22,6 +22,7 @@ from zoo.checkpoints.atomic import replace_file
 PAGE = RESULTS / "generator.md"
 NOISE = 0.02  # nats; below it, a difference of one seed says nothing
 VERDICTS = ("below", "not distinguishable", "above")
+RATES = {task: ", ".join(f"{lr:g}" for lr in lrs) for task, lrs in tasks.GENERATOR_LRS.items()}
 INTRODUCTION = f"""# The generator
 
 Written by `python -m benchmarks.generator`. The generator is trained on a zoo, with default settings and one seed,
@@ -37,8 +38,8 @@ budgets are those of [tables.md](tables.md).
   best donor that fits inside them. Where nothing is shown, the control is not measured yet.
 - **difference**: `diffusion` minus the lower of the two, paired by seed, with its 95 % interval. S has one seed; there
   a difference within {NOISE:g} nats counts as not distinguishable.
-- Learning rates are tuned on the first seed: {", ".join(f"{lr:g}" for lr in tasks.GENERATOR_LRS)} for the generator;
-  a star marks a rate at the edge.
+- Learning rates are tuned on the first seed: {RATES["A"]} for the generator on A, and
+  {RATES["B"]} on B and S; a star marks a rate at the edge.
 """
 
 

@@ -19,9 +19,10 @@ from benchmarks.head_start.tasks import BUDGETS, UNSEEN_TARGETS, Comparison
 
 TEXTS = ("reference", "source", "shakespeare", "stories")  # of the specialists
 GENERATORS = ("autoencoder", "diffusion")
-GENERATOR_LRS = (6e-5, 2e-4, 6e-4)  # lower than others need: what it writes is already trained
+# Lower than others need on the donors' own text, because what the generator writes is already trained.
+GENERATOR_LRS = {"A": (6e-5, 2e-4, 6e-4, 2e-3), "B": (2e-4, 6e-4, 2e-3, 6e-3), "S": (2e-4, 6e-4, 2e-3, 6e-3)}
 CARRIED_LRS = (6e-4, 2e-3, 6e-3)
-LEARNING_RATES = {"": GENERATOR_LRS, "longer": (2e-4, *CARRIED_LRS), "carried": CARRIED_LRS}
+LONGER_LRS = (2e-4, *CARRIED_LRS)
 # The methods that were best on A at each shape, by benchmarks/results/tables.md.
 CARRIERS = {
     "heads": ("sliced", "subcloning"),
@@ -48,15 +49,19 @@ class Part:
 
     def methods(self, target: str) -> tuple[str, ...]:
         if self.kind == "":
-            return GENERATORS
+            return GENERATORS if self.task == "A" else GENERATORS[1:]
         return (*CARRIERS[target], "retrieval") if self.kind == "carried" else CARRIERS[target]
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        return {"longer": LONGER_LRS, "carried": CARRIED_LRS}.get(self.kind) or GENERATOR_LRS[self.task]
 
     def comparisons(self, budget: str) -> Iterator[Comparison]:
         """One comparison for each of the unseen shapes."""
         for target, config in UNSEEN_TARGETS.items():
             yield Comparison(
                 self.task, target, self.text, budget, self.zoo, config, "bytes",
-                LEARNING_RATES[self.kind], self.methods(target),
+                self.lrs, self.methods(target),
             )  # fmt: skip
 
 
