@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from baselines.calibration import calibration_windows
 from baselines.transfer.base import Transfer
 from baselines.transfer.donor_choice import has_uniform_layers
 from baselines.transfer.index_maps import AxisMap, IndexMaps
 from baselines.transfer.index_rules import even_layers, head_maps, uniform_index
-from baselines.transfer.shrinking.calibration import calibration_windows
 from baselines.transfer.shrinking.importance import Scores, top_indices
 from baselines.transfer.sizes import expert_ffn_size, metadata_pair, shared_ffn_size
 from zoo.options import option

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.transfer.matching import norms_before_head, stack_of
-from baselines.transfer.shrinking.calibration import (
+from baselines.calibration import (
     block_path,
     first_input,
     module_holding,
     observe_inputs,
     run_windows,
 )
+from baselines.transfer.matching import norms_before_head, stack_of
 from zoo.linear_algebra import descending_order
 from zoo.tensors import Metadata, Part, split_parts
 from zoo.units.decoder import site_readers

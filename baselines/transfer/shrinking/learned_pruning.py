@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from baselines.calibration import load_model, window_length
 from baselines.transfer.gather import copy_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking
-from baselines.transfer.shrinking.calibration import load_model, window_length
 from baselines.transfer.shrinking.importance import Scores, top_indices
 from baselines.transfer.shrinking.kept_scores import kept_or_scored
 from baselines.transfer.shrinking.masks import SUPPORTED, MaskDistribution, apply_masks

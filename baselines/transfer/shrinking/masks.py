@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines.transfer.shrinking.calibration import module_holding
+from baselines.calibration import module_holding
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from baselines.calibration import load_model, observe_inputs, run_windows
 from baselines.transfer.gather import copy_tensors
 from baselines.transfer.index_maps import IndexMaps
 from baselines.transfer.matching import DonorParts
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, select_layers, select_parts, spread_ratio
-from baselines.transfer.shrinking.calibration import load_model, observe_inputs, run_windows
 from baselines.transfer.shrinking.importance import Scores, score_by_activations
 from baselines.transfer.shrinking.kept_scores import kept_or_scored
 from baselines.transfer.sizes import metadata_pair

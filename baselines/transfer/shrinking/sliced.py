@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from baselines.calibration import calibration_windows, load_model, observe_inputs, run_windows
 from baselines.transfer.base import Transfer
 from baselines.transfer.donor_choice import DonorRequest, choose_donor
 from baselines.transfer.index_rules import even_layers
 from baselines.transfer.shrinking.base import drop_middle_layers
-from baselines.transfer.shrinking.calibration import calibration_windows, load_model, observe_inputs, run_windows
 from baselines.transfer.vocabulary import VocabularyRows, vocabulary_rows
 from zoo.donors.donor import Donor, dissimilarity
 from zoo.donors.zoo import Zoo

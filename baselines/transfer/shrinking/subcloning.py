@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from baselines.calibration import load_model
 from baselines.transfer.gather import copy_tensors
 from baselines.transfer.shrinking.base import KeptParts, Shrinking, drop_middle_layers, select_parts
-from baselines.transfer.shrinking.calibration import load_model
 from baselines.transfer.shrinking.importance import score_by_activations
 from baselines.transfer.shrinking.kept_scores import kept_or_scored
 from baselines.transfer.sizes import metadata_pair

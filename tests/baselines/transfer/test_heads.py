@@ -162,7 +162,7 @@ def test_pissa_of_a_head_that_the_config_denies_is_the_base(tmp_path: Path) -> N
 
 def test_calibration_runs_quantised_and_wrapped_donors(tmp_path: Path) -> None:
     """transformers reads neither; the model computes what the donor's values give."""
-    from baselines.transfer.shrinking.calibration import load_model
+    from baselines.calibration import load_model
 
     model = build(CONFIGS["llama"])
     model.save_pretrained(tmp_path)

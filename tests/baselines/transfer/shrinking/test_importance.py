@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baselines.transfer.shrinking.calibration import calibration_windows, load_model
+from baselines.calibration import calibration_windows, load_model
 from baselines.transfer.shrinking.importance import score_by_activations, score_by_weights, top_indices
 from tests.support.planted import config
 from tests.support.shaken import CONFIGS, build, donor
@@ -139,7 +139,7 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_architecture_kept_elsewhere_in_memory_is_refused() -> None:
-    from baselines.transfer.shrinking.calibration import module_holding
+    from baselines.calibration import module_holding
 
     model = build(CONFIGS["mixtral"])
     name = next(s.name for s, _ in Blueprint.from_module(model).find("mlp.down"))
