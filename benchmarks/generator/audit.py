@@ -17,9 +17,10 @@ import torch
 
 from autoencoder.field import Latents, all_blocks
 from benchmarks.generator.inputs import Inputs, make_inputs
-from benchmarks.generator.models import generator_flops, seconds_file, shape_of, train_generator
+from benchmarks.generator.models import generator_flops, shape_of, train_generator
 from benchmarks.generator.tasks import TEXTS, WITHOUT
 from benchmarks.generator.text_audit import text_losses
+from benchmarks.head_start.models import training_seconds
 from benchmarks.head_start.tasks import SEEDS, UNSEEN_TARGETS, corpus_file
 from benchmarks.novelty.distance import Frame, donor_frame, leave_one_out, nearest_donor_distance
 from benchmarks.paths import RESULTS
@@ -59,11 +60,10 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
     others = {t: corpus_file(work, t, data).read_bytes()[:SAMPLE_BYTES] for t in TEXTS if t != text}
     frames = [donor_frame(d) for d in donors.donors]
     flops = generator_flops(paths)
-    seconds = [float(seconds_file(paths[key]).read_text()) for key in ("autoencoder", "model")]
     return {
         "text": text,
         "sizes": sizes(inputs.pipeline, donors),
-        "cost": {"flops": flops, "seconds": seconds, "donor_flops": donor_flops(donors)},
+        "cost": {"flops": flops, "seconds": training_seconds(paths), "donor_flops": donor_flops(donors)},
         "speed": parameters_per_second(inputs.pipeline),
         "donors apart": statistics.median(near.total for near, _ in leave_one_out(donors.donors, frames).values()),
         "shapes": {

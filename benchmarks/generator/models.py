@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.generator.tasks import GROWN, LONGER, TEXTS, WITHOUT
+from benchmarks.head_start.models import RECORDS, train_models, work_paths
 from benchmarks.head_start.tasks import UNSEEN_TARGETS, corpus_file, donor_recipes
 from zoo.add import add
-from zoo.checkpoints.atomic import new_folder, replace_file
+from zoo.checkpoints.atomic import new_folder
 from zoo.donors.donor import Donor
 from zoo.donors.layout import MANIFEST, donor_folder
 from zoo.donors.zoo import Zoo
@@ -29,7 +29,6 @@ from zoo.vocabulary import byte_tokens, save_byte_tokenizer
 
 BATCH_SIZE, SEQUENCE = 16, 64  # of a control's training, as the specialists and the generator have
 LONGER_LRS = (1e-3, 3e-3)  # of a control's training; the better for the widest donor is kept
-RECORDS = ("report.json", "headstart.json")  # what a finished autoencoder, and a finished pipeline, hold
 WINDOWS = 128  # held-out windows
 
 
@@ -62,41 +61,16 @@ def _leave_out(work: Path, text: str, folder: Path, data: Path | None) -> None:
 
 def train_generator(work: Path, zoo: str, data: Path | None) -> dict[str, Path]:
     """{zoo, autoencoder, model}: the folders of a zoo and of the generator trained on it with default settings."""
-    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
-    from diffusion.training import DiffusionTrainConfig, train_diffusion
-
     donors = zoo_folder(work, zoo, data)
     corpora = {}
     if zoo.startswith(WITHOUT):
         corpora = {n: str(p) for n, p in text_files(work, data).items() if zoo != f"{WITHOUT}{n}"}
-    coder, model = work / zoo / "autoencoder", work / zoo / "diffusion"
-    same: dict[str, Any] = {"resume": True, "device": "cpu"}
-    _timed(coder, lambda: train_autoencoder(AutoencoderTrainConfig(corpora=corpora), donors, coder, **same))
-    _timed(model, lambda: train_diffusion(DiffusionTrainConfig(corpora=corpora), donors, coder, model, **same))
-    return {"zoo": donors, "autoencoder": coder, "model": model}
-
-
-def _timed(folder: Path, train: Callable[[], Any]) -> None:
-    """Trains into `folder` and writes the CPU seconds beside it; an interrupted training adds to them."""
-    if any((folder / name).exists() for name in RECORDS):
-        return
-    file, began = seconds_file(folder), time.process_time()
-    before = float(file.read_text()) if file.exists() else 0.0
-    try:
-        train()
-    finally:
-        replace_file(file, f"{before + time.process_time() - began:.0f}\n".encode())
-
-
-def seconds_file(trained: Path) -> Path:
-    """Where the CPU seconds of a training are."""
-    return trained.with_name(f"seconds-{trained.name}.txt")
+    return train_models(work_paths(work, zoo), donors, corpora)
 
 
 def generator_flops(paths: dict[str, Path]) -> float:
     """The floating-point operations of the two trainings, from their reports."""
-    files = [paths["autoencoder"] / RECORDS[0], paths["model"] / RECORDS[1]]
-    return sum(json.loads(file.read_text())["flops"] for file in files)
+    return sum(json.loads((paths[key] / name).read_text())["flops"] for key, name in RECORDS.items())
 
 
 def _train_longer(work: Path, zoo: str, folder: Path, data: Path | None) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.head_start import costs, donor_losses, rows, tasks
+from benchmarks.head_start import costs, donor_losses, models, rows, tasks
 from benchmarks.head_start.results import AUDIT_NAMES, Facts
 from benchmarks.head_start.tasks import Comparison
 from benchmarks.novelty import audits
 from benchmarks.paths import RESULTS
 from headstart.compare.compare import compare
-from headstart.compare.trials import donor_facts
+from headstart.compare.starts import donor_facts
 from headstart.config import CompareConfig
 from headstart.versions import package_versions
 from zoo.checkpoints.atomic import replace_file
@@ -47,7 +47,7 @@ def run_all(work: Path, data: Path | None, only: Sequence[str], end: float | Non
         if (name in only or not only) and in_time():
             print(name, flush=True)
             measured = AUDITS[name](work, data)
-            paths = tasks.work_paths(work, "embedded")
+            paths = models.work_paths(work, "embedded")
             measured["made_from"] = audits.content_hash(paths["zoo"], paths["model"])
             facts = read_facts()
             write_facts(facts | {name: with_earlier_labels(measured, facts.get(name, {}))})
@@ -62,7 +62,7 @@ def is_selected(comparison: Comparison, data: Path | None, only: Sequence[str]) 
 
 def run_comparison(comparison: Comparison, work: Path, data: Path | None, small: bool = False) -> dict[str, Any]:
     """Runs what a comparison lacks and returns its results. The rows go to RUNS; those of a small one to `work`."""
-    paths = tasks.prepare_models(work, comparison.zoo, data, **({"steps": SMALL_STEPS} if small else {}))
+    paths = models.prepare_models(work, comparison.zoo, data, **({"steps": SMALL_STEPS} if small else {}))
     corpus = tasks.corpus_file(work, comparison.text, data)
     out = work / "comparisons" / comparison.name
     table = work / "runs.parquet" if small else RUNS
@@ -99,10 +99,10 @@ def record_facts(results: dict[str, Any], comparison: Comparison, work: Path, da
     facts = read_facts()
     facts["versions"] = package_versions() | {"python": platform.python_version()}
     facts["cores"] = os.cpu_count()
-    zoo = Zoo.open(tasks.work_paths(work, comparison.zoo)["zoo"])
+    zoo = Zoo.open(models.work_paths(work, comparison.zoo)["zoo"])
     facts.setdefault("zoos", {})[comparison.zoo] = [donor_facts(zoo, name) for name in zoo.names]
-    facts.setdefault("trained", {})[comparison.zoo] = tasks.training_seconds(work, comparison.zoo)
-    content = audits.content_hash(*(tasks.work_paths(work, comparison.zoo)[key] for key in ("zoo", "model")))
+    facts.setdefault("trained", {})[comparison.zoo] = models.total_seconds(work, comparison.zoo)
+    content = audits.content_hash(*(models.work_paths(work, comparison.zoo)[key] for key in ("zoo", "model")))
     facts.setdefault("made_from", {})[comparison.zoo] = content
     stored = rows.of_comparison(rows.read(RUNS), comparison)
     about = {key: results[key] for key in RECORDED_KEYS} | {
@@ -132,13 +132,13 @@ def with_earlier_labels(measured: dict[str, Any], before: Facts) -> dict[str, An
 
 def audit_novelty(work: Path, data: Path | None) -> dict[str, Any]:
     audit_peers(work, data)  # their samples are audited too
-    paths, corpus = tasks.work_paths(work, "embedded"), tasks.corpus_file(work, "reference", data)
+    paths, corpus = models.work_paths(work, "embedded"), tasks.corpus_file(work, "reference", data)
     trained = _peers_folder(work) / "models"
     return audits.run_audit(audits.audit_inputs(paths["zoo"], paths["model"], trained, corpus, work / "novelty"))
 
 
 def audit_costs(work: Path, data: Path | None) -> dict[str, Any]:
-    paths = tasks.prepare_models(work, "embedded", data)
+    paths = models.prepare_models(work, "embedded", data)
     long = [c for c in tasks.comparisons() if (c.task, c.budget) == ("A", "long") and not c.methods]
     targets = {c.target: tasks.target_folder(work, c, data) for c in long}
     cache = work / "costs" / audits.content_hash(paths["zoo"], paths["model"])
@@ -150,8 +150,8 @@ def audit_peers(work: Path, data: Path | None) -> dict[str, Any]:
     """Published generators beside ours, with as many parameters and seconds of training. Keeps earlier measurements."""
     from benchmarks.peers import measure as peer_measure
 
-    paths = tasks.prepare_models(work, "embedded", data)
-    seconds = tasks.training_seconds(work, "embedded")
+    paths = models.prepare_models(work, "embedded", data)
+    seconds = models.total_seconds(work, "embedded")
     if seconds is None:
         raise SystemExit(
             f"{work}: the diffusion's training was interrupted, so its duration is unknown; give another --work"
@@ -173,7 +173,7 @@ def audit_peers(work: Path, data: Path | None) -> dict[str, Any]:
 
 def _peers_folder(work: Path) -> Path:
     """The folder of peers trained on these donors for as long as this diffusion."""
-    paths = tasks.work_paths(work, "embedded")
+    paths = models.work_paths(work, "embedded")
     return work / "peers" / audits.content_hash(paths["zoo"], paths["model"])
 
 

@@ -8,7 +8,6 @@ C  real donors -> unseen shapes on children's stories, with the donors' tokenize
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -205,58 +204,6 @@ def corpus_file(work: Path, name: str, data: Path | None) -> Path:
     if not path.exists():
         replace_file(path, corpus_bytes(name, data))
     return path
-
-
-def work_paths(work: Path, zoo: str, steps: int = DIFFUSION_STEPS) -> dict[str, Path]:
-    """{zoo, autoencoder, model}: folders of the donors and of our models trained on them."""
-    folder = work / zoo
-    return {"zoo": folder / "zoo", "autoencoder": folder / "autoencoder", "model": folder / f"diffusion-{steps}"}
-
-
-def prepare_models(work: Path, zoo: str, data: Path | None, steps: int = DIFFUSION_STEPS) -> dict[str, Path]:
-    """The `paths`, with donors, and autoencoder and diffusion trained on them; what an earlier call made is kept.
-
-    Both learn from the donors' own text, which the embedded zoo names. The real donors name none, so that they write
-    the text themselves: the given one would hold what is later held out."""
-    from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
-    from diffusion.training import DiffusionTrainConfig, train_diffusion
-    from zoo.add import add
-    from zoo.training.embedded_zoo import train_zoo
-
-    to = work_paths(work, zoo, steps)
-    if zoo == "embedded":
-        train_zoo(to["zoo"], donor_recipes())
-        learned = to["zoo"]
-    else:
-        if data is None:
-            raise SystemExit("the real donors are in the data folder; give it with --data DIR")
-        learned = work / zoo / "learned"
-        add([str(data / "models" / name) for name in LEARNED_DONORS], learned, quiet=True)
-        add([str(data / "models" / name) for name in LEARNED_DONORS + OTHER_DONORS], to["zoo"], quiet=True)
-
-    def timed(what: Path, train: Callable[[bool], Any]) -> None:
-        kept, began = what.exists(), time.process_time()
-        train(kept)
-        if not kept:  # a training that was taken up has no time that would mean anything
-            replace_file(_seconds(what), f"{time.process_time() - began:.0f}\n".encode())
-
-    coder, model = to["autoencoder"], to["model"]
-    same: dict[str, Any] = {"resume": True, "device": "cpu"}
-    config = DiffusionTrainConfig(steps=steps)
-    timed(coder, lambda kept: train_autoencoder(AutoencoderTrainConfig(), learned, coder, quiet=kept, **same))
-    timed(model, lambda kept: train_diffusion(config, learned, coder, model, quiet=kept, **same))
-    return to
-
-
-def _seconds(trained: Path) -> Path:
-    return trained.with_name(f"seconds-{trained.name}.json")
-
-
-def training_seconds(work: Path, zoo: str, steps: int = DIFFUSION_STEPS) -> float | None:
-    """CPU seconds that training autoencoder and diffusion took, or None if one was interrupted."""
-    to = work_paths(work, zoo, steps)
-    files = [_seconds(to["autoencoder"]), _seconds(to["model"])]
-    return sum(float(file.read_text()) for file in files) if all(file.is_file() for file in files) else None
 
 
 def target_folder(work: Path, comparison: Comparison, data: Path | None) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from benchmarks.head_start import benchmark, costs, donor_losses, rows, tasks
+from benchmarks.head_start import benchmark, costs, donor_losses, models, rows, tasks
 from tests.headstart.compare.test_compare import TARGET, run
 from tests.support.tiny import config, make_zoo
 from zoo.add import add
@@ -76,7 +76,7 @@ def test_rows_of_removed_code_stay(tmp_path: Path) -> None:
 def test_an_interrupted_benchmark_continues(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headstart.compare import compare, shared_training
 
-    monkeypatch.setattr(tasks, "prepare_models", lambda *a, **b: {"zoo": zoo.path, "model": None})
+    monkeypatch.setattr(models, "prepare_models", lambda *a, **b: {"zoo": zoo.path, "model": None})
     monkeypatch.setattr(tasks, "BUDGETS", {"short": 3, "long": 6})
     monkeypatch.setattr(tasks, "corpus_bytes", lambda name, data: python_reference()[:20_000])
     monkeypatch.setattr(tasks, "SCALES", (1.0,))
