@@ -63,14 +63,18 @@ class Canonical:
 
 
 def canonicalise(
-    decoder: Decoder, tokens: tuple[str, ...] | None = None, anchor: Anchor | None = None, basis: Tensor | None = None
+    decoder: Decoder,
+    tokens: tuple[str, ...] | None = None,
+    anchor: Anchor | None = None,
+    basis: Tensor | None = None,
+    rotates: bool = True,
 ) -> Canonical:
     """Puts a decoder in canonical form: folds its gains, rotates it, sorts heads and neurons. The function does not
     change; use float64.
 
     It is rotated to its principal axes. Given token strings and an anchor, it is aligned to the anchor's vocabulary
     pairs, unless norms after the writers fix its basis. Given a `basis` [d, d] that the architecture allows, it is
-    rotated to that.
+    rotated to that. Without `rotates` it keeps its own coordinates, in descending order of energy.
 
     Lazy layers stay lazy: here each is read once, if the axes depend on it, and once more when it is used. Then no
     more is in memory than the vocabulary, before and after, and one layer three times over.
@@ -84,10 +88,10 @@ def canonicalise(
         # The axes must not depend on arbitrary scales of heads and neurons, so these are balanced first. Their signs
         # depend on the axes, so they are computed afterwards.
         balanced = replace(principal, layers=map_items(lambda layer: balance_layer(layer, meta), principal.layers))
-        if anchor is not None and tokens is not None and not has_post_norms(principal):
+        if rotates and anchor is not None and tokens is not None and not has_post_norms(principal):
             basis = aligned_basis(balanced, tokens, anchor)
         else:
-            basis = principal_basis(balanced)
+            basis = principal_basis(balanced, rotates)
     turned = rotate_residual(principal, basis)
     pairs = map_items(lambda layer: _to_canonical(layer, meta), turned.layers)
     layers, symmetries = (map_items(itemgetter(i), pairs) for i in range(2))

@@ -61,13 +61,13 @@ def aligned_basis(decoder: Decoder, tokens: tuple[str, ...], anchor: Anchor) -> 
     return _extend_basis(inner, decoder.metadata.width)
 
 
-def principal_basis(decoder: Decoder) -> Tensor:
+def principal_basis(decoder: Decoder, rotates: bool = True) -> Tensor:
     """The principal axes of all residual vectors in descending order of energy, [d, d].
 
-    With norms after the writers: the coordinates sorted by energy, with signs. The decoder is folded and in principal
-    coordinates."""
+    With norms after the writers, or without `rotates`: the coordinates sorted by energy, with signs. The decoder is
+    folded and in principal coordinates."""
     free = _free_width(decoder.metadata)
-    if has_post_norms(decoder):
+    if has_post_norms(decoder) or not rotates:
         energies = torch.stack([rows.square().sum(0) for rows in _each_residual_matrix(decoder)]).sum(0)
         inner = torch.eye(free).to(energies)[:, descending_order(energies[:free])]
     else:

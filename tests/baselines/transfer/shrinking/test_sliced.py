@@ -216,7 +216,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_hidden_layers": 3}, "2 layers are fewer than the target's 3: use stacking"),
     ("llama", {"head_dim": 4}, "head_dim 8 is not the target's 4"),
     ("llama", {"num_key_value_heads": 1}, "query heads per KV head"),
-    ("llama", {"tie_word_embeddings": True}, "ties its head"),
     ("llama", {"vocab_size": 50}, "vocab 60 is not the target's 50"),
     ("mixtral", {}, "experts"),
     ("llama", {"attention_bias": True}, "the target has attn.q bias and the donor has none"),
@@ -233,6 +232,23 @@ def test_refusals(tmp_path: Path, name: str, changed: dict[str, Any], message: s
     for work in (Sliced().fit, Sliced().planned_donors):
         with pytest.raises(UserError, match=message):
             work(zoo, blueprint)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_tied_donor_is_exact_in_a_tied_target_of_its_sizes(tmp_path: Path, text: bool) -> None:
+    """Its own coordinates are sorted, and nothing is rotated."""
+    config = {"model_type": "llama", **GQA, "tie_word_embeddings": True, "vocab_size": 256}
+    zoo = donor(tmp_path / "donor", config)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 120)
+    sampler = Sliced(text=str(tmp_path / "text.txt") if text else None, windows=4)
+    same = filled(tmp_path / "same", sampler, zoo, config)
+    torch.testing.assert_close(logits(same), logits(zoo.path), rtol=0, atol=1e-5)
+    before, after = (open_standalone(path).donors[0].read("model.embed_tokens.weight") for path in (zoo.path, same))
+    # The same columns in another order, some with the other sign.
+    torch.testing.assert_close(after.abs().sum(0).sort().values, before.abs().sum(0).sort().values)
+    if not text:
+        with pytest.raises(UserError, match="ties its head"):
+            Sliced(tie="refuse").fit(zoo, Blueprint.from_config(config))
 
 
 def test_a_tied_target_is_fitted_when_asked_for(tmp_path: Path) -> None:
