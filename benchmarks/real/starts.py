@@ -125,14 +125,14 @@ def page(facts: dict[str, Any]) -> str:
         for target in TARGETS[donor]:
             if target.name in targets:
                 rows = [[f"`{label}`", *row(found)] for label, found in ranked(targets[target.name])]
-                table = cells.table(["method", "loss", "seconds", "peak memory, MiB"], rows)
+                table = cells.table(["method", "loss", "CPU seconds", "peak memory, MiB"], rows)
                 sections.append(f"## {DONORS[donor].title}, {target.name}: {target.about}\n\n{table}")
     return f"""# Starts from real donors
 
 Written by `python -m benchmarks.real.starts`. Each method fills a target from one really trained donor with its
 default settings. **loss**: nats per token before any training, on {WINDOWS * SEQUENCE:,} tokens of held-out WikiText.
-**seconds** and **peak memory**: of `headstart generate` with one thread, with the start of Python. `:text`: the method
-reads the other part of WikiText. The donors' weights come from 4-bit files, so that their losses are a little higher
+**CPU seconds** and **peak memory**: of `headstart generate` with one thread, with the start of Python. `:text`: the
+method reads the other part of WikiText. The donors' weights come from 4-bit files, so that their losses are a little higher
 than those of the models on the hub. Windows begin with Gemma's token for a start, because it expects one.
 
 {(chr(10) * 2).join(sections)}
@@ -147,7 +147,7 @@ def row(found: dict[str, Any]) -> list[str]:
     if "refused" in found:
         return [f"refused: {found['refused']}", cells.MISSING, cells.MISSING]
     loss = "not finite" if found["loss"] is None else f"{found['loss']:.3f}"
-    return [loss, f"{found['seconds']:.0f}", f"{found['mib']:,.0f}"]
+    return [loss, f"{found['cpu_seconds']:.0f}", f"{found['mib']:,.0f}"]
 
 
 if __name__ == "__main__":
