@@ -132,8 +132,8 @@ def page(facts: dict[str, Any]) -> str:
 Written by `python -m benchmarks.real.starts`. Each method fills a target from one really trained donor with its
 default settings. **loss**: nats per token before any training, on {WINDOWS * SEQUENCE:,} tokens of held-out WikiText.
 **CPU seconds** and **peak memory**: of `headstart generate` with one thread, with the start of Python. `:text`: the
-method reads the other part of WikiText. The donors' weights come from 4-bit files, so that their losses are a little higher
-than those of the models on the hub. Windows begin with Gemma's token for a start, because it expects one.
+method reads the other part of WikiText. The donors' weights come from 4-bit files, so that their losses are a little
+higher than those of the models on the hub. Windows begin with Gemma's token for a start, because it expects one.
 
 {(chr(10) * 2).join(sections)}
 """
