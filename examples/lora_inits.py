@@ -75,7 +75,9 @@ TASKS = {
 }
 # The value of --reference for the paper's example: it reports that V-gate, gate-up and gate-down are no power laws.
 PUBLISHED_REFERENCE = "published"
-PUBLISHED_GROUPING = Grouping(16, "mlp.gate", ("attn.v", "mlp.up", "mlp.down"), ("attn.q", "attn.k", "attn.o"), False)
+PUBLISHED_GROUPING = Grouping(
+    16, "mlp.gate", ("attn.v", "mlp.up", "mlp.down"), ("attn.q", "attn.k", "attn.o"), False, exponent=1.78
+)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from baselines.lora.pareto_generator import (
     MODES,
+    PUBLISHED_EXPONENT,
     TEMPLATES,
     gaussian_counts,
     kaiming_std,
@@ -47,11 +48,17 @@ class Pareto(LoraSampler):
 
     A copy differs from its template at a Pareto- or Gaussian-distributed number of places. Which of the two applies
     to a projection follows from the singular values of the reference model (`zoo.statistics.grouping`): which
-    projection is its reference weight, and which are partners, whose distances to it follow no power law. Nothing
-    else of the reference is used, so that it may be of any family, width and depth. `reference_model` may be an
+    projection is its reference weight, and which are partners, whose distances to it follow no power law. The
+    exponent of the Pareto counts is that of the distances between all its singular-value vectors. Nothing else of
+    the reference is used, so that it may be of any family, width and depth. `reference_model` may be an
     analysis.json, which needs no weights. It gives the same result as the model if it was made with the same rank,
-    bootstraps and seed 0, but for borderline pairs of large matrices, whose singular values are approximated together
-    with those of other ranks.
+    bootstraps and seed 0. Borderline pairs of large matrices and the second decimal of their exponent may differ,
+    because their singular values are approximated together with those of other ranks.
+
+    What the adapter then shows: distances between the flattened matrices have the reference's exponent. Distances
+    between their own singular values have it only where few entries are replaced (`nmin=1`). From about a twentieth
+    of the entries on, the singular values of a random matrix are those of another one
+    (benchmarks/results/real_singular_vectors.md).
 
     Our choice, templates: the reference weight and its partners share one template, all other projections another.
     Partners have Gaussian counts, the others Pareto counts. A fused projection goes by its first part (q of GPT-2's
@@ -91,7 +98,9 @@ class Pareto(LoraSampler):
     length: float = option(1.0, "gaussian-process: length scale in entries (our choice)", above=0.0)
     mode: str = option("replace", "how places are changed: replace or add (our choice)")
     strength: float = option(1.0, "standard deviation of the changes; the template has 1", above=0.0)
-    exponent: float = option(0.78, "exponent b of the Pareto counts floor(nmin U^(-1/b))", above=0.0)
+    exponent: float | None = option(
+        None, "exponent b of the Pareto counts floor(nmin U^(-1/b)); none: the reference's exponent - 1", above=0.0
+    )
     nmin: int | None = option(None, "smallest Pareto count; none: 1/384 of the entries (our choice)", least=1)
 
     def __post_init__(self) -> None:
@@ -114,6 +123,14 @@ class Pareto(LoraSampler):
         if self._grouping is None:
             raise RuntimeError(f"{self.name}: call fit before sample")
         return self._grouping
+
+    @property
+    def count_exponent(self) -> float:
+        """The exponent b of the Pareto counts. Their density has the exponent 1 + b, and so have the distances."""
+        if self.exponent is not None:
+            return self.exponent
+        known = self.grouping.exponent
+        return PUBLISHED_EXPONENT if known is None else known - 1
 
     @property
     def donors(self) -> tuple[str, ...]:
@@ -144,6 +161,7 @@ class Pareto(LoraSampler):
             _check_base(self._base, blueprint)
         self._grouping = self._characterised(zoo)
         log_grouping(self._grouping)
+        self._log_exponent()
         return self
 
     def sample(self, blueprint: Blueprint, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -195,7 +213,7 @@ class Pareto(LoraSampler):
         if counts == "gaussian":
             count = gaussian_counts(1, size, generator)
         else:
-            count = pareto_counts(1, size, generator, self.nmin, self.exponent)
+            count = pareto_counts(1, size, generator, self.nmin, self.count_exponent)
         values = perturb(template[:size], int(count), generator, self.mode, std=self.strength)
         return to_matrix(values, *shape, self.std or kaiming_std(pair.columns))
 
@@ -211,6 +229,19 @@ class Pareto(LoraSampler):
         else:
             donor = StandaloneDonor.open(given, quiet=True)
         return group_donor(donor, self.reference_rank, self.bootstraps, device=self.device)
+
+    def _log_exponent(self) -> None:
+        if self.exponent is not None:
+            return
+        if self.grouping.exponent is None:
+            log.warning(
+                "%s: the exponent of the reference is unknown, so Pareto counts have the paper's, %g; analyze the "
+                "reference again, or set exponent",
+                self.name,
+                PUBLISHED_EXPONENT,
+            )
+        else:
+            log.info("%s: Pareto counts have the reference's exponent - 1: %.2f", self.name, self.count_exponent)
 
     def _log_change(self, changes: list[float]) -> None:
         if not changes:

@@ -20,6 +20,7 @@ from torch import Tensor
 # The smallest Pareto count, as a share of an array's entries. Our choice: the largest possible distance is then 384
 # times the smallest, which gives distances between copies the skewness of about 4.4 that the paper reports.
 LEAST_SHARE = 1 / 384
+PUBLISHED_EXPONENT = 0.78  # of the counts; the paper reports 1.78 for the distances of LLaMA 3.2 1B
 
 
 def normal_template(size: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -47,7 +48,7 @@ MODES = ("replace", "add")
 
 
 def pareto_counts(
-    number: int, size: int, generator: torch.Generator, least: float | None = None, exponent: float = 0.78
+    number: int, size: int, generator: torch.Generator, least: float | None = None, exponent: float = PUBLISHED_EXPONENT
 ) -> Tensor:
     """[number] int64 in [0, size]: floor(least U^(-1 / exponent)), a density of exponent 1 + `exponent`; what exceeds
     the size is clipped to it. least: None for a share of LEAST_SHARE of the size, and no less than 1."""

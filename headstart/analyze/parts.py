@@ -24,6 +24,7 @@ from zoo.statistics.similarity import (
     PROJECTIONS,
     common_rank,
     compare_pair,
+    fit_pooled_distances,
     null_model_spectrum,
     projection_pairs,
     projection_tensors,
@@ -33,9 +34,10 @@ from zoo.tensors import TensorSpec
 OWN = "own"  # the stacks of the donor itself
 NULL_MODELS = ("gaussian", "spikes")  # random matrices that the similarity of layers is compared with
 
-# Our estimates: operations that do not depend on the size of a tensor, and that each distance between layers takes.
+# Our estimates: operations that do not depend on the size of a tensor, and that each distance between layers takes, in
+# a test of two projections and in a fit to all of them.
 # They decide only how evenly the work is split.
-TENSOR_COST, DISTANCE_COST = 2e9, 1e7
+TENSOR_COST, DISTANCE_COST, POOLED_COST = 2e9, 1e7, 1e5
 
 Results = Mapping[str, Any]  # of jobs, by their keys
 Stacks = dict[str, list[list[float]]]  # projection -> singular values of its matrix in each layer
@@ -72,29 +74,34 @@ class DonorAnalysis:
         return {OWN: own, **nulls}
 
     def pair_jobs(self, stacks: Mapping[str, Any]) -> dict[tuple[int, str], list[Job]]:
-        """(rank, OWN or one of NULL_MODELS) -> the comparisons of all pairs of projections. stacks: `self.stacks`."""
+        """(rank, OWN or one of NULL_MODELS) -> the comparisons of all pairs of projections, and as the last job that of
+        all layers of all projections. stacks: `self.stacks`."""
         if "why" in stacks:
             return {}
-        task = self.task
-        tensors = {
-            kind: {r: torch.tensor(rows, dtype=torch.float64) for r, rows in stacks[kind].items()} for kind in stacks
-        }
+        tensors = {kind: _to_tensors(stacks[kind]) for kind in stacks}
         width = min(stack.shape[1] for stack in tensors[OWN].values())
-        jobs: dict[tuple[int, str], list[Job]] = {}
-        for rank in sorted({min(rank, width) for rank in task.ranks}):
-            for kind, known in tensors.items():
-                source = self.donor.sha256 if kind == OWN else [kind, self.shapes, self._null_rank()]
-                jobs[rank, kind] = [
-                    Job(
-                        "pairs",
-                        [source, a, b, rank, task.bootstraps, task.seed],
-                        len(known[a]) * len(known[b]) * DISTANCE_COST,
-                        partial(compare_pair, known[a], known[b], (a, b), rank, task.bootstraps, task.seed),
-                        f"{self.donor.name}: {a} and {b}",
-                    )
-                    for a, b in projection_pairs(known)
-                ]
-        return jobs
+        return {
+            (rank, kind): self._rank_jobs(rank, kind, known)
+            for rank in sorted({min(rank, width) for rank in self.task.ranks})
+            for kind, known in tensors.items()
+        }
+
+    def _rank_jobs(self, rank: int, kind: str, stacks: dict[str, Tensor]) -> list[Job]:
+        task, name = self.task, self.donor.name
+        source = self.donor.sha256 if kind == OWN else [kind, self.shapes, self._null_rank()]
+        jobs = [
+            Job(
+                "pairs",
+                [source, a, b, rank, task.bootstraps, task.seed],
+                len(stacks[a]) * len(stacks[b]) * DISTANCE_COST,
+                partial(compare_pair, stacks[a], stacks[b], (a, b), rank, task.bootstraps, task.seed),
+                f"{name}: {a} and {b}",
+            )
+            for a, b in projection_pairs(stacks)
+        ]
+        vectors = sum(len(stack) for stack in stacks.values())
+        fit = partial(fit_pooled_distances, stacks, rank)
+        return [*jobs, Job("pooled", [source, rank, task.seed], vectors**2 * POOLED_COST, fit, f"{name}: all layers")]
 
     def parts(self, results: Results, stacks: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """(name, JSON value) of every part. A part that cannot be measured on this donor is {"why": reason}."""
@@ -210,8 +217,9 @@ class DonorAnalysis:
             return stacks
         found: dict[str, Any] = {}
         for (rank, kind), jobs in self.pair_jobs(stacks).items():
-            pairs = [results[job.key] for job in jobs]
-            entry = found.setdefault(str(rank), {"pairs": [], "nulls": {}})
+            *pairs, pooled = (results[job.key] for job in jobs)
+            entry = found.setdefault(str(rank), {"pairs": [], "nulls": {}, "pooled": {}})
+            entry["pooled"][kind] = pooled
             if kind == OWN:
                 entry["pairs"] = pairs
             else:
@@ -221,7 +229,8 @@ class DonorAnalysis:
     def _groupings(self, similarity: dict[str, Any]) -> dict[str, Any]:
         source = provenance(self.donor)
         return {
-            rank: group_projections(found["pairs"], int(rank), source).to_json() for rank, found in similarity.items()
+            rank: group_projections(found["pairs"], int(rank), source, found["pooled"][OWN]["alpha"]).to_json()
+            for rank, found in similarity.items()
         }
 
     def _row_column(self, results: Results) -> Any:

@@ -144,6 +144,21 @@ def grouping_sentences(model: Model) -> Iterator[str]:
                 f"Top {rank}: undifferentiated. No pair of projections is shown to differ from a power law, so all of "
                 f"them form one Pareto group. {undecided} of {count_pairs(model, rank)} pairs are undecided."
             )
+        yield from _exponent_sentence(model, rank)
+
+
+def _exponent_sentence(model: Model, rank: str) -> Iterator[str]:
+    """The exponent that Pareto counts get. Older analyses have none."""
+    pooled = model["dsv"][rank].get("pooled", {})
+    known = {kind: row["alpha"] for kind, row in pooled.items() if row.get("alpha") is not None}
+    own = known.pop("own", None)
+    if own is not None:
+        share = pooled["own"]["tail"] / pooled["own"]["n"]
+        chance = " and ".join(f"{alpha:.2f}" for alpha in known.values())
+        yield (
+            f"Top {rank}: the largest {share:.0%} of the distances between all layers of all projections have the "
+            f"exponent {own:.2f}, those of random matrices {chance}. Pareto counts have an exponent of one less."
+        )
 
 
 def _group_sentence(model: Model, rank: str, grouping: dict[str, Any]) -> str:

@@ -12,8 +12,14 @@ from tqdm import tqdm
 from zoo.checkpoints.files import read_json
 from zoo.donors.donor import Donor, provenance
 from zoo.errors import UserError, unknown
-from zoo.statistics.similarity import PROJECTIONS, compare_projections, singular_value_stacks
+from zoo.statistics.similarity import (
+    PROJECTIONS,
+    compare_projections,
+    fit_pooled_distances,
+    singular_value_stacks,
+)
 
+EXPONENTS = (1.02, 20.0)  # the range of a fitted exponent
 SOURCE_KEYS = {"name", "revision", "sha256", "license"}
 
 
@@ -31,6 +37,8 @@ class Grouping:
     undifferentiated: bool  # no pair stands out: all projections are one Pareto group
     source: dict[str, Any] = field(default_factory=dict)  # provenance of the model; empty if unknown
     undecided: int = 0  # pairs of projections with too little data for a verdict
+    # Of the density of the distances between all singular-value vectors, to two decimals; None if unknown.
+    exponent: float | None = None
 
     @property
     def n_pairs(self) -> int:
@@ -41,6 +49,11 @@ class Grouping:
     @property
     def description(self) -> str:
         """The result in one line."""
+        law = "" if self.exponent is None else f"; distances between all vectors have the exponent {self.exponent:g}"
+        return f"{self._groups}{law}"
+
+    @property
+    def _groups(self) -> str:
         undecided = f"({self.undecided} of {self.n_pairs} pairs of projections undecided)"
         if not self.undifferentiated:
             counts = f"Gaussian counts for {', '.join(self.gaussian)}, Pareto counts for the rest"
@@ -59,6 +72,7 @@ class Grouping:
             "undifferentiated": self.undifferentiated,
             "source": self.source,
             "undecided": self.undecided,
+            "exponent": self.exponent,
         }
 
     @classmethod
@@ -68,10 +82,13 @@ class Grouping:
             values.get(key) for key in ("reference", "gaussian", "pareto", "undifferentiated")
         )
         rank, source, undecided = values.get("rank"), values.get("source", {}), values.get("undecided", 0)
+        exponent = values.get("exponent")  # older analyses have none
         if type(rank) is not int or rank < 1:
             raise ValueError("rank is not a positive integer")
         if type(undecided) is not int or undecided < 0:
             raise ValueError("undecided is not a count")
+        if exponent is not None and not (type(exponent) in (int, float) and EXPONENTS[0] <= exponent <= EXPONENTS[1]):
+            raise ValueError(f"exponent is not from {EXPONENTS[0]:g} to {EXPONENTS[1]:g}")
         if not isinstance(gaussian, list) or not isinstance(pareto, list):
             raise ValueError("gaussian and pareto must be lists")
         named = [*gaussian, *pareto, *([] if reference is None else [reference])]
@@ -83,11 +100,14 @@ class Grouping:
             raise ValueError(f"source must have {', '.join(sorted(SOURCE_KEYS))}")
         if not all(isinstance(value, str) and value.isprintable() for value in source.values()):
             raise ValueError("the values of source must be printable strings")
-        return cls(rank, reference, tuple(gaussian), tuple(pareto), alike, source, undecided)
+        return cls(rank, reference, tuple(gaussian), tuple(pareto), alike, source, undecided, exponent)
 
 
-def group_projections(rows: Sequence[dict[str, Any]], rank: int, source: dict[str, Any] | None = None) -> Grouping:
-    """Groups the projections of a model by the rows of `zoo.statistics.similarity.compare_projections`.
+def group_projections(
+    rows: Sequence[dict[str, Any]], rank: int, source: dict[str, Any] | None = None, alpha: float | None = None
+) -> Grouping:
+    """Groups the projections of a model by the rows of `zoo.statistics.similarity.compare_projections`. alpha: the
+    exponent that `zoo.statistics.similarity.fit_pooled_distances` finds.
 
     The reference weight is the projection with the most partners, whose distances to it are "not a power law". Our
     choice: of several, the first in PROJECTIONS; distances within one projection do not count; an undecided pair
@@ -100,11 +120,12 @@ def group_projections(rows: Sequence[dict[str, Any]], rank: int, source: dict[st
             partners[row["b"]].add(row["a"])
     reference = max(known, key=lambda role: len(partners[role]), default=None)
     undecided = sum(row["verdict"] == "undecided" for row in rows)
+    exponent = None if alpha is None else min(max(round(alpha, 2), EXPONENTS[0]), EXPONENTS[1])
     if reference is None or not partners[reference]:
-        return Grouping(rank, None, (), tuple(known), True, source or {}, undecided)
+        return Grouping(rank, None, (), tuple(known), True, source or {}, undecided, exponent)
     gaussian = tuple(role for role in known if role in partners[reference])
     pareto = tuple(role for role in known if role not in (reference, *gaussian))
-    return Grouping(rank, reference, gaussian, pareto, False, source or {}, undecided)
+    return Grouping(rank, reference, gaussian, pareto, False, source or {}, undecided, exponent)
 
 
 def group_donor(
@@ -119,9 +140,8 @@ def group_donor(
         found = singular_value_stacks(donor, [rank], device, bar.update)
     rank = next(iter(found.values())).shape[1]
     with tqdm(desc="distances between layers", total=len(found) * (len(found) + 1) // 2, disable=quiet) as bar:
-        return group_projections(
-            compare_projections(found, rank, bootstraps, seed, bar.update), rank, provenance(donor)
-        )
+        rows = compare_projections(found, rank, bootstraps, seed, bar.update)
+    return group_projections(rows, rank, provenance(donor), fit_pooled_distances(found, rank)["alpha"])
 
 
 def read_grouping(path: Path, model: str | None = None, rank: int | None = None) -> Grouping:

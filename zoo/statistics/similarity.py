@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo.donors.donor import Donor
 from zoo.errors import UserError, unknown
 from zoo.statistics.goodness import DistanceSample, assess_power_law
-from zoo.statistics.power_law import MIN_DISTINCT_VALUES
+from zoo.statistics.power_law import MIN_DISTINCT_VALUES, fit_power_law
 from zoo.statistics.spectra import top_singular_values
 from zoo.streams import stream, stream_seed
 from zoo.tensors import TensorSpec, split_parts
@@ -27,6 +27,7 @@ PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "ml
 MIN_LAYERS = 3
 MIN_DISTANCE = 1e-12  # Our choice: smaller distances are those of a layer to itself.
 MOST_BISECTED = 256  # side of a matrix whose singular values are found by bisection
+POOLED_CANDIDATES = 2000  # values of xmin to try for all vectors of a model; all of them take minutes for 80 layers
 SPIKE_EXPONENT = 0.78  # Pareto exponent of the number of spikes in a matrix of the null model, as published
 
 
@@ -118,6 +119,31 @@ def compare_projections(
     return rows
 
 
+def pooled_distances(stacks: dict[str, Tensor], rank: int) -> DistanceSample:
+    """DSV of all pairs of singular-value vectors of a model, of any two projections and layers.
+
+    stacks: projection -> MSV [L, r], of which the first `rank` values count. In `pairs`, vectors are numbered by
+    projection, then by layer."""
+    vectors = torch.cat([stack[:, :rank] for stack in stacks.values()])
+    values = 0.5 * torch.pdist(vectors / vectors.norm(dim=1, keepdim=True)).square()  # 1 - cos, in little memory
+    pairs, kept = torch.triu_indices(len(vectors), len(vectors), 1).mT, values >= MIN_DISTANCE
+    return DistanceSample.from_unsorted(values[kept].numpy(), pairs[kept].numpy())
+
+
+def fit_pooled_distances(stacks: dict[str, Tensor], rank: int) -> dict[str, Any]:
+    """The power law of `pooled_distances`: {n, skewness, ccdf, histogram, alpha, xmin, tail, distance}, as in the rows
+    of `compare_projections`. The last four are None for fewer than ten distinct distances.
+
+    The paper reports an exponent of 1.78 for LLaMA 3.2 1B at rank 16, and no rule for xmin. The exponent depends on
+    xmin strongly, so read it with `tail`."""
+    sample = pooled_distances(stacks, rank)
+    row = _describe_distances(sample.values)
+    if len(np.unique(sample.values)) < MIN_DISTINCT_VALUES:
+        return row | dict.fromkeys(("alpha", "xmin", "tail", "distance"))
+    law = fit_power_law(sample.values, POOLED_CANDIDATES)
+    return row | {"alpha": law.alpha, "xmin": law.xmin, "tail": law.tail, "distance": law.distance}
+
+
 def projection_pairs(roles: Container[str]) -> list[tuple[str, str]]:
     """All unordered pairs of projections, in the order of PROJECTIONS."""
     known = [role for role in PROJECTIONS if role in roles]
@@ -138,16 +164,21 @@ def compare_pair(
 
 def _compare_distances(sample: DistanceSample, bootstraps: int, rng: np.random.Generator) -> dict[str, Any]:
     """The statistics of one pair's distances."""
-    x, n = sample.values, len(sample.values)
+    row = _describe_distances(sample.values)
+    if len(np.unique(sample.values)) < MIN_DISTINCT_VALUES:
+        nothing = dict.fromkeys(("alpha", "xmin", "tail", "distance", "p", "p_pairs", "worth", "alpha_ci95"))
+        why = f"{row['n']} distances between {sample.layers} layers are too few for a fit"
+        return row | nothing | {"ratios": {}, "verdict": "undecided", "why": why}
+    return row | assess_power_law(sample, bootstraps, rng)
+
+
+def _describe_distances(x: NDArray[np.float64]) -> dict[str, Any]:
+    """{n, skewness, ccdf, histogram} of distances in ascending order."""
+    n = len(x)
     row: dict[str, Any] = {"n": n, "skewness": float(skew(x)) if n > 2 and x[0] < x[-1] else None}
     ccdf_points = np.unique(np.geomspace(1, n, min(n, 60)).astype(int)) if n else np.array([], int)
     row["ccdf"] = [[float(x[n - k]), k / n] for k in ccdf_points[::-1]]  # most points in the tail
-    row["histogram"] = _histogram(x) if n else []
-    if len(np.unique(x)) < MIN_DISTINCT_VALUES:
-        nothing = dict.fromkeys(("alpha", "xmin", "tail", "distance", "p", "p_pairs", "worth", "alpha_ci95"))
-        why = f"{n} distances between {sample.layers} layers are too few for a fit"
-        return row | nothing | {"ratios": {}, "verdict": "undecided", "why": why}
-    return row | assess_power_law(sample, bootstraps, rng)
+    return row | {"histogram": _histogram(x) if n else []}
 
 
 def _histogram(x: NDArray[np.float64]) -> list[list[float]]:

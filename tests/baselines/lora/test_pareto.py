@@ -210,6 +210,67 @@ def test_both_small_keeps_its_cap_on_every_pair(
     assert f"from {ratios[0]:.3g} to {cap:.3g} over {len(ratios)} pairs" in caplog.text
 
 
+def test_pareto_counts_have_the_exponent_of_the_reference(
+    bases: dict[str, Zoo], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blueprint = adapter(bases["llama"])
+    known = drawn(planted(replace(ALIKE, exponent=2.44)), blueprint)
+    assert same(known, drawn(planted(ALIKE, exponent=1.44), blueprint))
+    assert not same(known, drawn(planted(replace(ALIKE, exponent=1.3)), blueprint))
+    own = planted(replace(ALIKE, exponent=2.44), exponent=0.5)  # an option precedes the reference
+    assert same(drawn(own, blueprint), drawn(planted(ALIKE, exponent=0.5), blueprint))
+    for exponent, level, said in ((2.44, logging.INFO, "exponent - 1: 1.44"), (None, logging.WARNING, "paper's, 0.78")):
+        caplog.clear()
+        reference = saved(tmp_path, replace(PAPER, exponent=exponent))
+        with caplog.at_level(logging.INFO, logger="baselines.lora.pareto"):
+            sampler = Pareto(reference_model=reference).fit(None, blueprint)
+        assert sampler.count_exponent == pytest.approx(1.44 if exponent else 0.78)
+        assert [r.levelno for r in caplog.records if said in r.getMessage()] == [level]
+
+
+def test_samplers_and_analyses_without_an_exponent_give_the_bytes_that_they_gave(
+    bases: dict[str, Zoo], tmp_path: Path
+) -> None:
+    """Older versions wrote no exponent of the reference, and saved the option as 0.78."""
+    blueprint = adapter(bases["llama"])
+    old = ALIKE.to_json()
+    del old["exponent"]
+    path = tmp_path / "analysis.json"
+    path.write_text(json.dumps({"models": {"m": {"grouping": {"16": old}}}}))
+    expected = drawn(planted(ALIKE, exponent=0.78), blueprint)
+    assert same(drawn(Pareto(reference_model=str(path)).fit(None, blueprint), blueprint), expected)
+    saved_sampler = Pareto(exponent=0.78)
+    saved_sampler.restore({"grouping": old, "donors": [], "base": None}, {})
+    saved_sampler.save(tmp_path / "sampler")
+    assert same(drawn(Pareto.load(tmp_path / "sampler"), blueprint), expected)
+
+
+def test_singular_values_of_an_adapter_are_as_far_apart_as_its_entries_while_few_are_replaced(tmp_path: Path) -> None:
+    """Distances between the flattened A of all pairs are the shares of replaced entries, whose law the reference gives.
+    Distances between their own singular values are in proportion up to about a twentieth. Beyond, they hardly grow: so
+    an adapter shows the reference's law in its entries, and in its singular values only near the template."""
+    from tests.conftest import make_llama
+
+    folder = make_llama(tmp_path / "m", hidden_size=64, intermediate_size=64, num_hidden_layers=9)
+    blueprint = Blueprint.from_lora(folder, {"r": 8, "target_modules": "all-linear"})
+    assert blueprint.adapter is not None
+    near, beyond, far = [], [], []
+    for seed in range(3):
+        tensors = drawn(planted(replace(ALIKE, exponent=1.6), nmin=1), blueprint, seed)
+        stack = torch.stack([tensors[p.a] for p in blueprint.adapter.pairs]).double()
+        entries, values = (
+            torch.nn.functional.normalize(x, dim=1) for x in (stack.flatten(1), torch.linalg.svdvals(stack))
+        )
+        first, second = torch.triu_indices(len(stack), len(stack), 1)
+        replaced = 1 - (entries @ entries.mT)[first, second]
+        ratio = 0.5 * (values[first] - values[second]).square().sum(1) / replaced
+        for found, low, high in ((near, 1e-3, 0.01), (beyond, 0.01, 0.05), (far, 0.5, 1.5)):
+            found.append(ratio[(replaced > low) & (replaced < high)])
+    small, middle, large = (float(torch.cat(found).median()) for found in (near, beyond, far))
+    assert 0.6 < middle / small < 1.6
+    assert large / small < 0.3
+
+
 def test_the_change_at_step_0_is_logged(bases: dict[str, Zoo], caplog: pytest.LogCaptureFixture) -> None:
     blueprint = adapter(bases["llama"])
     assert blueprint.adapter is not None

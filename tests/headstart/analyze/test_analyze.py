@@ -80,6 +80,9 @@ def test_ranks_above_the_smallest_projection_are_reduced_and_reported(folder: Pa
     assert set(model["dsv"]) == set(model["grouping"]) == {"4", "16"}
     for found in model["dsv"].values():
         assert len(found["pairs"]) == len(found["nulls"]["gaussian"]) == len(found["nulls"]["spikes"]) == 28
+        assert {kind: row["n"] for kind, row in found["pooled"].items()} == dict.fromkeys(
+            ("own", "gaussian", "spikes"), 21 * 20 / 2
+        )
     assert "Rank 64 is not available: the smallest projection has 16" in (folder / "out" / "report.html").read_text()
 
 
@@ -201,6 +204,10 @@ def test_lora_reads_its_grouping(trained: tuple[Path, dict[str, Any]], folder: P
     grouping = read_grouping(out / "analysis.json")
     assert grouping.to_json() == results["models"]["makemore-en-a"]["grouping"]["4"]
     assert grouping.source["sha256"] == results["donors"][0]["sha256"]
+    pooled = results["models"]["makemore-en-a"]["dsv"]["4"]["pooled"]
+    assert grouping.exponent == round(pooled["own"]["alpha"], 2)
+    page = (out / "report.html").read_text()
+    assert f"have the exponent {pooled['own']['alpha']:.2f}, those of random matrices" in page
     with pytest.raises(UserError, match="one could not be grouped"):
         read_grouping(folder / "out" / "analysis.json", "one")
 

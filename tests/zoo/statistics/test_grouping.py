@@ -11,7 +11,12 @@ import pytest
 from zoo.donors.folder import StandaloneDonor
 from zoo.errors import UserError
 from zoo.statistics.grouping import Grouping, group_donor, group_projections, read_grouping
-from zoo.statistics.similarity import PROJECTIONS, compare_projections, singular_value_stacks
+from zoo.statistics.similarity import (
+    PROJECTIONS,
+    compare_projections,
+    fit_pooled_distances,
+    singular_value_stacks,
+)
 
 
 def rows(*others, verdict="not a power law"):
@@ -59,8 +64,18 @@ def test_undecided_tests_are_counted_and_reported():
 
 def test_json_keeps_everything():
     source = {"name": "a", "sha256": "b", "revision": "c", "license": "mit"}
-    found = replace(group_projections(rows(("attn.v", "mlp.gate")), 16, source), undecided=3)
+    found = replace(group_projections(rows(("attn.v", "mlp.gate")), 16, source, 2.4366), undecided=3)
+    assert found.exponent == 2.44 and "have the exponent 2.44" in found.description
     assert Grouping.from_json(json.loads(json.dumps(found.to_json()))) == found
+    old = {key: value for key, value in found.to_json().items() if key != "exponent"}
+    assert Grouping.from_json(old) == replace(found, exponent=None)
+    assert "exponent" not in Grouping.from_json(old).description
+
+
+@pytest.mark.parametrize(("alpha", "exponent"), [(None, None), (1.0004, 1.02), (1e9, 20.0), (1.7849, 1.78)])
+def test_exponents_are_rounded_and_kept_within_what_counts_can_have(alpha, exponent):
+    for pairs in (rows(), rows(("attn.v", "mlp.gate"))):
+        assert group_projections(pairs, 16, alpha=alpha).exponent == exponent
 
 
 def test_group_donor_equals_the_grouping_of_its_comparisons(shared_data):
@@ -70,10 +85,13 @@ def test_group_donor_equals_the_grouping_of_its_comparisons(shared_data):
     assert found.source["sha256"] == donor.sha256
     groups = {*found.gaussian, *found.pareto} | ({found.reference} - {None})
     assert groups == {*PROJECTIONS}
+    stacks = singular_value_stacks(donor, [16])
+    alpha = fit_pooled_distances(stacks, 16)["alpha"]
     assert (
         found.to_json() | {"source": {}}
-        == group_projections(compare_projections(singular_value_stacks(donor, [16]), 16, 15), 16).to_json()
+        == group_projections(compare_projections(stacks, 16, 15), 16, alpha=alpha).to_json()
     )
+    assert found.exponent == pytest.approx(alpha, abs=0.005)
     assert group_donor(donor, rank=5000, bootstraps=1).rank == 32  # four key heads of eight rows
 
 
@@ -121,6 +139,7 @@ def test_refuses_what_is_no_analysis(tmp_path):
         {"reference": "nonsense"}, {"reference": ["mlp.gate"]}, {"reference": None}, {"reference": "attn.v"},
         {"gaussian": "attn.v"}, {"gaussian": [["a"]]}, {"gaussian": []}, {"gaussian": ["attn.v", "attn.v"]},
         {"pareto": None}, {"undifferentiated": "false"}, {"undifferentiated": True}, {"undecided": -1},
+        {"exponent": "2"}, {"exponent": True}, {"exponent": 1.0}, {"exponent": float("nan")}, {"exponent": 1e9},
         {"source": []}, {"source": None}, {"source": {"name": "a"}},
         {"source": {"name": "a", "sha256": 3, "revision": "c", "license": "mit"}},
         {"source": {"name": "a\n# b", "sha256": "b", "revision": "c", "license": "mit"}},

@@ -18,8 +18,10 @@ from zoo.errors import UserError
 from zoo.statistics.similarity import (
     PROJECTIONS,
     compare_projections,
+    fit_pooled_distances,
     layer_distances,
     null_model_stacks,
+    pooled_distances,
     singular_value_stacks,
 )
 
@@ -205,3 +207,34 @@ def test_too_few_distances_are_undecided():
         assert "3 layers" in row["why"]
     nothing = compare_projections({"attn.q": torch.ones(3, 2, dtype=torch.float64)}, 2, 10)
     assert (nothing[0]["n"], nothing[0]["verdict"]) == (0, "undecided")
+
+
+def test_pooled_distances_are_those_of_all_vectors():
+    generator = torch.Generator().manual_seed(0)
+    stacks = {role: torch.rand(4, 6, generator=generator, dtype=torch.float64) for role in ("attn.q", "mlp.up")}
+    vectors = np.concatenate([stack[:, :3].numpy() for stack in stacks.values()])
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    sample = pooled_distances(stacks, 3)
+    first, second = sample.pairs.T
+    assert len(sample.values) == 8 * 7 / 2 and (np.diff(sample.values) >= 0).all()
+    assert {*map(tuple, sample.pairs)} == {(i, j) for i in range(8) for j in range(i + 1, 8)}
+    np.testing.assert_allclose(sample.values, 1 - (unit[first] * unit[second]).sum(1), rtol=1e-9)
+
+
+def test_pooled_distances_of_a_planted_law_have_its_exponent():
+    """Vectors at the distances p of a Pareto law from a common direction, each in a plane of its own, are p + q - p q
+    apart. Many of them show the tail of p."""
+    rng = np.random.default_rng(0)
+    shares = np.minimum(1e-4 * (1 - rng.random(240)) ** (-1 / 0.78), 0.9)
+    vectors = torch.zeros(240, 241, dtype=torch.float64)
+    vectors[:, 0] = torch.from_numpy(1 - shares)
+    vectors[range(240), range(1, 241)] = torch.from_numpy(np.sqrt(1 - (1 - shares) ** 2))
+    found = fit_pooled_distances({"attn.q": vectors[:120], "mlp.up": vectors[120:]}, 241)
+    assert found["n"] == 240 * 239 / 2 and found["tail"] > 0.2 * found["n"]
+    assert found["alpha"] == pytest.approx(1.78, abs=0.15)
+    assert sum(count for _, _, count in found["histogram"]) == found["n"]
+
+
+def test_too_few_vectors_have_no_pooled_exponent():
+    found = fit_pooled_distances({"attn.q": torch.eye(3, dtype=torch.float64)}, 3)
+    assert found["n"] == 3 and found["alpha"] is found["xmin"] is found["tail"] is None
