@@ -86,7 +86,7 @@ def main(work: Path) -> None:
         run("analyze", "--zoo", work / donor, "--out", out, "--ranks", "4,8", "--bootstraps", 20)
         found = json.loads((out / "analysis.json").read_text())
         print_hash(f"analyze {donor}", numbers([found["models"], found["signatures"]]))
-    _lora_all(work)
+    _lora_all(work, corpus)
     _compare(work, corpus)
 
 
@@ -177,13 +177,15 @@ def _convolutions() -> None:
         print_hash(f"sample conv-covariance seed {seed}", (t.contiguous().numpy().tobytes() for _, t in found))
 
 
-def _lora_all(work: Path) -> None:
+def _lora_all(work: Path, corpus: Path) -> None:
     from headstart import samplers
 
     donors = sorted((work / "llama" / "models").glob("*-w96-*"))
     base, reference = donors[0], donors[1]
     for method in samplers.LORA_METHODS:
         extra: list[object] = ["--reference", reference] if method == "pareto" else []
+        if "text" in {field["name"] for field in samplers.get(method).option_table()}:
+            extra += ["--set", f"text={corpus}"]
         for seed in SEEDS:
             out = work / "lora" / f"{method}{seed}"
             run("lora", "--base", base, "--method", method, "--rank", 4, "--out", out, "--seed", seed, *extra)

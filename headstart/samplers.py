@@ -59,11 +59,20 @@ METHODS: dict[str, tuple[str, str]] = {
     "olora": ("baselines.lora.peft_inits", "OLoRA"),
     "orthogonal": ("baselines.lora.peft_inits", "Orthogonal"),
     "gaussian": ("baselines.lora.peft_inits", "Gaussian"),
+    "eva": ("baselines.lora.text_inits", "EVA"),
+    "corda": ("baselines.lora.text_inits", "CorDA"),
+    "lora_ga": ("baselines.lora.text_inits", "LoraGA"),
 }
 
 
 DESCRIPTIONS = Path(__file__).with_name("methods.json")
-LORA_METHODS = ("pareto", "peft-default", "pissa", "olora", "orthogonal", "gaussian")  # methods that fill adapters
+LORA_METHODS = (
+    "pareto", "peft-default", "pissa", "olora", "orthogonal", "gaussian", "eva", "corda", "lora_ga",
+)  # fmt: skip  # methods that fill adapters
+# Initialisations of PEFT that are no methods, and why.
+REFUSED = {
+    "loftq": "loftq: replaces the base's weights by 4-bit values, so that the start is not the base; use pissa",
+}
 
 
 def get(name: str) -> type[Sampler]:
@@ -78,6 +87,8 @@ def get(name: str) -> type[Sampler]:
 
 def check_method(name: str) -> None:
     """Raises UserError for a name that is neither a method nor package.module.Class. Imports nothing."""
+    if name in REFUSED:
+        raise UserError(REFUSED[name])
     is_class = "." in name and all(part.isidentifier() for part in name.split("."))
     if name not in METHODS and not is_class:
         raise unknown("method", name, METHODS)
@@ -95,6 +106,16 @@ def check_lora_method(name: str) -> None:
     check_method(name)
     if name in METHODS and name not in LORA_METHODS:
         raise _fills_models(name)
+
+
+def check_compared_method(name: str, adapters: bool) -> None:
+    """`check_lora_method` where adapters are compared, else `check_model_method`. Imports nothing."""
+    if not adapters and name in LORA_METHODS:
+        raise UserError(f"{name} fills LoRA adapters, not models: give --base MODEL and --rank R instead of --target")
+    if not adapters:
+        check_model_method(name)
+    elif name != "default":  # PEFT's own initialisation there
+        check_lora_method(name)
 
 
 def model_sampler(name: str) -> type[Sampler]:

@@ -7,7 +7,7 @@ from the stream (seed, method, module), so that the bytes do not depend on the o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -197,25 +197,42 @@ def settle_singular_vectors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if group.stop - group.start > 1:
             turn = rotation_to_reference(rows[group].mT)
             rows[group], columns[:, group] = turn.mT @ rows[group], columns[:, group] @ turn
-    signs = torch.where((fix_signs(rows.mT) * rows.mT).sum(0) < 0, -1.0, 1.0)
-    return (rows * signs[:, None]).to(a.dtype), (columns * signs).to(b.dtype)
+    rows, columns = settle_signs(rows, columns)
+    return rows.to(a.dtype), columns.to(b.dtype)
 
 
-def initialize_pair(init: bool | str, pair: Pair, weight: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
-    """A [rank, columns] and B [rows, rank] as PEFT makes them for one linear layer, float32 on the CPU. weight: [rows,
-    columns] on any device; None where `init` does not read it."""
+def settle_signs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [rank, columns] and B [rows, rank] with the sign of each row of A fixed by a rule, and the same product B A."""
+    signs = torch.where((fix_signs(a.mT) * a.mT).sum(0) < 0, -1.0, 1.0).to(a.dtype)
+    return a * signs[:, None], b * signs
+
+
+def initialize_pair(
+    init: bool | str,
+    pair: Pair,
+    weight: Tensor | None,
+    seed: int,
+    attributes: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> tuple[Tensor, Tensor]:
+    """A [rank, columns] and B [rows, rank] as PEFT makes them for one linear layer, float32 on the CPU.
+
+    weight: [rows, columns] on any device; None where `init` does not read it. attributes: what PEFT finds on the layer,
+    such as a gradient. config: more options of PEFT's LoraConfig."""
     peft = require_peft()
     linear = nn.Linear(pair.columns, pair.rows, bias=False, device="meta")
     if weight is None:
         linear.to_empty(device="cpu")  # never written, so it takes no memory
     else:
         linear.weight = nn.Parameter(weight, requires_grad=False)
-    config = peft.LoraConfig(
-        r=pair.rank, lora_alpha=pair.scaling * pair.rank, init_lora_weights=init, target_modules=["layer"]
+    for name, value in (attributes or {}).items():
+        setattr(linear, name, value)
+    lora_config = peft.LoraConfig(
+        r=pair.rank, lora_alpha=pair.scaling * pair.rank, init_lora_weights=init, target_modules=["layer"], **config
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)
-        layer = peft.get_peft_model(nn.ModuleDict({"layer": linear}), config).base_model.model["layer"]
+        layer = peft.get_peft_model(nn.ModuleDict({"layer": linear}), lora_config).base_model.model["layer"]
     a, b = (part["default"].weight.detach().to("cpu", torch.float32) for part in (layer.lora_A, layer.lora_B))
     return a.contiguous(), b.contiguous()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -104,6 +104,15 @@ def compensated_base(
             if pair is not None:
                 tensor = compensated_weight(tensor.to(device), pair, f.get_tensor(pair.a), f.get_tensor(pair.b))
             yield name, tensor
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """The module with the layers of the base in place of those that PEFT has wrapped. It is changed itself."""
+    wrapped = [name for name, layer in module.named_modules() if hasattr(layer, "get_base_layer")]
+    for name in wrapped:
+        layer: Any = module.get_submodule(name)
+        module.set_submodule(name, layer.get_base_layer())
+    return module
 
 
 def unwrapped_parameters(module: nn.Module) -> dict[str, Tensor]:

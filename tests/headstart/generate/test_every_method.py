@@ -112,35 +112,44 @@ def base(donors: Path) -> Path:
 LORA = ["pareto:strategy=both_small", "pareto:strategy=both_compensated", *samplers.LORA_METHODS]
 
 
-def lora_sampler(label: str) -> Sampler:
+def lora_settings(label: str, text: Path) -> list[str]:
     name, *settings = label.split(":")
-    return build_sampler(samplers.get(name), settings_of([*settings, *(["bootstraps=20"] if name == "pareto" else [])]))
+    if name == "pareto":
+        settings.append("bootstraps=20")
+    if "text" in samplers.get(name).__dataclass_fields__:
+        settings += [f"text={text}", "windows=4"]
+    return settings
+
+
+def lora_sampler(label: str, text: Path) -> Sampler:
+    return build_sampler(samplers.get(label.split(":")[0]), settings_of(lora_settings(label, text)))
 
 
 @pytest.mark.parametrize("label", LORA)
-def test_a_seed_gives_an_adapter_the_same_bytes_fitted_anew_and_loaded(label: str, base: Path, tmp_path: Path) -> None:
+def test_a_seed_gives_an_adapter_the_same_bytes_fitted_anew_and_loaded(
+    label: str, base: Path, text: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("peft")
     zoo, blueprint = open_standalone(base), Blueprint.from_lora(base, {"r": 4, "target_modules": "all-linear"})
     turned = replace(blueprint, adapter=replace(blueprint.adapter, pairs=blueprint.adapter.pairs[::-1]))  # type: ignore[union-attr,type-var]
-    one = lora_sampler(label).fit(zoo, blueprint)
+    one = lora_sampler(label, text).fit(zoo, blueprint)
     first = dict(one.sample(blueprint, 0))
     assert set(first) == set(blueprint.names)
     assert all(t.shape == blueprint[k].shape and t.dtype == torch.float32 for k, t in first.items())
     one.save(tmp_path)
-    again = dict(lora_sampler(label).fit(zoo, turned).sample(turned, 0))
+    again = dict(lora_sampler(label, text).fit(zoo, turned).sample(turned, 0))
     loaded = dict(samplers.load(tmp_path).sample(blueprint, 0))
     for key, tensor in first.items():
         assert torch.equal(tensor, again[key]) and torch.equal(tensor, loaded[key]), key
     other = dict(one.sample(blueprint, 1))
     same = all(torch.equal(tensor, other[key]) for key, tensor in first.items())
-    assert same == (label in ("pissa", "olora"))
+    assert same == (label in ("pissa", "olora", "eva", "corda", "lora_ga"))
 
 
 @pytest.mark.parametrize("label", LORA)
-def test_an_adapter_leaves_what_the_base_computes(label: str, base: Path, tmp_path: Path) -> None:
+def test_an_adapter_leaves_what_the_base_computes(label: str, base: Path, text: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    name, *settings = label.split(":")
-    settings += ["bootstraps=20"] if name == "pareto" else []
+    name, settings = label.split(":")[0], lora_settings(label, text)
     plan = lora(base, name, 4, tmp_path / "out", settings=settings, plan=True)
     assert isinstance(plan, dict) and not (tmp_path / "out").exists() and len(samplers.get(name).summary) <= 95
     out = lora(base, name, 4, tmp_path / "out", settings=settings, quiet=True)
@@ -150,7 +159,7 @@ def test_an_adapter_leaves_what_the_base_computes(label: str, base: Path, tmp_pa
     sizes = [path.stat().st_size for path in (out / "adapter_model.safetensors", *out.glob("base/*.safetensors"))]
     assert plan["write"]["bytes"] == sum(sizes)
     changed = record["changed_base"] is not None
-    assert changed == (label in ("pissa", "olora", "pareto:strategy=both_compensated"))
+    assert changed == (label in ("pissa", "olora", "corda", "lora_ga", "pareto:strategy=both_compensated"))
     with torch.no_grad():
         before = AutoModelForCausalLM.from_pretrained(base)(torch.arange(20)[None]).logits
         loaded = AutoModelForCausalLM.from_pretrained(out / "base" if changed else base)
