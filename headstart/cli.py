@@ -122,6 +122,36 @@ CorporaOption = Annotated[
         "repeatable [default: the donors' own text where it is known, else text that they write].",
     ),
 ]
+ComparedText = Annotated[
+    str,
+    typer.Option(
+        "--corpus",
+        metavar="TEXT",
+        help="Text to train on: a file of text, JSON lines, Parquet or CSV, a folder, or a hub data set.",
+    ),
+]
+OptionalTarget = Annotated[
+    str | None, typer.Option("--target", metavar="CONFIG", help="A config.json, its folder or a hub id.")
+]
+# Options of `compare` for LoRA adapters.
+ComparedBase = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="Instead of --target: the model whose LoRA adapters are compared."),
+]
+ComparedRank = Annotated[int | None, typer.Option("--rank", metavar="R", help="With --base: rank of every pair A, B.")]
+ComparedReference = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="MODEL",
+        help="With --base, for pareto: folder, hub id or analysis.json; or pareto:reference=MODEL [default: base].",
+    ),
+]
+ComparedAlpha = Annotated[float | None, typer.Option("--alpha", help="With --base: lora_alpha [default: the rank].")]
+ComparedTargets = Annotated[
+    str | None,
+    typer.Option("--targets", metavar="A,B,...", help="With --base: modules to adapt [default: all-linear]."),
+]
 AUTOENCODER_STEPS, DIFFUSION_STEPS = 4000, 2000  # defaults of the training configurations, which import torch
 
 app = typer.Typer(
@@ -350,21 +380,20 @@ def generate(
 
 @app.command(
     epilog="Example: headstart compare --target config.json --zoo zoo --methods default,row-column "
-    "--corpus text.txt --steps 300 --seeds 0,1,2 --lrs 1e-3,3e-3,6e-3 --out comparison"
+    "--corpus text.txt --steps 300 --seeds 0,1,2 --lrs 1e-3,3e-3,6e-3 --out comparison; headstart compare "
+    "--base ./model --rank 8 --methods default,pissa,pareto --corpus text.txt --lrs 2e-4,5e-4,1e-3 --out adapters"
 )
 def compare(
     ctx: typer.Context,
-    target: TargetOption,
     methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help="Methods; a variant is NAME:KEY=VALUE.")],
-    corpus: Annotated[
-        str,
-        typer.Option(
-            "--corpus",
-            metavar="TEXT",
-            help="Text to train on: a file of text, JSON lines, Parquet or CSV, a folder, or a hub data set.",
-        ),
-    ],
+    corpus: ComparedText,
     out: OutOption,
+    target: OptionalTarget = None,
+    base: ComparedBase = None,
+    rank: ComparedRank = CompareConfig.rank,
+    reference: ComparedReference = None,
+    alpha: ComparedAlpha = CompareConfig.alpha,
+    targets: ComparedTargets = None,
     split: Annotated[
         str | None, typer.Option("--split", metavar="NAME", help="The split of a data set [default: train].")
     ] = CompareConfig.split,
@@ -406,7 +435,10 @@ def compare(
     config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the target from each initialisation, on the same data in the same order, and report."""
+    """Train the target from each initialisation, on the same data in the same order, and report.
+
+    With --base and --rank, LoRA adapters of a model are trained instead, and `default` is PEFT's own initialisation.
+    """
     run_command(ctx, "compare")
 
 

@@ -76,7 +76,7 @@ def check_early(config: CommandConfig) -> None:
         samplers.check_lora_method(config.method)
     if isinstance(config, CompareConfig):
         for label in config.methods:
-            samplers.check_model_method(label.partition(":")[0])
+            samplers.check_compared_method(label.partition(":")[0], adapters=config.base is not None)
     zoo = getattr(config, "zoo", None)
     if (
         zoo is not None

@@ -146,11 +146,17 @@ class LoraConfig(CommandConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(CommandConfig):
-    """`headstart compare`: one target trained from several initialisations on the same data."""
+    """`headstart compare`: one target, or LoRA adapters of one base, trained from several initialisations on the same
+    data. Either `target` or `base` is given."""
 
     subcommand: ClassVar[str] = "compare"
 
-    target: str | Path | dict[str, Any]
+    target: str | Path | dict[str, Any] | None = None
+    base: str | Path | None = None  # the model that adapters adapt: a folder or a hub id
+    rank: int | None = option(None, least=1)  # of the adapters
+    reference: str | Path | None = None  # for LoRA methods that follow a model, as for `headstart lora`
+    alpha: float | None = option(None, above=0)  # lora_alpha; else the rank
+    targets: tuple[str, ...] = ()  # names of the modules to adapt; else all-linear
     methods: tuple[str, ...]  # NAME or NAME:KEY=VALUE:…; `default` comes first if it is not among them
     corpus: str | Path  # a text, JSON lines, Parquet or CSV file, a folder of such files, or a hub data set
     out: str | Path
@@ -182,6 +188,7 @@ class CompareConfig(CommandConfig):
             raise UserError("--dtype float16: gradients would need a scale; give float32 or bfloat16")
         if not self.methods:
             raise UserError("--methods: give one or more methods, such as default,row-column")
+        self._check_what_is_trained()
         for key in ("seeds", "lrs", "default_scales"):
             values = getattr(self, key)
             if not values or len(set(values)) < len(values):
@@ -190,6 +197,26 @@ class CompareConfig(CommandConfig):
             raise UserError("--default-scales: include 1, the default as it is, such as 1,2,4")
         if self.tuning_seeds is not None and self.tuning_seeds > len(self.seeds):
             raise UserError(f"--tuning-seeds {self.tuning_seeds}: give at most {len(self.seeds)}, the number of seeds")
+
+    def _check_what_is_trained(self) -> None:
+        """UserError where options of models and of adapters are mixed."""
+        if self.target is None and self.base is None:
+            raise UserError("nothing to train: give --target CONFIG for models, or --base MODEL --rank R for adapters")
+        if self.target is not None and self.base is not None:
+            raise UserError("--target and --base: give one of them, --target for models or --base for LoRA adapters")
+        of_models, of_adapters = ("zoo", "donor", "model"), ("rank", "reference", "alpha", "targets")
+        wrong, kind, needed = (
+            (of_adapters, "LoRA adapters", "--base instead of --target")
+            if self.base is None
+            else (of_models, "models", "--target instead of --base")
+        )
+        given = next((key for key in wrong if getattr(self, key) not in (None, ())), None)
+        if given is not None:
+            raise UserError(f"--{given} {getattr(self, given)}: is for {kind}; leave it out, or give {needed}")
+        if self.base is not None and self.rank is None:
+            raise UserError(f"--base {self.base}: give --rank R as well, the rank of every pair A, B")
+        if self.base is not None and self.default_scales not in ((1.0,), type(self).default_scales):
+            raise UserError("--default-scales: is for models; leave it out, or give --target instead of --base")
 
 
 @dataclass(frozen=True, kw_only=True)

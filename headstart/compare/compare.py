@@ -1,51 +1,37 @@
-"""`headstart compare`: one target trained from several initialisations on the same data."""
+"""`headstart compare`: a model, or adapters of a base, trained from several initialisations on the same data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from headstart.compare.inputs import (
-    check_lengths,
-    find_target_tokenizer,
-    hash_model,
-    hash_text,
-    hash_zoo,
-    write_calibration_text,
-)
-from headstart.compare.labels import label_options, sampler_class
+from headstart.compare.inputs import Inputs, read_inputs, write_calibration_text
 from headstart.compare.nearest_donor import OTHER_COORDINATES
+from headstart.compare.run_files import RUNS, unfinished
+from headstart.compare.settings import Trial
 from headstart.compare.shared_training import SharedTraining, train_for_first
-from headstart.compare.trials import Trial, TrialSettings, generate_config, training_token_count, unfinished
+from headstart.compare.starts import starts_of
+from headstart.compare.trials import training_token_count
 from headstart.config import CompareConfig
 from headstart.devices import torch_device
-from headstart.generate.generate import generate
-from headstart.generate.sampling import build_sampler, language_model_blueprint
 from headstart.report.scores import REFERENCE, RunResult, best_setting, score
 from zoo.checkpoints.atomic import is_unused, remove_temporaries, replace_file, temporary_folder, work_folder
-from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
-from zoo.parallel.processes import local_count, this_process, working_alone
-from zoo.targets.blueprint import Blueprint
-from zoo.training.corpora import encode_read_corpus, read_for_tokenizer
-from zoo.training.documents import Corpus, TextSource
+from zoo.parallel.processes import local_count, this_process
 from zoo.training.workers import default_workers
-
-RUNS = "runs"  # the folder of finished runs
-ONE_THREAD_PARAMETERS = 5_000_000  # parameters of a target that does not train faster on several CPU threads
 
 
 def compare(config: CompareConfig, *, quiet: bool = False, command: str | None = None) -> dict[str, Any]:
     """Trains a target from every method x seed x learning rate on the same batches per seed. Writes results.json,
     report.html and losses.png into `config.out` and returns the results.
 
+    - With `base` instead of `target`, LoRA adapters are trained and the base is frozen. `default` is then PEFT's own
+      initialisation. A method that moves a part of the base into the adapter trains with the base that it changed.
     - All losses are measured on the last tenth of the corpus.
     - `default_scales` multiply the default initialisation and are tuned with its learning rate. The usual std of 0.02
       is meant for wide models and slows narrow ones down.
@@ -59,9 +45,10 @@ def compare(config: CompareConfig, *, quiet: bool = False, command: str | None =
 
     Finished runs are kept: the same call continues an interrupted comparison. Several processes (`accelerate launch`)
     share the runs, with the same results; the first one returns them, the others return {}. Of targets above 5 M
-    parameters, each process on a machine trains with its share of the threads. Raises UserError before anything is
-    trained or written: an unknown method, a corpus too short, no tokenizer, an `out` that holds something else, a donor
-    or a trained model that does not fit.
+    parameters, each process on a machine trains with its share of the threads.
+
+    Raises UserError before anything is trained or written: an unknown method, a corpus too short, no tokenizer, an
+    `out` that holds something else, or a donor, a trained model, a base or a reference that does not fit.
     """
     processes = this_process()
     with processes.ending_together():
@@ -73,7 +60,8 @@ def compare(config: CompareConfig, *, quiet: bool = False, command: str | None =
 
 
 def _compare_as_first(config: CompareConfig, quiet: bool, command: str | None) -> dict[str, Any]:
-    inputs, out = _validate(config), Path(config.out)
+    inputs, out = read_inputs(config), Path(config.out)
+    _check_out(out)
     with work_folder(out, lambda: _check_out(out)), temporary_folder(out) as work:
         text, tokens = config.text or write_calibration_text(inputs.corpus.text, work), work / "tokens.npy"
         inputs = replace(inputs, settings=replace(inputs.settings, text=str(text), tokens=str(tokens)))
@@ -86,68 +74,12 @@ def _compare_as_first(config: CompareConfig, quiet: bool, command: str | None) -
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What was read and checked before anything is written."""
-
-    blueprint: Blueprint
-    labels: tuple[str, ...]  # `default` among them
-    corpus: Corpus
-    tokens: Tensor  # int64, the encoded corpus
-    tokenizer: Path | None  # None for bytes
-    settings: TrialSettings
-    is_small: bool  # trains as fast on one thread
-
-
-@dataclass(frozen=True)
 class ComparePlan:
     """The trials on the seeds for tuning, without those of methods that refused."""
 
     labels: tuple[str, ...]
     trials: tuple[Trial, ...]
     refused: dict[str, str]  # label -> reason
-
-
-def _validate(config: CompareConfig) -> Inputs:
-    labels = config.methods if REFERENCE in config.methods else (REFERENCE, *config.methods)
-    labels = tuple(dict.fromkeys(labels))
-    for label in labels:
-        sampler_class(label)
-    blueprint = language_model_blueprint(config.target)
-    if blueprint.config is None or blueprint.metadata is None:
-        raise UserError(f"{config.target}: is not a language model's config; compare only trains language models")
-    tokenizer = find_target_tokenizer(config.tokenizer, config.target, config.zoo, blueprint.metadata.vocab)
-    source = TextSource(str(config.corpus), config.split, config.text_column)
-    corpus = read_for_tokenizer(source, tokenizer, blueprint.metadata.vocab)
-    tokens = encode_read_corpus(corpus, str(config.corpus), tokenizer, blueprint.metadata.vocab)
-    check_lengths(config.corpus, tokens, config.sequence, blueprint.config)
-    _check_out(Path(config.out))
-    device = torch_device(config.device)
-    is_small = blueprint.parameters <= ONE_THREAD_PARAMETERS and device == "cpu"
-    settings = TrialSettings(
-        target=blueprint.config,
-        zoo=None if config.zoo is None else str(config.zoo),
-        donor=config.donor,
-        model=None if config.model is None else str(config.model),
-        tokenizer=None if tokenizer is None else str(tokenizer),
-        text="",
-        method_options={label: label_options(label) for label in labels},
-        steps=config.steps,
-        batch_size=config.batch_size,
-        sequence=config.sequence,
-        windows=config.windows,
-        device=device,
-        dtype=config.dtype,
-        threads=1 if is_small or config.workers is not None else os.cpu_count() or 1,
-        tokens="",
-        runs=str(Path(config.out) / RUNS),
-        fingerprint={
-            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "zoo": hash_zoo(config.zoo, config.donor),
-            "model": hash_model(config.model),
-            "text": hash_text(config.text),
-        },
-    )
-    return Inputs(blueprint, labels, corpus, tokens, tokenizer, settings, is_small)
 
 
 def _check_out(out: Path) -> None:
@@ -162,14 +94,14 @@ def _list_trials(config: CompareConfig, inputs: Inputs) -> ComparePlan:
         Trial(label, seed, scale, config.lrs)
         for seed in _tuning_seeds(config)  # the first seed of every method first, so that errors show at once
         for label in inputs.labels
-        for scale in (config.default_scales if label == REFERENCE else (1.0,))
+        for scale in (config.default_scales if label == REFERENCE and config.base is None else (1.0,))
     ]
     unread = dict.fromkeys(trial.label for trial in trials if unfinished(inputs.settings, trial).lrs)
     refused = {}
     for label in unread:
         this_process().check_others()
         try:
-            _check_method(inputs.settings, label, config.out)
+            starts_of(inputs.settings).check(label, config.out)
         except UserError as error:
             if not config.keep_going or label == REFERENCE:
                 raise
@@ -179,20 +111,6 @@ def _list_trials(config: CompareConfig, inputs: Inputs) -> ComparePlan:
         tuple(trial for trial in trials if trial.label not in refused),
         refused,
     )
-
-
-def _check_method(settings: TrialSettings, label: str, out: str | Path) -> None:
-    """Raises UserError where a method does not fit. What a trained model fits shows only when it is loaded, so a method
-    that has one is fitted."""
-    config = generate_config(settings, label, out)
-    with working_alone():
-        generate(config, plan=True, quiet=True)
-    cls = sampler_class(label)
-    if "model" in cls.needs:
-        given = {"donor": config.donor, "model": config.model, "tokenizer": settings.tokenizer}
-        sampler = build_sampler(cls, config.set, device=settings.device, **given)
-        zoo = None if settings.zoo is None else Zoo.open(settings.zoo)
-        sampler.fit(zoo, language_model_blueprint(settings.target))
 
 
 def _save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
@@ -228,15 +146,16 @@ def _run(config: CompareConfig, inputs: Inputs, plan: ComparePlan, quiet: bool) 
 def _results(config: CompareConfig, inputs: Inputs, plan: ComparePlan, runs: dict[str, RunResult]) -> dict[str, Any]:
     tuning = _tuning_seeds(config)
     threshold, scored = score(list(runs.values()), config.steps, tuning)
+    starts = starts_of(inputs.settings)
     for label, entry in scored.items():
-        sampler = sampler_class(label)
+        sampler = starts.sampler_class(label)
         options = inputs.settings.method_options.get(label, {})
         entry |= {"summary": sampler.summary, "reference": sampler.reference, "options": options}
         if sampler.family == "generative":
             entry |= {"novelty": None, "novelty_note": OTHER_COORDINATES}
     return {
         "target": inputs.blueprint.config,
-        "parameters": inputs.blueprint.parameters,
+        "parameters": inputs.parameters,
         "corpus": {
             "name": Path(config.corpus).name,
             "sha256": hashlib.sha256(inputs.corpus.text).hexdigest(),
@@ -258,6 +177,7 @@ def _results(config: CompareConfig, inputs: Inputs, plan: ComparePlan, runs: dic
         "windows": config.windows,
         "device": inputs.settings.device,
         "dtype": inputs.settings.dtype,
+        **starts.to_record(),
     }
 
 

@@ -1,24 +1,163 @@
-"""What a comparison reads: the corpus, the tokenizer, and hashes of the zoo and the trained model."""
+"""What a comparison reads and checks before it writes anything: what is trained, the corpus, the tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from headstart.compare.trials import open_zoo, training_token_count
-from zoo.donors.folder import FolderDonor
+from headstart.compare.labels import compared_labels, label_options, sampler_class
+from headstart.compare.run_files import RUNS
+from headstart.compare.settings import AdapterSettings, TrialSettings
+from headstart.compare.starts import AdapterStarts, open_zoo
+from headstart.compare.trials import training_token_count
+from headstart.config import CompareConfig, LoraConfig
+from headstart.devices import torch_device
+from headstart.generate.sampling import language_model_blueprint
+from headstart.lora.lora import prepare_lora
+from headstart.lora.reference import resolve_reference
+from headstart.report.scores import REFERENCE
+from zoo.checkpoints.files import read_bytes
+from zoo.checkpoints.sources import resolve_source
+from zoo.donors.folder import FolderDonor, StandaloneDonor
 from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
-from zoo.training.corpora import HELD_OUT, text_sha256
-from zoo.training.documents import TextSource, read_corpus
+from zoo.limits import MAX_JSON
+from zoo.targets.blueprint import Blueprint
+from zoo.training.corpora import HELD_OUT, encode_read_corpus, read_for_tokenizer, text_sha256
+from zoo.training.documents import Corpus, TextSource, read_corpus
 from zoo.vocabulary import BYTE_VOCAB, find_tokenizer, fits_padded
 
 MAX_CALIBRATION = 100_000  # bytes at the beginning of the corpus, for methods that look at activations
 CALIBRATION = 0.8  # largest share of the corpus for them: the last tenth of the tokens is held out
+ONE_THREAD_PARAMETERS = 5_000_000  # parameters of a target that does not train faster on several CPU threads
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was read and checked before anything is written."""
+
+    blueprint: Blueprint  # of the target, or of the base of adapters
+    parameters: int  # that are trained
+    labels: tuple[str, ...]  # `default` among them
+    corpus: Corpus
+    tokens: Tensor  # int64, the encoded corpus
+    tokenizer: Path | None  # None for bytes
+    settings: TrialSettings
+    is_small: bool  # trains as fast on one thread
+
+
+def read_inputs(config: CompareConfig) -> Inputs:
+    """Raises UserError for what the user can correct: see `compare`."""
+    adapter = _adapter_settings(config)
+    labels = compared_labels(config.methods, adapter is not None)
+    for label in labels:
+        sampler_class(label, adapter is not None)
+    base = None if adapter is None else _open_base(adapter.base)
+    target = config.target if base is None else base.folder
+    assert target is not None
+    blueprint = language_model_blueprint(target)
+    if blueprint.config is None or blueprint.metadata is None:
+        raise UserError(f"{target}: is not a language model's config; compare only trains language models")
+    if base is not None:
+        _check_language_model(base, blueprint)
+    tokenizer = find_target_tokenizer(config.tokenizer, target, config.zoo, blueprint.metadata.vocab)
+    source = TextSource(str(config.corpus), config.split, config.text_column)
+    corpus = read_for_tokenizer(source, tokenizer, blueprint.metadata.vocab)
+    tokens = encode_read_corpus(corpus, str(config.corpus), tokenizer, blueprint.metadata.vocab)
+    check_lengths(config.corpus, tokens, config.sequence, blueprint.config)
+    is_small = blueprint.parameters <= ONE_THREAD_PARAMETERS and torch_device(config.device) == "cpu"
+    settings = _trial_settings(config, blueprint.config, labels, tokenizer, is_small)
+    settings = replace(settings, adapter=adapter)
+    settings = replace(settings, fingerprint=_fingerprint(config, settings, tokens, base))
+    parameters = blueprint.parameters if adapter is None else adapter_parameters(settings)
+    return Inputs(blueprint, parameters, labels, corpus, tokens, tokenizer, settings, is_small)
+
+
+def adapter_parameters(settings: TrialSettings) -> int:
+    """Weights of an adapter. Raises UserError where the base cannot be adapted so."""
+    return prepare_lora(AdapterStarts(settings).lora_config(REFERENCE, "adapter")).blueprint.parameters
+
+
+def _trial_settings(
+    config: CompareConfig, target: dict[str, Any], labels: Sequence[str], tokenizer: Path | None, is_small: bool
+) -> TrialSettings:
+    """All but the adapters, the hashes, and the files that are written later."""
+    return TrialSettings(
+        target=target,
+        zoo=None if config.zoo is None else str(config.zoo),
+        donor=config.donor,
+        model=None if config.model is None else str(config.model),
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        text="",
+        method_options={label: label_options(label) for label in labels},
+        steps=config.steps,
+        batch_size=config.batch_size,
+        sequence=config.sequence,
+        windows=config.windows,
+        device=torch_device(config.device),
+        dtype=config.dtype,
+        threads=1 if is_small or config.workers is not None else os.cpu_count() or 1,
+        tokens="",
+        runs=str(Path(config.out) / RUNS),
+        fingerprint={},
+    )
+
+
+def _adapter_settings(config: CompareConfig) -> AdapterSettings | None:
+    if config.base is None:
+        return None
+    assert config.rank is not None
+    reference = None if config.reference is None else str(config.reference)
+    return AdapterSettings(str(config.base), config.rank, config.alpha, config.targets or LoraConfig.targets, reference)
+
+
+def _open_base(base: str) -> StandaloneDonor:
+    donor = StandaloneDonor.open(resolve_source(base), quiet=True)
+    if donor.quantisation.weights:
+        raise UserError(f"{donor.name}: is quantised ({donor.quantisation}); give the original model as --base")
+    return donor
+
+
+def _check_language_model(base: StandaloneDonor, blueprint: Blueprint) -> None:
+    """UserError where the base lacks a tensor of a language model, such as the head."""
+    missing = next((name for name in blueprint.names if name not in base.blueprint), None)
+    if missing is not None:
+        raise UserError(f"{base.name}: has no {missing}, which a language model needs; give another --base")
+
+
+def _fingerprint(
+    config: CompareConfig, settings: TrialSettings, tokens: Tensor, base: StandaloneDonor | None
+) -> dict[str, Any]:
+    """Hashes of all that is read, for the names of the runs."""
+    found: dict[str, Any] = {
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "zoo": hash_zoo(config.zoo, config.donor),
+        "model": hash_model(config.model),
+        "text": hash_text(config.text),
+    }
+    if base is not None:
+        starts = AdapterStarts(settings)
+        references = {starts.reference(label) for label in settings.method_options} - {None}
+        if config.reference is not None and not references:
+            raise UserError(f"--reference {config.reference}: no method of --methods follows a model; leave it out")
+        found |= {"base": base.sha256, "references": {str(name): _hash_reference(str(name)) for name in references}}
+    return found
+
+
+def _hash_reference(reference: str) -> str:
+    """sha256 of a reference's weights, or of its analysis.json."""
+    found = resolve_reference(reference, None)
+    if found.analysis is not None:
+        return f"{text_sha256(read_bytes(found.analysis, MAX_JSON))} {reference.partition('#')[2]}"
+    assert found.source is not None
+    return StandaloneDonor.open(found.source, quiet=True).sha256
 
 
 def find_target_tokenizer(

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from headstart.compare.trials import Trial, TrialSettings, read_run, run_path, run_trial, unfinished
+from headstart.compare.run_files import read_run, run_path, unfinished
+from headstart.compare.settings import Trial, TrialSettings
+from headstart.compare.trials import run_trial
 from headstart.report.scores import RunResult
 from zoo.errors import UserError
 from zoo.parallel.processes import this_process
@@ -45,7 +47,7 @@ def train_for_first() -> None:
     """What the other processes do: they train their share of what is missing, until nothing is left."""
     processes = this_process()
     while (work := processes.from_first()) is not None:
-        settings = TrialSettings(**work["settings"])
+        settings = TrialSettings.from_json(work["settings"])
         if not Path(settings.tokens).is_file():
             raise UserError(
                 f"{settings.tokens}: process {processes.index} cannot see this file of the first process; "

@@ -53,17 +53,21 @@ def lora(
 
     Raises UserError before any work, and leaves nothing behind when it fails later.
     """
-    job = _prepare(config)
+    job = prepare_lora(config)
     if plan:
         return _plan(job)
-    reads_base = job.source.folder is not None or job.sampler.reads_base
-    base = StandaloneDonor.open(job.source, quiet) if reads_base else None
-    if base is not None and base.quantisation.weights:
-        raise UserError(f"{base.name}: is quantised ({base.quantisation}); give the original model as --base")
+    base = _open_base(job, quiet)
     zoo = _open_zoo(job, base, quiet)
     with new_folder(Path(config.out)) as folder:
         _write(job, base, zoo, folder, command or config.to_command())
     return Path(config.out)
+
+
+def fit_lora(config: LoraConfig) -> LoraSampler:
+    """The fitted method of a configuration. Raises UserError as `lora` does, and writes nothing."""
+    job = prepare_lora(config)
+    job.sampler.fit(_open_zoo(job, _open_base(job, quiet=True), quiet=True), job.blueprint)
+    return job.sampler
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ class LoraJob:
         return None if self.config.dtype is None else torch_dtype(self.config.dtype)
 
 
-def _prepare(config: LoraConfig) -> LoraJob:
-    """Raises UserError where the options do not fit one another, the base or the method."""
+def prepare_lora(config: LoraConfig) -> LoraJob:
+    """Checks a configuration. Raises UserError where its options do not fit one another, the base or the method."""
     cls = samplers.lora_sampler(config.method)
     require_peft()
     if config.reference is not None and "reference_model" not in cls.__dataclass_fields__:
@@ -159,6 +163,16 @@ def _check_folder_name(out: Path) -> None:
             f"--out {out}: PEFT uses this folder's name as an adapter's name when it converts the trained adapter back "
             "to the original base; give a name without dots that is not 'default'"
         )
+
+
+def _open_base(job: LoraJob, quiet: bool) -> StandaloneDonor | None:
+    """The base; None where it is on the hub and the method reads only its config."""
+    if job.source.folder is None and not job.sampler.reads_base:
+        return None
+    base = StandaloneDonor.open(job.source, quiet)
+    if base.quantisation.weights:
+        raise UserError(f"{base.name}: is quantised ({base.quantisation}); give the original model as --base")
+    return base
 
 
 def _open_zoo(job: LoraJob, base: Donor | None, quiet: bool) -> Zoo | None:

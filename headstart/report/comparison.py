@@ -34,7 +34,7 @@ def render_comparison(results: Results) -> str:
     return render(
         "comparison.html.j2",
         title="headstart: initialisations compared",
-        heading=f"headstart compare · {_target_text(results['target'])}",
+        heading=f"headstart compare · {_adapter_text(results)}{_target_text(results['target'])}",
         headline=headline(results),
         introduction=introduction(results),
         summary=_summary(results),
@@ -69,7 +69,8 @@ def _summary(results: Results) -> list[tuple[str, str]]:
         items.append((f"{lowest['final_loss']['mean']:.3f}", f"lowest final loss: {name}"))
     if results["threshold"] is not None:
         items.append((f"{results['threshold']:.3f}", "final loss of the tuned default"))
-    return [*items, (f"{results['parameters']:,}", "parameters of the target")]
+    trained = "trained parameters" if "adapter" in results else "parameters of the target"
+    return [*items, (f"{results['parameters']:,}", trained)]
 
 
 def _entries(results: Results) -> list[dict[str, Any]]:
@@ -189,11 +190,9 @@ def _conditions(results: Results) -> list[str]:
         f"{corpus['held_out']:,} are held out. Every loss on this page is measured on the same {measured:,} of them, "
         f"in windows of {sequence}.",
         f"Training: AdamW, {count_of(steps, 'step')} of {results['batch_size']} × {sequence} tokens, 5 % warm-up, "
-        "cosine decay to a tenth, weight decay 0.1 on matrices, gradients clipped to norm 1. Seed and step alone "
+        f"cosine decay to a tenth, {_decay_text(results)}, gradients clipped to norm 1. Seed and step alone "
         "determine the batches.",
-        "Every seed gets a new initialisation, written by `headstart generate` and read by `from_pretrained`. Methods "
-        "without randomness (autoencoder, uniform weight selection) give the same weights each time, and their runs "
-        "differ only in the batches. All runs count.",
+        _start_text(results),
         f"Learning rate: each method uses the one with the lowest mean final loss over {tuned_over}, all from one "
         "grid.",
         *(
@@ -203,6 +202,33 @@ def _conditions(results: Results) -> list[str]:
         "Speed-up: the steps of the tuned default divided by the steps after which the interpolated loss curve first "
         "reaches the threshold. Geometric mean over seeds, with Student's t interval on the logarithms.",
     ]
+
+
+def _start_text(results: Results) -> str:
+    """Where each run starts."""
+    if "adapter" not in results:
+        return (
+            "Every seed gets a new initialisation, written by `headstart generate` and read by `from_pretrained`. "
+            "Methods without randomness (autoencoder, uniform weight selection) give the same weights each time, and "
+            "their runs differ only in the batches. All runs count."
+        )
+    adapter = results["adapter"]
+    return (
+        f"Adapters: rank {adapter['rank']}, alpha {adapter['alpha']:g}, modules {', '.join(adapter['targets'])}. Every "
+        "seed gets a new adapter, written by `headstart lora` and read by `PeftModel.from_pretrained`. Only A and B "
+        "are trained. A method that moves a part of the base into the adapter trains with the base that it changed, so "
+        "that all methods start at the loss of the base, but for `both_small` of pareto. Methods without randomness "
+        "(pissa, olora, eva, corda, lora_ga) give the same adapter each time, and their runs differ only in the "
+        "batches. All runs count."
+    )
+
+
+def _decay_text(results: Results) -> str:
+    return "no weight decay" if "adapter" in results else "weight decay 0.1 on matrices"
+
+
+def _adapter_text(results: Results) -> str:
+    return f"LoRA of rank {results['adapter']['rank']} on " if "adapter" in results else ""
 
 
 def _target_text(config: dict[str, Any]) -> str:

@@ -58,8 +58,9 @@ def _noise_verdict(results: Results, exceeds_noise: bool | None) -> str:
 def introduction(results: Results) -> str:
     """What was compared, and how."""
     ends = or_dash(results["threshold"], lambda loss: f" The tuned default ends at {loss:.3f} nats per token.", "")
+    kind = "initial adapters" if "adapter" in results else "initialisations"
     return (
-        f"{len(results['methods'])} initialisations, each trained for {count_of(results['steps'], 'step')} with "
+        f"{len(results['methods'])} {kind}, each trained for {count_of(results['steps'], 'step')} with "
         f"{count_of(len(results['seeds']), 'seed')} on {results['corpus']['name']}. Each method uses its best of "
         f"{count_of(len(results['grid']), 'learning rate')}. All see the same batches in the same order.{ends}"
     )
@@ -70,6 +71,7 @@ def caveats(results: Results) -> list[str]:
     return [
         *_seed_caveats(results),
         *_threshold_caveats(results),
+        *_adapter_caveats(results),
         *_learning_rate_caveats(results),
         *_scale_caveats(results),
         *_divergence_caveats(results),
@@ -101,10 +103,23 @@ def _threshold_caveats(results: Results) -> list[str]:
             how = "never reached the threshold" if not reached else f"reached it with {len(reached)} of {seeds} seeds"
             lines.append(f"{name} {how} within {count_of(results['steps'], 'step')}, so it has no speed-up.")
     below = [name for name, m in others.items() if starts_below_threshold(m)]
-    if below:
+    if below and "adapter" not in results:
         lines.append(
             f"Below the threshold before or within the first step: {', '.join(below)}. The donors were trained on "
             "similar text. The speed-up counts one step, so compare final losses instead."
+        )
+    return lines
+
+
+def _adapter_caveats(results: Results) -> list[str]:
+    if "adapter" not in results:
+        return []
+    lines = ["Only the held-out loss was measured. How well the adapted models answer questions is another matter."]
+    default = results["methods"][REFERENCE]
+    if results["threshold"] is not None and results["threshold"] >= default["step0_loss"]:
+        lines.append(
+            "The tuned default ends no lower than the base, so training did not help and no speed-up means anything. "
+            "Try lower learning rates."
         )
     return lines
 
@@ -127,6 +142,8 @@ def _learning_rate_caveats(results: Results) -> list[str]:
 def _scale_caveats(results: Results) -> list[str]:
     default = results["methods"][REFERENCE]
     scales, scale = default["scales"], default["scale"]
+    if "adapter" in results:
+        return []  # an adapter's default has no scale to tune
     if len(scales) <= 1:
         return ["The scale of the default initialisation was not tuned. Its learning rate was, as for every method."]
     text = (
@@ -157,11 +174,19 @@ def _donor_caveats(results: Results) -> list[str]:
     unknown = [name for name, m in with_donors.items() if m["donor_cost"] is None]
     cost = f" For {', '.join(unknown)} that cost is unknown." if unknown else ""
     return [
-        "Steps count only the training of the target. The donors were trained before, and learned methods were trained "
-        f"on them. The table of donors shows what is known of their cost.{cost}",
+        f"{_donor_cost_text(results)} The table of donors shows what is known of their cost.{cost}",
         "This comparison does not check whether the donors were trained on the held-out text. If they were, methods "
         "with donors look better than they are.",
     ]
+
+
+def _donor_cost_text(results: Results) -> str:
+    if "adapter" in results:
+        return "Steps count only the training of the adapter. The base and the donors were trained before."
+    return (
+        "Steps count only the training of the target. The donors were trained before, and learned methods were trained "
+        "on them."
+    )
 
 
 def starts_below_threshold(method: dict[str, Any]) -> bool:

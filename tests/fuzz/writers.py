@@ -127,11 +127,11 @@ def train_diffusion(inputs: Path, place: Path, again: bool) -> None:
 
 
 def compare(inputs: Path, place: Path, again: bool) -> None:
-    from headstart.compare import trials
+    from headstart.compare import starts
 
     options: dict[str, Any] = dict(steps=1, seeds=(0,), lrs=(1e-3,), batch_size=1, sequence=16, windows=1, workers=1)
     methods, corpus = ("default", "normal"), inputs / "corpus.txt"
-    with patch.object(trials, "time", types.SimpleNamespace(perf_counter=lambda: 0.0)):  # seconds are recorded
+    with patch.object(starts, "time", types.SimpleNamespace(perf_counter=lambda: 0.0)):  # seconds are recorded
         commands.compare(
             target=inputs / "model", methods=methods, corpus=corpus, donor=str(inputs / "model"), out=place / "out",
             **options,
@@ -150,7 +150,7 @@ def evaluate(inputs: Path, place: Path, again: bool) -> None:
 def demo(inputs: Path, place: Path, again: bool) -> None:
     """All stages in one folder. demo.json lists the stages that a run had to do, so it is removed in the end."""
     from headstart import demo as module
-    from headstart.compare import trials
+    from headstart.compare import starts
     from headstart.config import DemoConfig
     from zoo.training import recipes
 
@@ -162,7 +162,7 @@ def demo(inputs: Path, place: Path, again: bool) -> None:
     with (
         patch.dict(recipes.PRESETS, micro=micro_recipes),
         patch("os.cpu_count", return_value=1),
-        patch.object(trials, "time", types.SimpleNamespace(perf_counter=lambda: 0.0)),
+        patch.object(starts, "time", types.SimpleNamespace(perf_counter=lambda: 0.0)),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         module.demo(DemoConfig(out=str(place / "out")), sizes=sizes, quiet=True)

@@ -441,7 +441,8 @@ def test_a_folder_of_something_else_is_left_alone(donors: Path, corpus: Path, tm
 
 
 def test_the_names_of_runs_stay_so_that_older_comparisons_continue() -> None:
-    from headstart.compare.trials import Trial, TrialSettings, run_path
+    from headstart.compare.run_files import run_path
+    from headstart.compare.settings import Trial, TrialSettings
 
     labels = {"default": {}, "normal:rescale=none": {"rescale": "none"}, "weight-selection": {}}
     shared = TrialSettings(
@@ -462,7 +463,10 @@ def test_the_names_of_runs_stay_so_that_older_comparisons_continue() -> None:
 
 def test_a_given_text_is_that_of_every_method_that_takes_one(donors: Path, corpus: Path, tmp_path: Path) -> None:
     from headstart.compare import compare as module
-    from headstart.compare.trials import Trial, method_options, run_path
+    from headstart.compare.inputs import read_inputs
+    from headstart.compare.run_files import run_path
+    from headstart.compare.settings import Trial
+    from headstart.compare.starts import starts_of
     from headstart.config import CompareConfig
 
     (tmp_path / "text.txt").write_text("another text than the corpus")
@@ -471,17 +475,17 @@ def test_a_given_text_is_that_of_every_method_that_takes_one(donors: Path, corpu
     names = {}
     for text in (None, tmp_path / "text.txt"):
         config = CompareConfig(**shared, out=tmp_path / "out", text=text, device="cpu")  # type: ignore[arg-type]
-        settings = module._validate(config).settings
+        settings = read_inputs(config).settings
         names[text] = [run_path(settings, Trial(label, 0, 1.0, (1e-3,)), 1e-3).name for label in ("default", "sliced")]
     plain, given = names.values()
     assert plain[0] == given[0] and plain[1] != given[1]  # the default takes no text
     with pytest.raises(UserError, match=r"nowhere: no such corpus"):
-        module._validate(CompareConfig(**shared, out=tmp_path / "out", text=tmp_path / "nowhere", device="cpu"))  # type: ignore[arg-type]
+        read_inputs(CompareConfig(**shared, out=tmp_path / "out", text=tmp_path / "nowhere", device="cpu"))  # type: ignore[arg-type]
 
     seen: list[dict[str, object]] = []
 
     def watch(config: CompareConfig, inputs: object) -> object:
-        seen.append(method_options(inputs.settings, "sliced"))  # type: ignore[attr-defined]
+        seen.append(starts_of(inputs.settings).method_options("sliced"))  # type: ignore[attr-defined]
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

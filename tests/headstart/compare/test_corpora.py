@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headstart.compare import compare as comparison
-from headstart.compare.inputs import write_calibration_text
+from headstart.compare.inputs import read_inputs, write_calibration_text
 from headstart.config import CompareConfig
 from tests.headstart.compare.test_compare import TARGET
 from zoo.errors import UserError
@@ -25,14 +24,14 @@ def test_json_lines_are_compared_as_the_text_with_the_same_documents(tmp_path: P
     )
     lines = replace(plain, corpus=str(tmp_path / "corpus.jsonl"), split="train", text_column="body")
     assert "--split train --text-column body" in lines.to_command()
-    expected, found = comparison._validate(plain), comparison._validate(lines)
+    expected, found = read_inputs(plain), read_inputs(lines)
     assert found.settings.fingerprint["tokens"] == expected.settings.fingerprint["tokens"]
     assert found.corpus.text == expected.corpus.text == (tmp_path / "corpus.txt").read_bytes()
     assert found.corpus.about["documents"] == 60 and found.corpus.about["column"] == "body"
     with pytest.raises(UserError, match="has no column 'text'; name one with --text-column: 'id', 'body'"):
-        comparison._validate(replace(lines, text_column=None))
+        read_inputs(replace(lines, text_column=None))
     with pytest.raises(UserError, match=r"corpus\.txt: is plain text, which has no split 'test'; leave --split out"):
-        comparison._validate(replace(plain, split="test"))
+        read_inputs(replace(plain, split="test"))
 
 
 def test_methods_get_the_first_100_kb_and_no_held_out_text(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from headstart.compare.compare import _save_array
-from headstart.compare.trials import Trial, TrialSettings, read_run, run_path
+from headstart.compare.run_files import read_run, run_path
+from headstart.compare.settings import Trial, TrialSettings
 from zoo.errors import UserError
 
 TRIAL = Trial("default", 0, 1.0, (1e-3,))
