@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from zoo.donors.memory import zoo_of
 from zoo.donors.zoo import Zoo, open_standalone
 from zoo.errors import UserError
 from zoo.statistics.grouping import Grouping
+from zoo.statistics.similarity import pooled_distances
 from zoo.targets.blueprint import Blueprint
 
 pytest.importorskip("peft")
@@ -269,6 +271,32 @@ def test_singular_values_of_an_adapter_are_as_far_apart_as_its_entries_while_few
     small, middle, large = (float(torch.cat(found).median()) for found in (near, beyond, far))
     assert 0.6 < middle / small < 1.6
     assert large / small < 0.3
+
+
+def test_the_exponent_of_the_reference_shows_in_the_singular_values_where_few_entries_are_replaced(
+    tmp_path: Path,
+) -> None:
+    """The exponent of the larger half of the distances between the singular values of A of all pairs."""
+    from tests.conftest import make_llama
+
+    folder = make_llama(tmp_path / "m", hidden_size=64, intermediate_size=64, num_hidden_layers=12)
+    blueprint = Blueprint.from_lora(folder, {"r": 16, "target_modules": "all-linear"})
+    assert blueprint.adapter is not None
+
+    def exponent(of_reference: float, nmin: int | None) -> float:
+        found = []
+        for seed in range(3):
+            tensors = drawn(planted(replace(ALIKE, exponent=of_reference), nmin=nmin), blueprint, seed)
+            stack = torch.stack([tensors[pair.a] for pair in blueprint.adapter.pairs]).double()  # type: ignore[union-attr]
+            values = pooled_distances({"a": torch.linalg.svdvals(stack)}, 16).values
+            half = values[len(values) // 2 :]
+            found.append(1 + 1 / float(np.log(half / half[0]).mean()))
+        return sorted(found)[1]
+
+    heavy, light, spread_out = exponent(1.6, 1), exponent(3.4, 1), exponent(1.6, None)
+    assert 1.6 < heavy < 2.15
+    assert light > heavy + 0.2
+    assert spread_out > heavy + 0.15  # 1/384 of the entries are too many to show it
 
 
 def test_the_change_at_step_0_is_logged(bases: dict[str, Zoo], caplog: pytest.LogCaptureFixture) -> None:
