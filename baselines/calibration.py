@@ -50,7 +50,7 @@ def calibration_windows(text: TextSource, donor: Donor, tokenizer: str | None, w
     vocab = donor.blueprint.metadata.vocab
     if donor.blueprint.config is not None and parse_config(donor.blueprint.config).is_encoder_decoder:
         raise UserError(
-            f"{method}: donor {donor.name!r} is an encoder-decoder, which cannot read a text alone: leave text out"
+            f"{method}: donor {donor.name!r} is an encoder-decoder, which cannot read a text alone: use no text, or another method"
         )
     found = None
     if isinstance(donor, FolderDonor) and vocabulary_file(donor.files) is not None:
@@ -60,7 +60,7 @@ def calibration_windows(text: TextSource, donor: Donor, tokenizer: str | None, w
     if found is None and vocab != BYTE_VOCAB:
         raise UserError(
             f"{method}: donor {donor.name!r} has no tokenizer and its {vocab} tokens are not bytes: "
-            "put its tokenizer into its folder, or leave text out"
+            "put its tokenizer into its folder, or use no text"
         )
     corpus = read_for_tokenizer(text, found, vocab, windows * length * BYTES_PER_TOKEN)
     tokens = byte_tokens(corpus.text) if found is None else encode_text(corpus.decode(where), found)
@@ -86,7 +86,7 @@ def load_model(donor: Donor, device: str) -> nn.Module:
     assert isinstance(donor, FolderDonor)
     config = parse_config(donor.blueprint.config or {}, str(donor.folder))
     cls: Any = type(meta_model(config, str(donor.folder)))
-    with without_progress_bars(), library_errors(str(donor.folder), "use another donor, or leave text out"):
+    with without_progress_bars(), library_errors(str(donor.folder), "use another donor, or use no text"):
         if donor.quantisation.weights or donor.aliases:  # read by us: dequantised, and under the model's own names
             tensors = {name: donor.read(name) for name in donor.blueprint.names}
             model = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
@@ -106,7 +106,7 @@ def module_holding(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         raise UserError(
             f"{type(model).__name__} has no module {path!r} in memory, so that its activations cannot be measured: "
-            "leave text out, or use another donor"
+            "use no text, or another donor"
         ) from None
 
 
