@@ -50,7 +50,8 @@ def calibration_windows(text: TextSource, donor: Donor, tokenizer: str | None, w
     vocab = donor.blueprint.metadata.vocab
     if donor.blueprint.config is not None and parse_config(donor.blueprint.config).is_encoder_decoder:
         raise UserError(
-            f"{method}: donor {donor.name!r} is an encoder-decoder, which cannot read a text alone: use no text, or another method"
+            f"{method}: donor {donor.name!r} is an encoder-decoder, which cannot read a text alone: "
+            "use no text, or another method"
         )
     found = None
     if isinstance(donor, FolderDonor) and vocabulary_file(donor.files) is not None:
