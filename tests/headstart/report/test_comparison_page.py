@@ -150,3 +150,17 @@ def test_caveats_name_what_the_data_does_not_show(full: dict[str, Any]) -> None:
         ]
     )
     assert any("For carry that cost is unknown." in c for c in caveats(unknown))
+
+
+def test_a_page_of_adapters_says_what_was_trained_and_where_it_started() -> None:
+    adapter = {"base": "model", "rank": 8, "alpha": 16.0, "targets": ["q_proj", "v_proj"], "reference": None}
+    runs = [run("default", 0, [3.0, 3.1, 3.2]), run("pissa", 0, [3.0, 2.9, 2.8])]
+    results = results_of(runs, adapter=adapter)
+    text = " ".join(" ".join(parse_page(render_comparison(results)).text).split())
+    assert "headstart compare · LoRA of rank 8 on <u>, 2 layers" in text and "2 initial adapters, each trained" in text
+    assert "Adapters: rank 8, alpha 16, modules q_proj, v_proj." in text and "no weight decay" in text
+    warned = "\n".join(caveats(results))
+    assert "The tuned default ends no lower than the base" in warned
+    assert "trained on similar text" not in warned and "scale of the default" not in warned
+    better = results_of([run("default", 0, [3.0, 2.9, 2.8]), runs[1]], adapter=adapter)
+    assert "no lower than the base" not in "\n".join(caveats(better))
