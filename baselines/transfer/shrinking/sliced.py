@@ -34,7 +34,7 @@ from zoo.units.lazy import map_items, select_items
 
 log = logging.getLogger(__name__)
 
-CHOICES = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "axes": ("auto", "weights", "activations"),
     "layers": ("middle", "first", "even"),
     "tie": ("coordinates", "fit", "refuse"),
