@@ -20,7 +20,7 @@ from headstart.compare.trials import training_token_count
 from headstart.config import CompareConfig, LoraConfig
 from headstart.devices import torch_device
 from headstart.generate.sampling import language_model_blueprint
-from headstart.lora.lora import prepare_lora
+from headstart.lora.lora import open_base, prepare_lora
 from headstart.lora.reference import resolve_reference
 from headstart.report.scores import REFERENCE
 from zoo.checkpoints.files import read_bytes
@@ -59,7 +59,7 @@ def read_inputs(config: CompareConfig) -> Inputs:
     labels = compared_labels(config.methods, adapter is not None)
     for label in labels:
         sampler_class(label, adapter is not None)
-    base = None if adapter is None else _open_base(adapter.base)
+    base = None if adapter is None else open_base(resolve_source(adapter.base), quiet=True)
     target = config.target if base is None else base.folder
     assert target is not None
     blueprint = language_model_blueprint(target)
@@ -116,13 +116,6 @@ def _adapter_settings(config: CompareConfig) -> AdapterSettings | None:
     assert config.rank is not None
     reference = None if config.reference is None else str(config.reference)
     return AdapterSettings(str(config.base), config.rank, config.alpha, config.targets or LoraConfig.targets, reference)
-
-
-def _open_base(base: str) -> StandaloneDonor:
-    donor = StandaloneDonor.open(resolve_source(base), quiet=True)
-    if donor.quantisation.weights:
-        raise UserError(f"{donor.name}: is quantised ({donor.quantisation}); give the original model as --base")
-    return donor
 
 
 def _check_language_model(base: StandaloneDonor, blueprint: Blueprint) -> None:

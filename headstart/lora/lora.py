@@ -169,7 +169,12 @@ def _open_base(job: LoraJob, quiet: bool) -> StandaloneDonor | None:
     """The base; None where it is on the hub and the method reads only its config."""
     if job.source.folder is None and not job.sampler.reads_base:
         return None
-    base = StandaloneDonor.open(job.source, quiet)
+    return open_base(job.source, quiet)
+
+
+def open_base(source: Source, quiet: bool) -> StandaloneDonor:
+    """The base of an adapter, downloaded where it is on the hub. Raises UserError where it is quantised."""
+    base = StandaloneDonor.open(source, quiet)
     if base.quantisation.weights:
         raise UserError(f"{base.name}: is quantised ({base.quantisation}); give the original model as --base")
     return base
