@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +24,13 @@ from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import SHARE, TrainingDonor
 from autoencoder.field import Latents, WeightField
 from autoencoder.loading import load_autoencoder
+from benchmarks.facts import read_facts, write_facts
 from benchmarks.generator.inputs import training_and_held_out
 from benchmarks.generator.models import shape_of, zoo_folder
 from benchmarks.head_start.tasks import UNSEEN_TARGETS
 from benchmarks.pages import cells
 from benchmarks.paths import RESULTS
 from benchmarks.peers import logah
-from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 from zoo.tensors import Metadata
 from zoo.training.corpora import reference_corpus
@@ -78,11 +77,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     a = parser.parse_args()
     for name, variant in VARIANTS.items():
-        facts = read_facts()
+        facts = read_facts(FACTS)
         if name not in facts and (not a.only or name in a.only):
             facts[name] = measure(name, variant, a.work)
             print(name, facts[name], flush=True)
-            replace_file(FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+            write_facts(FACTS, facts)
 
 
 def measure(name: str, variant: Variant, work: Path) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def measure(name: str, variant: Variant, work: Path) -> dict[str, Any]:
     training_text, windows = training_and_held_out(reference_corpus())
     donors, _ = training.read_training_donors(Zoo.open(zoo), True)
     if variant.hypernetwork:
-        numbers = int(read_facts()["default"]["stored"])
+        numbers = int(read_facts(FACTS)["default"]["stored"])
         field: WeightField = logah.train(Zoo.open(zoo), training_text, numbers, logah.LogahTrainConfig(steps=STEPS))
         latents = [logah.no_latents(field.sizes, d.shape.layers) for d in donors]
     else:
@@ -142,13 +141,9 @@ def changed(variant: Variant) -> Iterator[None]:
         yield
 
 
-def read_facts() -> dict[str, Any]:
-    return json.loads(FACTS.read_text()) if FACTS.is_file() else {}
-
-
 def section() -> str:
     """The table of the page; "" before anything is measured."""
-    facts = read_facts()
+    facts = read_facts(FACTS)
     if not facts:
         return ""
     shapes = list(UNSEEN_TARGETS)

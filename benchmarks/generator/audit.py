@@ -5,7 +5,6 @@ All losses are those of the model that is written, before any training, on held-
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from autoencoder.field import Latents, all_blocks
+from benchmarks.facts import read_facts, write_facts
 from benchmarks.generator.inputs import Inputs, make_inputs
 from benchmarks.generator.models import generator_flops, shape_of, train_generator
 from benchmarks.generator.tasks import TEXTS, WITHOUT
@@ -27,7 +27,6 @@ from benchmarks.paths import RESULTS
 from diffusion.pipeline import WeightDiffusionPipeline
 from diffusion.sampler import SAMPLE_BYTES
 from diffusion.solving import latent_noise, unscaled
-from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -42,11 +41,11 @@ SPEED_TARGET = {"hidden_size": 160, "num_hidden_layers": 24}  # of `wider`, deep
 
 def run(work: Path, data: Path | None) -> None:
     """Audits every generator that is trained in `work` and writes FACTS."""
-    facts = read_facts()
+    facts = read_facts(FACTS)
     for zoo in ("embedded", *(f"{WITHOUT}{text}" for text in TEXTS)):
         if (work / zoo / "diffusion" / "headstart.json").exists():
             facts[zoo] = audit(work, zoo, data)
-            replace_file(FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+            write_facts(FACTS, facts)
 
 
 def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
@@ -54,10 +53,11 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
     paths = train_generator(work, zoo, data)
     text = zoo.removeprefix(WITHOUT) if zoo.startswith(WITHOUT) else "reference"
     donors = Zoo.open(paths["zoo"])
-    inputs = make_inputs(paths["model"], donors, corpus_file(work, text, data).read_bytes())
+    texts = {t: corpus_file(work, t, data).read_bytes() for t in TEXTS}
+    inputs = make_inputs(paths["model"], donors, texts[text])
     known = {corpus_name(d.facts) for d in donors.donors}
-    known_texts = {t: corpus_file(work, t, data).read_bytes() for t in TEXTS if t in known}
-    others = {t: corpus_file(work, t, data).read_bytes()[:SAMPLE_BYTES] for t in TEXTS if t != text}
+    known_texts = {t: content for t, content in texts.items() if t in known}
+    others = {t: content[:SAMPLE_BYTES] for t, content in texts.items() if t != text}
     frames = [donor_frame(d) for d in donors.donors]
     flops = generator_flops(paths)
     return {
@@ -177,7 +177,3 @@ def parameters_per_second(pipeline: WeightDiffusionPipeline) -> float:
         count = sum(t.numel() for _, t in pipeline(target, generator=stream(0, "latents")).tensors())
         best = max(best, count / (time.perf_counter() - began))
     return best
-
-
-def read_facts() -> dict[str, Any]:
-    return json.loads(FACTS.read_text()) if FACTS.is_file() else {}

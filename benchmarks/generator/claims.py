@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.facts import read_facts
 from benchmarks.generator import audit, page
 from benchmarks.generator.page import NOISE, Row
 from benchmarks.head_start.results import BenchmarkResults, Entries, paired_difference
@@ -21,7 +22,7 @@ def generator_claims(results: BenchmarkResults) -> str:
     found = page.all_rows(results)
     if not found:
         return ""
-    paragraphs = [start_claim(found), loss_claim(found), *audit_claims(audit.read_facts())]
+    paragraphs = [start_claim(found), loss_claim(found), *audit_claims(read_facts(audit.FACTS))]
     wrapped = [textwrap.fill(p, LINE, break_on_hyphens=False) for p in paragraphs]
     return "\n\n".join([wrapped[0], counts_table(found), *wrapped[1:]])
 

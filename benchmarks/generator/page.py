@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from benchmarks.facts import read_facts
 from benchmarks.generator import ablations, audit, runs, tasks
 from benchmarks.generator.tasks import LONGER, Part
 from benchmarks.head_start import benchmark
@@ -89,7 +90,7 @@ def all_rows(carried: BenchmarkResults) -> list[Row]:
 
 def page() -> str:
     found = all_rows(BenchmarkResults.from_rows(run_rows.read(benchmark.RUNS), benchmark.read_facts()))
-    facts = audit.read_facts()
+    facts = read_facts(audit.FACTS)
     sections = [
         INTRODUCTION,
         "## Summary\n\n" + summary_table(found),

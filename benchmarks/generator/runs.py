@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,8 @@ def run_comparison(comparison: Comparison, work: Path, data: Path | None) -> dic
     else:
         paths = {"zoo": zoo_folder(work, comparison.zoo, data)}
     out = work / "generator" / comparison.name
-    rows.write_run_files(rows.read(ROWS), comparison, out / "runs")
-    done = [r for r in [*rows.read(benchmark.RUNS), *rows.read(ROWS)] if r["method"] == REFERENCE]
-    for known in default_comparisons(comparison):
-        rows.write_run_files(done, known, out / "runs")
+    known = rows.read(ROWS)
+    rows.write_run_files([*known, *default_rows(comparison, known)], comparison, out / "runs")
     files: Sequence[str] | None = None
     try:
         results = compare(
@@ -63,11 +60,11 @@ def run_comparison(comparison: Comparison, work: Path, data: Path | None) -> dic
     return results
 
 
-def default_comparisons(comparison: Comparison) -> list[Comparison]:
-    """The other comparisons that train the default on the same target and text for as many steps. Run files are named
-    by what they depend on, so that theirs serve here."""
-    kinds = ("", LONGER, "-carried")
-    return [replace(comparison, task=f"{task}{kind}") for task in "ABS" for kind in kinds]
+def default_rows(comparison: Comparison, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the default from all comparisons of A, B and S, as rows of this one. Run files are named by what they
+    depend on, so that those of the same target, text and steps serve here."""
+    trained = [r for r in [*rows.read(benchmark.RUNS), *known] if r["method"] == REFERENCE]
+    return [r | {"task": comparison.task} for r in trained if r["task"].partition("-")[0] in ("A", "B", "S")]
 
 
 def _labels(comparison: Comparison, zoo: Path) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ Every comparison is a call of `headstart compare`, whose page is written to WORK
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import facts as facts_file
 from benchmarks.head_start import costs, donor_losses, models, rows, tasks
 from benchmarks.head_start.results import AUDIT_NAMES, Facts
 from benchmarks.head_start.tasks import Comparison
@@ -24,7 +24,6 @@ from headstart.compare.compare import compare
 from headstart.compare.starts import donor_facts
 from headstart.config import CompareConfig
 from headstart.versions import package_versions
-from zoo.checkpoints.atomic import replace_file
 from zoo.donors.zoo import Zoo
 
 RUNS = RESULTS / "head_start.parquet"
@@ -181,8 +180,8 @@ AUDITS = {"novelty": audit_novelty, "cost": audit_costs, "peers": audit_peers}
 
 
 def read_facts() -> dict[str, Any]:
-    return json.loads(FACTS.read_text()) if FACTS.is_file() else {}
+    return facts_file.read_facts(FACTS)
 
 
 def write_facts(facts: dict[str, Any]) -> None:
-    replace_file(FACTS, (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode())
+    facts_file.write_facts(FACTS, facts, allow_nan=False)

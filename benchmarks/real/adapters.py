@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,19 +24,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from benchmarks.facts import read_facts, write_facts
 from benchmarks.paths import RESULTS
 from benchmarks.real.adapters_page import ALONE, DEFAULT, best_lr, write_page
 from benchmarks.real.singular_vectors.measure import PUBLISHED
 from benchmarks.vocabulary.pairs import WIKIPEDIA, split_text
+from headstart import samplers
 from headstart.config import LoraConfig
 from headstart.evaluate.local_tasks import read_questions
 from headstart.evaluate.models import load_model, load_tokenizer
-from headstart.lora.lora import lora
+from headstart.lora.lora import BASE_FOLDER, lora
 from zoo.checkpoints.atomic import replace_file, replacement_file
 from zoo.streams import stream_seed
-from zoo.training.loop import TrainingConfig, reproducible, spread_windows, train_steps
+from zoo.training.loop import TrainingConfig, next_token_loss, reproducible, spread_windows, train_steps
 from zoo.vocabulary import encode_text
 
 FACTS, PAGE = RESULTS / "real_adapters.json", RESULTS / "real_adapters.md"
@@ -122,7 +124,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     given.work.mkdir(parents=True, exist_ok=True)
     experiment = Experiment(given.models, given.data, given.work, given.steps, given.batch_size)
-    facts = json.loads(FACTS.read_text()) if FACTS.is_file() else {}
+    facts = read_facts(FACTS)
     if facts.get("settings") != experiment.settings():
         facts = {"settings": experiment.settings(), "base": {}, "runs": [], "answers": {}}
     inits = [init for init in INITS if not given.only or init in given.only]
@@ -135,7 +137,7 @@ def main() -> None:
 
 
 def _save(facts: dict[str, Any]) -> None:
-    replace_file(FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+    write_facts(FACTS, facts)
     if facts["runs"]:
         replace_file(PAGE, write_page(facts).encode())
 
@@ -187,26 +189,18 @@ def start(experiment: Experiment, run: AdapterRun) -> Any:
     method, options = INITS[run.init]
     options = dict(options)
     reference = options.pop("reference", None)
-    if method in ("eva", "lora_ga", "corda"):
+    if "text" in samplers.get(method).needs:
         options["text"] = str(experiment.read_text())
-    out = experiment.work / "init"
-    _remove(out)
-    config = LoraConfig(
-        base=experiment.base, method=method, rank=RANK, out=out, set=options, seed=run.seed, dtype="float32",
-        reference=None if reference is None else experiment.reference(reference), device="cpu",
-    )  # fmt: skip
-    lora(config, quiet=True)
-    changed = out / "base"
-    base = load_model(changed if changed.is_dir() else experiment.base, None, "float32")
-    model = PeftModel.from_pretrained(base, out, is_trainable=True)
-    _remove(out)
-    return model
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=experiment.work) as scratch:
+        out = Path(scratch) / "init"
+        config = LoraConfig(
+            base=experiment.base, method=method, rank=RANK, out=out, set=options, seed=run.seed, dtype="float32",
+            reference=None if reference is None else experiment.reference(reference), device="cpu",
+        )  # fmt: skip
+        lora(config, quiet=True)
+        changed = out / BASE_FOLDER
+        base = load_model(changed if changed.is_dir() else experiment.base, None, "float32")
+        return PeftModel.from_pretrained(base, out, is_trainable=True)
 
 
 def fine_tune(experiment: Experiment, run: AdapterRun, tokens: Tensor, held_out: Tensor) -> dict[str, Any]:
@@ -232,11 +226,7 @@ def fine_tune(experiment: Experiment, run: AdapterRun, tokens: Tensor, held_out:
 @torch.no_grad()
 def window_losses(model: Any, windows: Tensor) -> list[float]:
     """Nats per token of each window, int64 [B, S+1]."""
-    losses = []
-    for window in windows.split(1):
-        logits = model(input_ids=window[:, :-1], use_cache=False).logits
-        losses.append(float(F.cross_entropy(logits[0].float(), window[0, 1:])))
-    return losses
+    return [float(next_token_loss(model, window)) for window in windows.split(1)]
 
 
 def answer(experiment: Experiment, run: AdapterRun, questions: int) -> dict[str, list[int]]:

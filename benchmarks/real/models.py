@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.vocabulary.pairs import WIKIPEDIA, split_text
 from zoo.checkpoints.files import read_json
 from zoo.limits import MAX_CONFIG
 from zoo.targets.blueprint import Blueprint
 from zoo.targets.resizing import resized_config
+from zoo.training.loop import next_token_loss, spread_windows
 from zoo.vocabulary import encode_text
 
-TEXT = "wikitext2_valid.txt"  # in the folder of corpora
-HELD_OUT = 0.1  # share of the text, at its end, that no method reads
+TEXT = WIKIPEDIA  # its end is held out: no method reads it
 WINDOWS, SEQUENCE = 16, 256  # 4,096 predicted tokens
 
 
@@ -45,16 +46,17 @@ DONORS = {
     "smollm2": RealDonor("smollm2", "SmolLM2 135M"),
     "gemma3": RealDonor("gemma3", "Gemma 3 270M", bos=2),
 }
+SMALLER = {"width": 384, "layers": 16, "heads": 6, "kv_heads": 2, "ffn": 1024}
 TARGETS: dict[str, tuple[RealTarget, ...]] = {
     "smollm2": (
         RealTarget("own", "its own shape: 576 wide, 30 layers, 9 heads over 3, tied"),
         RealTarget(
             "smaller", "384 wide, 16 layers, 6 heads over 2, tied",
-            {"width": 384, "layers": 16, "heads": 6, "kv_heads": 2, "ffn": 1024},
+            SMALLER,
         ),
         RealTarget(
             "untied", "the same with a head of its own",
-            {"width": 384, "layers": 16, "heads": 6, "kv_heads": 2, "ffn": 1024, "tied": False},
+            {**SMALLER, "tied": False},
         ),
         RealTarget("shallower", "24 of 30 layers", {"layers": 24}),
         RealTarget("gqa", "9 heads, keys and values of their own", {"kv_heads": 9}),
@@ -98,27 +100,20 @@ def target_folder(models: Path, donor: str, target: RealTarget, work: Path) -> P
 
 def training_text(data: Path, work: Path) -> Path:
     """A file with the part of the text that methods may read."""
-    text = (data / "corpora" / TEXT).read_bytes()
     path = work / "training.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text[: _cut(text)])
+    path.write_bytes(split_text(data / "corpora" / TEXT)[0])
     return path
 
 
 def held_out_windows(data: Path, models: Path, donor: str) -> Tensor:
     """Windows of held-out text in a donor's tokens, int64 [WINDOWS, SEQUENCE + 1]."""
-    text = (data / "corpora" / TEXT).read_bytes()
-    tokens = encode_text(text[_cut(text) :].decode(errors="ignore"), models / donor)
+    held_out = split_text(data / "corpora" / TEXT)[1]
+    tokens = encode_text(held_out.decode(errors="ignore"), models / donor)
     bos = DONORS[donor].bos
-    own = SEQUENCE + (bos is None)  # a token for the start takes a place
-    starts = torch.linspace(0, len(tokens) - own, WINDOWS).long()
-    windows = tokens[starts[:, None] + torch.arange(own)]
-    return windows if bos is None else F.pad(windows, (1, 0), value=bos)
-
-
-def _cut(text: bytes) -> int:
-    """Where the held-out part begins: at a line."""
-    return text.rfind(b"\n", 0, int(len(text) * (1 - HELD_OUT))) + 1
+    if bos is None:
+        return spread_windows(tokens, WINDOWS, SEQUENCE)
+    return F.pad(spread_windows(tokens, WINDOWS, SEQUENCE - 1), (1, 0), value=bos)  # the start takes a place
 
 
 @torch.no_grad()
@@ -127,8 +122,4 @@ def loss_of_folder(folder: Path, windows: Tensor) -> float:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    total = 0.0
-    for window in windows.split(2):
-        logits = model(input_ids=window[:, :-1], use_cache=False).logits
-        total += float(F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())) * len(window)
-    return total / len(windows)
+    return sum(float(next_token_loss(model, window)) * len(window) for window in windows.split(2)) / len(windows)

@@ -9,7 +9,6 @@ it takes about three hours of one core; memory is that of `headstart generate`, 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.facts import read_facts, write_facts
 from benchmarks.head_start.costs import process_usage
 from benchmarks.head_start.tasks import language_model_methods
 from benchmarks.pages import cells
@@ -33,7 +33,7 @@ from benchmarks.real.models import (
     target_folder,
     training_text,
 )
-from zoo.checkpoints.atomic import replace_file
+from headstart import samplers
 from zoo.training.loop import reproducible
 
 FACTS, PAGE = RESULTS / "real_starts.json", RESULTS / "real_starts.md"
@@ -71,13 +71,13 @@ def main() -> None:
     given = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for donor, target, label in cases(given.only):
-        facts = read_facts()
+        facts = read_facts(FACTS)
         found = facts.setdefault(donor, {}).setdefault(target.name, {})
         if label not in found:
             found[label] = measure(donor, target, label, given)
             print(donor, target.name, label, found[label], flush=True)
-            replace_file(FACTS, (json.dumps(facts, indent=1) + "\n").encode())
-    PAGE.write_text(page(read_facts()))
+            write_facts(FACTS, facts)
+    PAGE.write_text(page(read_facts(FACTS)))
 
 
 def cases(only: list[str]) -> Iterator[tuple[str, RealTarget, str]]:
@@ -94,7 +94,7 @@ def measure(donor: str, target: RealTarget, label: str, given: argparse.Namespac
     method, _, reads = label.partition(":")
     folder = target_folder(given.models, donor, target, given.work)
     command = [sys.executable, "-m", "headstart", "generate", "--target", str(folder), "--method", method, "--quiet"]
-    if method in language_model_methods() and needs_donor(method):
+    if samplers.get(method).needs:
         command += ["--donor", str(given.models / donor)]
     if reads:
         command += ["--text", str(training_text(given.data, given.work))]
@@ -106,16 +106,6 @@ def measure(donor: str, target: RealTarget, label: str, given: argparse.Namespac
         with reproducible():
             loss = loss_of_folder(out, held_out_windows(given.data, given.models, donor))
     return {"loss": loss if math.isfinite(loss) else None} | {name: round(value, 1) for name, value in found.items()}
-
-
-def needs_donor(method: str) -> bool:
-    from headstart import samplers
-
-    return bool(samplers.get(method).needs)
-
-
-def read_facts() -> dict[str, Any]:
-    return json.loads(FACTS.read_text()) if FACTS.is_file() else {}
 
 
 def page(facts: dict[str, Any]) -> str:

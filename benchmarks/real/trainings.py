@@ -10,18 +10,17 @@ folder, and a run takes about ten minutes of one core. MODELS and DATA as in `be
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.facts import read_facts, write_facts
 from benchmarks.pages import cells
 from benchmarks.paths import RESULTS
-from benchmarks.real.models import RealTarget, target_folder, training_text
+from benchmarks.real.models import TARGETS, RealTarget, target_folder, training_text
 from headstart.compare.compare import compare
 from headstart.config import CompareConfig
 from headstart.report.scores import REFERENCE
 from zoo.add import add
-from zoo.checkpoints.atomic import replace_file
 from zoo.donors.layout import MANIFEST
 
 FACTS, PAGE = RESULTS / "real_trainings.json", RESULTS / "real_trainings.md"
@@ -29,10 +28,9 @@ DONOR = "smollm2"
 STEPS, BATCH_SIZE, SEQUENCE, WINDOWS = 200, 4, 256, 32
 LRS, SCALES, SEEDS = (1e-3, 4e-3), (1.0, 2.0), (0, 1, 2)
 BEFORE = 50  # steps after which losses are shown as well
-CUT = {"heads": 6, "kv_heads": 2, "ffn": 1024}
 METHODS: dict[str, tuple[RealTarget, tuple[str, ...]]] = {
     "smaller": (
-        RealTarget("smaller", "384 wide, 16 layers, 6 heads over 2, tied", {"width": 384, "layers": 16, **CUT}),
+        next(target for target in TARGETS[DONOR] if target.name == "smaller"),
         (
             "normal", "weight-selection", "pruning", "pruning:compensate=true", "subcloning", "sliced",
             "sliced:axes=weights", "row-column",
@@ -52,7 +50,7 @@ def main() -> None:
     zoo = given.work / "zoo"
     if not (zoo / MANIFEST).exists():
         add([str(given.models / DONOR)], zoo, quiet=True)
-    facts = read_facts()
+    facts = read_facts(FACTS)
     for name, (target, methods) in METHODS.items():
         results = compare(
             CompareConfig(
@@ -75,12 +73,8 @@ def main() -> None:
             command="python -m benchmarks.real.trainings",
         )
         facts[name] = {"methods": results["methods"], "refused": results.get("refused", {})}
-        replace_file(FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+        write_facts(FACTS, facts)
     PAGE.write_text(page(facts))
-
-
-def read_facts() -> dict[str, Any]:
-    return json.loads(FACTS.read_text()) if FACTS.is_file() else {}
 
 
 def page(facts: dict[str, Any]) -> str:

@@ -9,16 +9,15 @@ tokenizers, for the pairs of real models; without it these rows stay as the page
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import paths
+from benchmarks.facts import read_facts, write_facts
 from benchmarks.vocabulary.measure import LRS, OWN, Run, measure, variants
 from benchmarks.vocabulary.pairs import Pair, find_pairs
 from benchmarks.vocabulary.table import write_page
-from zoo.checkpoints.atomic import replace_file
 
 PAGE, RESULTS = paths.RESULTS / "vocabulary.md", paths.RESULTS / "vocabulary.json"
 SEEDS = (0, 1, 2)  # the learning rate is chosen on the first
@@ -46,12 +45,12 @@ def main() -> None:
     parser.add_argument("--models", type=Path)
     parser.add_argument("--work", type=Path, default=Path("build/vocabulary"))
     given = parser.parse_args()
-    found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    found: dict[str, dict[str, Any]] = read_facts(RESULTS)
     for pair, run in runs(find_pairs(given.data, given.models, given.work), found):
         if run.key() not in found:
             found[run.key()] = measure(pair, run)
             print(run, found[run.key()], flush=True)
-            replace_file(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
+            write_facts(RESULTS, found)
     PAGE.write_text(write_page(found))
     print(PAGE.read_text())
 

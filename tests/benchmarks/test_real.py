@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.facts import read_facts
 from benchmarks.head_start.tasks import language_model_methods
 from benchmarks.real import models, starts, trainings
 from benchmarks.real.fetch import MODELS, RealModel, fetch
@@ -68,7 +69,7 @@ def test_every_model_has_a_hash_and_fixed_versions() -> None:
 
 @pytest.mark.parametrize("script", [starts, trainings])
 def test_pages_are_written_from_the_committed_figures(script: Any) -> None:
-    facts = script.read_facts()
+    facts = read_facts(script.FACTS)
     if not facts:
         pytest.skip("not measured yet")
     assert script.PAGE.read_text() == script.page(facts)

@@ -9,13 +9,13 @@ Twenty minutes on one core; it resumes. Writes benchmarks/results/real_row_colum
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.facts import read_facts, write_facts
 from benchmarks.paths import RESULTS
 from benchmarks.real.models import DONORS
 from benchmarks.real.row_column.figures import draw_patterns, draw_statistics
@@ -24,7 +24,6 @@ from benchmarks.real.row_column.laws import comparisons, measure_comparison
 from benchmarks.real.row_column.page import write_page
 from benchmarks.real.row_column.statistics import measure_statistics
 from headstart.analyze.jobs import to_json_values
-from zoo.checkpoints.atomic import replace_file
 from zoo.training.loop import reproducible
 
 FACTS, PAGE = RESULTS / "real_row_column.json", RESULTS / "real_row_column.md"
@@ -43,13 +42,13 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for part, key, measure in jobs(given):
-        facts = read_facts()
+        facts = read_facts(FACTS)
         if key not in facts.setdefault(part, {}):
             with reproducible():
                 facts[part][key] = to_json_values(measure(), DIGITS)
             print(part, key, str(facts[part][key])[:200], flush=True)
-            replace_file(FACTS, (json.dumps(facts, indent=1) + "\n").encode())
-    write_results(read_facts())
+            write_facts(FACTS, facts)
+    write_results(read_facts(FACTS))
 
 
 def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], Any]]]:
@@ -63,10 +62,6 @@ def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], Any
     if "growth" in given.only:
         for case in CASES:
             yield "growth", case_key(case), partial(measure_growth, case, given)
-
-
-def read_facts() -> dict[str, Any]:
-    return json.loads(FACTS.read_text()) if FACTS.is_file() else {}
 
 
 def write_results(facts: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.models import RealTarget, donor_config, held_out_windows, loss_of_folder, target_config
+from benchmarks.real.models import RealTarget, held_out_windows, loss_of_folder, target_config
 from headstart.config import GenerateConfig
 from headstart.generate.generate import generate
 
@@ -50,23 +50,11 @@ def measure_growth(case: tuple[str, str, str, str, str], given: argparse.Namespa
     if sampling == ITSELF:
         return {"loss": loss_of_folder(given.models / DONOR, windows)}
     config = target_config(given.models, DONOR, TARGETS[target])
-    options = {} if sampling == DEFAULT else {
-        "sampling": sampling, "scale": scale, "noise": noise, "coupling": coupling
+    options: dict[str, Any] = {"method": "default"} if sampling == DEFAULT else {
+        "method": "row-column", "donor": str(given.models / DONOR),
+        "set": {"sampling": sampling, "scale": scale, "noise": noise, "coupling": coupling},
     }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=given.work) as scratch:
         out = Path(scratch) / "init"
-        if sampling == DEFAULT:
-            generate(GenerateConfig(target=config, method="default", seed=0, out=out), quiet=True)
-        else:
-            donor = str(given.models / DONOR)
-            generate(
-                GenerateConfig(target=config, method="row-column", donor=donor, seed=0, set=options, out=out),
-                quiet=True,
-            )
+        generate(GenerateConfig(target=config, seed=0, out=out, **options), quiet=True)
         return {"loss": loss_of_folder(out, windows)}
-
-
-def donor_sizes(models: Path) -> dict[str, int]:
-    """The sizes of the donor that the page names."""
-    config = donor_config(models, DONOR)
-    return {key: config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}

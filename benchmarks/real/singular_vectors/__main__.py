@@ -9,10 +9,10 @@ benchmarks/results/real_singular_vectors.json, .md, and figures/real_singular_ve
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.facts import read_facts, write_facts
 from benchmarks.paths import RESULTS
 from benchmarks.real.models import DONORS
 from benchmarks.real.singular_vectors.figure import draw_distances
@@ -27,7 +27,6 @@ from benchmarks.real.singular_vectors.measure import (
 )
 from benchmarks.real.singular_vectors.page import write_page
 from headstart.analyze.jobs import to_json_values
-from zoo.checkpoints.atomic import replace_file
 from zoo.donors.folder import StandaloneDonor
 from zoo.statistics.grouping import Grouping
 from zoo.training.loop import reproducible
@@ -42,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True)
     given = parser.parse_args()
-    facts: dict[str, Any] = json.loads(FACTS.read_text()) if FACTS.is_file() else {}
+    facts: dict[str, Any] = read_facts(FACTS)
     with reproducible():
         measure_all(given.models, facts)
     PAGE.write_text(write_page(facts))
@@ -81,7 +80,7 @@ def measure_all(models: Path, facts: dict[str, Any]) -> None:
 
 
 def store(facts: dict[str, Any]) -> None:
-    replace_file(FACTS, (json.dumps(to_json_values(facts, DIGITS), indent=1) + "\n").encode())
+    write_facts(FACTS, to_json_values(facts, DIGITS))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,17 @@ from typing import Any
 
 from benchmarks.pages.cells import MISSING, table
 from benchmarks.real.models import DONORS
-from benchmarks.real.singular_vectors.figure import LABELS, PUBLISHED_EXPONENT
-from benchmarks.real.singular_vectors.measure import BOOTSTRAPS, DEFAULT_INIT, INITS, OWN, PAPER, SEEDS, XMIN_SHARES
+from benchmarks.real.singular_vectors.figure import LABELS
+from benchmarks.real.singular_vectors.measure import (
+    BOOTSTRAPS,
+    DEFAULT_INIT,
+    INITS,
+    OWN,
+    PAPER,
+    PUBLISHED_EXPONENT,
+    SEEDS,
+    XMIN_SHARES,
+)
 
 Facts = dict[str, Any]
 VERDICTS = {"power law": "power law", "not a power law": "none", "undecided": "undecided"}
