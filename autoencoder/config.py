@@ -28,6 +28,8 @@ class AutoencoderTrainConfig:
     diversity: float = 0.3  # least relative distance of what two donors' latents write at one shape
     diversity_weight: float = 0.2
     diversity_from: float = 0.6  # share of the third stage before the distance counts
+    early: float = 0.3  # how often early checkpoints of a run are trained, once they are
+    early_from: float = 0.6  # share of the third stage before they are
     shapes: int = 128  # random shapes that are drawn before training
     seed: int = 0
     corpora: Mapping[str, str] = field(default_factory=dict)  # {donor, text of donors, or `all`: file}

@@ -23,6 +23,7 @@ from zoo.units.tables import layer_to_tables, numbers_of, position_table, split_
 GROWTH = 1.25  # the field's largest width, heads and neurons, in those of the largest donor
 RANK = 2.4  # numbers per slot and base, per coordinate of the field's width
 SHARE = 0.42  # of the zoo's weights that the bases and maps of a field hold at most; networks come on top
+TOKEN_SHARE = 0.21  # of the zoo's weights that the field's vocabulary holds at most
 MOST_BASES = 32
 LEAST_BASES = 2
 SMALL_ZOO = 2_000_000  # weights; below, the share does not bind
@@ -117,6 +118,9 @@ def field_sizes(donors: Sequence[TrainingDonor], tokens: int) -> FieldSizes:
         "families": families,
     }
     weights = sum(d.donor.parameters for d in donors)
+    token_rank = int(TOKEN_SHARE * weights / (tokens * shared["token_bases"]))
+    if weights >= SMALL_ZOO and token_rank < rank:  # a large vocabulary would leave no room for blocks
+        shared["token_rank"] = max(1, token_rank)
     bases = MOST_BASES
     while bases > LEAST_BASES * len(families) and weights >= SMALL_ZOO:
         if field_numbers(FieldSizes(bases=bases, **shared)) <= SHARE * weights:

@@ -51,12 +51,12 @@ class FieldSizes:
     block_latent: int = 16
     hidden: int = 128
     positions: int = 0  # learned ones
+    token_rank: int = 0  # the rank of the vocabulary's tables, where it is lower; 0: as `rank`
     families: tuple[Family, ...] = (PLAIN,)  # of the donors
 
     def to_json(self) -> dict[str, int]:
-        """The sizes by name, without the families; `positions` only where there are learned ones."""
-        found = {name: value for name, value in vars(self).items() if name != "families"}
-        return {name: value for name, value in found.items() if (name, value) != ("positions", 0)}
+        """The sizes by name, without the families; those that can be 0 only where they are not."""
+        return {name: value for name, value in vars(self).items() if name != "families" and value != 0}
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -88,6 +88,8 @@ class FieldSizes:
     def table_rank(self, table: str) -> int:
         """S of a table: never more than its vectors have numbers, and for a table of one slot than it has bases."""
         numbers = len(self.vector_roles(table)) * self.width + len(self.number_roles(table))
+        if table in ("token", "position"):
+            return min(self.token_rank or self.rank, numbers)
         return min(self.rank, numbers, self.bases) if table == "block" else min(self.rank, numbers)
 
 

@@ -95,9 +95,10 @@ def _random_head_dim(shapes: Sequence[Metadata], seed: int, name: str) -> int:
 def draw_step(config: AutoencoderTrainConfig, donors: Sequence[TrainingDonor], step: int) -> BehaviourStep:
     """Which donors and which shape a step of behaviour has."""
     rng = stream(config.seed, f"behaviour {step}")
-    first = int(torch.randint(len(donors), (1,), generator=rng))
+    numbers = _drawn_from(config, donors, step, rng)
+    first = numbers[int(torch.randint(len(numbers), (1,), generator=rng))]
     mixes = float(torch.rand((), generator=rng)) < config.mixing
-    second = int(torch.randint(len(donors), (1,), generator=rng))
+    second = numbers[int(torch.randint(len(numbers), (1,), generator=rng))]
     share = float(torch.rand((), generator=rng))
     own = float(torch.rand((), generator=rng)) < OWN_SHAPE
     shape = -1 if own else int(torch.randint(config.shapes, (1,), generator=rng))
@@ -106,6 +107,18 @@ def draw_step(config: AutoencoderTrainConfig, donors: Sequence[TrainingDonor], s
     mixes = mixes and alike and all(d.is_final for d in both) and torch.equal(both[0].rows, both[1].rows)
     other = second if alike else first
     return BehaviourStep((first, second) if mixes else (first,), other, share if mixes else 1.0, shape)
+
+
+def _drawn_from(
+    config: AutoencoderTrainConfig, donors: Sequence[TrainingDonor], step: int, rng: torch.Generator
+) -> list[int]:
+    """The numbers of the donors of a step: last checkpoints of runs, or, late and now and then, early ones."""
+    final = [i for i, d in enumerate(donors) if d.is_final]
+    early = [i for i, d in enumerate(donors) if not d.is_final]
+    if not final or not early:
+        return final or early
+    late = step >= config.reconstruction + config.warmup + config.early_from * config.steps
+    return early if late and float(torch.rand((), generator=rng)) < config.early else final
 
 
 LEAST_ENERGY = 1e-4  # mean square of a role below which its relative error counts less

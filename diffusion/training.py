@@ -115,7 +115,7 @@ class _DiffusionTrainer:
         self.denoiser.to(device_now)
         self.autoencoder.to(device_now)
         groups = [{"params": list(self.denoiser.parameters())}, {"params": list(self.autoencoder.field.parameters())}]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         objective = Objective(self._modules(), self.step_loss)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.average_loss = float("nan")  # exponential moving average

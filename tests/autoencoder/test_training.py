@@ -227,6 +227,30 @@ def test_a_step_is_a_function_of_the_seed_and_mixes_texts_as_latents(zoo: Zoo) -
     )
 
 
+def test_early_checkpoints_are_trained_late_and_now_and_then(zoo: Zoo) -> None:
+    donors, _ = read_training_donors(zoo, quiet=True)
+    settings = AutoencoderTrainConfig(steps=1000, reconstruction=10, warmup=5, early=0.25, early_from=0.5)
+    plain = [draw_step(settings, donors, i) for i in range(15, 1015)]
+    assert plain == [draw_step(replace(settings, early=0.9), donors, i) for i in range(15, 1015)]  # no early ones
+    with patch.dict(donors[1].donor.facts, {"step": 10, "steps": 20}):
+        first = [draw_step(settings, donors, i).donors[0] for i in range(15, 1015)]
+    with patch.dict(donors[0].donor.facts, {"step": 10, "steps": 20}):
+        other = [draw_step(settings, donors, i).donors[0] for i in range(15, 1015)]
+    for found, early in ((first, 1), (other, 0)):
+        assert set(found[:500]) == {1 - early} and found[500:].count(early) == pytest.approx(125, abs=30)
+
+
+def test_a_large_vocabulary_leaves_room_for_blocks(zoo: Zoo) -> None:
+    donors, _ = read_training_donors(zoo, quiet=True)
+    many = donors * 12
+    weights = sum(d.donor.parameters for d in many)
+    with patch("autoencoder.donors.SMALL_ZOO", 1000):
+        small, large = field_sizes(many, 40), field_sizes(many, 3000)
+    assert small.token_rank == 0 and small.table_rank("token") == 80 > large.table_rank("token") > 0
+    assert field_numbers(large) <= SHARE * weights and large.bases > LEAST_BASES
+    assert "token_rank" in large.to_json() and "token_rank" not in small.to_json()  # older folders have none
+
+
 def test_the_text_of_a_donor_is_the_one_given_for_it_then_for_its_text_then_for_all(zoo: Zoo, tmp_path: Path) -> None:
     donors, _ = read_training_donors(zoo, quiet=True)
     files = {}
