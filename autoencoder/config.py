@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+ONE_TEXT_STEPS, FURTHER_TEXT_STEPS = 4000, 1000  # of the third stage
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class AutoencoderTrainConfig:
     Without the second stage, the gradients of donors that the bases cannot express destroy the bases: on the
     benchmark's zoo the loss then stayed at 2.6 for 200 steps, where the bigram loss is."""
 
-    steps: int = 4000  # of the third stage
+    steps: int | None = None  # of the third stage; None: `with_steps`
     reconstruction: int = 300
     warmup: int = 150  # of the second stage
     batch: int = 16  # windows per step
@@ -36,4 +38,13 @@ class AutoencoderTrainConfig:
 
     @property
     def all_steps(self) -> int:
-        return self.reconstruction + self.warmup + self.steps
+        return self.reconstruction + self.warmup + self.last_stage
+
+    @property
+    def last_stage(self) -> int:
+        """The steps of the third stage, for a zoo of one text where nothing is said."""
+        return ONE_TEXT_STEPS if self.steps is None else self.steps
+
+    def with_steps(self, texts: int) -> AutoencoderTrainConfig:
+        """The same with steps for a zoo whose donors learned from so many texts, unless they are given."""
+        return self if self.steps is not None else replace(self, steps=ONE_TEXT_STEPS + FURTHER_TEXT_STEPS * (texts - 1))

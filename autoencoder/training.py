@@ -36,6 +36,7 @@ from autoencoder.texts import given_text_hashes, read_texts
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
 from zoo.streams import stream
+from zoo.training.corpora import corpus_name
 from zoo.training.resumable import restore_training, stored_tensor, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
 from zoo.training.shared_steps import Objective, moving_average, shared_accelerator, shared_update, warm_cosine
@@ -63,6 +64,7 @@ def train_autoencoder(
     unusable zoo or text, or for an `out` that is in use (without `resume`)."""
     out, opened = Path(out), Zoo.open(zoo)
     given = given_corpora(config.corpora, opened.donors)
+    config = config.with_steps(len({corpus_name(d.facts) for d in opened.donors}))
     identity = run_identity(replace(config, corpora={}), opened, *given_text_hashes(given))
     run = Run(out, identity, config.all_steps, SAVE_EVERY, REPORT_FILE, "autoencoder", resume, quiet)
     return train_in_folder(run, lambda: _AutoencoderTrainer(config, opened, run, given, device, command))
@@ -164,7 +166,7 @@ class _AutoencoderTrainer:
         shape = first.shape if chosen.shape < 0 else replace(shapes[chosen.shape], vocab=first.shape.vocab)
         windows = mixed_windows(self.texts, chosen, config, step).chunk(parts)[part].to(device)
         loss = written_loss(self.model.field, latents, first, shape, self.skeletons, windows)
-        late = step >= config.reconstruction + config.warmup + config.diversity_from * config.steps
+        late = step >= config.reconstruction + config.warmup + config.diversity_from * config.last_stage
         if late and chosen.other != chosen.donors[0] and config.diversity:
             both = self.encode(chosen.donors[0]), self.encode(chosen.other)
             loss = loss + config.diversity_weight * sameness(self.model.field, shape, *both, config.diversity)
@@ -215,5 +217,5 @@ def learning_rates(config: AutoencoderTrainConfig, step: int) -> tuple[float, fl
     number = step - config.reconstruction
     if number < config.warmup:
         return config.reconstruction_lr, 0.0, 0.0
-    share = warm_cosine(number - config.warmup, config.steps, *SCHEDULE)
+    share = warm_cosine(number - config.warmup, config.last_stage, *SCHEDULE)
     return share * config.lr, share * config.bases_lr, share * config.maps_lr

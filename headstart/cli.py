@@ -152,7 +152,7 @@ ComparedTargets = Annotated[
     str | None,
     typer.Option("--targets", metavar="A,B,...", help="With --base: modules to adapt [default: all-linear]."),
 ]
-AUTOENCODER_STEPS, DIFFUSION_STEPS = 4000, 2000  # defaults of the training configurations, which import torch
+AUTOENCODER_STEPS, TEXT_STEPS, DIFFUSION_STEPS = 4000, 1000, 2000  # defaults of the training configurations
 
 app = typer.Typer(
     help="Initial weights for new language models, learned from the weights of open ones.",
@@ -320,7 +320,12 @@ def train_autoencoder(
     corpus: CorporaOption = None,
     resume: ResumeOption = False,
     steps: Annotated[
-        int | None, typer.Option("--steps", help=f"Optimiser steps of the last stage [default: {AUTOENCODER_STEPS}].")
+        int | None,
+        typer.Option(
+            "--steps",
+            help=f"Optimiser steps of the last stage [default: {AUTOENCODER_STEPS}, and {TEXT_STEPS} more for each "
+            "further text that the donors learned from].",
+        ),
     ] = TrainAutoencoderConfig.steps,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,

@@ -173,7 +173,9 @@ def test_python_is_checked_as_the_command_line_is(make: Any, reason: str) -> Non
 
 
 def test_help_names_the_default_steps_of_the_trainings() -> None:
-    assert AutoencoderTrainConfig().steps == cli.AUTOENCODER_STEPS
+    assert AutoencoderTrainConfig().with_steps(1).steps == cli.AUTOENCODER_STEPS
+    assert AutoencoderTrainConfig().with_steps(3).steps == cli.AUTOENCODER_STEPS + 2 * cli.TEXT_STEPS
+    assert AutoencoderTrainConfig(steps=7).with_steps(3).steps == 7
     assert DiffusionTrainConfig().steps == cli.DIFFUSION_STEPS
 
 
