@@ -47,4 +47,6 @@ class AutoencoderTrainConfig:
 
     def with_steps(self, texts: int) -> AutoencoderTrainConfig:
         """The same with steps for a zoo whose donors learned from so many texts, unless they are given."""
-        return self if self.steps is not None else replace(self, steps=ONE_TEXT_STEPS + FURTHER_TEXT_STEPS * (texts - 1))
+        return (
+            self if self.steps is not None else replace(self, steps=ONE_TEXT_STEPS + FURTHER_TEXT_STEPS * (texts - 1))
+        )

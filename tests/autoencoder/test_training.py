@@ -338,7 +338,7 @@ def test_diffusion_needs_the_autoencoder_of_its_zoo(trained: Path, tmp_path: Pat
 
 def test_the_default_stages_add_up() -> None:
     settings = AutoencoderTrainConfig()
-    assert settings.all_steps == settings.reconstruction + settings.warmup + settings.steps
+    assert settings.all_steps == settings.reconstruction + settings.warmup + settings.last_stage
     rates = [training.learning_rates(settings, step) for step in range(settings.all_steps)]
     second = rates[settings.reconstruction : settings.reconstruction + settings.warmup]
     assert all(bases == maps == 0 < network for network, bases, maps in second)  # the second stage keeps the bases
