@@ -156,7 +156,7 @@ def test_the_claims_say_what_the_runs_say(results: BenchmarkResults) -> None:
     retrieval = claims.to_default(both, ["retrieval"])
     assert retrieval.below == len(retrieval.values) == 30
     flat = text.replace("\n   ", " ")
-    assert "was called `diffusion`, in which a trained network chose the blocks" in flat
+    assert "the earlier pipeline, in which a trained network chose the blocks" in flat
     rivals = claims.retrieval_against_best(both)
     assert rivals.above > rivals.below, "it does not beat the best transfer method"
     assert "`gqa` (4) and `deeper` (1)" in flat
