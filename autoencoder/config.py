@@ -32,6 +32,7 @@ class AutoencoderTrainConfig:
     diversity_from: float = 0.6  # share of the third stage before the distance counts
     early: float = 0.3  # how often early checkpoints of a run are trained, once they are
     early_from: float = 0.6  # share of the third stage before they are
+    distill: bool = False  # minimise the distance to the donor's predictions instead of the loss on text
     shapes: int = 128  # random shapes that are drawn before training
     seed: int = 0
     corpora: Mapping[str, str] = field(default_factory=dict)  # {donor, text of donors, or `all`: file}

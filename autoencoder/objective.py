@@ -104,7 +104,8 @@ def draw_step(config: AutoencoderTrainConfig, donors: Sequence[TrainingDonor], s
     shape = -1 if own else int(torch.randint(config.shapes, (1,), generator=rng))
     both = donors[first], donors[second]
     alike = both[0].family == both[1].family
-    mixes = mixes and alike and all(d.is_final for d in both) and torch.equal(both[0].rows, both[1].rows)
+    mixes = mixes and alike and not config.distill
+    mixes = mixes and all(d.is_final for d in both) and torch.equal(both[0].rows, both[1].rows)
     other = second if alike else first
     return BehaviourStep((first, second) if mixes else (first,), other, share if mixes else 1.0, shape)
 
@@ -216,12 +217,13 @@ def written_loss(
     shape: Metadata,
     skeletons: Skeletons,
     windows: Tensor,
+    distill: bool = False,
 ) -> Tensor:
-    """The loss of the model that the field writes at a shape: on text, or for an early checkpoint of a run against the
-    donor's logits, so that latents of early checkpoints write models of their quality."""
+    """The loss of the model that the field writes at a shape: on text, or, with `distill` and for an early checkpoint
+    of a run, against the donor's logits. So latents of early checkpoints write models of their quality."""
     decoder = field_decoder(field, shape, latents.at_depth(shape.layers), donor.rows.to(windows.device))
     skeleton = skeletons.get(shape)
     windows, starts = first_positions(skeleton, windows)
-    if donor.is_final:
+    if donor.is_final and not distill:
         return text_loss(skeleton, decoder, windows, starts)
     return distillation_loss(skeleton, decoder, windows, donor_logits(donor, skeletons, windows, starts), starts)

@@ -165,7 +165,7 @@ class _AutoencoderTrainer:
         shapes = self.shapes[first.family]
         shape = first.shape if chosen.shape < 0 else replace(shapes[chosen.shape], vocab=first.shape.vocab)
         windows = mixed_windows(self.texts, chosen, config, step).chunk(parts)[part].to(device)
-        loss = written_loss(self.model.field, latents, first, shape, self.skeletons, windows)
+        loss = written_loss(self.model.field, latents, first, shape, self.skeletons, windows, config.distill)
         late = step >= config.reconstruction + config.warmup + config.diversity_from * config.last_stage
         if late and chosen.other != chosen.donors[0] and config.diversity:
             both = self.encode(chosen.donors[0]), self.encode(chosen.other)

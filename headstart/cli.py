@@ -327,6 +327,9 @@ def train_autoencoder(
             "further text that the donors learned from].",
         ),
     ] = TrainAutoencoderConfig.steps,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Learn from the donors' predictions instead of the text itself.")
+    ] = TrainAutoencoderConfig.distill,
     seed: SeedOption = 0,
     device: DeviceOption = Device.auto,
     config: ConfigOption = None,

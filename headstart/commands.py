@@ -241,7 +241,7 @@ def _train_autoencoder(config: TrainAutoencoderConfig, invocation: Invocation) -
 
     steps = {} if config.steps is None else {"steps": config.steps}
     train_autoencoder(
-        AutoencoderTrainConfig(seed=config.seed, corpora=config.corpus, **steps),
+        AutoencoderTrainConfig(seed=config.seed, corpora=config.corpus, distill=config.distill, **steps),
         config.zoo,
         config.out,
         resume=invocation.resume,

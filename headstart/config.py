@@ -318,6 +318,7 @@ class TrainAutoencoderConfig(CommandConfig):
     out: str | Path
     corpus: Mapping[str, str] = field(default_factory=dict)  # {donor, its text's name, or all: file or folder of text}
     steps: int | None = option(None, least=1)  # else the default of the training
+    distill: bool = False  # minimise the distance to the donors' predictions instead of the loss on text
     seed: int = 0
     device: str = "auto"  # a CUDA GPU if one is available, else the CPU
 

@@ -48,7 +48,6 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)  # of AutoencoderTrainConfig
     random_start: bool = False  # bases and maps do not come from donors
     share: float = SHARE  # of the donors' weights that bases and maps may hold
-    distilled: bool = False  # against the logits of the donor instead of text
     hypernetwork: bool = False  # a low-rank one that reads no donor, with as many numbers as the default
 
 
@@ -64,7 +63,7 @@ VARIANTS = {
     "250 steps": Variant("a quarter of the steps", {"steps": STEPS // 4}),
     "500 steps": Variant("half of the steps", {"steps": STEPS // 2}),
     "4000 steps": Variant("four times the steps, the default of `headstart train`", {"steps": 4 * STEPS}),
-    "distilled": Variant("the donors' logits instead of their text", distilled=True),
+    "distilled": Variant("the donors' logits instead of their text", {"distill": True}),
     "low-rank hypernetwork": Variant("after LoGAH (2405.16287): behaviour only, from no donor", hypernetwork=True),
     "no mixing": Variant("latents of two donors are never mixed", {"mixing": 0.0}),
     "no diversity": Variant("no penalty keeps the latents apart", {"diversity": 0.0}),
@@ -135,9 +134,6 @@ def changed(variant: Variant) -> Iterator[None]:
             stack.enter_context(mock.patch.object(training, "start_field", lambda *args: None))
         if variant.share != SHARE:
             stack.enter_context(mock.patch("autoencoder.donors.SHARE", variant.share))
-        if variant.distilled:
-            never_final = property(lambda donor: False)
-            stack.enter_context(mock.patch("autoencoder.donors.TrainingDonor.is_final", never_final))
         yield
 
 

@@ -29,7 +29,15 @@ from autoencoder.donors import (
 )
 from autoencoder.loading import load_autoencoder
 from autoencoder.model import new_autoencoder
-from autoencoder.objective import draw_step, mixed_windows, training_shapes
+from autoencoder.objective import (
+    Skeletons,
+    donor_logits,
+    draw_step,
+    encode_donor,
+    mixed_windows,
+    training_shapes,
+    written_loss,
+)
 from autoencoder.report import pca_axes, pca_projection
 from autoencoder.sampler import AutoencoderSampler
 from tests.support.generators import (
@@ -238,6 +246,22 @@ def test_early_checkpoints_are_trained_late_and_now_and_then(zoo: Zoo) -> None:
         other = [draw_step(settings, donors, i).donors[0] for i in range(15, 1015)]
     for found, early in ((first, 1), (other, 0)):
         assert set(found[:500]) == {1 - early} and found[500:].count(early) == pytest.approx(125, abs=30)
+
+
+def test_with_distill_the_donor_is_the_teacher(zoo: Zoo, trained: Path) -> None:
+    donors, _ = read_training_donors(zoo, quiet=True)
+    model, skeletons, first = load_autoencoder(trained / "autoencoder"), Skeletons(donors), donors[0]
+    windows = byte_tokens(TEXT.encode())[:68].view(4, 17)
+    latents = encode_donor(model, first)
+    arguments = (model.field, latents, first, first.shape, skeletons, windows)
+    with torch.no_grad():
+        plain, distilled = written_loss(*arguments), written_loss(*arguments, distill=True)
+        with patch.dict(first.donor.facts, {"step": 10, "steps": 20}):
+            assert written_loss(*arguments) == distilled != plain  # as an early checkpoint
+        teacher = donor_logits(first, skeletons, windows).softmax(-1)
+    assert float(distilled) >= float(-(teacher * teacher.log()).sum(-1).mean())  # its entropy
+    mixing = replace(AUTOENCODER, mixing=1.0)
+    assert all(len(draw_step(replace(mixing, distill=True), donors, i).donors) == 1 for i in range(20))
 
 
 def test_a_large_vocabulary_leaves_room_for_blocks(zoo: Zoo) -> None:
