@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from benchmarks.facts import read_facts
 from benchmarks.generator import audit, page
 from benchmarks.generator.page import NOISE, Row
+from benchmarks.generator.tasks import WITHOUT
 from benchmarks.head_start.results import BenchmarkResults, Entries, paired_difference
 from benchmarks.head_start.tasks import BUDGETS
 from benchmarks.pages import cells
@@ -22,7 +24,8 @@ def generator_claims(results: BenchmarkResults) -> str:
     found = page.all_rows(results)
     if not found:
         return ""
-    paragraphs = [start_claim(found), loss_claim(found), *audit_claims(read_facts(audit.FACTS))]
+    facts = read_facts(audit.FACTS)
+    paragraphs = [start_claim(found), loss_claim(found), *audit_claims(facts), *specialist_claims(facts)]
     wrapped = [textwrap.fill(p, LINE, break_on_hyphens=False) for p in paragraphs]
     return "\n\n".join([wrapped[0], counts_table(found), *wrapped[1:]])
 
@@ -103,6 +106,28 @@ def audit_claims(facts: Mapping[str, Any]) -> list[str]:
         f"from one another: {about['donors apart']:.2f}). On a zoo of one text the field does the work, and "
         f"the diffusion hardly matters. Training took {sum(cost['seconds']) / 60:.0f} minutes of one core and "
         f"{cost['flops'] / cost['donor_flops']:.1f} times the FLOPs of its donors."
+    ]
+
+
+def specialist_claims(facts: Mapping[str, Any]) -> list[str]:
+    """What the generators of specialists do on the texts of their donors; none before they are measured."""
+    zoos = {zoo: about for zoo, about in facts.items() if zoo.startswith(WITHOUT)}
+    if not zoos:
+        return []
+    shapes = [f for about in zoos.values() for f in about["shapes"].values()]
+    own = [(text, losses) for f in shapes for text, losses in f["texts"]["own"].items()]
+    right = [losses[text] for text, losses in own]
+    wrong = [min(loss for told, loss in losses.items() if told != text) - losses[text] for text, losses in own]
+    halves = [losses for f in shapes for losses in f["texts"]["halves"].values()]
+    mixed = sum(page.mixture_is_better(losses) for losses in halves)
+    shares = [(z["sizes"]["field"] + z["sizes"]["denoiser"]) / z["sizes"]["donors"] for z in zoos.values()]
+    noise = [f["denoiser zeroed"] - f["sampled"][0] for f in shapes]
+    return [
+        f"**On a zoo of specialists the text decides.** {len(zoos)} generators, each of donors on three texts, write "
+        f"models of {spread(right)} nats on these texts. Told the best of the other texts they are "
+        f"{spread(wrong)} higher (median {median(wrong):.2f}). For half of one text and half of another, a mixture of "
+        f"latents is below both pure ones in {mixed} of {len(halves)} cases. Noise in place of the latents costs "
+        f"{spread(noise)} on the text that no donor saw. They store {spread(shares)} of their donors' weights."
     ]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from autoencoder.donors import read_training_donors
 from autoencoder.loading import load_autoencoder
-from benchmarks.generator import ablations, audit, inputs, models, page, tasks, text_audit
+from benchmarks.generator import ablations, audit, claims, inputs, models, page, tasks, text_audit
 from benchmarks.head_start.results import BenchmarkResults
 from benchmarks.head_start.tasks import UNSEEN_TARGETS, llama
 from benchmarks.peers import logah
@@ -173,6 +173,12 @@ def test_the_page_compares_texts_by_shape() -> None:
     facts = {"zoo": {"shapes": {"heads": shape(1.0, 1.5), "wider": shape(1.2, 1.3)}}}
     assert "| zoo | a | 1.10 | 1.40 | 0.10 to 0.50 |" in page.own_text_table(facts)
     assert "| zoo | a and b | 1.40 | 1.90 | 1.70 | 1.40 | 1 of 2 |" in page.half_text_table(facts)
+    parts = {"sampled": [2.0], "denoiser zeroed": 2.25}
+    shapes = {name: {**parts, **f} for name, f in facts["zoo"]["shapes"].items()}
+    about = {"shapes": shapes, "sizes": {"field": 9, "denoiser": 1, "donors": 40}}
+    claim = claims.specialist_claims({"embedded": {}, "without-c": about})[0]
+    assert "below both pure ones in 1 of 2 cases" in claim and "0.25 to 0.25 of their donors' weights" in claim
+    assert claims.specialist_claims({"embedded": {}}) == []
     assert page.own_text_table({"zoo": {"shapes": {"heads": {}}}}) == ""
 
 
