@@ -144,7 +144,10 @@ def test_the_field_of_a_large_zoo_stores_a_share_of_it(zoo: Zoo) -> None:
     donors, strings = read_training_donors(zoo, quiet=True)
     weights = sum(d.donor.parameters for d in donors)
     small = field_sizes(donors, len(strings))
-    assert small.bases == sum(d.shape.layers for d in donors) == 3  # a small zoo has a base for each block
+    assert small.bases == sum(d.shape.layers for d in donors) == 3  # a base for each block, as their texts are unknown
+    plays = {"corpus": "plays"}
+    with patch.dict(donors[0].donor.facts, plays), patch.dict(donors[1].donor.facts, plays):
+        assert field_sizes(donors, len(strings)).bases == donors[0].shape.layers == 2  # of the larger one of their text
     with patch("autoencoder.donors.SMALL_ZOO", 1000):
         large = field_sizes(donors * 20, len(strings))
     assert field_numbers(large) <= SHARE * 20 * weights and large.bases > LEAST_BASES
