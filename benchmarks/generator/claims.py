@@ -51,13 +51,18 @@ def loss_claim(found: Sequence[Row]) -> str:
         "of this page, `retrieval` among them. The **control** is the widest donor (or the best that fits inside the "
         "target), trained for as many FLOPs as the generator, and carried by the two methods that are best there. A is "
         "the donors' own text, B has texts that nothing saw. Below and above are with the whole 95 % interval"
-        f"{seed_note(found)}. "
+        f"{specialists_note(found)}. "
         "[generator.md](benchmarks/results/generator.md) has every case."
     )
 
 
-def seed_note(found: Sequence[Row]) -> str:
-    return f", on S (one seed) by more than {NOISE:g} nats" if any(r.comparison.task == "S" for r in found) else ""
+def specialists_note(found: Sequence[Row]) -> str:
+    if not any(r.comparison.task == "S" for r in found):
+        return ""
+    return (
+        ". S has donors on three of four texts, and the fourth is the target's; one seed, so that below and above are by "
+        f"more than {NOISE:g} nats, and as others only `retrieval` and the two methods that are best at each shape on A"
+    )
 
 
 def counts_table(found: Sequence[Row]) -> str:
