@@ -17,7 +17,7 @@ import torch
 from autoencoder.field import Latents, all_blocks
 from benchmarks.facts import read_facts, write_facts
 from benchmarks.generator.inputs import Inputs, make_inputs
-from benchmarks.generator.models import generator_flops, shape_of, train_generator
+from benchmarks.generator.models import generator_flops, last_checkpoints, shape_of, train_generator
 from benchmarks.generator.tasks import TEXTS, WITHOUT
 from benchmarks.generator.text_audit import text_losses
 from benchmarks.head_start.models import training_seconds
@@ -58,14 +58,15 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
     known = {corpus_name(d.facts) for d in donors.donors}
     known_texts = {t: content for t, content in texts.items() if t in known}
     others = {t: content[:SAMPLE_BYTES] for t, content in texts.items() if t != text}
-    frames = [donor_frame(d) for d in donors.donors]
+    final = last_checkpoints(donors)  # an early checkpoint lies near the last one of its run
+    frames = [donor_frame(d) for d in final]
     flops = generator_flops(paths)
     return {
         "text": text,
         "sizes": sizes(inputs.pipeline, donors),
         "cost": {"flops": flops, "seconds": training_seconds(paths), "donor_flops": donor_flops(donors)},
         "speed": parameters_per_second(inputs.pipeline),
-        "donors apart": statistics.median(near.total for near, _ in leave_one_out(donors.donors, frames).values()),
+        "donors apart": statistics.median(near.total for near, _ in leave_one_out(final, frames).values()),
         "shapes": {
             name: losses(inputs, shape_of(config), others)
             | diversity(inputs, shape_of(config))

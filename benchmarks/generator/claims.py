@@ -49,8 +49,8 @@ def loss_claim(found: Sequence[Row]) -> str:
     return (
         "Each case is one shape and text; the other side is chosen afterwards. **Others** are all other methods "
         "of this page, `retrieval` among them. The **control** is the widest donor (or the best that fits inside the "
-        "target), trained for as many FLOPs as the generator, and carried by the two methods that are best there. A is "
-        "the donors' own text, B has texts that nothing saw. Below and above are with the whole 95 % interval"
+        "target), trained for as many FLOPs as the generator, and carried by the two methods that are best there. "
+        "Below and above are with the whole 95 % interval"
         f"{specialists_note(found)}. "
         "[generator.md](benchmarks/results/generator.md) has every case."
     )
@@ -60,8 +60,8 @@ def specialists_note(found: Sequence[Row]) -> str:
     if not any(r.comparison.task == "S" for r in found):
         return ""
     return (
-        ". S has donors on three of four texts, and the fourth is the target's; one seed, so that below and above are by "
-        f"more than {NOISE:g} nats, and as others only `retrieval` and the two methods that are best at each shape on A"
+        f". S has one seed, so that below and above are by more than {NOISE:g} nats, and as others only `retrieval` "
+        "and the two methods that are best at each shape on A"
     )
 
 

@@ -92,9 +92,14 @@ def _train_longer(work: Path, zoo: str, folder: Path, data: Path | None) -> None
 
 def longest_donors(zoo: Zoo) -> list[Donor]:
     """The donors that the control of some target needs, with their last checkpoint."""
-    final = [d for d in zoo.donors if d.facts.get("step") in (None, d.facts.get("steps"))]
+    final = last_checkpoints(zoo)
     chosen = {d.name: d for d in (control_donor(final, target) for target in UNSEEN_TARGETS)}
     return list(chosen.values())
+
+
+def last_checkpoints(zoo: Zoo) -> list[Donor]:
+    """The donors without early checkpoints of their runs."""
+    return [d for d in zoo.donors if d.facts.get("step") in (None, d.facts.get("steps"))]
 
 
 def control_donor(donors: Sequence[Donor], target: str) -> Donor:
