@@ -30,7 +30,7 @@ HEADERS = (
 )  # fmt: skip
 STRANGE = (None, True, 0, -1, 2**63, 1e300, "", VICTIM, "a\x00b", "\ud800", [], {}, [None], {"": 0}, "x" * 2000)
 TIMEOUT, PATIENCE = 0.4, 20.0  # seconds of --timeout where a hub stalls, and where a loaded machine must not
-MUTATIONS = int(os.environ.get("HEADSTART_FUZZ_HUB", "100"))
+MUTATIONS = int(os.environ.get("HEADSTART_FUZZ_HUB", "40"))
 TOKEN = "hf_secret_of_the_user"
 
 # Runs a command for each line of JSON on stdin: {"error", "kind", "cpu", "peak"}; error is null if it is accepted.

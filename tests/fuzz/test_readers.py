@@ -11,7 +11,7 @@ import pytest
 from tests.fuzz.campaign import fuzz
 from tests.fuzz.readers import READERS
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "1.2"))  # for each reader
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "0.5"))  # for each reader
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the worker measures memory through /proc")
