@@ -46,23 +46,18 @@ def start_claim(found: Sequence[Row]) -> str:
 
 def loss_claim(found: Sequence[Row]) -> str:
     """What the verdicts are made of."""
+    seed = f"; S, one seed: more than {NOISE:g} nats" if has_specialists(found) else ""
+    others = " (on S `retrieval` and the two that were best on A)" if has_specialists(found) else ""
     return (
-        "Each case is one shape and text; the other side is chosen afterwards. **Others** are all other methods "
-        "of this page, `retrieval` among them. The **control** is the widest donor (or the best that fits inside the "
-        "target), trained for as many FLOPs as the generator, and carried by the two methods that are best there. "
-        "Below and above are with the whole 95 % interval"
-        f"{specialists_note(found)}. "
-        "[generator.md](benchmarks/results/generator.md) has every case."
+        f"Each case is one shape and text; the other side is chosen afterwards. **Others**: all methods of this page"
+        f"{others}. **Control**: the widest donor (or the best that fits inside the target), trained for as many FLOPs "
+        "as the generator, and carried by the two methods that are best there. Below and above: the whole 95 % interval"
+        f"{seed}. [generator.md](benchmarks/results/generator.md) has every case."
     )
 
 
-def specialists_note(found: Sequence[Row]) -> str:
-    if not any(r.comparison.task == "S" for r in found):
-        return ""
-    return (
-        f". S has one seed, so that below and above are by more than {NOISE:g} nats, and as others only `retrieval` "
-        "and the two methods that are best at each shape on A"
-    )
+def has_specialists(found: Sequence[Row]) -> bool:
+    return any(r.comparison.task == "S" for r in found)
 
 
 def counts_table(found: Sequence[Row]) -> str:
@@ -104,13 +99,13 @@ def audit_claims(facts: Mapping[str, Any]) -> list[str]:
     nearest = [d for f in shapes for d in f["nearest"]]
     apart = [d for f in shapes for d in f["seeds apart"]]
     return [
-        f"It stores {stored / 1e6:.2f} M numbers; its donors have {size['donors'] / 1e6:.2f} M. With noise in place of "
-        f"the latents the loss is {spread(loss_of('denoiser zeroed'))} nats higher, with the mean latents of the zoo "
-        f"{spread(loss_of('mean latents'))}, with equal weights for all bases {spread(loss_of('mixers zeroed'))}. "
-        f"Two seeds write weights that lie {spread(apart)} apart, and {spread(nearest)} from the nearest donor (donors "
-        f"from one another: {about['donors apart']:.2f}). On a zoo of one text the field does the work, and "
-        f"the diffusion hardly matters. Training took {sum(cost['seconds']) / 60:.0f} minutes of one core and "
-        f"{cost['flops'] / cost['donor_flops']:.1f} times the FLOPs of its donors."
+        f"It stores {stored / 1e6:.2f} M numbers for donors of {size['donors'] / 1e6:.2f} M. Noise in place of the "
+        f"latents costs {spread(loss_of('denoiser zeroed'))} nats, the zoo's mean latents "
+        f"{spread(loss_of('mean latents'))}, equal weights for all bases {spread(loss_of('mixers zeroed'))}: on a zoo "
+        f"of one text the field does the work. Two seeds lie {spread(apart)} apart, and {spread(nearest)} from the "
+        f"nearest donor (donors from one another: {about['donors apart']:.2f}). Training took "
+        f"{sum(cost['seconds']) / 60:.0f} minutes of one core, {cost['flops'] / cost['donor_flops']:.1f} times the "
+        "FLOPs of its donors."
     ]
 
 
@@ -128,11 +123,11 @@ def specialist_claims(facts: Mapping[str, Any]) -> list[str]:
     shares = [(z["sizes"]["field"] + z["sizes"]["denoiser"]) / z["sizes"]["donors"] for z in zoos.values()]
     noise = [f["denoiser zeroed"] - f["sampled"][0] for f in shapes]
     return [
-        f"**On a zoo of specialists the text decides.** {len(zoos)} generators, each of donors on three texts, write "
-        f"models of {spread(right)} nats on these texts. Told the best of the other texts they are "
-        f"{spread(wrong)} higher (median {median(wrong):.2f}). For half of one text and half of another, a mixture of "
-        f"latents is below both pure ones in {mixed} of {len(halves)} cases. Noise in place of the latents costs "
-        f"{spread(noise)} on the text that no donor saw. They store {spread(shares)} of their donors' weights."
+        f"**On a zoo of specialists** ({len(zoos)} of 4 generators measured, each of donors on three texts) it writes "
+        f"models of {spread(right)} nats on these texts. Told the best of the other texts they are {spread(wrong)} "
+        f"higher (median {median(wrong):.2f}). On half of one text and half of another, mixed latents are below both "
+        f"pure ones in {mixed} of {len(halves)} cases. Noise in place of the latents costs {spread(noise)} on the text "
+        f"that no donor saw. They store {max(shares):.2f} of their donors' weights."
     ]
 
 

@@ -177,7 +177,7 @@ def test_the_page_compares_texts_by_shape() -> None:
     shapes = {name: {**parts, **f} for name, f in facts["zoo"]["shapes"].items()}
     about = {"shapes": shapes, "sizes": {"field": 9, "denoiser": 1, "donors": 40}}
     claim = claims.specialist_claims({"embedded": {}, "without-c": about})[0]
-    assert "below both pure ones in 1 of 2 cases" in claim and "0.25 to 0.25 of their donors' weights" in claim
+    assert "below both pure ones in 1 of 2 cases" in claim and "They store 0.25 of their donors' weights" in claim
     assert claims.specialist_claims({"embedded": {}}) == []
     assert page.own_text_table({"zoo": {"shapes": {"heads": {}}}}) == ""
 
