@@ -48,6 +48,10 @@ class AutoencoderTrainConfig:
 
     def with_steps(self, texts: int) -> AutoencoderTrainConfig:
         """The same with steps for a zoo whose donors learned from so many texts, unless they are given."""
-        return (
-            self if self.steps is not None else replace(self, steps=ONE_TEXT_STEPS + FURTHER_TEXT_STEPS * (texts - 1))
-        )
+        if self.steps is not None:
+            return self
+        return replace(self, steps=ONE_TEXT_STEPS + FURTHER_TEXT_STEPS * (texts - 1))
+
+    def is_late(self, step: int, share: float) -> bool:
+        """Whether a step comes after this share of the third stage."""
+        return step >= self.reconstruction + self.warmup + share * self.last_stage

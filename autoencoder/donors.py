@@ -16,14 +16,13 @@ from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.tensors import Metadata
 from zoo.training.corpora import corpus_name
-from zoo.units.aligned import align_decoders, recorded_loss
+from zoo.units.aligned import align_decoders, is_last_checkpoint, recorded_loss
 from zoo.units.family import Family, family_of, require_family, with_family
 from zoo.units.tables import layer_to_tables, numbers_of, position_table, split_constants, token_table
 
 GROWTH = 1.25  # the field's largest width, heads and neurons, in those of the largest donor
 RANK = 2.4  # numbers per slot and base, per coordinate of the field's width
 SHARE = 0.42  # of the zoo's weights that the bases and maps of a field hold at most; networks come on top
-TOKEN_SHARE = 0.21  # of the zoo's weights that the field's vocabulary holds at most
 MOST_BASES = 32
 LEAST_BASES = 2
 SMALL_ZOO = 2_000_000  # weights; below, the share does not bind
@@ -67,8 +66,7 @@ class TrainingDonor:
     @property
     def is_final(self) -> bool:
         """Whether it is the last checkpoint of its run, as far as its facts say."""
-        facts = self.donor.facts
-        return facts.get("step") is None or facts.get("step") == facts.get("steps")
+        return is_last_checkpoint(self.donor.facts)
 
 
 def read_training_donors(zoo: Zoo, quiet: bool) -> tuple[list[TrainingDonor], tuple[str, ...]]:
@@ -118,7 +116,7 @@ def field_sizes(donors: Sequence[TrainingDonor], tokens: int) -> FieldSizes:
         "families": families,
     }
     weights = sum(d.donor.parameters for d in donors)
-    token_rank = int(TOKEN_SHARE * weights / (tokens * shared["token_bases"]))
+    token_rank = int(SHARE / 2 * weights / (tokens * shared["token_bases"]))
     if weights >= SMALL_ZOO and token_rank < rank:  # a large vocabulary would leave no room for blocks
         shared["token_rank"] = max(1, token_rank)
     bases = min(MOST_BASES, _blocks_of_one_donor(donors))

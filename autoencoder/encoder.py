@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder.field import FieldSizes, Latents, in_field_roles
+from autoencoder.field import OUTER_TABLES, FieldSizes, Latents, in_field_roles
 from zoo.units.family import PLAIN, Family
 from zoo.units.resizing import to_width
 from zoo.units.tables import numbers_of, split_constants
 
 RANK_PERIODS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0)
 QUERIES = 4  # of the attention that pools a table
-OUTER_TABLES = ("token", "position")  # of a model; the others are of a block
 LAST_SLOT_AXIS = {"query": 3, "query_numbers": 3, "key": 2, "key_numbers": 2}  # of tables with several axes of slots
 
 

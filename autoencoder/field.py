@@ -33,6 +33,7 @@ from zoo.units.tables import join_constants, neutral_value, numbers_of
 DEPTH_FREQUENCIES = (1.0, 2.0, 4.0, 8.0)  # Fourier features of the relative depth, in half-turns
 DEPTH_FEATURES = 2 + 2 * len(DEPTH_FREQUENCIES)
 SHAPE_FEATURES = 7
+OUTER_TABLES = ("token", "position")  # of a model; the others are of a block
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class FieldSizes:
         return {**sizes, "block": 1, "position": self.positions}[table]
 
     def base_count(self, table: str) -> int:
-        return self.token_bases if table in ("token", "position") else self.bases
+        return self.token_bases if table in OUTER_TABLES else self.bases
 
     def table_rank(self, table: str) -> int:
         """S of a table: never more than its vectors have numbers, and for a table of one slot than it has bases."""
         numbers = len(self.vector_roles(table)) * self.width + len(self.number_roles(table))
-        if table in ("token", "position"):
+        if table in OUTER_TABLES:
             return min(self.token_rank or self.rank, numbers)
         return min(self.rank, numbers, self.bases) if table == "block" else min(self.rank, numbers)
 
@@ -316,7 +317,7 @@ def start_field(
     heads and coordinates that no block has start as weak copies and noise, because training cannot move exact zeros
     away from zero."""
     for table in field.sizes.tables:
-        sources = vocabularies if table in ("token", "position") else blocks
+        sources = vocabularies if table in OUTER_TABLES else blocks
         found = [_slot_tables(source, table) for source in sources if table in source]
         if found:
             _start_table(field, table, found[: field.sizes.base_count(table)], rng)

@@ -118,7 +118,7 @@ def _drawn_from(
     early = [i for i, d in enumerate(donors) if not d.is_final]
     if not final or not early:
         return final or early
-    late = step >= config.reconstruction + config.warmup + config.early_from * config.last_stage
+    late = config.is_late(step, config.early_from)
     return early if late and float(torch.rand((), generator=rng)) < config.early else final
 
 

@@ -39,7 +39,14 @@ from zoo.streams import stream
 from zoo.training.corpora import corpus_name
 from zoo.training.resumable import restore_training, stored_tensor, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
-from zoo.training.shared_steps import Objective, moving_average, shared_accelerator, shared_update, warm_cosine
+from zoo.training.shared_steps import (
+    Objective,
+    moving_average,
+    new_optimizer,
+    shared_accelerator,
+    shared_update,
+    warm_cosine,
+)
 
 REPORT_FILE = "report.json"
 SAVE_EVERY = 200  # steps
@@ -93,13 +100,7 @@ class _AutoencoderTrainer:
         groups: dict[str, list[Parameter]] = {"network": [], "bases": [], "maps": []}
         for name, parameter in self.model.named_parameters():
             groups[parameter_group(name)].append(parameter)
-        optimizer = torch.optim.AdamW(
-            [{"params": group} for group in groups.values()],
-            lr=config.lr,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            fused=True,  # twice as fast a step on a CPU
-        )
+        optimizer = new_optimizer([{"params": group} for group in groups.values()], config.lr)
         self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, self.step_loss), optimizer)
         self.average_loss = float("nan")  # exponential moving average
         self.latents: list[Latents] | None = None  # of the donors, from the second stage on
@@ -166,7 +167,7 @@ class _AutoencoderTrainer:
         shape = first.shape if chosen.shape < 0 else replace(shapes[chosen.shape], vocab=first.shape.vocab)
         windows = mixed_windows(self.texts, chosen, config, step).chunk(parts)[part].to(device)
         loss = written_loss(self.model.field, latents, first, shape, self.skeletons, windows, config.distill)
-        late = step >= config.reconstruction + config.warmup + config.diversity_from * config.last_stage
+        late = config.is_late(step, config.diversity_from)
         if late and chosen.other != chosen.donors[0] and config.diversity:
             both = self.encode(chosen.donors[0]), self.encode(chosen.other)
             loss = loss + config.diversity_weight * sameness(self.model.field, shape, *both, config.diversity)

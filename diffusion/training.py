@@ -38,7 +38,14 @@ from zoo.errors import UserError
 from zoo.streams import stream
 from zoo.training.resumable import restore_training, stored_tensor, training_tensors
 from zoo.training.runs import Run, run_identity, train_in_folder
-from zoo.training.shared_steps import Objective, moving_average, shared_accelerator, shared_update, warm_cosine
+from zoo.training.shared_steps import (
+    Objective,
+    moving_average,
+    new_optimizer,
+    shared_accelerator,
+    shared_update,
+    warm_cosine,
+)
 
 SAVE_EVERY = 200  # steps
 SCHEDULE = (50, 0.02)  # steps of warm-up, and the last learning rate as a share of the peak
@@ -115,7 +122,7 @@ class _DiffusionTrainer:
         self.denoiser.to(device_now)
         self.autoencoder.to(device_now)
         groups = [{"params": list(self.denoiser.parameters())}, {"params": list(self.autoencoder.field.parameters())}]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        optimizer = new_optimizer(groups, config.lr)
         objective = Objective(self._modules(), self.step_loss)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.average_loss = float("nan")  # exponential moving average

@@ -152,7 +152,8 @@ ComparedTargets = Annotated[
     str | None,
     typer.Option("--targets", metavar="A,B,...", help="With --base: modules to adapt [default: all-linear]."),
 ]
-AUTOENCODER_STEPS, TEXT_STEPS, DIFFUSION_STEPS = 4000, 1000, 2000  # defaults of the training configurations
+# Defaults of the training configurations, whose packages import torch.
+AUTOENCODER_STEPS, TEXT_STEPS, DIFFUSION_STEPS = 4000, 1000, 2000
 
 app = typer.Typer(
     help="Initial weights for new language models, learned from the weights of open ones.",

@@ -239,9 +239,8 @@ def _train_autoencoder(config: TrainAutoencoderConfig, invocation: Invocation) -
     from autoencoder.training import AutoencoderTrainConfig, train_autoencoder
     from headstart.devices import torch_device
 
-    steps = {} if config.steps is None else {"steps": config.steps}
     train_autoencoder(
-        AutoencoderTrainConfig(seed=config.seed, corpora=config.corpus, distill=config.distill, **steps),
+        AutoencoderTrainConfig(config.steps, seed=config.seed, corpora=config.corpus, distill=config.distill),
         config.zoo,
         config.out,
         resume=invocation.resume,

@@ -8,9 +8,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.facts import read_facts
-from benchmarks.generator import audit, page
+from benchmarks.generator import audit, page, tasks
 from benchmarks.generator.page import NOISE, Row
-from benchmarks.generator.tasks import WITHOUT
 from benchmarks.head_start.results import BenchmarkResults, Entries, paired_difference
 from benchmarks.head_start.tasks import BUDGETS
 from benchmarks.pages import cells
@@ -91,7 +90,7 @@ def audit_claims(facts: Mapping[str, Any]) -> list[str]:
         return []
     shapes = list(about["shapes"].values())
     size, cost = about["sizes"], about["cost"]
-    stored = size["field"] + size["denoiser"]
+    stored = page.stored_numbers(size)
 
     def loss_of(key: str) -> list[float]:
         return [f[key] - f["sampled"][0] for f in shapes]
@@ -111,23 +110,23 @@ def audit_claims(facts: Mapping[str, Any]) -> list[str]:
 
 def specialist_claims(facts: Mapping[str, Any]) -> list[str]:
     """What the generators of specialists do on the texts of their donors; none before they are measured."""
-    zoos = {zoo: about for zoo, about in facts.items() if zoo.startswith(WITHOUT)}
+    zoos = {zoo: about for zoo, about in facts.items() if zoo.startswith(tasks.WITHOUT)}
     if not zoos:
         return []
     shapes = [f for about in zoos.values() for f in about["shapes"].values()]
     own = [(text, losses) for f in shapes for text, losses in f["texts"]["own"].items()]
     right = [losses[text] for text, losses in own]
-    wrong = [min(loss for told, loss in losses.items() if told != text) - losses[text] for text, losses in own]
+    wrong = [cost for text, losses in own if (cost := page.cost_of_another(losses, text)) is not None]
     halves = [losses for f in shapes for losses in f["texts"]["halves"].values()]
     mixed = sum(page.mixture_is_better(losses) for losses in halves)
-    shares = [(z["sizes"]["field"] + z["sizes"]["denoiser"]) / z["sizes"]["donors"] for z in zoos.values()]
+    shares = [page.stored_numbers(z["sizes"]) / z["sizes"]["donors"] for z in zoos.values()]
     noise = [f["denoiser zeroed"] - f["sampled"][0] for f in shapes]
     return [
-        f"**On a zoo of specialists** ({len(zoos)} of 4 generators measured, each of donors on three texts) it writes "
-        f"models of {spread(right)} nats on these texts. Told the best of the other texts they are {spread(wrong)} "
-        f"higher (median {median(wrong):.2f}). On half of one text and half of another, mixed latents are below both "
-        f"pure ones in {mixed} of {len(halves)} cases. Noise in place of the latents costs {spread(noise)} on the text "
-        f"that no donor saw. They store {max(shares):.2f} of their donors' weights."
+        f"**On a zoo of specialists** ({len(zoos)} of {len(tasks.TEXTS)} generators measured, each of donors on three "
+        f"texts) it writes models of {spread(right)} nats on these texts. Told the best of the other texts they are "
+        f"{spread(wrong)} higher (median {median(wrong):.2f}). On half of one text and half of another, mixed "
+        f"latents are below both pure ones in {mixed} of {len(halves)} cases. Noise in place of the latents costs "
+        f"{spread(noise)} on the text that no donor saw. They store {max(shares):.2f} of their donors' weights."
     ]
 
 

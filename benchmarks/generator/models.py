@@ -24,7 +24,7 @@ from zoo.training.corpora import EMBEDDED_TEXTS, corpus_name, split_held_out
 from zoo.training.embedded_zoo import train_zoo
 from zoo.training.loop import TrainingConfig, evaluate, reproducible, train_steps
 from zoo.training.recipes import SPECIALISTS
-from zoo.units.aligned import recorded_loss
+from zoo.units.aligned import is_last_checkpoint, recorded_loss
 from zoo.vocabulary import byte_tokens, save_byte_tokenizer
 
 BATCH_SIZE, SEQUENCE = 16, 64  # of a control's training, as the specialists and the generator have
@@ -99,7 +99,7 @@ def longest_donors(zoo: Zoo) -> list[Donor]:
 
 def last_checkpoints(zoo: Zoo) -> list[Donor]:
     """The donors without early checkpoints of their runs."""
-    return [d for d in zoo.donors if d.facts.get("step") in (None, d.facts.get("steps"))]
+    return [d for d in zoo.donors if is_last_checkpoint(d.facts)]
 
 
 def control_donor(donors: Sequence[Donor], target: str) -> Donor:

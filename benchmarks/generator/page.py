@@ -263,13 +263,20 @@ def own_text_table(facts: Mapping[str, Any]) -> str:
         found = [f.get("texts", {}).get("own", {}) for f in about["shapes"].values()]
         for text in found[0]:
             right = [own[text][text] for own in found]
-            wrong = [min((loss for told, loss in own[text].items() if told != text), default=None) for own in found]
-            differences = [w - r for w, r in zip(wrong, right, strict=True) if w is not None]
+            differences = [cost for own in found if (cost := cost_of_another(own[text], text)) is not None]
             if differences:
                 another = mean(right) + mean(differences)
                 span = f"{min(differences):.2f} to {max(differences):.2f}"
                 lines.append([zoo, text, f"{mean(right):.2f}", f"{another:.2f}", span])
     return cells.table(["zoo", "text", "told it", "another", "difference"], lines) if lines else ""
+
+
+def cost_of_another(losses: Mapping[str, float], text: str) -> float | None:
+    """By how much the best of the other texts is above the right one; None without others.
+
+    losses: on `text`, by what the sampler is told, as `text_audit.text_losses` has them."""
+    others = [loss for told, loss in losses.items() if told != text]
+    return min(others) - losses[text] if others else None
 
 
 def half_text_table(facts: Mapping[str, Any]) -> str:
@@ -292,11 +299,16 @@ def mixture_is_better(losses: Mapping[str, float]) -> bool:
     return min(both, interpolated) < min(pure)
 
 
+def stored_numbers(sizes: Mapping[str, int]) -> int:
+    """What a pipeline stores for generating, by `audit.sizes`."""
+    return sizes["field"] + sizes["denoiser"]
+
+
 def cost_table(facts: Mapping[str, Any]) -> str:
     lines = []
     for zoo, about in facts.items():
         size, cost = about["sizes"], about["cost"]
-        stored = size["field"] + size["denoiser"]
+        stored = stored_numbers(size)
         target = 6 * 5e5 * BUDGETS["long"] * head_start.BATCH_SIZE * head_start.SEQUENCE
         lines.append(
             [

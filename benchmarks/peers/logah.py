@@ -22,7 +22,7 @@ from zoo.donors.zoo import Zoo
 from zoo.streams import stream
 from zoo.tensors import Metadata
 from zoo.training.loop import sample_windows
-from zoo.training.shared_steps import warm_cosine
+from zoo.training.shared_steps import new_optimizer, warm_cosine
 from zoo.units.tables import TABLE_ROLES
 
 NARROW = 32  # numbers that the factors are linear in
@@ -101,7 +101,7 @@ def train(zoo: Zoo, text: Tensor, numbers: int, config: LogahTrainConfig) -> Low
     bounds = shape_range([d.shape for d in donors], sizes)
     shapes = [random_shape(donors[0].shape, bounds, config.seed, f"shape {i}") for i in range(SHAPES)]
     skeletons = Skeletons(donors)
-    optimizer = torch.optim.AdamW(field.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = new_optimizer(field.parameters(), config.lr)
     for step in _steps(config):
         number = int(torch.randint(SHAPES, (1,), generator=stream(config.seed, f"shape of step {step}")))
         shape = shapes[number]

@@ -42,6 +42,11 @@ def token_strings(donor: Donor) -> tuple[str, ...]:
     return tuple(names)
 
 
+def is_last_checkpoint(facts: Mapping[str, Any]) -> bool:
+    """Whether a donor is the last checkpoint of its run, as far as its facts say."""
+    return facts.get("step") in (None, facts.get("steps"))
+
+
 def recorded_loss(facts: Mapping[str, Any]) -> float | None:
     """The held-out loss in a donor's facts; None if it is missing or not finite."""
     loss = facts.get("loss")
