@@ -171,6 +171,13 @@ def reconstruction_error(
     return errors
 
 
+def text_error(latents: Latents, coordinates: Tensor) -> Tensor:
+    """The mean squared difference of the first numbers of a model's latent from the coordinates [k] of its text.
+
+    Reconstruction does not tell texts apart: most of what it sees is how long a donor was trained."""
+    return (latents.model[: len(coordinates)] - coordinates.to(latents.model)).square().mean()
+
+
 def encode_donor(model: WeightAutoencoder, donor: TrainingDonor) -> Latents:
     """The latents of a donor."""
     device = model.device

@@ -16,6 +16,7 @@ from zoo.errors import UserError
 from zoo.streams import stream_seed
 from zoo.training.corpora import BLOCK, HELD_OUT, donor_text, encode_read_corpus, text_sha256
 from zoo.training.documents import Corpus, TextSource, read_corpus
+from zoo.training.text_features import text_features
 from zoo.vocabulary import BYTE_VOCAB, byte_tokens
 
 
@@ -26,10 +27,12 @@ class DonorText:
     name: str
     tokens: Tensor  # int64 [N], in the donor's vocabulary
     sample: bytes | None  # the text as bytes, None where it is not known
+    is_known: bool = True  # whether a donor learned from it; else the donor wrote it
 
 
 SAMPLED = (64, 256)  # sequences sampled from a donor without a known text, and tokens of each
 LEAST_TOKENS = 1024
+LEAST_SCALE = 0.02  # of a component of texts, against the largest; a smaller one is the same text under two names
 
 
 def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed: int) -> list[DonorText]:
@@ -47,6 +50,22 @@ def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed:
             kept[key] = _read(donor, given, name)
         texts.append(kept[key] or _sampled(donor, seed))
     return texts
+
+
+def text_coordinates(texts: Sequence[DonorText], most: int) -> list[Tensor | None]:
+    """The text of each donor as a few numbers [k], k <= most, with mean 0 and deviation 1 over the donors: the
+    principal components of the features of all known texts. None for a donor of an unknown text, and for all if there
+    is one text only."""
+    samples = {text.name: text.sample for text in texts if text.is_known and text.sample is not None}
+    names = list(samples)
+    if len(set(samples.values())) < 2:
+        return [None] * len(texts)
+    features = torch.stack([text_features(sample) for sample in samples.values()])
+    left, scales, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+    found = left[:, :most][:, scales[:most] > LEAST_SCALE * scales[0]]
+    own = torch.stack([found[names.index(text.name)] for text in texts if text.name in samples])
+    found = (found - own.mean(0)) / own.std(0, correction=0)
+    return [found[names.index(text.name)] if text.name in samples else None for text in texts]
 
 
 def given_text_hashes(given: Mapping[str, Path]) -> list[str]:
@@ -95,7 +114,7 @@ def whole_characters(text: bytes) -> bytes:
 def _sampled(donor: TrainingDonor, seed: int) -> DonorText:
     tokens = sample_tokens(donor.donor, seed)
     sample = bytes(tokens.tolist()) if donor.shape.vocab == BYTE_VOCAB else None
-    return DonorText(f"sampled from {donor.name}", tokens, sample)
+    return DonorText(f"sampled from {donor.name}", tokens, sample, is_known=False)
 
 
 def _tokenizer(donor: Donor) -> Path | None:

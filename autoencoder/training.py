@@ -28,11 +28,12 @@ from autoencoder.objective import (
     noisy,
     reconstruction_error,
     sameness,
+    text_error,
     training_shapes,
     written_loss,
 )
 from autoencoder.report import stage_flops, training_report
-from autoencoder.texts import given_text_hashes, read_texts
+from autoencoder.texts import given_text_hashes, read_texts, text_coordinates
 from zoo.donors.donor import provenance
 from zoo.donors.zoo import Zoo
 from zoo.streams import stream
@@ -95,6 +96,7 @@ class _AutoencoderTrainer:
         self.model = self._new_model(zoo, strings).to(self.accelerator.device)
         read = read_texts(self.donors, given, config.seed)
         self.text_names, self.texts = [text.name for text in read], [text.tokens for text in read]
+        self.coordinates = text_coordinates(read, self.model.sizes.model_latent // 2)
         self.shapes = training_shapes(self.donors, self.model, config.shapes, config.seed)
         self.skeletons = Skeletons(self.donors)
         groups: dict[str, list[Parameter]] = {"network": [], "bases": [], "maps": []}
@@ -154,9 +156,13 @@ class _AutoencoderTrainer:
         rng = stream(config.seed, f"noise {step}")
         if step < config.reconstruction:  # every process reconstructs the same donor
             number = int(torch.randint(len(self.donors), (1,), generator=rng))
-            latents = noisy(self.encode(number), config.noise, rng)
-            errors = reconstruction_error(self.model.field, self.donors[number], latents, device)
-            return torch.stack([e.mean() for e in errors.values()]).mean()
+            latents = self.encode(number)
+            errors = reconstruction_error(
+                self.model.field, self.donors[number], noisy(latents, config.noise, rng), device
+            )
+            loss = torch.stack([e.mean() for e in errors.values()]).mean()
+            coordinates = self.coordinates[number]
+            return loss if coordinates is None else loss + text_error(latents, coordinates)
         chosen = draw_step(config, self.donors, step)
         first = self.donors[chosen.donors[0]]
         latents = self.encode(chosen.donors[0])

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion import text_features
 from zoo.tensors import Metadata
+from zoo.training import text_features
 from zoo.units.family import FLAGS, family_of
 
 SHAPE_NAMES = ("width", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied", "rope_theta")

@@ -14,9 +14,9 @@ from autoencoder.model import WeightAutoencoder
 from autoencoder.objective import encode_donor
 from diffusion.conditions import Wanted, condition_values, vocabulary_features
 from diffusion.config import DiffusionTrainConfig
-from diffusion.text_features import text_features
 from zoo.streams import stream
 from zoo.tensors import Metadata
+from zoo.training.text_features import text_features
 from zoo.units.family import Family
 
 POOL = 768  # samples that are drawn before training, because features of texts take milliseconds

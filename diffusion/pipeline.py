@@ -21,12 +21,12 @@ from diffusion.card import pipeline_card
 from diffusion.conditions import Wanted, condition_values, vocabulary_features
 from diffusion.denoiser import LatentDenoiser
 from diffusion.solving import StepEnd, latent_noise, make_scheduler, solve
-from diffusion.text_features import text_features
 from zoo.checkpoints.hub import with_retries
 from zoo.errors import UserError
 from zoo.sandbox import library_errors
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
+from zoo.training.text_features import text_features
 from zoo.units.decoder import Decoder, write_decoder
 from zoo.units.family import family_of, require_served, require_target_family
 from zoo.units.tables import to_checkpoint

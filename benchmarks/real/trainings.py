@@ -1,6 +1,6 @@
 """What starts from a real donor are worth after 50 and 200 steps: results/real_trainings.md.
 
-    python -m benchmarks.real.trainings --models MODELS --data DATA [--work DIR] [--seeds N]
+    python -m benchmarks.real.trainings --models MODELS --data DATA [--work DIR] [--seeds N] [--workers N]
 
 A target of 34 million weights in SmolLM2's vocabulary, and one of 39 million that keeps the donor's width and loses
 layers, train on WikiText for 200 steps of 4 windows of 256 tokens. It resumes: every finished run is kept in the work
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/real"))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread; they change no result")
     given = parser.parse_args()
     zoo = given.work / "zoo"
     if not (zoo / MANIFEST).exists():
@@ -69,6 +70,7 @@ def main() -> None:
                 windows=WINDOWS,
                 keep_going=True,
                 device="cpu",
+                workers=given.workers,
             ),
             command="python -m benchmarks.real.trainings",
         )

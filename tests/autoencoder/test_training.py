@@ -296,6 +296,32 @@ def test_the_text_of_a_donor_is_the_one_given_for_it_then_for_its_text_then_for_
         texts.read_texts(donors, {"all": files["all"]}, 0)
 
 
+def test_coordinates_tell_known_texts_apart() -> None:
+    def text(name: str, sample: bytes, known: bool = True) -> texts.DonorText:
+        return texts.DonorText(name, byte_tokens(sample), sample, known)
+
+    fox, code = TEXT.encode(), b"def f(x):\n    return {x: 1}\n" * 200
+    read = [text("fox", fox), text("code", code), text("fox", fox), text("written", b"!" * 2000, known=False)]
+    a, b, again, unknown = texts.text_coordinates(read, 8)
+    assert a is not None and b is not None and again is not None and unknown is None
+    assert len(a) == 1 and torch.equal(a, again) and float((a - b).abs()) > 2
+    three = torch.stack([a, b, again])
+    torch.testing.assert_close((three.mean(0), three.std(0, correction=0)), (torch.zeros(1), torch.ones(1)))
+    assert texts.text_coordinates([text("one", fox), text("two", fox)], 8) == [None, None]
+    assert texts.text_coordinates([text("one", fox)], 8) == [None]
+
+
+def test_the_latent_of_a_model_says_its_text(zoo: Zoo, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "code.txt").write_text("def f(x):\n    return {x: 1}\n" * 200)
+    config = replace(AUTOENCODER, reconstruction=120, warmup=1, steps=1)
+    deviation = []
+    for name, second in (("one", text), ("two", tmp_path / "code.txt")):
+        given = replace(config, corpora={"d0": str(text), "d1": str(second)})
+        folder = training.train_autoencoder(given, zoo.path, tmp_path / name, quiet=True)
+        deviation.append(float(load_autoencoder(folder).encoder.get_buffer("model_norm")[1, 0]))
+    assert deviation[0] < 0.6 and abs(deviation[1] - 1) < 0.2  # before all numbers get deviation 1
+
+
 def test_without_a_text_the_donors_write_one(zoo: Zoo) -> None:
     donors, _ = read_training_donors(zoo, quiet=True)
     with patch.object(texts, "SAMPLED", (4, 20)):

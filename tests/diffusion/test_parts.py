@@ -23,12 +23,12 @@ from diffusion.conditions import (
 )
 from diffusion.denoiser import LatentDenoiser
 from diffusion.solving import latent_noise, make_scheduler, scaled_latents, solve, unscaled, velocity
-from diffusion.text_features import SIZE as TEXT_SIZE
-from diffusion.text_features import text_features
 from tests.support.tiny import config
 from zoo.targets.blueprint import Blueprint
 from zoo.tensors import Metadata
 from zoo.training.corpora import library_source, python_reference
+from zoo.training.text_features import SIZE as TEXT_SIZE
+from zoo.training.text_features import text_features
 
 
 def shape_of(**changes: Any) -> Metadata:

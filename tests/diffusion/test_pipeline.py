@@ -23,7 +23,6 @@ from autoencoder.loading import load_autoencoder
 from diffusion import WeightDiffusionPipeline, training
 from diffusion.pipeline import load_pipeline
 from diffusion.sampler import DiffusionSampler
-from diffusion.text_features import SIZE as TEXT_SIZE
 from tests.support.commands import generate
 from tests.support.generators import (
     DIFFUSION,
@@ -40,6 +39,7 @@ from zoo.donors.zoo import Zoo
 from zoo.errors import UserError
 from zoo.targets.blueprint import Blueprint
 from zoo.training.resumable import STATE_FILE
+from zoo.training.text_features import SIZE as TEXT_SIZE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
