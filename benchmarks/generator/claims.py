@@ -116,15 +116,17 @@ def specialist_claims(facts: Mapping[str, Any]) -> list[str]:
     shapes = [f for about in zoos.values() for f in about["shapes"].values()]
     own = [(text, losses) for f in shapes for text, losses in f["texts"]["own"].items()]
     right = [losses[text] for text, losses in own]
-    wrong = [cost for text, losses in own if (cost := page.cost_of_another(losses, text)) is not None]
+    costs = [found for text, losses in own if (found := page.costs_of_others(losses, text))]
+    every, best = [sum(c) / len(c) for c in costs], [min(c) for c in costs]
     halves = [losses for f in shapes for losses in f["texts"]["halves"].values()]
     mixed = sum(page.mixture_is_better(losses) for losses in halves)
     shares = [page.stored_numbers(z["sizes"]) / z["sizes"]["donors"] for z in zoos.values()]
     noise = [f["denoiser zeroed"] - f["sampled"][0] for f in shapes]
     return [
         f"**On a zoo of specialists** ({len(zoos)} of {len(tasks.TEXTS)} generators measured, each of donors on three "
-        f"texts) it writes models of {spread(right)} nats on these texts. Told the best of the other texts they are "
-        f"{spread(wrong)} higher (median {median(wrong):.2f}). On half of one text and half of another, mixed "
+        f"texts) it writes models of {spread(right)} nats on these texts. Told another text they are {spread(every)} "
+        f"higher (the mean of the others; median {median(every):.2f}), told the best of the others {spread(best)} "
+        f"(median {median(best):.2f}). On half of one text and half of another, mixed "
         f"latents are below both pure ones in {mixed} of {len(halves)} cases. Noise in place of the latents costs "
         f"{spread(noise)} on the text that no donor saw. They store {max(shares):.2f} of their donors' weights."
     ]

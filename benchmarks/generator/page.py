@@ -217,8 +217,9 @@ def audit_sections(facts: Mapping[str, Any]) -> Iterator[str]:
     yield "## Text\n\nThe same shape, and the loss on the target's text.\n\n" + text_table(facts)
     if table := own_text_table(facts):
         yield (
-            "The same on the texts of each zoo. **another**: the best of the other texts. Mean over the shapes, and "
-            "the range of the differences.\n\n" + table
+            "The same on the texts of each zoo: the loss of what is told the text, and how much higher it is told "
+            "**another** text (the mean of the others), **the best other** one, or **no text**. Means over the "
+            "shapes, and in brackets their range.\n\n" + table
         )
         yield (
             "Half of one text and half of another. **told both**: a sample with half of each. **interpolated**: the "
@@ -260,23 +261,28 @@ def own_text_table(facts: Mapping[str, Any]) -> str:
     """Told the right text against told another one; "" where no zoo has several texts."""
     lines = []
     for zoo, about in facts.items():
-        found = [f.get("texts", {}).get("own", {}) for f in about["shapes"].values()]
-        for text in found[0]:
-            right = [own[text][text] for own in found]
-            differences = [cost for own in found if (cost := cost_of_another(own[text], text)) is not None]
-            if differences:
-                another = mean(right) + mean(differences)
-                span = f"{min(differences):.2f} to {max(differences):.2f}"
-                lines.append([zoo, text, f"{mean(right):.2f}", f"{another:.2f}", span])
-    return cells.table(["zoo", "text", "told it", "another", "difference"], lines) if lines else ""
+        found = [f.get("texts", {}) for f in about["shapes"].values()]
+        for text in found[0].get("own", {}):
+            costs = [costs_of_others(f["own"][text], text) for f in found]
+            if costs[0]:
+                right = mean([f["own"][text][text] for f in found])
+                best, every = [min(c) for c in costs], [mean(c) for c in costs]
+                untold = [f["no text"][text] for f in found if "no text" in f]
+                lines.append(
+                    [
+                        zoo, text, f"{right:.2f}", f"{mean(every):.2f} ({min(every):.2f} to {max(every):.2f})",
+                        f"{mean(best):.2f} ({min(best):.2f} to {max(best):.2f})",
+                        f"{mean(untold) - right:.2f}" if untold else cells.MISSING,
+                    ]
+                )  # fmt: skip
+    return cells.table(["zoo", "text", "told it", "another", "the best other", "no text"], lines) if lines else ""
 
 
-def cost_of_another(losses: Mapping[str, float], text: str) -> float | None:
-    """By how much the best of the other texts is above the right one; None without others.
+def costs_of_others(losses: Mapping[str, float], text: str) -> list[float]:
+    """By how much the loss of each of the other texts is above that of the right one; [] without others.
 
     losses: on `text`, by what the sampler is told, as `text_audit.text_losses` has them."""
-    others = [loss for told, loss in losses.items() if told != text]
-    return min(others) - losses[text] if others else None
+    return [loss - losses[text] for told, loss in losses.items() if told != text]
 
 
 def half_text_table(facts: Mapping[str, Any]) -> str:

@@ -17,15 +17,18 @@ from zoo.tensors import Metadata
 def text_losses(inputs: Inputs, shape: Metadata, texts: Mapping[str, bytes]) -> dict[str, Any]:
     """The loss at step 0 of a shape on each known text, and on half-and-half texts, by what the sampler is told.
 
-    {own: {text: {told: loss}}, halves: {"a and b": {"both" | "interpolated" | a | b: loss}}}. `both` is told a sample
-    that has half of each text; `interpolated` has the mean of the latents of the two."""
+    {own: {text: {told: loss}}, "no text": {text: loss}, halves: {"a and b": {told: loss}}}. On a half-and-half text
+    the sampler is told one of the two; `both`, a sample that has half of each; or `interpolated` is the mean of the
+    latents of the two."""
     held_out = {name: training_and_held_out(text)[1] for name, text in texts.items()}
     samples = {name: text[:SAMPLE_BYTES] for name, text in texts.items()}
     latents = {name: inputs.sample(shape, text=sample) for name, sample in samples.items()}
-    found: dict[str, Any] = {"own": {}, "halves": {}}
+    untold = inputs.sample(shape, text=None)
+    found: dict[str, Any] = {"own": {}, "no text": {}, "halves": {}}
     for name, windows in held_out.items():
         judged = replace(inputs, windows=windows)
         found["own"][name] = {told: judged.loss(z, shape) for told, z in latents.items()}
+        found["no text"][name] = judged.loss(untold, shape)
     for a, b in itertools.combinations(texts, 2):
         judged = replace(inputs, windows=torch.cat([held_out[a][::2], held_out[b][::2]]))
         half = SAMPLE_BYTES // 2
