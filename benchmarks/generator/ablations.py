@@ -2,7 +2,7 @@
 
 python -m benchmarks.generator.ablations --work DIR [--only NAME …]
     trains one autoencoder for each variant into DIR/ablations and measures the loss at step 0 at the five shapes; the
-    first call takes four hours of one core. An interrupted call continues.
+    first call takes two hours of one core. An interrupted call continues.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)  # of AutoencoderTrainConfig
     random_start: bool = False  # bases and maps do not come from donors
     share: float = SHARE  # of the donors' weights that bases and maps may hold
+    texts_unsaid: bool = False  # the latents do not learn to say their text
     hypernetwork: bool = False  # a low-rank one that reads no donor, with as many numbers as the default
 
 
@@ -132,6 +133,10 @@ def changed(variant: Variant) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if variant.random_start:
             stack.enter_context(mock.patch.object(training, "start_field", lambda *args: None))
+        if variant.texts_unsaid:
+            stack.enter_context(
+                mock.patch.object(training, "text_coordinates", lambda texts, most: [None] * len(texts))
+            )
         if variant.share != SHARE:
             stack.enter_context(mock.patch("autoencoder.donors.SHARE", variant.share))
         yield

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.facts import read_facts
 from benchmarks.generator import audit, page, tasks
 from benchmarks.generator.page import NOISE, Row
+from benchmarks.generator.text_audit import costs_of_others, mixture_is_better
 from benchmarks.head_start.results import BenchmarkResults, Entries, paired_difference
 from benchmarks.head_start.tasks import BUDGETS
 from benchmarks.pages import cells
@@ -116,10 +117,10 @@ def specialist_claims(facts: Mapping[str, Any]) -> list[str]:
     shapes = [f for about in zoos.values() for f in about["shapes"].values()]
     own = [(text, losses) for f in shapes for text, losses in f["texts"]["own"].items()]
     right = [losses[text] for text, losses in own]
-    costs = [found for text, losses in own if (found := page.costs_of_others(losses, text))]
+    costs = [found for text, losses in own if (found := costs_of_others(losses, text))]
     every, best = [sum(c) / len(c) for c in costs], [min(c) for c in costs]
     halves = [losses for f in shapes for losses in f["texts"]["halves"].values()]
-    mixed = sum(page.mixture_is_better(losses) for losses in halves)
+    mixed = sum(mixture_is_better(losses) for losses in halves)
     shares = [page.stored_numbers(z["sizes"]) / z["sizes"]["donors"] for z in zoos.values()]
     noise = [f["denoiser zeroed"] - f["sampled"][0] for f in shapes]
     return [

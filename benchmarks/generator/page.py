@@ -8,8 +8,9 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.facts import read_facts
-from benchmarks.generator import ablations, audit, runs, tasks
+from benchmarks.generator import ablations, audit, runs, tasks, text_ablations
 from benchmarks.generator.tasks import LONGER, Part
+from benchmarks.generator.text_audit import costs_of_others, mixture_is_better
 from benchmarks.head_start import benchmark
 from benchmarks.head_start import rows as run_rows
 from benchmarks.head_start import tasks as head_start
@@ -98,6 +99,7 @@ def page() -> str:
         "## Before training\n\n" + start_table(found),
         *audit_sections(facts),
         ablations.section(),
+        text_ablations.section(),
     ]
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
@@ -278,13 +280,6 @@ def own_text_table(facts: Mapping[str, Any]) -> str:
     return cells.table(["zoo", "text", "told it", "another", "the best other", "no text"], lines) if lines else ""
 
 
-def costs_of_others(losses: Mapping[str, float], text: str) -> list[float]:
-    """By how much the loss of each of the other texts is above that of the right one; [] without others.
-
-    losses: on `text`, by what the sampler is told, as `text_audit.text_losses` has them."""
-    return [loss - losses[text] for told, loss in losses.items() if told != text]
-
-
 def half_text_table(facts: Mapping[str, Any]) -> str:
     lines = []
     for zoo, about in facts.items():
@@ -295,14 +290,6 @@ def half_text_table(facts: Mapping[str, Any]) -> str:
             numbers = [f"{mean(losses):.2f}" for losses in told.values()]
             lines.append([zoo, pair, *numbers, f"{below} of {len(found)}"])
     return cells.table(["zoo", "texts", "told both", "interpolated", "told the first", "the second", "below"], lines)
-
-
-def mixture_is_better(losses: Mapping[str, float]) -> bool:
-    """Whether, on half of one text and half of another, sampled or interpolated latents are below both pure ones.
-
-    losses: by what the sampler is told, as `text_audit.text_losses` has them."""
-    both, interpolated, *pure = losses.values()
-    return min(both, interpolated) < min(pure)
 
 
 def stored_numbers(sizes: Mapping[str, int]) -> int:

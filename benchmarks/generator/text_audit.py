@@ -36,3 +36,18 @@ def text_losses(inputs: Inputs, shape: Metadata, texts: Mapping[str, bytes]) -> 
         mixed = {"both": both, "interpolated": latents[a].mixed(latents[b], 0.5), a: latents[a], b: latents[b]}
         found["halves"][f"{a} and {b}"] = {told: judged.loss(z, shape) for told, z in mixed.items()}
     return found
+
+
+def costs_of_others(losses: Mapping[str, float], text: str) -> list[float]:
+    """By how much the loss of each of the other texts is above that of the right one; [] without others.
+
+    losses: on `text`, by what the sampler is told, as `text_losses` has them."""
+    return [loss - losses[text] for told, loss in losses.items() if told != text]
+
+
+def mixture_is_better(losses: Mapping[str, float]) -> bool:
+    """Whether, on half of one text and half of another, sampled or interpolated latents are below both pure ones.
+
+    losses: by what the sampler is told, as `text_losses` has them."""
+    both, interpolated, *pure = losses.values()
+    return min(both, interpolated) < min(pure)

@@ -13,13 +13,14 @@ import torch
 
 from autoencoder.donors import read_training_donors
 from autoencoder.loading import load_autoencoder
-from benchmarks.generator import ablations, audit, claims, inputs, models, page, tasks, text_audit
+from benchmarks.generator import ablations, audit, claims, inputs, models, page, tasks, text_ablations, text_audit
 from benchmarks.head_start.results import BenchmarkResults
 from benchmarks.head_start.tasks import UNSEEN_TARGETS, llama
 from benchmarks.peers import logah
 from tests.support.generators import TEXT, byte_zoo, train_both
 from zoo.donors.zoo import Zoo
 from zoo.tensors import Metadata
+from zoo.training.corpora import corpus_name
 from zoo.units.decoder import read_decoder
 from zoo.vocabulary import byte_tokens
 
@@ -186,15 +187,26 @@ def test_the_page_compares_texts_by_shape() -> None:
     assert page.own_text_table({"zoo": {"shapes": {"heads": {}}}}) == ""
 
 
-@pytest.mark.parametrize("name", ["no zoo", "quarter size", "default"])
+@pytest.mark.parametrize("name", ["no zoo", "quarter size", "default", "texts unsaid"])
 def test_a_variant_changes_one_thing_and_leaves_nothing_behind(name: str) -> None:
     from autoencoder import donors, training
 
-    before = training.start_field, donors.SHARE
-    with ablations.changed(ablations.VARIANTS[name]):
-        now = training.start_field, donors.SHARE
+    before = training.start_field, donors.SHARE, training.text_coordinates
+    with ablations.changed({**text_ablations.VARIANTS, **ablations.VARIANTS}[name]):
+        now = training.start_field, donors.SHARE, training.text_coordinates
     assert sum(a != b for a, b in zip(before, now, strict=True)) == (name != "default")
-    assert (training.start_field, donors.SHARE) == before
+    assert (training.start_field, donors.SHARE, training.text_coordinates) == before
+
+
+def test_texts_are_told_apart_by_the_latents_of_their_donors(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_ablations, "UNSEEN_TARGETS", {TARGET: llama(24, 2, 4, 2, 40, head=8)})
+    zoo = Zoo.open(trained / "zoo")
+    corpus = corpus_name(zoo.donors[0].facts)
+    windows = {corpus: byte_tokens(TEXT.encode())[: 17 * 8].view(8, 17)}
+    found = text_ablations.losses_by_latents(trained / "autoencoder", zoo, windows)
+    assert found[corpus][corpus] > 0
+    monkeypatch.setattr(text_ablations, "read_facts", lambda path: {"default": {"a": {"a": 1.0, "b": 1.5, "c": 2.5}}})
+    assert "| default | 1000 steps of behaviour | 1.00 | 1.00 | 0.50 |" in text_ablations.section()
 
 
 def test_every_unseen_shape_has_carriers() -> None:
