@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from autoencoder.field import Latents, all_blocks
+from autoencoder.field import all_blocks
 from benchmarks.facts import read_facts, write_facts
-from benchmarks.generator.inputs import Inputs, make_inputs
+from benchmarks.generator.inputs import Inputs, make_inputs, noise_and_mean
 from benchmarks.generator.models import generator_flops, last_checkpoints, shape_of, train_generator
 from benchmarks.generator.tasks import TEXTS, WITHOUT
 from benchmarks.generator.text_audit import text_losses
@@ -26,7 +26,6 @@ from benchmarks.novelty.distance import Frame, donor_frame, leave_one_out, neare
 from benchmarks.paths import RESULTS
 from diffusion.pipeline import WeightDiffusionPipeline
 from diffusion.sampler import SAMPLE_BYTES
-from diffusion.solving import latent_noise, unscaled
 from zoo.donors.zoo import Zoo
 from zoo.streams import stream
 from zoo.targets.blueprint import Blueprint
@@ -79,9 +78,7 @@ def audit(work: Path, zoo: str, data: Path | None) -> dict[str, Any]:
 
 def losses(inputs: Inputs, shape: Metadata, others: Mapping[str, bytes]) -> dict[str, Any]:
     """Step-0 losses at a shape: as sampled, without the network, and told wrong."""
-    denoiser = inputs.pipeline.denoiser
-    noise = unscaled(denoiser, latent_noise(denoiser, shape.layers, stream(0, "latents")))
-    mean = unscaled(denoiser, Latents(torch.zeros_like(noise.model), torch.zeros_like(noise.blocks)))
+    noise, mean = noise_and_mean(inputs.pipeline.denoiser, shape.layers)
     found = {
         "sampled": [inputs.loss(inputs.sample(shape, seed), shape) for seed in SEEDS],
         "denoiser zeroed": inputs.loss(noise, shape),

@@ -122,14 +122,16 @@ def specialist_claims(facts: Mapping[str, Any]) -> list[str]:
     halves = [losses for f in shapes for losses in f["texts"]["halves"].values()]
     mixed = sum(mixture_is_better(losses) for losses in halves)
     shares = [page.stored_numbers(z["sizes"]) / z["sizes"]["donors"] for z in zoos.values()]
-    noise = [f["denoiser zeroed"] - f["sampled"][0] for f in shapes]
+    noise = [u["noise"] - f["texts"]["own"][t][t] for f in shapes for t, u in f["texts"]["untold"].items()]
+    unseen = [f["denoiser zeroed"] - f["sampled"][0] for f in shapes]
     return [
         f"**On a zoo of specialists** ({len(zoos)} of {len(tasks.TEXTS)} generators measured, each of donors on three "
         f"texts) it writes models of {spread(right)} nats on these texts. Told another text they are {spread(every)} "
         f"higher (the mean of the others; median {median(every):.2f}), told the best of the others {spread(best)} "
         f"(median {median(best):.2f}). On half of one text and half of another, mixed "
         f"latents are below both pure ones in {mixed} of {len(halves)} cases. Noise in place of the latents costs "
-        f"{spread(noise)} on the text that no donor saw. They store {max(shares):.2f} of their donors' weights."
+        f"{spread(noise)}; on the text that no donor saw {spread(unseen)}. They store {max(shares):.2f} of their "
+        "donors' weights."
     ]
 
 

@@ -11,8 +11,10 @@ import torch
 
 from autoencoder.behaviour import Skeleton, field_decoder, make_skeleton, text_loss
 from autoencoder.field import Latents
+from diffusion.denoiser import LatentDenoiser
 from diffusion.pipeline import WeightDiffusionPipeline, load_pipeline
 from diffusion.sampler import SAMPLE_BYTES
+from diffusion.solving import latent_noise, unscaled
 from zoo.donors.zoo import Zoo
 from zoo.streams import stream
 from zoo.tensors import Metadata
@@ -51,6 +53,13 @@ def make_inputs(model: Path, donors: Zoo, text: bytes) -> Inputs:
     """A pipeline, with the held-out part of a text as windows and the start of the rest as condition."""
     windows = training_and_held_out(text)[1]
     return Inputs(load_pipeline(str(model)), donors.donors[0].config, windows, text[:SAMPLE_BYTES])
+
+
+def noise_and_mean(denoiser: LatentDenoiser, layers: int) -> tuple[Latents, Latents]:
+    """Noise in the place of latents, which a denoiser of zeros would leave, and the mean latents of the zoo."""
+    noise = latent_noise(denoiser, layers, stream(0, "latents"))
+    mean = Latents(torch.zeros_like(noise.model), torch.zeros_like(noise.blocks))
+    return unscaled(denoiser, noise), unscaled(denoiser, mean)
 
 
 def training_and_held_out(text: bytes) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from zoo.checkpoints.atomic import replace_file
 
 PAGE = RESULTS / "generator.md"
 NOISE = 0.02  # nats; below it, a difference of one seed says nothing
+UNTOLD = ("no text", "noise", "mean latents")
 VERDICTS = ("below", "not distinguishable", "above")
 RATES = {task: ", ".join(f"{lr:g}" for lr in lrs) for task, lrs in tasks.GENERATOR_LRS.items()}
 INTRODUCTION = f"""# The generator
@@ -220,8 +221,9 @@ def audit_sections(facts: Mapping[str, Any]) -> Iterator[str]:
     if table := own_text_table(facts):
         yield (
             "The same on the texts of each zoo: the loss of what is told the text, and how much higher it is told "
-            "**another** text (the mean of the others), **the best other** one, or **no text**. Means over the "
-            "shapes, and in brackets their range.\n\n" + table
+            "**another** text (the mean of the others), **the best other** one, or **no text**; with **noise** instead "
+            "of latents, or with the zoo's **mean latents**. Means over the shapes, and in brackets their range.\n\n"
+            + table
         )
         yield (
             "Half of one text and half of another. **told both**: a sample with half of each. **interpolated**: the "
@@ -269,15 +271,15 @@ def own_text_table(facts: Mapping[str, Any]) -> str:
             if costs[0]:
                 right = mean([f["own"][text][text] for f in found])
                 best, every = [min(c) for c in costs], [mean(c) for c in costs]
-                untold = [f["no text"][text] for f in found if "no text" in f]
+                without = [mean([f["untold"][text][what] for f in found]) - right for what in UNTOLD]
                 lines.append(
                     [
                         zoo, text, f"{right:.2f}", f"{mean(every):.2f} ({min(every):.2f} to {max(every):.2f})",
                         f"{mean(best):.2f} ({min(best):.2f} to {max(best):.2f})",
-                        f"{mean(untold) - right:.2f}" if untold else cells.MISSING,
+                        *(f"{cost:.2f}" for cost in without),
                     ]
                 )  # fmt: skip
-    return cells.table(["zoo", "text", "told it", "another", "the best other", "no text"], lines) if lines else ""
+    return cells.table(["zoo", "text", "told it", "another", "the best other", *UNTOLD], lines) if lines else ""
 
 
 def half_text_table(facts: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.generator.inputs import Inputs, training_and_held_out
+from benchmarks.generator.inputs import Inputs, noise_and_mean, training_and_held_out
 from diffusion.sampler import SAMPLE_BYTES
 from zoo.tensors import Metadata
 
@@ -17,18 +17,20 @@ from zoo.tensors import Metadata
 def text_losses(inputs: Inputs, shape: Metadata, texts: Mapping[str, bytes]) -> dict[str, Any]:
     """The loss at step 0 of a shape on each known text, and on half-and-half texts, by what the sampler is told.
 
-    {own: {text: {told: loss}}, "no text": {text: loss}, halves: {"a and b": {told: loss}}}. On a half-and-half text
-    the sampler is told one of the two; `both`, a sample that has half of each; or `interpolated` is the mean of the
-    latents of the two."""
+    {own: {text: {told: loss}}, untold: {text: {"no text" | "noise" | "mean latents": loss}}, halves: {"a and b": {told:
+    loss}}}. `noise` is in the place of latents, and `mean latents` are those of the zoo. On a half-and-half text the
+    sampler is told one of the two; `both`, a sample that has half of each; or `interpolated` is the mean of the latents
+    of the two."""
     held_out = {name: training_and_held_out(text)[1] for name, text in texts.items()}
     samples = {name: text[:SAMPLE_BYTES] for name, text in texts.items()}
     latents = {name: inputs.sample(shape, text=sample) for name, sample in samples.items()}
-    untold = inputs.sample(shape, text=None)
-    found: dict[str, Any] = {"own": {}, "no text": {}, "halves": {}}
+    noise, mean = noise_and_mean(inputs.pipeline.denoiser, shape.layers)
+    untold = {"no text": inputs.sample(shape, text=None), "noise": noise, "mean latents": mean}
+    found: dict[str, Any] = {"own": {}, "untold": {}, "halves": {}}
     for name, windows in held_out.items():
         judged = replace(inputs, windows=windows)
         found["own"][name] = {told: judged.loss(z, shape) for told, z in latents.items()}
-        found["no text"][name] = judged.loss(untold, shape)
+        found["untold"][name] = {what: judged.loss(z, shape) for what, z in untold.items()}
     for a, b in itertools.combinations(texts, 2):
         judged = replace(inputs, windows=torch.cat([held_out[a][::2], held_out[b][::2]]))
         half = SAMPLE_BYTES // 2

@@ -159,7 +159,7 @@ def test_each_text_is_judged_by_what_the_sampler_is_told(given: inputs.Inputs, t
     texts = {"words": TEXT.encode() * 3, "digits": b"0123456789 " * 1500}
     found = text_audit.text_losses(given, unseen(Zoo.open(trained / "zoo")), texts)
     assert {text: set(told) for text, told in found["own"].items()} == {t: {"words", "digits"} for t in texts}
-    assert set(found["no text"]) == set(texts)
+    assert {text: set(f) for text, f in found["untold"].items()} == {t: set(page.UNTOLD) for t in texts}
     [halves] = found["halves"].values()
     means = [(found["own"]["words"][t] + found["own"]["digits"][t]) / 2 for t in texts]
     for told, mean in zip(texts, means, strict=True):
@@ -171,10 +171,11 @@ def test_the_page_compares_texts_by_shape() -> None:
     def shape(right: float, wrong: float) -> dict[str, Any]:
         halves = {"both": 1.4, "interpolated": 1.9, "a": 1.7, "b": wrong}
         own = {"a": {"a": right, "b": wrong, "c": wrong + 1}}
-        return {"texts": {"own": own, "no text": {"a": right + 0.2}, "halves": {"a and b": halves}}}
+        untold = {what: right + 0.2 for what in page.UNTOLD}
+        return {"texts": {"own": own, "untold": {"a": untold}, "halves": {"a and b": halves}}}
 
     facts = {"zoo": {"shapes": {"heads": shape(1.0, 1.5), "wider": shape(1.2, 1.3)}}}
-    row = "| zoo | a | 1.10 | 0.80 (0.60 to 1.00) | 0.30 (0.10 to 0.50) | 0.20 |"
+    row = "| zoo | a | 1.10 | 0.80 (0.60 to 1.00) | 0.30 (0.10 to 0.50) | 0.20 | 0.20 | 0.20 |"
     assert row in page.own_text_table(facts)
     assert "| zoo | a and b | 1.40 | 1.90 | 1.70 | 1.40 | 1 of 2 |" in page.half_text_table(facts)
     parts = {"sampled": [2.0], "denoiser zeroed": 2.25}
