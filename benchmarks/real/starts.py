@@ -3,7 +3,8 @@
     python -m benchmarks.real.starts --models MODELS --data DATA [--work DIR] [--only smollm2/smaller …]
 
 MODELS: a folder of smollm2 and gemma3, checkpoints with their tokenizers; DATA: a folder of corpora. It resumes. All of
-it takes about two and a half hours of one core, one of them `learned-pruning`; memory is that of `headstart generate`, and of the target in float32.
+it takes about two and a half hours of one core, one of them `learned-pruning`. Memory is that of `headstart generate`,
+and of the target in float32.
 """
 
 from __future__ import annotations
