@@ -32,7 +32,7 @@ class DonorText:
 
 SAMPLED = (64, 256)  # sequences sampled from a donor without a known text, and tokens of each
 LEAST_TOKENS = 1024
-LEAST_SCALE = 0.02  # of a component of texts, against the largest; a smaller one is the same text under two names
+LEAST_SCALE = 0.02  # of a component of the features of texts; below, it is the same text under two names
 
 
 def read_texts(donors: Sequence[TrainingDonor], given: Mapping[str, Path], seed: int) -> list[DonorText]:
@@ -57,15 +57,17 @@ def text_coordinates(texts: Sequence[DonorText], most: int) -> list[Tensor | Non
     principal components of the features of all known texts. None for a donor of an unknown text, and for all if there
     is one text only."""
     samples = {text.name: text.sample for text in texts if text.is_known and text.sample is not None}
-    names = list(samples)
-    if len(set(samples.values())) < 2:
+    if len(samples) < 2:
         return [None] * len(texts)
     features = torch.stack([text_features(sample) for sample in samples.values()])
     left, scales, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
-    found = left[:, :most][:, scales[:most] > LEAST_SCALE * scales[0]]
-    own = torch.stack([found[names.index(text.name)] for text in texts if text.name in samples])
-    found = (found - own.mean(0)) / own.std(0, correction=0)
-    return [found[names.index(text.name)] if text.name in samples else None for text in texts]
+    kept = scales[:most] > LEAST_SCALE
+    if not kept.any():
+        return [None] * len(texts)
+    found = dict(zip(samples, left[:, :most][:, kept], strict=True))
+    known = torch.stack([found[text.name] for text in texts if text.name in found])
+    mean, deviation = known.mean(0), known.std(0, correction=0)
+    return [(found[text.name] - mean) / deviation if text.name in found else None for text in texts]
 
 
 def given_text_hashes(given: Mapping[str, Path]) -> list[str]:
