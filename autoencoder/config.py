@@ -25,6 +25,7 @@ class AutoencoderTrainConfig:
     bases_lr: float = 1.2e-2  # bases have an RMS of one, so they need more than maps
     maps_lr: float = 1e-3
     reconstruction_lr: float = 3e-3  # of the small network in the first two stages; the others' is a sixth
+    text_weight: float = 1.0  # in the first stage, of what latents get wrong about their text
     noise: float = 0.15  # standard deviation on the latents, which have unit RMS
     mixing: float = 0.3  # how often the latents of two donors, and their texts, are mixed
     diversity: float = 0.3  # least relative distance of what two donors' latents write at one shape

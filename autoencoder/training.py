@@ -162,7 +162,7 @@ class _AutoencoderTrainer:
             )
             loss = torch.stack([e.mean() for e in errors.values()]).mean()
             coordinates = self.coordinates[number]
-            return loss if coordinates is None else loss + text_error(latents, coordinates)
+            return loss if coordinates is None else loss + config.text_weight * text_error(latents, coordinates)
         chosen = draw_step(config, self.donors, step)
         first = self.donors[chosen.donors[0]]
         latents = self.encode(chosen.donors[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from autoencoder import objective, training
-from autoencoder.behaviour import field_decoder, text_loss
 from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.donors import SHARE, TrainingDonor
 from autoencoder.field import Latents, WeightField
@@ -48,7 +47,6 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)  # of AutoencoderTrainConfig
     random_start: bool = False  # bases and maps do not come from donors
     share: float = SHARE  # of the donors' weights that bases and maps may hold
-    texts_unsaid: bool = False  # the latents do not learn to say their text
     hypernetwork: bool = False  # a low-rank one that reads no donor, with as many numbers as the default
 
 
@@ -76,12 +74,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[])
     a = parser.parse_args()
-    for name, variant in VARIANTS.items():
-        facts = read_facts(FACTS)
-        if name not in facts and (not a.only or name in a.only):
-            facts[name] = measure(name, variant, a.work)
+    chosen = {name: variant for name, variant in VARIANTS.items() if not a.only or name in a.only}
+    measure_missing(FACTS, chosen, lambda name, variant: measure(name, variant, a.work))
+
+
+def measure_missing(path: Path, variants: Mapping[str, Variant], measure: Callable[[str, Variant], Any]) -> None:
+    """Measures the variants that a file of figures lacks, and writes each figure when it is there."""
+    for name, variant in variants.items():
+        facts = read_facts(path)
+        if name not in facts:
+            facts[name] = measure(name, variant)
             print(name, facts[name], flush=True)
-            write_facts(FACTS, facts)
+            write_facts(path, facts)
 
 
 def measure(name: str, variant: Variant, work: Path) -> dict[str, Any]:
@@ -119,8 +123,7 @@ def start_losses(
         shape = shape_of(config)
 
         def loss(z: Latents, shape: Metadata = shape) -> float:
-            decoder = field_decoder(field, shape, z.at_depth(shape.layers), donors[0].rows)
-            return float(text_loss(skeletons.get(shape), decoder, windows))
+            return float(objective.written_loss(field, z, donors[0], shape, skeletons, windows))
 
         found["losses"][target] = sum(loss(z) for z in latents) / len(latents)
         found["mean latents"][target] = loss(mean)
@@ -133,10 +136,6 @@ def changed(variant: Variant) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if variant.random_start:
             stack.enter_context(mock.patch.object(training, "start_field", lambda *args: None))
-        if variant.texts_unsaid:
-            stack.enter_context(
-                mock.patch.object(training, "text_coordinates", lambda texts, most: [None] * len(texts))
-            )
         if variant.share != SHARE:
             stack.enter_context(mock.patch("autoencoder.donors.SHARE", variant.share))
         yield

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from autoencoder import objective, training
-from autoencoder.behaviour import field_decoder, text_loss
 from autoencoder.config import AutoencoderTrainConfig
 from autoencoder.loading import load_autoencoder
-from benchmarks.facts import read_facts, write_facts
-from benchmarks.generator.ablations import STEPS, Variant, changed
+from benchmarks.facts import read_facts
+from benchmarks.generator.ablations import STEPS, Variant, changed, measure_missing
 from benchmarks.generator.inputs import training_and_held_out
 from benchmarks.generator.models import shape_of, text_files, zoo_folder
 from benchmarks.generator.tasks import TEXTS, WITHOUT
@@ -34,7 +33,7 @@ LEFT_OUT = "shakespeare"
 EACH = 4  # one of so many last checkpoints of a text is measured
 VARIANTS = {
     "default": Variant(f"{STEPS} steps of behaviour"),
-    "texts unsaid": Variant("latents do not learn to say their text", texts_unsaid=True),
+    "texts unsaid": Variant("latents do not learn to say their text", {"text_weight": 0.0}),
     "no mixing": Variant("latents of two texts are never mixed", {"mixing": 0.0}),
     "no early checkpoints": Variant("they are not trained in the third stage", {"early": 0.0}),
 }
@@ -45,12 +44,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     given = parser.parse_args()
-    for name, variant in VARIANTS.items():
-        facts = read_facts(FACTS)
-        if name not in facts:
-            facts[name] = measure(name, variant, given.work, given.data)
-            print(name, facts[name], flush=True)
-            write_facts(FACTS, facts)
+    measure_missing(FACTS, VARIANTS, lambda name, variant: measure(name, variant, given.work, given.data))
 
 
 def measure(name: str, variant: Variant, work: Path, data: Path) -> dict[str, dict[str, float]]:
@@ -77,9 +71,9 @@ def losses_by_latents(folder: Path, zoo: Zoo, windows: dict[str, torch.Tensor]) 
         for donor in [d for d in donors if d.is_final and d.corpus == told][::EACH]:
             latents = objective.encode_donor(model, donor)
             for shape in map(shape_of, UNSEEN_TARGETS.values()):
-                decoder = field_decoder(model.field, shape, latents.at_depth(shape.layers), donor.rows)
                 for text, held_out in windows.items():
-                    found[text][told].append(float(text_loss(skeletons.get(shape), decoder, held_out)))
+                    loss = objective.written_loss(model.field, latents, donor, shape, skeletons, held_out)
+                    found[text][told].append(float(loss))
     return {text: {told: mean(losses) for told, losses in by.items()} for text, by in found.items()}
 
 

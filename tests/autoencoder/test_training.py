@@ -309,17 +309,24 @@ def test_coordinates_tell_known_texts_apart() -> None:
     torch.testing.assert_close((three.mean(0), three.std(0, correction=0)), (torch.zeros(1), torch.ones(1)))
     assert texts.text_coordinates([text("one", fox), text("two", fox)], 8) == [None, None]
     assert texts.text_coordinates([text("one", fox)], 8) == [None]
+    long = fox * 40  # texts are compared by their beginnings
+    assert texts.text_coordinates([text("one", long), text("two", long + code)], 8) == [None, None]
 
 
 def test_the_latent_of_a_model_says_its_text(zoo: Zoo, text: Path, tmp_path: Path) -> None:
     (tmp_path / "code.txt").write_text("def f(x):\n    return {x: 1}\n" * 200)
     config = replace(AUTOENCODER, reconstruction=120, warmup=1, steps=1)
-    deviation = []
-    for name, second in (("one", text), ("two", tmp_path / "code.txt")):
-        given = replace(config, corpora={"d0": str(text), "d1": str(second)})
+    deviation = {}
+    for name, second, weight in (
+        ("one", text, 1.0),
+        ("two", tmp_path / "code.txt", 1.0),
+        ("unsaid", tmp_path / "code.txt", 0.0),
+    ):
+        given = replace(config, text_weight=weight, corpora={"d0": str(text), "d1": str(second)})
         folder = training.train_autoencoder(given, zoo.path, tmp_path / name, quiet=True)
-        deviation.append(float(load_autoencoder(folder).encoder.get_buffer("model_norm")[1, 0]))
-    assert deviation[0] < 0.6 and abs(deviation[1] - 1) < 0.2  # before all numbers get deviation 1
+        deviation[name] = float(load_autoencoder(folder).encoder.get_buffer("model_norm")[1, 0])
+    assert deviation["one"] < 0.6 and abs(deviation["two"] - 1) < 0.2  # before all numbers get deviation 1
+    assert deviation["unsaid"] < 0.6
 
 
 def test_without_a_text_the_donors_write_one(zoo: Zoo) -> None:
